@@ -1,0 +1,116 @@
+//! The contract between a controller and an image.
+
+use std::fmt::Debug;
+
+use bus::GuestRange;
+
+use crate::IoContext;
+
+/// What an image is, as far as another process could check it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// `file`, `memory` or `null`.
+    pub kind: &'static str,
+    /// Capacity in bytes.
+    pub capacity_bytes: u64,
+    /// Whether writes are refused.
+    pub read_only: bool,
+}
+
+/// What to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Image to guest memory.
+    Read,
+    /// Guest memory to image; with `fua` the data is on stable storage before completion.
+    Write {
+        /// Force unit access.
+        fua: bool,
+    },
+    /// Everything acknowledged before this was submitted is on stable storage before completion.
+    Flush,
+    /// `length_bytes` of zeroes; with `deallocate` a hole is made where possible. With `fua` stable before completion.
+    WriteZeroes {
+        /// Whether a hole may be made.
+        deallocate: bool,
+        /// Force unit access.
+        fua: bool,
+    },
+    /// The contents of the range no longer matter. Afterwards it reads as zeroes or as before.
+    Discard,
+}
+
+/// The memory side of a request.
+#[derive(Clone, Copy, Debug)]
+pub enum Buffers<'a> {
+    /// No data (flush, zeroes, discard).
+    None,
+    /// Guest memory, in order. The backend resolves it against the guest memory of the [`IoContext`] and fails the
+    /// request with [`Failure::GuestMemory`] if any byte lies outside.
+    Guest(&'a [GuestRange]),
+}
+
+/// One request. The caller checked that the range lies inside the image and that the buffers' total equals
+/// `length_bytes`; the backend checks both again and fails the request rather than trust them.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// Comes back in the [`Completion`].
+    pub token: u64,
+    /// What to do.
+    pub operation: Operation,
+    /// Where in the image.
+    pub offset_bytes: u64,
+    /// How much.
+    pub length_bytes: u64,
+    /// From or to where.
+    pub buffers: Buffers<'a>,
+}
+
+/// Why a request failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// Range outside the image, or totals that do not match.
+    OutOfRange,
+    /// A buffer is not inside guest memory.
+    GuestMemory,
+    /// A write to a read-only image.
+    ReadOnly,
+    /// The file system or device is full.
+    NoSpace,
+    /// Any other error of the operating system, by its number.
+    Io(i32),
+    /// The image has been released (its lock was handed over).
+    Released,
+}
+
+/// The end of a request. Every submitted request completes exactly once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completion {
+    /// The token of the request.
+    pub token: u64,
+    /// Success means all of the bytes.
+    pub result: Result<(), Failure>,
+}
+
+/// An image, shared by all I/O threads of a controller. No call blocks on the disk except those that say so.
+pub trait Backend: Send + Sync + Debug {
+    /// Kind, size, access.
+    fn identity(&self) -> Identity;
+
+    /// Queues `request` in `context`. Completions are taken from the context, in any order. The caller keeps the number in
+    /// flight below the context's depth. Queued work reaches the kernel at the latest in [`IoContext::submit`].
+    fn submit(&self, context: &mut IoContext, request: &Request<'_>);
+
+    /// Blocking: makes all acknowledged writes stable, then gives up write access and the lock, so that another process can
+    /// take them. Later requests fail with [`Failure::Released`] until [`Backend::acquire`]. The caller has no request in flight.
+    ///
+    /// # Errors
+    /// The flush failed; the image is still held.
+    fn release(&self) -> Result<(), crate::Error>;
+
+    /// Blocking: takes the lock and write access (again), and checks that size and identity are what they were.
+    ///
+    /// # Errors
+    /// Someone else holds the lock, or the image changed; the image is still released.
+    fn acquire(&self) -> Result<(), crate::Error>;
+}

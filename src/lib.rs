@@ -1,0 +1,13 @@
+//! (skeleton)
+pub mod boot;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod dirty;
+pub mod io_thread;
+pub mod kvm;
+pub mod layout;
+pub mod machine;
+pub mod memory;
+pub mod migrate;
+pub mod vcpu;
