@@ -1,0 +1,216 @@
+//! `--nvme` and `--ns`: controllers and their namespaces.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::{Error, Options};
+
+/// I/O queue pairs of a controller unless said otherwise.
+pub const DEFAULT_QUEUE_PAIRS: u16 = 64;
+/// Largest number of I/O queue pairs: MSI-X has at most 2,048 vectors, and one belongs to the admin queue.
+pub const MAX_QUEUE_PAIRS: u16 = 2047;
+/// MDTS unless said otherwise: 2^7 pages of 4 KiB, 512 KiB.
+pub const DEFAULT_MDTS: u8 = 7;
+/// Largest MDTS: 2^9 pages, 2 MiB; larger transfers gain nothing and cost memory per command in flight.
+pub const MAX_MDTS: u8 = 9;
+/// Largest namespace identifier.
+pub const MAX_NSID: u32 = 1024;
+/// Bytes of a serial number ("NVM Express Base 2.0, 5.17.2.1": SN).
+pub const MAX_SERIAL_BYTES: usize = 20;
+
+/// A controller as declared: `serial=S[,queues=N][,msix=N][,mdts=N]`, or short `path=P,serial=S[,lba=N][,ro]` for a
+/// controller with one file namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NvmeOption {
+    /// The controller.
+    pub controller: ControllerSpec,
+}
+
+/// A namespace as declared: `controller=S,nsid=N,backend=file|memory|null[,path=|size=][,lba=512|4096][,ro]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamespaceOption {
+    /// Serial of its controller.
+    pub controller: String,
+    /// The namespace.
+    pub namespace: NamespaceSpec,
+}
+
+/// A controller.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControllerSpec {
+    /// Serial number, printable ASCII, unique in the machine.
+    pub serial: String,
+    /// I/O queue pairs that it offers.
+    pub queue_pairs: u16,
+    /// MSI-X vectors: at least one per queue pair and one for the admin queue.
+    pub vectors: u16,
+    /// Maximum data transfer size, as the power of two of 4 KiB pages.
+    pub mdts: u8,
+    /// Its namespaces, by ascending identifier; holes are normal.
+    pub namespaces: Vec<NamespaceSpec>,
+}
+
+/// A namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NamespaceSpec {
+    /// Identifier, from 1.
+    pub nsid: u32,
+    /// Where its bytes live.
+    pub backend: BackendSpec,
+    /// Logical block size in bytes: 512 or 4096.
+    pub block_bytes: u32,
+    /// Whether writes are refused.
+    pub read_only: bool,
+}
+
+/// Where the bytes of a namespace live.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BackendSpec {
+    /// A raw image file or block device; its size is the capacity.
+    File(PathBuf),
+    /// Memory of this process; it migrates with guest RAM.
+    Memory {
+        /// Capacity in bytes.
+        size_bytes: u64,
+    },
+    /// No contents at all, for measurements.
+    Null {
+        /// Capacity in bytes.
+        size_bytes: u64,
+    },
+}
+
+impl FromStr for NvmeOption {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let mut options = Options::parse("--nvme", text)?;
+        let serial = options.text("serial")?.ok_or_else(|| options.error("serial=… is missing"))?;
+        if serial.len() > MAX_SERIAL_BYTES || !serial.bytes().all(|byte| (0x21..0x7f).contains(&byte)) {
+            return Err(options.error("a serial has 1 to 20 printable ASCII characters"));
+        }
+        let queue_pairs = options.number("queues")?.unwrap_or(DEFAULT_QUEUE_PAIRS);
+        if !(1..=MAX_QUEUE_PAIRS).contains(&queue_pairs) {
+            return Err(options.error(format!("queues={queue_pairs} is not between 1 and {MAX_QUEUE_PAIRS}")));
+        }
+        let vectors = options.number("msix")?.unwrap_or(queue_pairs + 1);
+        if !(queue_pairs + 1..=MAX_QUEUE_PAIRS + 1).contains(&vectors) {
+            let least = queue_pairs + 1;
+            return Err(options.error(format!(
+                "msix={vectors} is not between {least} (one per queue pair and one for the admin queue) and {}",
+                MAX_QUEUE_PAIRS + 1
+            )));
+        }
+        let mdts = options.number("mdts")?.unwrap_or(DEFAULT_MDTS);
+        if !(1..=MAX_MDTS).contains(&mdts) {
+            return Err(options.error(format!("mdts={mdts} is not between 1 and {MAX_MDTS}")));
+        }
+        let mut namespaces = Vec::new();
+        if let Some(path) = options.text("path")? {
+            let (block_bytes, read_only) = block_options(&mut options)?;
+            let backend = BackendSpec::File(path.into());
+            namespaces.push(NamespaceSpec { nsid: 1, backend, block_bytes, read_only });
+        }
+        options.finish("serial, queues, msix and mdts; with path also lba and ro")?;
+        Ok(Self { controller: ControllerSpec { serial, queue_pairs, vectors, mdts, namespaces } })
+    }
+}
+
+impl FromStr for NamespaceOption {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let mut options = Options::parse("--ns", text)?;
+        let controller = options.text("controller")?.ok_or_else(|| options.error("controller=… is missing"))?;
+        let nsid = options.number("nsid")?.ok_or_else(|| options.error("nsid=… is missing"))?;
+        if !(1..=MAX_NSID).contains(&nsid) {
+            return Err(options.error(format!("nsid={nsid} is not between 1 and {MAX_NSID}")));
+        }
+        let kind = options.text("backend")?.ok_or_else(|| options.error("backend=… is missing"))?;
+        let backend = match kind.as_str() {
+            "file" => {
+                let path = options.text("path")?;
+                BackendSpec::File(path.ok_or_else(|| options.error("backend=file needs path=…"))?.into())
+            }
+            "memory" | "null" => {
+                let size = options.size("size")?;
+                let size_bytes = size.ok_or_else(|| options.error(format!("backend={kind} needs size=…")))?;
+                if kind == "memory" { BackendSpec::Memory { size_bytes } } else { BackendSpec::Null { size_bytes } }
+            }
+            _ => return Err(options.error(format!("backend={kind} is none of file, memory and null"))),
+        };
+        let (block_bytes, read_only) = block_options(&mut options)?;
+        if let BackendSpec::Memory { size_bytes } | BackendSpec::Null { size_bytes } = backend
+            && (size_bytes == 0 || size_bytes % 4096 != 0)
+        {
+            return Err(options.error("size must be a multiple of 4096 above 0"));
+        }
+        options.finish("controller, nsid, backend, path, size, lba and ro")?;
+        Ok(Self { controller, namespace: NamespaceSpec { nsid, backend, block_bytes, read_only } })
+    }
+}
+
+fn block_options(options: &mut Options) -> Result<(u32, bool), Error> {
+    let block_bytes = options.number("lba")?.unwrap_or(512);
+    if block_bytes != 512 && block_bytes != 4096 {
+        return Err(options.error(format!("lba={block_bytes} is neither 512 nor 4096")));
+    }
+    Ok((block_bytes, options.flag("ro")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_short_form_is_a_controller_with_one_file_namespace() {
+        let option: NvmeOption = "path=/images/a=b.raw,serial=disk0".parse().unwrap();
+        assert_eq!(option.controller.queue_pairs, 64);
+        assert_eq!(option.controller.vectors, 65);
+        assert_eq!(option.controller.namespaces.len(), 1);
+        assert_eq!(option.controller.namespaces[0].nsid, 1);
+        assert_eq!(option.controller.namespaces[0].backend, BackendSpec::File("/images/a=b.raw".into()));
+    }
+
+    #[test]
+    fn namespaces_of_each_backend() {
+        let option: NamespaceOption = "controller=c,nsid=7,backend=memory,size=1M,lba=4096,ro".parse().unwrap();
+        let NamespaceSpec { nsid, backend, block_bytes, read_only } = option.namespace;
+        assert_eq!(
+            (nsid, backend, block_bytes, read_only),
+            (7, BackendSpec::Memory { size_bytes: 1 << 20 }, 4096, true)
+        );
+        let option: NamespaceOption = "controller=c,nsid=1024,backend=null,size=1T".parse().unwrap();
+        assert_eq!(option.namespace.backend, BackendSpec::Null { size_bytes: 1 << 40 });
+    }
+
+    #[test]
+    fn every_mistake_is_refused() {
+        for text in [
+            "queues=4",
+            "serial=",
+            "serial=with space",
+            "serial=123456789012345678901",
+            "serial=s,queues=0",
+            "serial=s,queues=2048",
+            "serial=s,queues=8,msix=8",
+            "serial=s,mdts=10",
+            "serial=s,lba=512",
+            "serial=s,path=p,lba=520",
+        ] {
+            assert!(text.parse::<NvmeOption>().is_err(), "{text}");
+        }
+        for text in [
+            "nsid=1,backend=null,size=4096",
+            "controller=c,nsid=0,backend=null,size=4096",
+            "controller=c,nsid=1025,backend=null,size=4096",
+            "controller=c,nsid=1,backend=tape",
+            "controller=c,nsid=1,backend=file",
+            "controller=c,nsid=1,backend=memory,path=p",
+            "controller=c,nsid=1,backend=memory,size=1000",
+            "controller=c,nsid=1,backend=file,path=p,size=1M",
+        ] {
+            assert!(text.parse::<NamespaceOption>().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! From the shape of a configuration to a machine that makes sense.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use super::{ControllerSpec, Error, NamespaceOption, NvmeOption, parse_size};
+
+/// Most vCPUs of a machine: what one ioapic with 8-bit APIC identifiers addresses, less the broadcast.
+pub const MAX_CPUS: u8 = 64;
+/// Least RAM.
+pub const MIN_MEMORY_BYTES: u64 = 16 << 20;
+/// Most RAM: 1 TiB.
+pub const MAX_MEMORY_BYTES: u64 = 1 << 40;
+/// Most controllers: slots 2 to 31 of the one PCI bus.
+pub const MAX_CONTROLLERS: usize = 30;
+
+/// The tables that tell a guest about its processors, interrupts and buses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Tables {
+    /// RSDP, XSDT, FADT, MADT, MCFG, DSDT.
+    #[default]
+    Acpi,
+    /// The Intel MultiProcessor table, for guests without ACPI.
+    Mp,
+}
+
+/// Where the serial console goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SerialOutput {
+    /// Standard output; input from standard input.
+    #[default]
+    Stdio,
+    /// Nowhere.
+    Null,
+    /// Appended to a file, which is created.
+    File(PathBuf),
+    /// A Unix stream socket that one client at a time may connect to.
+    Unix(PathBuf),
+}
+
+impl FromStr for SerialOutput {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text.split_once(':') {
+            None if text == "stdio" => Ok(Self::Stdio),
+            None if text == "null" => Ok(Self::Null),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("unix", path)) if !path.is_empty() => Ok(Self::Unix(path.into())),
+            _ => Err(Error::Options {
+                option: "--serial",
+                text: text.to_owned(),
+                reason: "it is none of stdio, null, file:PATH and unix:PATH".to_owned(),
+            }),
+        }
+    }
+}
+
+/// What was asked for.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Name of the virtual machine, for people and for the lease record.
+    pub name: String,
+    /// vCPUs.
+    pub cpus: u8,
+    /// RAM, as written.
+    pub memory: String,
+    /// ELF or bzImage; none only with an incoming migration.
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Firmware tables.
+    pub tables: Tables,
+    /// Console.
+    pub serial: SerialOutput,
+    /// Controllers.
+    pub nvme: Vec<NvmeOption>,
+    /// Namespaces.
+    pub namespaces: Vec<NamespaceOption>,
+    /// Threads that serve each controller's queues.
+    pub io_threads: u8,
+    /// The lease record, if not beside the first writable image.
+    pub lease: Option<PathBuf>,
+    /// Whether the machine arrives by migration, so that it needs no kernel.
+    pub incoming: bool,
+}
+
+/// A machine that makes sense.
+#[derive(Clone, Debug)]
+pub struct MachineSpec {
+    /// Name of the virtual machine.
+    pub name: String,
+    /// vCPUs, from 1.
+    pub cpus: u8,
+    /// RAM in bytes, a multiple of 2 MiB.
+    pub memory_bytes: u64,
+    /// ELF or bzImage.
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Firmware tables.
+    pub tables: Tables,
+    /// Console.
+    pub serial: SerialOutput,
+    /// Controllers with their namespaces, in the order of their declaration: that is their order of PCI slots.
+    pub controllers: Vec<ControllerSpec>,
+    /// Threads that serve each controller's queues.
+    pub io_threads: u8,
+    /// The lease record; none means that ownership is not recorded.
+    pub lease: Option<PathBuf>,
+}
+
+impl TryFrom<Config> for MachineSpec {
+    type Error = Error;
+
+    fn try_from(config: Config) -> Result<Self, Error> {
+        let refuse = |reason: String| Err(Error::Machine(reason));
+        let memory_bytes = parse_size(&config.memory)?;
+        if !(1..=MAX_CPUS).contains(&config.cpus) {
+            return refuse(format!("--cpus {} is not between 1 and {MAX_CPUS}", config.cpus));
+        }
+        if !(MIN_MEMORY_BYTES..=MAX_MEMORY_BYTES).contains(&memory_bytes) || memory_bytes % (2 << 20) != 0 {
+            return refuse(format!("--memory {} is not a multiple of 2M between 16M and 1T", config.memory));
+        }
+        if config.io_threads == 0 {
+            return refuse("--io-threads 0: a controller needs at least one thread".to_owned());
+        }
+        if config.kernel.is_none() && !config.incoming {
+            return refuse("nothing to run: give --kernel PATH, or --incoming URI to receive a guest".to_owned());
+        }
+        if config.initrd.is_some() && config.kernel.is_none() {
+            return refuse("--initrd needs --kernel".to_owned());
+        }
+        let controllers = controllers(config.nvme, config.namespaces)?;
+        let lease = config.lease.or_else(|| default_lease(&controllers));
+        Ok(Self {
+            name: config.name,
+            cpus: config.cpus,
+            memory_bytes,
+            kernel: config.kernel,
+            initrd: config.initrd,
+            cmdline: config.cmdline,
+            tables: config.tables,
+            serial: config.serial,
+            controllers,
+            io_threads: config.io_threads,
+            lease,
+        })
+    }
+}
+
+fn controllers(nvme: Vec<NvmeOption>, namespaces: Vec<NamespaceOption>) -> Result<Vec<ControllerSpec>, Error> {
+    let mut controllers: Vec<ControllerSpec> = Vec::with_capacity(nvme.len());
+    for NvmeOption { controller } in nvme {
+        if controllers.iter().any(|other| other.serial == controller.serial) {
+            return Err(Error::Machine(format!("two controllers have the serial {:?}", controller.serial)));
+        }
+        controllers.push(controller);
+    }
+    if controllers.len() > MAX_CONTROLLERS {
+        return Err(Error::Machine(format!("{} controllers: at most {MAX_CONTROLLERS} fit", controllers.len())));
+    }
+    for NamespaceOption { controller: serial, namespace } in namespaces {
+        let Some(controller) = controllers.iter_mut().find(|controller| controller.serial == serial) else {
+            return Err(Error::Machine(format!(
+                "--ns nsid={} names the controller {serial:?}, but no --nvme has that serial",
+                namespace.nsid
+            )));
+        };
+        match controller.namespaces.binary_search_by_key(&namespace.nsid, |other| other.nsid) {
+            Ok(_) => {
+                let nsid = namespace.nsid;
+                return Err(Error::Machine(format!("controller {serial:?} has two namespaces with nsid {nsid}")));
+            }
+            Err(index) => controller.namespaces.insert(index, namespace),
+        }
+    }
+    Ok(controllers)
+}
+
+/// `<first writable image>.ferry-lease`. A block device has no folder of its own to hold the record: it needs
+/// `--lease` by name, which the machine's builder checks when it opens the image.
+fn default_lease(controllers: &[ControllerSpec]) -> Option<PathBuf> {
+    let namespaces = controllers.iter().flat_map(|controller| &controller.namespaces);
+    namespaces
+        .filter(|namespace| !namespace.read_only)
+        .find_map(|namespace| match &namespace.backend {
+            super::BackendSpec::File(path) => Some(path),
+            _ => None,
+        })
+        .map(|path| {
+            let mut name = path.clone().into_os_string();
+            name.push(".ferry-lease");
+            name.into()
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> Config {
+        Config {
+            name: "test".into(),
+            cpus: 1,
+            memory: "128M".into(),
+            kernel: Some("vmlinux".into()),
+            initrd: None,
+            cmdline: String::new(),
+            tables: Tables::Acpi,
+            serial: SerialOutput::Null,
+            nvme: vec!["serial=a".parse().unwrap(), "path=b.raw,serial=b".parse().unwrap()],
+            namespaces: vec![
+                "controller=a,nsid=9,backend=null,size=1M".parse().unwrap(),
+                "controller=a,nsid=2,backend=memory,size=1M".parse().unwrap(),
+            ],
+            io_threads: 1,
+            lease: None,
+            incoming: false,
+        }
+    }
+
+    #[test]
+    fn namespaces_find_their_controllers_in_order() {
+        let spec = MachineSpec::try_from(config()).unwrap();
+        let nsids: Vec<u32> = spec.controllers[0].namespaces.iter().map(|namespace| namespace.nsid).collect();
+        assert_eq!(nsids, [2, 9]);
+        assert_eq!(spec.lease, Some("b.raw.ferry-lease".into()));
+        assert_eq!(spec.memory_bytes, 128 << 20);
+    }
+
+    #[test]
+    fn what_makes_no_machine_is_refused() {
+        type Change = fn(&mut Config);
+        let changes: [(&str, Change); 8] = [
+            ("--cpus 0", |c| c.cpus = 0),
+            ("--memory 1M", |c| c.memory = "1M".into()),
+            ("--memory 17M", |c| c.memory = "17M".into()),
+            ("nothing to run", |c| c.kernel = None),
+            ("--io-threads 0", |c| c.io_threads = 0),
+            ("two controllers", |c| c.nvme.push("serial=a".parse().unwrap())),
+            ("no --nvme has that serial", |c| {
+                c.namespaces.push("controller=z,nsid=1,backend=null,size=1M".parse().unwrap());
+            }),
+            ("two namespaces with nsid 1", |c| {
+                c.namespaces.push("controller=b,nsid=1,backend=null,size=1M".parse().unwrap());
+            }),
+        ];
+        for (expected, change) in changes {
+            let mut config = config();
+            change(&mut config);
+            let error = MachineSpec::try_from(config).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn serial_outputs() {
+        assert_eq!("file:/tmp/x:y".parse(), Ok(SerialOutput::File("/tmp/x:y".into())));
+        assert_eq!("unix:s".parse(), Ok(SerialOutput::Unix("s".into())));
+        for text in ["", "file:", "tty", "stdio:x"] {
+            assert!(text.parse::<SerialOutput>().is_err(), "{text}");
+        }
+    }
+}
