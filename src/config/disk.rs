@@ -121,7 +121,8 @@ impl FromStr for NamespaceOption {
 
     fn from_str(text: &str) -> Result<Self, Error> {
         let mut options = Options::parse("--ns", text)?;
-        let controller = options.text("controller")?.ok_or_else(|| options.error("controller=… is missing"))?;
+        let controller =
+            options.text("controller")?.ok_or_else(|| options.error("controller=… is missing"))?;
         let nsid = options.number("nsid")?.ok_or_else(|| options.error("nsid=… is missing"))?;
         if !(1..=MAX_NSID).contains(&nsid) {
             return Err(options.error(format!("nsid={nsid} is not between 1 and {MAX_NSID}")));
@@ -135,7 +136,11 @@ impl FromStr for NamespaceOption {
             "memory" | "null" => {
                 let size = options.size("size")?;
                 let size_bytes = size.ok_or_else(|| options.error(format!("backend={kind} needs size=…")))?;
-                if kind == "memory" { BackendSpec::Memory { size_bytes } } else { BackendSpec::Null { size_bytes } }
+                if kind == "memory" {
+                    BackendSpec::Memory { size_bytes }
+                } else {
+                    BackendSpec::Null { size_bytes }
+                }
             }
             _ => return Err(options.error(format!("backend={kind} is none of file, memory and null"))),
         };
@@ -174,7 +179,8 @@ mod tests {
 
     #[test]
     fn namespaces_of_each_backend() {
-        let option: NamespaceOption = "controller=c,nsid=7,backend=memory,size=1M,lba=4096,ro".parse().unwrap();
+        let option: NamespaceOption =
+            "controller=c,nsid=7,backend=memory,size=1M,lba=4096,ro".parse().unwrap();
         let NamespaceSpec { nsid, backend, block_bytes, read_only } = option.namespace;
         assert_eq!(
             (nsid, backend, block_bytes, read_only),

@@ -39,9 +39,14 @@ mod tests {
 
     #[test]
     fn sizes_read_back_as_they_are_written() {
-        for (text, bytes) in
-            [("0", 0), ("4096", 4096), ("64K", 65536), ("512m", 512 << 20), ("4GiB", 4 << 30), ("1T", 1 << 40)]
-        {
+        for (text, bytes) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("64K", 65536),
+            ("512m", 512 << 20),
+            ("4GiB", 4 << 30),
+            ("1T", 1 << 40),
+        ] {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
             assert_eq!(parse_size(&display_size(bytes)), Ok(bytes), "{text}");
         }

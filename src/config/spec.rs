@@ -130,7 +130,9 @@ impl TryFrom<Config> for MachineSpec {
             return refuse("--io-threads 0: a controller needs at least one thread".to_owned());
         }
         if config.kernel.is_none() && !config.incoming {
-            return refuse("nothing to run: give --kernel PATH, or --incoming URI to receive a guest".to_owned());
+            return refuse(
+                "nothing to run: give --kernel PATH, or --incoming URI to receive a guest".to_owned(),
+            );
         }
         if config.initrd.is_some() && config.kernel.is_none() {
             return refuse("--initrd needs --kernel".to_owned());
@@ -153,7 +155,10 @@ impl TryFrom<Config> for MachineSpec {
     }
 }
 
-fn controllers(nvme: Vec<NvmeOption>, namespaces: Vec<NamespaceOption>) -> Result<Vec<ControllerSpec>, Error> {
+fn controllers(
+    nvme: Vec<NvmeOption>,
+    namespaces: Vec<NamespaceOption>,
+) -> Result<Vec<ControllerSpec>, Error> {
     let mut controllers: Vec<ControllerSpec> = Vec::with_capacity(nvme.len());
     for NvmeOption { controller } in nvme {
         if controllers.iter().any(|other| other.serial == controller.serial) {
@@ -162,7 +167,10 @@ fn controllers(nvme: Vec<NvmeOption>, namespaces: Vec<NamespaceOption>) -> Resul
         controllers.push(controller);
     }
     if controllers.len() > MAX_CONTROLLERS {
-        return Err(Error::Machine(format!("{} controllers: at most {MAX_CONTROLLERS} fit", controllers.len())));
+        return Err(Error::Machine(format!(
+            "{} controllers: at most {MAX_CONTROLLERS} fit",
+            controllers.len()
+        )));
     }
     for NamespaceOption { controller: serial, namespace } in namespaces {
         let Some(controller) = controllers.iter_mut().find(|controller| controller.serial == serial) else {
@@ -174,7 +182,9 @@ fn controllers(nvme: Vec<NvmeOption>, namespaces: Vec<NamespaceOption>) -> Resul
         match controller.namespaces.binary_search_by_key(&namespace.nsid, |other| other.nsid) {
             Ok(_) => {
                 let nsid = namespace.nsid;
-                return Err(Error::Machine(format!("controller {serial:?} has two namespaces with nsid {nsid}")));
+                return Err(Error::Machine(format!(
+                    "controller {serial:?} has two namespaces with nsid {nsid}"
+                )));
             }
             Err(index) => controller.namespaces.insert(index, namespace),
         }
