@@ -66,6 +66,25 @@ pub struct Request<'a> {
     pub buffers: Buffers<'a>,
 }
 
+impl Request<'_> {
+    /// The checks that every backend makes before it touches anything: access, range and totals.
+    pub(crate) fn check(&self, identity: &Identity) -> Result<(), Failure> {
+        let writes = !matches!(self.operation, Operation::Read | Operation::Flush);
+        if writes && identity.read_only {
+            return Err(Failure::ReadOnly);
+        }
+        let transfers = matches!(self.operation, Operation::Read | Operation::Write { .. });
+        let expected_bytes = if transfers { self.length_bytes } else { 0 };
+        let end = self.offset_bytes.checked_add(self.length_bytes);
+        match end {
+            Some(end) if end <= identity.capacity_bytes && self.buffers.length_bytes() == expected_bytes => {
+                Ok(())
+            }
+            _ => Err(Failure::OutOfRange),
+        }
+    }
+}
+
 /// Why a request failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {

@@ -2,12 +2,14 @@
 #![deny(unsafe_code)]
 
 mod backend;
+mod context;
+mod error;
+mod guest;
+mod memory;
+mod null;
 
 pub use backend::{Backend, Buffers, Completion, Failure, Identity, Operation, Request};
-
-/// (skeleton)
-#[derive(Debug)]
-pub struct IoContext;
-/// (skeleton)
-#[derive(Debug, thiserror::Error)]
-pub enum Error {}
+pub use context::IoContext;
+pub use error::Error;
+pub use memory::MemoryImage;
+pub use null::NullImage;

@@ -1,0 +1,55 @@
+//! The guest memory of one request, resolved.
+
+use bus::{GuestMemory, GuestRange};
+use vm_memory::bitmap::{Bitmap, MS};
+use vm_memory::{GuestMemoryBackend, VolatileSlice};
+
+use crate::{Buffers, Failure};
+
+/// Host view of guest memory that carries the dirty bitmap.
+type Slice<'a> = VolatileSlice<'a, MS<'a, GuestMemory>>;
+
+impl<'a> Buffers<'a> {
+    /// The guest ranges, in order.
+    #[must_use]
+    pub fn ranges(&self) -> &'a [GuestRange] {
+        match self {
+            Self::None => &[],
+            Self::Guest(ranges) => ranges,
+        }
+    }
+
+    /// Length of all ranges together, in bytes. Cannot overflow: a slice cannot hold 2^32 ranges of 4 GiB.
+    #[must_use]
+    pub fn length_bytes(&self) -> u64 {
+        self.ranges().iter().map(|range| u64::from(range.length_bytes)).sum()
+    }
+}
+
+/// Calls `visit` for every contiguous piece of `ranges`, in order.
+///
+/// # Errors
+/// [`Failure::GuestMemory`] if a byte lies outside `memory`; pieces before it were visited.
+pub(crate) fn for_each_slice<'a>(
+    memory: &'a GuestMemory,
+    ranges: &[GuestRange],
+    mut visit: impl FnMut(Slice<'a>),
+) -> Result<(), Failure> {
+    for range in ranges {
+        for slice in memory.get_slices(range.address, range.length_bytes as usize) {
+            visit(slice.map_err(|_| Failure::GuestMemory)?);
+        }
+    }
+    Ok(())
+}
+
+/// Checks that every byte of `ranges` lies inside `memory`.
+pub(crate) fn check_ranges(memory: &GuestMemory, ranges: &[GuestRange]) -> Result<(), Failure> {
+    for_each_slice(memory, ranges, |_| ())
+}
+
+/// Marks all pages of `ranges` in the bitmap: whoever let the kernel write there calls this.
+pub(crate) fn mark_dirty(memory: &GuestMemory, ranges: &[GuestRange]) {
+    // The ranges were resolved when the request began and guest memory does not change under a context.
+    let _ = for_each_slice(memory, ranges, |slice| slice.bitmap().mark_dirty(0, slice.len()));
+}

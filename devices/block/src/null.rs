@@ -1,0 +1,56 @@
+//! An image that keeps nothing.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::guest::{check_ranges, for_each_slice};
+use crate::memory::fill_with_zeroes;
+use crate::{Backend, Error, Failure, Identity, IoContext, Operation, Request};
+
+/// Reads zeroes and forgets writes: what is left when the cost of a disk is taken away, for measurement.
+#[derive(Debug)]
+pub struct NullImage {
+    capacity_bytes: u64,
+    released: AtomicBool,
+}
+
+impl NullImage {
+    /// An image that says it has `capacity_bytes`.
+    #[must_use]
+    pub fn new(capacity_bytes: u64) -> Self {
+        Self { capacity_bytes, released: AtomicBool::new(false) }
+    }
+
+    fn serve(&self, context: &IoContext, request: &Request<'_>) -> Result<(), Failure> {
+        if self.released.load(Ordering::Acquire) {
+            return Err(Failure::Released);
+        }
+        request.check(&self.identity())?;
+        let ranges = request.buffers.ranges();
+        check_ranges(context.memory(), ranges)?;
+        if request.operation == Operation::Read {
+            for_each_slice(context.memory(), ranges, |guest| fill_with_zeroes(&guest))?;
+        }
+        Ok(())
+    }
+}
+
+impl Backend for NullImage {
+    fn identity(&self) -> Identity {
+        Identity { kind: "null", capacity_bytes: self.capacity_bytes, read_only: false }
+    }
+
+    fn submit(&self, context: &mut IoContext, request: &Request<'_>) {
+        let result = self.serve(context, request);
+        context.complete(request.token, result);
+    }
+
+    fn release(&self) -> Result<(), Error> {
+        self.released.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn acquire(&self) -> Result<(), Error> {
+        self.released.store(false, Ordering::Release);
+        Ok(())
+    }
+}
