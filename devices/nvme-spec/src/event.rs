@@ -1,0 +1,44 @@
+//! Asynchronous events (Base 5.2): completion dword 0 is type (bits 2:0), information (15:8), log page (23:16).
+
+/// An event as it is reported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// Asynchronous Event Type.
+    pub kind: u8,
+    /// Asynchronous Event Information.
+    pub information: u8,
+    /// The log page whose reading clears the event.
+    pub log_page: u8,
+}
+
+impl Event {
+    /// Error: the host wrote to the doorbell of a queue that does not exist.
+    pub const INVALID_DOORBELL_REGISTER: Self = Self { kind: ERROR, information: 0, log_page: 1 };
+    /// Error: the host wrote an invalid value to a doorbell.
+    pub const INVALID_DOORBELL_VALUE: Self = Self { kind: ERROR, information: 1, log_page: 1 };
+    /// SMART: temperature threshold crossed.
+    pub const TEMPERATURE_THRESHOLD: Self = Self { kind: SMART, information: 1, log_page: 2 };
+    /// Notice: namespace attribute changed.
+    pub const NAMESPACE_CHANGED: Self = Self { kind: NOTICE, information: 0, log_page: 4 };
+
+    /// Completion dword 0.
+    #[must_use]
+    pub const fn to_dword(self) -> u32 {
+        self.kind as u32 | (self.information as u32) << 8 | (self.log_page as u32) << 16
+    }
+
+    /// From completion dword 0.
+    #[must_use]
+    pub const fn from_dword(dword: u32) -> Self {
+        Self { kind: (dword & 7) as u8, information: (dword >> 8) as u8, log_page: (dword >> 16) as u8 }
+    }
+}
+
+/// Type 0: error status.
+pub const ERROR: u8 = 0;
+/// Type 1: SMART / health status.
+pub const SMART: u8 = 1;
+/// Type 2: notice.
+pub const NOTICE: u8 = 2;
+/// Type 6: I/O command specific status.
+pub const COMMAND_SPECIFIC: u8 = 6;

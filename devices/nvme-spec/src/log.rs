@@ -1,0 +1,113 @@
+//! Log pages (Base 5.16).
+
+/// Log page identifiers.
+pub mod id {
+    /// Supported Log Pages.
+    pub const SUPPORTED_PAGES: u8 = 0x00;
+    /// Error Information.
+    pub const ERROR_INFORMATION: u8 = 0x01;
+    /// SMART / Health Information.
+    pub const SMART: u8 = 0x02;
+    /// Firmware Slot Information.
+    pub const FIRMWARE_SLOT: u8 = 0x03;
+    /// Changed Namespace List.
+    pub const CHANGED_NAMESPACES: u8 = 0x04;
+    /// Commands Supported and Effects.
+    pub const COMMANDS_SUPPORTED: u8 = 0x05;
+    /// Device Self-test.
+    pub const DEVICE_SELF_TEST: u8 = 0x06;
+    /// Asymmetric Namespace Access.
+    pub const ANA: u8 = 0x0c;
+    /// Persistent Event Log.
+    pub const PERSISTENT_EVENT: u8 = 0x0d;
+    /// Feature Identifiers Supported and Effects.
+    pub const FEATURES_SUPPORTED: u8 = 0x12;
+    /// Reservation Notification.
+    pub const RESERVATION_NOTIFICATION: u8 = 0x80;
+    /// Sanitize Status.
+    pub const SANITIZE_STATUS: u8 = 0x81;
+}
+
+wire_struct! {
+    /// One entry of the Error Information log (Base figure 206).
+    pub struct ErrorEntry [64] {
+        /// Error Count: a unique number that grows by one; 0 marks an unused entry.
+        0: error_count: u64,
+        /// Submission Queue ID, FFFFh when no queue is at fault.
+        8: sq_id: u16,
+        /// Command ID, FFFFh when no command is at fault.
+        10: cid: u16,
+        /// Status Field: bits 15:1 the status, bit 0 the phase.
+        12: status: u16,
+        /// Parameter Error Location: bits 7:0 byte, 10:8 bit; FFFFh when not applicable.
+        14: parameter_location: u16,
+        /// First LBA that failed.
+        16: lba: u64,
+        /// Namespace.
+        24: nsid: u32,
+        /// Vendor Specific Information Available.
+        28: vendor: u8,
+        /// Transport Type.
+        29: transport: u8,
+        /// Command specific.
+        32: command_specific: u64,
+    }
+}
+
+wire_struct! {
+    /// SMART / Health Information (Base figure 207).
+    pub struct SmartLog [512] {
+        /// Critical Warning.
+        0: critical_warning: u8,
+        /// Composite Temperature in kelvins.
+        1: composite_temperature_kelvin: u16,
+        /// Available Spare in percent.
+        3: available_spare_percent: u8,
+        /// Available Spare Threshold in percent.
+        4: available_spare_threshold_percent: u8,
+        /// Percentage Used.
+        5: percentage_used: u8,
+        /// Data Units Read: thousands of 512-byte units, rounded up.
+        32: data_units_read: u128,
+        /// Data Units Written: thousands of 512-byte units, rounded up.
+        48: data_units_written: u128,
+        /// Host Read Commands.
+        64: host_read_commands: u128,
+        /// Host Write Commands.
+        80: host_write_commands: u128,
+        /// Controller Busy Time in minutes.
+        96: controller_busy_minutes: u128,
+        /// Power Cycles.
+        112: power_cycles: u128,
+        /// Power On Hours.
+        128: power_on_hours: u128,
+        /// Unsafe Shutdowns.
+        144: unsafe_shutdowns: u128,
+        /// Media and Data Integrity Errors.
+        160: media_errors: u128,
+        /// Number of Error Information Log Entries over the life of the controller.
+        176: error_log_entries: u128,
+        /// Temperature sensors in kelvins, 0 when not implemented.
+        200: temperature_sensors_kelvin: [u16; 8],
+    }
+}
+
+wire_struct! {
+    /// Firmware Slot Information (Base figure 208).
+    pub struct FirmwareSlotLog [512] {
+        /// Active Firmware Info: bits 2:0 the active slot.
+        0: active: u8,
+        /// Firmware Revision of slots 1 to 7.
+        8: revisions: [[u8; 8]; 7],
+    }
+}
+
+/// Changed Namespace List: number of identifiers; the first is FFFFFFFFh when more changed (Base 5.16.1.5).
+pub const CHANGED_NAMESPACES_MAX: usize = 1024;
+
+/// Commands Supported and Effects: the command is supported (Base figure 211).
+pub const EFFECT_SUPPORTED: u32 = 1 << 0;
+/// The command may change the contents of a namespace.
+pub const EFFECT_CONTENT_CHANGE: u32 = 1 << 1;
+/// Supported Log Pages: the page is supported (Base figure 204).
+pub const PAGE_SUPPORTED: u32 = 1 << 0;

@@ -1,0 +1,92 @@
+//! Command opcodes.
+
+/// Admin command opcodes (Base figure 138).
+pub mod admin {
+    /// Delete I/O Submission Queue.
+    pub const DELETE_SQ: u8 = 0x00;
+    /// Create I/O Submission Queue.
+    pub const CREATE_SQ: u8 = 0x01;
+    /// Get Log Page.
+    pub const GET_LOG_PAGE: u8 = 0x02;
+    /// Delete I/O Completion Queue.
+    pub const DELETE_CQ: u8 = 0x04;
+    /// Create I/O Completion Queue.
+    pub const CREATE_CQ: u8 = 0x05;
+    /// Identify.
+    pub const IDENTIFY: u8 = 0x06;
+    /// Abort.
+    pub const ABORT: u8 = 0x08;
+    /// Set Features.
+    pub const SET_FEATURES: u8 = 0x09;
+    /// Get Features.
+    pub const GET_FEATURES: u8 = 0x0a;
+    /// Asynchronous Event Request.
+    pub const ASYNC_EVENT_REQUEST: u8 = 0x0c;
+    /// Namespace Management.
+    pub const NAMESPACE_MANAGEMENT: u8 = 0x0d;
+    /// Firmware Commit.
+    pub const FIRMWARE_COMMIT: u8 = 0x10;
+    /// Firmware Image Download.
+    pub const FIRMWARE_DOWNLOAD: u8 = 0x11;
+    /// Device Self-test.
+    pub const DEVICE_SELF_TEST: u8 = 0x14;
+    /// Namespace Attachment.
+    pub const NAMESPACE_ATTACHMENT: u8 = 0x15;
+    /// Keep Alive.
+    pub const KEEP_ALIVE: u8 = 0x18;
+    /// Doorbell Buffer Config.
+    pub const DOORBELL_BUFFER_CONFIG: u8 = 0x7c;
+    /// Format NVM.
+    pub const FORMAT_NVM: u8 = 0x80;
+    /// Sanitize.
+    pub const SANITIZE: u8 = 0x84;
+}
+
+/// NVM command set opcodes (NVM figure 16).
+pub mod nvm {
+    /// Flush.
+    pub const FLUSH: u8 = 0x00;
+    /// Write.
+    pub const WRITE: u8 = 0x01;
+    /// Read.
+    pub const READ: u8 = 0x02;
+    /// Write Uncorrectable.
+    pub const WRITE_UNCORRECTABLE: u8 = 0x04;
+    /// Compare.
+    pub const COMPARE: u8 = 0x05;
+    /// Write Zeroes.
+    pub const WRITE_ZEROES: u8 = 0x08;
+    /// Dataset Management.
+    pub const DATASET_MANAGEMENT: u8 = 0x09;
+    /// Verify.
+    pub const VERIFY: u8 = 0x0c;
+    /// Reservation Register.
+    pub const RESERVATION_REGISTER: u8 = 0x0d;
+    /// Reservation Report.
+    pub const RESERVATION_REPORT: u8 = 0x0e;
+    /// Reservation Acquire.
+    pub const RESERVATION_ACQUIRE: u8 = 0x11;
+    /// Reservation Release.
+    pub const RESERVATION_RELEASE: u8 = 0x15;
+    /// Copy.
+    pub const COPY: u8 = 0x19;
+}
+
+/// CDW12 bit 31 of Read and Write: Limited Retry (NVM 3.2.4).
+pub const CDW12_LIMITED_RETRY: u32 = 1 << 31;
+/// CDW12 bit 30 of Read, Write and Write Zeroes: Force Unit Access.
+pub const CDW12_FUA: u32 = 1 << 30;
+/// CDW12 bits 29:26: Protection Information field.
+pub const CDW12_PRINFO_MASK: u32 = 0xf << 26;
+/// CDW12 bit 25 of Write Zeroes: Deallocate (NVM 3.2.8).
+pub const CDW12_DEALLOCATE: u32 = 1 << 25;
+/// CDW12 bits 15:0: Number of Logical Blocks, 0's based.
+pub const CDW12_NLB_MASK: u32 = 0xffff;
+/// CDW11 bit 2 of Dataset Management: Attribute - Deallocate (NVM 3.2.3).
+pub const DSM_DEALLOCATE: u32 = 1 << 2;
+/// Size of one Dataset Management range in bytes: attributes (4), length in blocks (4), first block (8).
+pub const DSM_RANGE_SIZE_BYTES: usize = 16;
+/// CDW11 bit 0 of Create I/O SQ and CQ: Physically Contiguous (Base 5.4, 5.5).
+pub const QUEUE_PHYSICALLY_CONTIGUOUS: u32 = 1 << 0;
+/// CDW11 bit 1 of Create I/O CQ: Interrupts Enabled (Base 5.4).
+pub const CQ_INTERRUPTS_ENABLED: u32 = 1 << 1;
