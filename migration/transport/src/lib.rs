@@ -1,1 +1,28 @@
-//! (skeleton)
+//! Byte links between two processes, and the names by which a user chooses one.
+//!
+//! A [`Uri`] says where the peer (or a file) is. [`Uri::connect`] and [`Listener`] turn it into a [`Connection`]: a
+//! full-duplex byte stream whose reads and writes are bounded in time, that another thread can shut down, and that
+//! knows how to name its peer in an error. What the bytes mean is the business of crates `stream` and `engine`, which
+//! write one message with one `write_all`.
+//!
+//! Invariants: TCP leaves this host never (that needs TLS); a listening Unix socket is reachable by its owner only,
+//! from its first instant, and its file goes away with the [`Listener`]; a socket file of a dead process is replaced,
+//! one of a living process never.
+//!
+//! [`Connection::pair`] gives both ends of a link inside one process, and [`faulty`] damages a link at a chosen
+//! message, for tests of the layers above.
+//!
+//! Absent: TLS, descriptor passing, several channels, zero-copy sends. A file is only named here: reading and writing
+//! it is the engine's business.
+#![forbid(unsafe_code)]
+
+mod connection;
+mod error;
+pub mod faulty;
+mod listener;
+mod uri;
+
+pub use connection::{Connection, Link};
+pub use error::Error;
+pub use listener::Listener;
+pub use uri::{Layout, Uri};

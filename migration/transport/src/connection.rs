@@ -1,0 +1,202 @@
+//! One link.
+
+use std::fmt;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use rustix::net::sockopt;
+
+use crate::Error;
+
+/// Bytes that the kernel may hold in each direction: enough that a sender and a receiver on two CPUs do not wait for
+/// each other at every message. The kernel may grant less.
+const SOCKET_BUFFER_BYTES: usize = 1 << 20;
+
+/// A full-duplex byte stream, as a [`Connection`] drives it.
+pub trait Link: Read + Write + Send {
+    /// A second handle on the same stream.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    fn try_clone(&self) -> io::Result<Box<dyn Link>>;
+
+    /// How long a read may wait (`None`: for ever) before it fails with `WouldBlock` or `TimedOut`.
+    ///
+    /// # Errors
+    /// The duration is zero, or the stream is gone.
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// The same for writes; what was written before the time was up counts.
+    ///
+    /// # Errors
+    /// The duration is zero, or the stream is gone.
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()>;
+
+    /// Ends one or both directions. Reads and writes of other threads return.
+    ///
+    /// # Errors
+    /// The stream is gone already.
+    fn shutdown(&self, how: Shutdown) -> io::Result<()>;
+}
+
+macro_rules! impl_link {
+    ($stream:ty) => {
+        impl Link for $stream {
+            fn try_clone(&self) -> io::Result<Box<dyn Link>> {
+                Ok(Box::new(self.try_clone()?))
+            }
+            fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+                self.set_read_timeout(timeout)
+            }
+            fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+                self.set_write_timeout(timeout)
+            }
+            fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+                self.shutdown(how)
+            }
+        }
+    };
+}
+
+impl_link!(TcpStream);
+impl_link!(UnixStream);
+
+/// A [`Link`] that knows the name of its peer.
+pub struct Connection {
+    link: Box<dyn Link>,
+    peer: String,
+}
+
+impl Connection {
+    /// A connection over any link.
+    #[must_use]
+    pub fn new(link: Box<dyn Link>, peer: impl Into<String>) -> Self {
+        Self { link, peer: peer.into() }
+    }
+
+    pub(crate) fn from_unix(stream: UnixStream, peer: String) -> Result<Self, Error> {
+        Self::size_buffers(&stream).map_err(|source| Error::Setup { peer: peer.clone(), source })?;
+        Ok(Self::new(Box::new(stream), peer))
+    }
+
+    pub(crate) fn from_tcp(stream: TcpStream, peer: String) -> Result<Self, Error> {
+        // Messages are written whole; waiting for more data would only add to the downtime.
+        stream.set_nodelay(true).map_err(|source| Error::Setup { peer: peer.clone(), source })?;
+        // The kernel tunes TCP buffers by itself, and a fixed size would switch that off.
+        Ok(Self::new(Box::new(stream), peer))
+    }
+
+    /// Both ends of a link within this process.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn pair() -> Result<(Self, Self), Error> {
+        let setup = |source| Error::Setup { peer: "this process".to_owned(), source };
+        let (one, other) = UnixStream::pair().map_err(setup)?;
+        Ok((Self::from_unix(one, "pair:0".to_owned())?, Self::from_unix(other, "pair:1".to_owned())?))
+    }
+
+    fn size_buffers(stream: &UnixStream) -> io::Result<()> {
+        sockopt::set_socket_send_buffer_size(stream, SOCKET_BUFFER_BYTES)?;
+        sockopt::set_socket_recv_buffer_size(stream, SOCKET_BUFFER_BYTES)?;
+        Ok(())
+    }
+
+    /// The other end, for messages.
+    #[must_use]
+    pub fn peer(&self) -> &str {
+        &self.peer
+    }
+
+    /// A second handle on the same link, for a thread that reads while this one writes, or that shuts it down.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { link: self.link.try_clone()?, peer: self.peer.clone() })
+    }
+
+    /// See [`Link::set_read_timeout`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.link.set_read_timeout(timeout)
+    }
+
+    /// See [`Link::set_write_timeout`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.link.set_write_timeout(timeout)
+    }
+
+    /// See [`Link::shutdown`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+        self.link.shutdown(how)
+    }
+}
+
+impl Read for Connection {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.link.read(buffer)
+    }
+}
+
+impl Write for Connection {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.link.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.link.flush()
+    }
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Connection").field("peer", &self.peer).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_silent_peer_does_not_hold_a_reader_or_a_writer() {
+        let (mut one, _other) = Connection::pair().unwrap();
+        one.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+        one.set_write_timeout(Some(Duration::from_millis(1))).unwrap();
+        let kind = one.read(&mut [0; 8]).unwrap_err().kind();
+        assert!(matches!(kind, io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut), "{kind}");
+        let block = vec![0; SOCKET_BUFFER_BYTES];
+        let kind = loop {
+            if let Err(error) = one.write(&block) {
+                break error.kind();
+            }
+        };
+        assert!(matches!(kind, io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut), "{kind}");
+    }
+
+    #[test]
+    fn another_handle_ends_a_blocked_read() {
+        let (mut one, mut other) = Connection::pair().unwrap();
+        other.write_all(b"x").unwrap();
+        let handle = one.try_clone().unwrap();
+        let reader = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            one.read_to_end(&mut bytes).map(|_| bytes)
+        });
+        handle.shutdown(Shutdown::Both).unwrap();
+        let bytes = reader.join().unwrap().unwrap();
+        assert!(bytes.len() <= 1);
+        assert_eq!(other.write(b"y").unwrap_err().kind(), io::ErrorKind::BrokenPipe);
+    }
+}

@@ -1,0 +1,230 @@
+//! A link that misbehaves at a chosen message, for tests of what is built on it.
+//!
+//! Whoever writes one message by one `write_all` can damage exactly the n-th: one `write` call here is one message,
+//! taken whole, whatever the size of the buffers below.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use crate::{Connection, Link};
+
+/// What happens to the chosen message. Messages before it pass unharmed.
+#[derive(Debug)]
+pub enum Fault {
+    /// The link is cut before its first byte.
+    CutBefore,
+    /// The link is cut after half of it.
+    CutMiddle,
+    /// It arrives, then the link is cut.
+    CutAfter,
+    /// It and all later messages vanish, and nothing is cut: the peer sees silence.
+    Swallow,
+    /// It arrives, and this end hears nothing any more: the answers vanish.
+    Deafen,
+    /// It waits until the [`Gate`] is opened.
+    Hold(Held),
+}
+
+/// Opens a [`Fault::Hold`], and learns when the message arrived at it.
+#[derive(Debug)]
+pub struct Gate {
+    arrived: Receiver<()>,
+    open: Sender<()>,
+}
+
+/// The other half of a [`Gate`].
+#[derive(Debug)]
+pub struct Held {
+    arrived: Sender<()>,
+    open: Mutex<Receiver<()>>,
+}
+
+impl Gate {
+    /// A gate and what it holds.
+    #[must_use]
+    pub fn new() -> (Self, Fault) {
+        let (arrived_sender, arrived) = channel();
+        let (open, open_receiver) = channel();
+        (
+            Self { arrived, open },
+            Fault::Hold(Held { arrived: arrived_sender, open: Mutex::new(open_receiver) }),
+        )
+    }
+
+    /// Waits until the message came to the gate; false if it never did within `timeout`.
+    #[must_use]
+    pub fn wait(&self, timeout: Duration) -> bool {
+        self.arrived.recv_timeout(timeout).is_ok()
+    }
+
+    /// Lets the message pass. Dropping the gate does the same.
+    pub fn open(&self) {
+        let _nobody_waits = self.open.send(());
+    }
+}
+
+#[derive(Debug)]
+struct Plan {
+    at: u32,
+    fault: Fault,
+    written: AtomicU32,
+    /// Set when the fault has struck.
+    struck: AtomicBool,
+}
+
+struct Faulty {
+    inner: Connection,
+    plan: Arc<Plan>,
+}
+
+/// Wraps `connection` so that its `at`-th written message (from 0) meets `fault`.
+#[must_use]
+pub fn wrap(connection: Connection, at: u32, fault: Fault) -> Connection {
+    let peer = connection.peer().to_owned();
+    let plan = Plan { at, fault, written: AtomicU32::new(0), struck: AtomicBool::new(false) };
+    Connection::new(Box::new(Faulty { inner: connection, plan: Arc::new(plan) }), peer)
+}
+
+impl Faulty {
+    fn struck(&self) -> bool {
+        self.plan.struck.load(Ordering::SeqCst)
+    }
+
+    fn cut(&self) {
+        let _cut_already = self.inner.shutdown(Shutdown::Both);
+    }
+}
+
+impl Read for Faulty {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let length = self.inner.read(buffer)?;
+            if length > 0 && self.struck() && matches!(self.plan.fault, Fault::Deafen) {
+                continue;
+            }
+            return Ok(length);
+        }
+    }
+}
+
+impl Write for Faulty {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let index = self.plan.written.fetch_add(1, Ordering::SeqCst);
+        let struck = index == self.plan.at;
+        if struck {
+            self.plan.struck.store(true, Ordering::SeqCst);
+        }
+        match &self.plan.fault {
+            Fault::CutBefore if struck => {
+                self.cut();
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            Fault::CutMiddle if struck => {
+                self.inner.write_all(bytes.get(..bytes.len() / 2).unwrap_or_default())?;
+                self.cut();
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            Fault::CutAfter if struck => {
+                self.inner.write_all(bytes)?;
+                self.cut();
+                return Ok(bytes.len());
+            }
+            Fault::Swallow if index >= self.plan.at => return Ok(bytes.len()),
+            Fault::Hold(held) if struck => {
+                let _nobody_waits = held.arrived.send(());
+                let open = held.open.lock().unwrap_or_else(PoisonError::into_inner);
+                let _gate_dropped = open.recv();
+            }
+            _ => {}
+        }
+        self.inner.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+impl Link for Faulty {
+    fn try_clone(&self) -> io::Result<Box<dyn Link>> {
+        Ok(Box::new(Self { inner: self.inner.try_clone()?, plan: Arc::clone(&self.plan) }))
+    }
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.inner.set_read_timeout(timeout)
+    }
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.inner.set_write_timeout(timeout)
+    }
+    fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+        self.inner.shutdown(how)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sends three messages through a link with a fault at the second; gives what arrived until the end or silence.
+    fn arrived(fault: Fault) -> (Vec<u8>, bool) {
+        let (one, mut other) = Connection::pair().unwrap();
+        let mut one = wrap(one, 1, fault);
+        for message in [b"aaaa", b"bbbb", b"cccc"] {
+            if one.write_all(message).is_err() {
+                break;
+            }
+        }
+        other.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+        let (mut all, mut bytes) = (Vec::new(), [0; 64]);
+        loop {
+            match other.read(&mut bytes) {
+                Ok(0) => return (all, true),
+                Ok(length) => all.extend_from_slice(&bytes[..length]),
+                Err(_) => return (all, false),
+            }
+        }
+    }
+
+    #[test]
+    fn each_fault_does_what_it_says() {
+        assert_eq!(arrived(Fault::CutBefore), (b"aaaa".to_vec(), true));
+        assert_eq!(arrived(Fault::CutMiddle), (b"aaaabb".to_vec(), true));
+        assert_eq!(arrived(Fault::CutAfter), (b"aaaabbbb".to_vec(), true));
+        assert_eq!(arrived(Fault::Swallow), (b"aaaa".to_vec(), false));
+        assert_eq!(arrived(Fault::Deafen), (b"aaaabbbbcccc".to_vec(), false));
+    }
+
+    #[test]
+    fn a_gate_holds_its_message() {
+        let (one, mut other) = Connection::pair().unwrap();
+        let (gate, fault) = Gate::new();
+        let mut one = wrap(one, 0, fault);
+        let writer = std::thread::spawn(move || one.write_all(b"held"));
+        assert!(gate.wait(Duration::from_secs(10)));
+        other.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+        assert!(other.read(&mut [0; 4]).is_err());
+        gate.open();
+        writer.join().unwrap().unwrap();
+        let mut bytes = [0; 4];
+        other.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"held");
+    }
+
+    #[test]
+    fn a_deaf_end_hears_only_the_end() {
+        let (one, mut other) = Connection::pair().unwrap();
+        let mut one = wrap(one, 0, Fault::Deafen);
+        one.write_all(b"q").unwrap();
+        other.read_exact(&mut [0; 1]).unwrap();
+        other.write_all(b"answer").unwrap();
+        drop(other);
+        let mut bytes = Vec::new();
+        one.read_to_end(&mut bytes).unwrap();
+        assert!(bytes.is_empty());
+    }
+}

@@ -1,0 +1,238 @@
+//! Waiting for a peer.
+
+use std::fs;
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::{Connection, Error, Uri};
+
+const BACKLOG: i32 = 8;
+
+#[derive(Debug)]
+enum Socket {
+    Unix { listener: UnixListener, file: SocketFile },
+    Tcp(TcpListener),
+}
+
+/// A listening address. Dropping it removes the file of a Unix socket.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Socket,
+    uri: Uri,
+}
+
+impl Listener {
+    /// Listens at `uri`. A socket file that a dead process left behind is replaced.
+    ///
+    /// # Errors
+    /// A living process listens there, the path is something else than a socket, the address lies beyond this host, or
+    /// it is a file.
+    pub fn bind(uri: &Uri) -> Result<Self, Error> {
+        let failed = |source| Error::Listen { uri: uri.to_string(), source };
+        match uri {
+            Uri::Unix(path) => {
+                let (listener, file) = bind_unix(uri, path)?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                Ok(Self { socket: Socket::Unix { listener, file }, uri: uri.clone() })
+            }
+            Uri::Tcp { host, .. } => {
+                let listener =
+                    TcpListener::bind(uri.loopback_addresses()?.as_slice()).map_err(|source| match source
+                        .kind()
+                    {
+                        io::ErrorKind::AddrInUse => Error::InUse { uri: uri.to_string() },
+                        _ => failed(source),
+                    })?;
+                listener.set_nonblocking(true).map_err(failed)?;
+                let port = listener.local_addr().map_err(failed)?.port();
+                Ok(Self { socket: Socket::Tcp(listener), uri: Uri::Tcp { host: host.clone(), port } })
+            }
+            Uri::File { .. } => Err(uri.not_a_link()),
+        }
+    }
+
+    /// Where it listens; a port that the system chose is filled in.
+    #[must_use]
+    pub fn uri(&self) -> &Uri {
+        &self.uri
+    }
+
+    /// The next peer, or `None` if none came within `timeout`.
+    ///
+    /// # Errors
+    /// The listening socket is broken. A peer that went away again is not an error of the listener.
+    pub fn accept(&self, timeout: Duration) -> Result<Option<Connection>, Error> {
+        let failed = |source| Error::Listen { uri: self.uri.to_string(), source };
+        let time = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: i32::MAX.into(), tv_nsec: 0 });
+        let fd = self.as_fd();
+        match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&time)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(None),
+            Ok(_) => {}
+            Err(errno) => return Err(failed(errno.into())),
+        }
+        let accepted = match &self.socket {
+            Socket::Unix { listener, .. } => listener.accept().and_then(|(stream, _)| {
+                stream.set_nonblocking(false)?;
+                Ok(Connection::from_unix(stream, self.uri.to_string()))
+            }),
+            Socket::Tcp(listener) => listener.accept().and_then(|(stream, peer)| {
+                stream.set_nonblocking(false)?;
+                Ok(Connection::from_tcp(stream, format!("tcp:{peer}")))
+            }),
+        };
+        match accepted {
+            Ok(connection) => connection.map(Some),
+            Err(error) => match error.kind() {
+                io::ErrorKind::WouldBlock
+                | io::ErrorKind::ConnectionAborted
+                | io::ErrorKind::ConnectionReset
+                | io::ErrorKind::Interrupted => Ok(None),
+                _ => Err(failed(error)),
+            },
+        }
+    }
+}
+
+impl AsFd for Listener {
+    /// Readable when a peer waits, for a caller with an event loop of its own.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Socket::Unix { listener, .. } => listener.as_fd(),
+            Socket::Tcp(listener) => listener.as_fd(),
+        }
+    }
+}
+
+/// The socket's entry in the file system, by what it was when we made it.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Someone may have put another socket there since: only our own is removed.
+        if let Ok(found) = fs::symlink_metadata(&self.path)
+            && (found.dev(), found.ino()) == (self.device, self.inode)
+        {
+            let _gone_already = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn bind_unix(uri: &Uri, path: &Path) -> Result<(UnixListener, SocketFile), Error> {
+    let failed = |source: io::Error| Error::Listen { uri: uri.to_string(), source };
+    let address = SocketAddrUnix::new(path).map_err(|errno| failed(errno.into()))?;
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+            .map_err(|errno| failed(errno.into()))?;
+    if let Err(errno) = rustix::net::bind(&socket, &address) {
+        if errno != rustix::io::Errno::ADDRINUSE {
+            return Err(failed(errno.into()));
+        }
+        remove_stale(uri, path)?;
+        rustix::net::bind(&socket, &address).map_err(|errno| failed(errno.into()))?;
+    }
+    let found = fs::symlink_metadata(path).map_err(failed)?;
+    let file = SocketFile { path: path.to_owned(), device: found.dev(), inode: found.ino() };
+    // Nobody can connect before `listen`, so there is no moment at which others could.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    rustix::net::listen(&socket, BACKLOG).map_err(|errno| failed(errno.into()))?;
+    Ok((UnixListener::from(socket), file))
+}
+
+fn remove_stale(uri: &Uri, path: &Path) -> Result<(), Error> {
+    let failed = |source| Error::Listen { uri: uri.to_string(), source };
+    if !fs::symlink_metadata(path).map_err(failed)?.file_type().is_socket() {
+        return Err(Error::NotASocket { uri: uri.to_string() });
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(failed)
+        }
+        // It answered, or it may be alive.
+        Ok(_) | Err(_) => Err(Error::InUse { uri: uri.to_string() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    fn exchange(listener: &Listener) {
+        let mut client = listener.uri().connect(SOON).unwrap();
+        let mut server = listener.accept(SOON).unwrap().unwrap();
+        client.write_all(b"ping").unwrap();
+        let mut bytes = [0; 4];
+        server.read_exact(&mut bytes).unwrap();
+        assert_eq!(&bytes, b"ping");
+        assert!(listener.accept(Duration::ZERO).unwrap().is_none());
+    }
+
+    #[test]
+    fn unix_socket_is_private_and_goes_away() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = Listener::bind(&Uri::Unix(path.clone())).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        exchange(&listener);
+        drop(listener);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn tcp_fills_in_the_port() {
+        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        assert!(!matches!(listener.uri(), Uri::Tcp { port: 0, .. }));
+        exchange(&listener);
+        assert!(matches!(Listener::bind(listener.uri()), Err(Error::InUse { .. })));
+        let beyond = "tcp:0.0.0.0:0".parse().unwrap();
+        assert!(matches!(Listener::bind(&beyond), Err(Error::BeyondLoopback { .. })));
+    }
+
+    #[test]
+    fn a_dead_socket_is_replaced_a_live_one_and_a_file_are_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let uri = Uri::Unix(folder.path().join("socket"));
+        drop(UnixListener::bind(folder.path().join("socket")).unwrap());
+        let listener = Listener::bind(&uri).unwrap();
+        assert!(matches!(Listener::bind(&uri), Err(Error::InUse { .. })));
+        exchange_after_probe(&listener);
+        let file = Uri::Unix(folder.path().join("file"));
+        fs::write(folder.path().join("file"), "precious").unwrap();
+        assert!(matches!(Listener::bind(&file), Err(Error::NotASocket { .. })));
+        assert_eq!(fs::read(folder.path().join("file")).unwrap(), b"precious");
+    }
+
+    /// The refused `bind` knocked at the door and left; the next peer is served all the same.
+    fn exchange_after_probe(listener: &Listener) {
+        let mut probe = listener.accept(SOON).unwrap().unwrap();
+        assert_eq!(probe.read(&mut [0; 1]).unwrap(), 0);
+        exchange(listener);
+    }
+
+    #[test]
+    fn drop_leaves_a_socket_that_is_not_ours() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = Listener::bind(&Uri::Unix(path.clone())).unwrap();
+        fs::rename(&path, folder.path().join("moved")).unwrap();
+        let _other = UnixListener::bind(&path).unwrap();
+        drop(listener);
+        assert!(path.exists());
+    }
+}
