@@ -1,0 +1,93 @@
+//! Configuration space and MSI-X of one function, kept in agreement.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::bar::BarWindow;
+use crate::config::ConfigSpace;
+use crate::error::Error;
+use crate::msix::{Msix, MsixSink};
+use crate::state::EndpointState;
+
+/// The part of a [`PciFunction`](crate::PciFunction) that is the same in every device: delegate to it.
+pub struct Endpoint {
+    config: Mutex<ConfigSpace>,
+    msix: Msix,
+}
+
+impl Endpoint {
+    /// Takes a finished configuration space; messages go to `sink`.
+    ///
+    /// # Errors
+    /// [`Error::NoMsix`] if `config` has no MSI-X capability.
+    pub fn new(config: ConfigSpace, sink: Arc<dyn MsixSink>) -> Result<Self, Error> {
+        let layout = config.msix_layout().ok_or(Error::NoMsix)?;
+        Ok(Self { config: Mutex::new(config), msix: Msix::new(layout, sink) })
+    }
+
+    /// A guest read of configuration space.
+    pub fn config_read(&self, offset: u16, data: &mut [u8]) {
+        self.lock_config().read(offset, data);
+    }
+
+    /// A guest write of configuration space.
+    pub fn config_write(&self, offset: u16, data: &[u8]) {
+        let mut config = self.lock_config();
+        config.write(offset, data);
+        let (enabled, masked) = config.msix_control();
+        self.msix.set_control(enabled, masked);
+    }
+
+    /// The BARs and where they are.
+    #[must_use]
+    pub fn bars(&self) -> Vec<BarWindow> {
+        self.lock_config().bars()
+    }
+
+    /// Whether the guest lets the function access memory and send messages.
+    #[must_use]
+    pub fn bus_master(&self) -> bool {
+        self.lock_config().bus_master()
+    }
+
+    /// The interrupts.
+    #[must_use]
+    pub fn msix(&self) -> &Msix {
+        &self.msix
+    }
+
+    /// Serves a BAR read that lies in the MSI-X table or the pending bits; `false`: it does not, `data` is untouched.
+    pub fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) -> bool {
+        self.msix.bar_read(bar, offset, data)
+    }
+
+    /// Serves a BAR write that lies in the MSI-X table or the pending bits; `false`: it does not.
+    pub fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) -> bool {
+        self.msix.bar_write(bar, offset, data)
+    }
+
+    /// What a migration carries. The function must be paused: no vector is triggered meanwhile.
+    #[must_use]
+    pub fn save(&self) -> EndpointState {
+        let config = self.lock_config();
+        EndpointState { config: config.save(), msix: self.msix.save() }
+    }
+
+    /// Takes over a saved state and announces its vectors to the sink. Map the BARs afterwards with
+    /// [`RootBus::map_bars`](crate::RootBus::map_bars).
+    ///
+    /// # Errors
+    /// Those of [`ConfigSpace::restore`] and [`Msix::restore`]. The endpoint is unchanged then.
+    pub fn restore(&self, state: &EndpointState) -> Result<(), Error> {
+        let mut config = self.lock_config();
+        let mut restored = config.clone();
+        restored.restore(&state.config)?;
+        let (enabled, masked) = restored.msix_control();
+        self.msix.restore(&state.msix, enabled, masked)?;
+        *config = restored;
+        Ok(())
+    }
+
+    fn lock_config(&self) -> MutexGuard<'_, ConfigSpace> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
