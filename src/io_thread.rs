@@ -1,1 +1,181 @@
-//! (skeleton)
+//! Threads that serve queues: one event-manager loop each.
+//!
+//! A *worker* is one share of a device's queues. It is driven by events only: its own wake-up descriptor (rung by a
+//! doorbell, through KVM's ioeventfd or through [`WakeUp::ring`]) and the descriptors that it names itself (the completions
+//! of its io_uring). A worker that has more to do than one turn allows rings itself again, so that workers on one
+//! thread take turns.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// One share of a device's queues.
+pub trait Worker: Send {
+    /// Serves what there is, within a bounded turn. `true`: there is more, call again.
+    fn turn(&mut self) -> bool;
+
+    /// Eventfds (not blocking) that call for a turn, besides the wake-up. They are drained before the turn.
+    ///
+    /// # Errors
+    /// The process has no descriptors left.
+    fn completion_events(&self) -> io::Result<Vec<EventFd>>;
+}
+
+/// Calls a worker to its thread.
+#[derive(Clone, Debug)]
+pub struct WakeUp(Arc<EventFd>);
+
+impl WakeUp {
+    /// A new one.
+    ///
+    /// # Errors
+    /// The process has no descriptors left.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?)))
+    }
+
+    /// Calls the worker. Ringing several times before it looks is one call.
+    pub fn ring(&self) {
+        // The only error is a full counter, which is a pending call all the same.
+        let _ = self.0.write(1);
+    }
+
+    /// The descriptor, for an ioeventfd.
+    #[must_use]
+    pub fn event_fd(&self) -> &EventFd {
+        &self.0
+    }
+}
+
+type Manager = EventManager<Box<dyn MutEventSubscriber>>;
+
+/// A running thread. Dropping it ends the thread after its current turn.
+pub struct IoThread {
+    endpoint: RemoteEndpoint<Box<dyn MutEventSubscriber>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl IoThread {
+    /// Starts a thread that has no worker yet.
+    ///
+    /// # Errors
+    /// The thread or its epoll descriptor could not be made.
+    pub fn spawn(name: &str) -> io::Result<Self> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let stop_in_thread = Arc::clone(&stop);
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+            let mut manager = match Manager::new() {
+                Ok(manager) => manager,
+                Err(error) => {
+                    let _ = sender.send(Err(io::Error::other(error)));
+                    return;
+                }
+            };
+            let _ = sender.send(Ok(manager.remote_endpoint()));
+            while !stop_in_thread.load(Ordering::Acquire) {
+                if let Err(error) = manager.run() {
+                    log::error!("an I/O thread cannot wait for events: {error}");
+                    return;
+                }
+            }
+        })?;
+        let endpoint = receiver.recv().map_err(io::Error::other)??;
+        Ok(Self { endpoint, stop, thread: Some(thread) })
+    }
+
+    /// Gives `worker` to this thread; it has a first turn at once.
+    ///
+    /// # Errors
+    /// The thread has ended, or the process has no descriptors left.
+    pub fn add(&self, worker: Box<dyn Worker>, wake_up: WakeUp) -> io::Result<()> {
+        let completions = worker.completion_events()?;
+        wake_up.ring();
+        self.endpoint
+            .call_blocking(move |operations| -> Result<(), event_manager::Error> {
+                operations.add_subscriber(Box::new(Subscriber { worker, wake_up, completions }));
+                Ok(())
+            })
+            .map_err(io::Error::other)
+    }
+}
+
+impl Drop for IoThread {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        let _ = self.endpoint.kick();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Subscriber {
+    worker: Box<dyn Worker>,
+    wake_up: WakeUp,
+    completions: Vec<EventFd>,
+}
+
+impl MutEventSubscriber for Subscriber {
+    fn init(&mut self, operations: &mut EventOps) {
+        for event in self.completions.iter().chain([self.wake_up.event_fd()]) {
+            if let Err(error) = operations.add(Events::new(event, EventSet::IN)) {
+                log::error!("an I/O thread cannot watch an event: {error}");
+            }
+        }
+    }
+
+    fn process(&mut self, events: Events, _: &mut EventOps) {
+        let ready = |event: &&EventFd| event.as_raw_fd() == events.fd();
+        if let Some(event) = self.completions.iter().chain([self.wake_up.event_fd()]).find(ready) {
+            // Not blocking; an event that someone else has drained is fine.
+            let _ = event.read();
+        }
+        if self.worker.turn() {
+            self.wake_up.ring();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    struct Countdown {
+        turns: u32,
+        report: mpsc::Sender<u32>,
+    }
+
+    impl Worker for Countdown {
+        fn turn(&mut self) -> bool {
+            self.turns -= 1;
+            self.report.send(self.turns).unwrap();
+            self.turns > 0
+        }
+
+        fn completion_events(&self) -> io::Result<Vec<EventFd>> {
+            Ok(Vec::new())
+        }
+    }
+
+    #[test]
+    fn a_worker_has_turns_until_it_is_done_and_then_when_it_is_called() {
+        let thread = IoThread::spawn("io-test").unwrap();
+        let (report, reports) = mpsc::channel();
+        let wake_up = WakeUp::new().unwrap();
+        thread.add(Box::new(Countdown { turns: 3, report }), wake_up.clone()).unwrap();
+        assert_eq!(reports.iter().take(3).collect::<Vec<_>>(), [2, 1, 0]);
+        drop(thread);
+        assert!(reports.recv().is_err(), "the worker is gone with its thread");
+        wake_up.ring();
+    }
+}

@@ -2,6 +2,7 @@
 pub mod boot;
 pub mod cli;
 pub mod config;
+pub mod console;
 pub mod control;
 pub mod dirty;
 pub mod io_thread;

@@ -1,2 +1,17 @@
-//! (skeleton)
-fn main() {}
+//! The `ferry` command: parse, run, print the error chain, exit code.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use ferry::cli::Arguments;
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::new().filter_or("FERRY_LOG", "warn")).init();
+    match Arguments::parse().command.execute() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ferry: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

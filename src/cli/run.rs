@@ -1,0 +1,97 @@
+//! `ferry run`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::config::{Config, MachineSpec, NamespaceOption, NvmeOption, SerialOutput, Tables};
+
+/// Run a virtual machine, or wait for one to arrive.
+///
+/// A guest that boots here needs --kernel. A guest that arrives needs --incoming, and otherwise the flags that the source was
+/// started with: the two machines are compared before any memory moves.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry run --memory 512M --kernel vmlinux --initrd initramfs.cpio \\
+      --cmdline 'console=ttyS0' --nvme path=disk.raw,serial=disk0 --api vm.sock
+  ferry run --memory 512M --nvme path=disk.raw,serial=disk0 --api new.sock \\
+      --incoming unix:/run/move.sock       # then, elsewhere:
+  ferry migrate --api vm.sock unix:/run/move.sock
+
+  # One controller with three namespaces; identifiers may have holes:
+  ferry run --kernel vmlinux --nvme serial=c0,queues=8 \\
+      --ns controller=c0,nsid=1,backend=file,path=a.raw \\
+      --ns controller=c0,nsid=5,backend=memory,size=64M,lba=4096 \\
+      --ns controller=c0,nsid=9,backend=file,path=b.raw,ro")]
+pub struct RunArguments {
+    /// Name of the virtual machine, for messages and the lease record.
+    #[arg(long, default_value = "ferry", value_name = "NAME")]
+    pub name: String,
+    /// Number of vCPUs, 1 to 64.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub cpus: u8,
+    /// RAM, for example 512M or 4G.
+    #[arg(long, default_value = "256M", value_name = "SIZE")]
+    pub memory: String,
+    /// Kernel to boot: an ELF vmlinux or a bzImage.
+    #[arg(long, value_name = "PATH")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "PATH")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, default_value = "console=ttyS0", value_name = "TEXT")]
+    pub cmdline: String,
+    /// How the guest learns of its processors and buses.
+    #[arg(long, value_enum, default_value_t)]
+    pub tables: Tables,
+    /// Where the serial console goes: stdio, null, file:PATH or unix:PATH.
+    #[arg(long, default_value = "stdio", value_name = "WHERE")]
+    pub serial: SerialOutput,
+    /// An NVMe controller: serial=S[,queues=64][,msix=N][,mdts=N]; path=P,serial=S also gives it one file namespace.
+    #[arg(long, value_name = "OPTIONS")]
+    pub nvme: Vec<NvmeOption>,
+    /// A namespace: controller=S,nsid=N,backend=file|memory|null[,path=|size=][,lba=512|4096][,ro].
+    #[arg(long, value_name = "OPTIONS")]
+    pub ns: Vec<NamespaceOption>,
+    /// Threads that serve the controllers' queues.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub io_threads: u8,
+    /// Control socket (QMP); it is made with mode 0600.
+    #[arg(long, value_name = "PATH")]
+    pub api: Option<PathBuf>,
+    /// The lease record that decides who owns the guest [default: the first writable image's path + .ferry-lease].
+    #[arg(long, value_name = "PATH")]
+    pub lease: Option<PathBuf>,
+    /// Wait for a guest to arrive: unix:PATH, tcp:HOST:PORT, or file:PATH to restore a suspended one.
+    #[arg(long, value_name = "URI")]
+    pub incoming: Option<transport::Uri>,
+    /// End with status 0 once the guest has been migrated away.
+    #[arg(long)]
+    pub exit_when_migrated: bool,
+}
+
+impl RunArguments {
+    /// The machine that these flags describe.
+    ///
+    /// # Errors
+    /// They do not make one.
+    pub fn machine(&self) -> Result<MachineSpec, crate::config::Error> {
+        MachineSpec::try_from(Config {
+            name: self.name.clone(),
+            cpus: self.cpus,
+            memory: self.memory.clone(),
+            kernel: self.kernel.clone(),
+            initrd: self.initrd.clone(),
+            cmdline: self.cmdline.clone(),
+            tables: self.tables,
+            serial: self.serial.clone(),
+            nvme: self.nvme.clone(),
+            namespaces: self.ns.clone(),
+            io_threads: self.io_threads,
+            lease: self.lease.clone(),
+            incoming: self.incoming.is_some(),
+        })
+    }
+}
