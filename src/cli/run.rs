@@ -95,3 +95,13 @@ impl RunArguments {
         })
     }
 }
+
+impl RunArguments {
+    /// Runs the virtual machine until it ends.
+    ///
+    /// # Errors
+    /// It cannot be built, or ended badly.
+    pub fn execute(&self) -> anyhow::Result<()> {
+        crate::vmm::run(self)
+    }
+}

@@ -1,0 +1,2 @@
+//! (skeleton)
+pub fn run(_: &crate::cli::RunArguments) -> anyhow::Result<()> { Ok(()) }
