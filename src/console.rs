@@ -43,7 +43,9 @@ impl Console {
             SerialOutput::Stdio => Kind::Stdio { terminal: None },
             SerialOutput::File(path) => {
                 let file = OpenOptions::new().create(true).append(true).open(path);
-                Kind::Plain(Some(file.with_context(|| format!("cannot open {} for the console", path.display()))?))
+                Kind::Plain(Some(
+                    file.with_context(|| format!("cannot open {} for the console", path.display()))?,
+                ))
             }
             SerialOutput::Unix(path) => {
                 let listener = bind(path)
@@ -108,7 +110,8 @@ impl Drop for Console {
 fn bind(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            let stale = matches!(UnixStream::connect(path), Err(e) if e.kind() == ErrorKind::ConnectionRefused);
+            let stale =
+                matches!(UnixStream::connect(path), Err(e) if e.kind() == ErrorKind::ConnectionRefused);
             if !stale {
                 return Err(error);
             }

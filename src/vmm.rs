@@ -1,2 +1,4 @@
 //! (skeleton)
-pub fn run(_: &crate::cli::RunArguments) -> anyhow::Result<()> { Ok(()) }
+pub fn run(_: &crate::cli::RunArguments) -> anyhow::Result<()> {
+    Ok(())
+}

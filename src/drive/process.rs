@@ -104,7 +104,10 @@ impl Process {
     /// It has closed its standard input.
     pub fn type_in(&mut self, text: &str) -> anyhow::Result<()> {
         let input = self.input.as_mut().context("standard input was closed")?;
-        input.write_all(text.as_bytes()).and_then(|()| input.flush()).with_context(|| self.describe("cannot type to"))
+        input
+            .write_all(text.as_bytes())
+            .and_then(|()| input.flush())
+            .with_context(|| self.describe("cannot type to"))
     }
 
     /// Waits for a line of the console; see [`Lines::wait_for`].
@@ -118,9 +121,9 @@ impl Process {
         timeout: Duration,
         select: impl FnMut(&str) -> Option<T>,
     ) -> anyhow::Result<(T, usize)> {
-        self.console
-            .wait_for(from, timeout, select)
-            .ok_or_else(|| anyhow!(self.describe(&format!("waited up to {timeout:?} in vain for {what} from"))))
+        self.console.wait_for(from, timeout, select).ok_or_else(|| {
+            anyhow!(self.describe(&format!("waited up to {timeout:?} in vain for {what} from")))
+        })
     }
 
     /// Sends a signal.
@@ -156,7 +159,8 @@ impl Process {
     /// `what` this process, with the end of its console and log.
     #[must_use]
     pub fn describe(&self, what: &str) -> String {
-        let indent = |lines: &Lines| lines.tail(40).lines().map(|line| format!("\n    {line}")).collect::<String>();
+        let indent =
+            |lines: &Lines| lines.tail(40).lines().map(|line| format!("\n    {line}")).collect::<String>();
         let Self { name, console, log, .. } = self;
         format!("{what} {name}\n  its console:{}\n  its log:{}", indent(console), indent(log))
     }
@@ -186,7 +190,9 @@ mod tests {
         let (_, next) =
             process.wait_for_line("ready", 0, WATCHDOG, |line| (line == "ready").then_some(())).unwrap();
         process.type_in("hello\n").unwrap();
-        process.wait_for_line("an answer", next, WATCHDOG, |line| (line == "got hello").then_some(())).unwrap();
+        process
+            .wait_for_line("an answer", next, WATCHDOG, |line| (line == "got hello").then_some(()))
+            .unwrap();
         let exit = process.wait(WATCHDOG).unwrap();
         assert_eq!((exit.code(), exit.success()), (Some(3), false));
         let error = process.wait_for_line("more", 0, WATCHDOG, |_| None::<()>).unwrap_err().to_string();

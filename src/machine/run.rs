@@ -246,6 +246,9 @@ mod tests {
     #[test]
     fn a_refusal_says_why() {
         let error = RunState::PostMigrate.next(Action::Continue).unwrap_err().to_string();
-        assert_eq!(error, "cannot continue: the virtual machine is gone: the guest was migrated and lives elsewhere");
+        assert_eq!(
+            error,
+            "cannot continue: the virtual machine is gone: the guest was migrated and lives elsewhere"
+        );
     }
 }
