@@ -34,7 +34,8 @@ fn build() -> Result<(), String> {
     compiler.check_linker()?;
 
     let spec = compiler.library("nvme_spec", "devices/nvme-spec/src/lib.rs", None)?;
-    let logic = compiler.library("exerciser", "resources/exerciser/src/lib.rs", Some(("nvme_spec", &spec)))?;
+    let logic =
+        compiler.library("exerciser", "resources/exerciser/src/lib.rs", Some(("nvme_spec", &spec)))?;
     let guest = compiler.guest("resources/exerciser/guest", &logic)?;
     println!("cargo:rustc-env=FERRY_EXERCISER={}", guest.display());
     Ok(())
@@ -86,7 +87,13 @@ impl Compiler {
     fn guest(&self, folder: &str, logic: &Path) -> Result<PathBuf, String> {
         let image = self.output.join("exerciser.elf");
         let mut command = self.command("exerciser_guest", &format!("{folder}/main.rs"));
-        command.args(["--crate-type", "bin", "-Cstrip=symbols", "-Clinker=rust-lld", "-Clinker-flavor=ld.lld"]);
+        command.args([
+            "--crate-type",
+            "bin",
+            "-Cstrip=symbols",
+            "-Clinker=rust-lld",
+            "-Clinker-flavor=ld.lld",
+        ]);
         let script = format!("-T{folder}/link.ld");
         for argument in ["-nostdlib", "-static", "-no-pie", "--build-id=none", "-znorelro", &script] {
             command.arg(format!("-Clink-arg={argument}"));
@@ -101,7 +108,11 @@ impl Compiler {
         if output.status.success() {
             Ok(String::from_utf8_lossy(&output.stdout).into_owned())
         } else {
-            Err(format!("{command:?} failed ({}):\n{}", output.status, String::from_utf8_lossy(&output.stderr)))
+            Err(format!(
+                "{command:?} failed ({}):\n{}",
+                output.status,
+                String::from_utf8_lossy(&output.stderr)
+            ))
         }
     }
 }

@@ -93,13 +93,13 @@ pub fn frequency(machine: &mut dyn Machine, clock: Option<&KvmClock>, given_khz:
         .or_else(|| found(clock?.tsc_khz()?, "kvm-clock"))
         .or_else(|| {
             let most = machine.cpuid(0, 0)[0];
-            let leaf = |machine: &mut dyn Machine, leaf| if most >= leaf { machine.cpuid(leaf, 0) } else { [0; 4] };
+            let leaf =
+                |machine: &mut dyn Machine, leaf| if most >= leaf { machine.cpuid(leaf, 0) } else { [0; 4] };
             let [denominator, numerator, crystal_hz, _] = leaf(machine, LEAF_TSC);
             let crystal = u64::from(crystal_hz) * u64::from(numerator);
             let tsc_khz = crystal.checked_div(u64::from(denominator)).unwrap_or(0) / 1000;
-            found(tsc_khz, "cpuid-15").or_else(|| {
-                found(u64::from(leaf(machine, LEAF_FREQUENCY)[0] & 0xffff) * 1000, "cpuid-16")
-            })
+            found(tsc_khz, "cpuid-15")
+                .or_else(|| found(u64::from(leaf(machine, LEAF_FREQUENCY)[0] & 0xffff) * 1000, "cpuid-16"))
         })
 }
 

@@ -27,7 +27,8 @@ impl Dma {
     /// Allocates at least `length_bytes`, rounded up to whole pages. Aborts when memory is exhausted.
     pub fn new(length_bytes: usize) -> Self {
         let length_bytes = length_bytes.max(1).next_multiple_of(PAGE_BYTES);
-        let layout = Layout::from_size_align(length_bytes, PAGE_BYTES).expect("whole pages are a valid layout");
+        let layout =
+            Layout::from_size_align(length_bytes, PAGE_BYTES).expect("whole pages are a valid layout");
         // SAFETY: the layout has a size above 0.
         let start = unsafe { alloc_zeroed(layout) };
         match NonNull::new(start.cast()) {

@@ -197,7 +197,8 @@ impl Options {
         let (name, value) = word.split_once('=').ok_or("expected name=value")?;
         match name {
             "mode" => {
-                self.mode = choice(value, &[("verify", Mode::Verify), ("iops", Mode::Iops), ("idle", Mode::Idle)])?
+                self.mode =
+                    choice(value, &[("verify", Mode::Verify), ("iops", Mode::Iops), ("idle", Mode::Idle)])?
             }
             "queues" => self.queues = ranged(value, 1, 65_535)? as u16,
             "depth" => self.depth = ranged(value, 2, 65_536)? as u32,
@@ -221,7 +222,8 @@ impl Options {
             "tsc_khz" => self.tsc_khz = ranged(value, 0, 100_000_000)?,
             "seed" => self.seed = ranged(value, 0, u64::MAX)?,
             "exit" => {
-                self.exit = choice(value, &[("off", Exit::Off), ("reset", Exit::Reset), ("halt", Exit::Halt)])?
+                self.exit =
+                    choice(value, &[("off", Exit::Off), ("reset", Exit::Reset), ("halt", Exit::Halt)])?
             }
             _ => return Err("unknown word"),
         }
@@ -257,7 +259,9 @@ mod tests {
 
     #[test]
     fn words_set_what_they_name() {
-        let options = Options::parse("  queues=4 doorbells=shadow\tcompletion=msix ram=256M size=64K dirty=1G ").unwrap();
+        let options =
+            Options::parse("  queues=4 doorbells=shadow\tcompletion=msix ram=256M size=64K dirty=1G ")
+                .unwrap();
         assert_eq!((options.queues, options.doorbells, options.notice), (4, Doorbells::Shadow, Notice::Msix));
         assert_eq!((options.ram_bytes, options.transfer_bytes), (256 << 20, 64 << 10));
         assert_eq!(options.dirty_bytes_per_second, 1 << 30);

@@ -90,7 +90,9 @@ mod tests {
         put(0x38, &0x200u64.to_le_bytes());
         put(0x40, &2u32.to_le_bytes());
         put(0x100, b"mode=iops help\0rest");
-        for (at, start, length, kind) in [(0x200, 0u64, 0x9_fc00u64, 1u32), (0x218, 0x10_0000, 0x3ff0_0000, 1)] {
+        for (at, start, length, kind) in
+            [(0x200, 0u64, 0x9_fc00u64, 1u32), (0x218, 0x10_0000, 0x3ff0_0000, 1)]
+        {
             put(at, &start.to_le_bytes());
             put(at + 8, &length.to_le_bytes());
             put(at + 16, &kind.to_le_bytes());
