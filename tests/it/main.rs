@@ -1,0 +1,3 @@
+//! Integration tests: the real binary, real processes, real guests. They need /dev/kvm, except `architecture`.
+
+mod architecture;
