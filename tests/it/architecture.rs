@@ -25,8 +25,18 @@ const MAY_KNOW: [(&str, &[&str]); 15] = [
     (
         "ferry",
         &[
-            "block", "bus", "engine", "exerciser", "legacy", "nvme", "nvme-spec", "pci", "stream", "transport",
-            "virtio", "vmstate",
+            "block",
+            "bus",
+            "engine",
+            "exerciser",
+            "legacy",
+            "nvme",
+            "nvme-spec",
+            "pci",
+            "stream",
+            "transport",
+            "virtio",
+            "vmstate",
         ],
     ),
     ("support", &["exerciser", "ferry"]),
@@ -65,7 +75,8 @@ fn crates_know_only_whom_they_may_know() {
     let allowed: BTreeMap<_, BTreeSet<_>> =
         MAY_KNOW.into_iter().map(|(name, known)| (name, known.iter().copied().collect())).collect();
     for (name, dependencies) in packages() {
-        let known = allowed.get(&*name).unwrap_or_else(|| panic!("{name} has no place in the architecture yet"));
+        let known =
+            allowed.get(&*name).unwrap_or_else(|| panic!("{name} has no place in the architecture yet"));
         for dependency in dependencies.iter().filter(|name| allowed.contains_key(&***name)) {
             assert!(known.contains(&**dependency), "{name} must not depend on {dependency}");
         }
@@ -74,7 +85,8 @@ fn crates_know_only_whom_they_may_know() {
 }
 
 fn rust_files(folder: &Path, files: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(folder).expect("a folder of the project").map(|entry| entry.expect("an entry")) {
+    for entry in fs::read_dir(folder).expect("a folder of the project").map(|entry| entry.expect("an entry"))
+    {
         let path = entry.path();
         let name = entry.file_name();
         if path.is_dir() && name != "target" && !name.to_string_lossy().starts_with('.') {
@@ -101,7 +113,10 @@ fn unsafe_code_lives_in_its_named_homes() {
         let unsafe_lines = code.filter(|line| {
             ["unsafe {", "unsafe impl", "unsafe fn", "unsafe extern"].iter().any(|word| line.contains(word))
         });
-        assert!(home || path.starts_with("tests/it/") || unsafe_lines.count() == 0, "{path} holds unsafe code");
+        assert!(
+            home || path.starts_with("tests/it/") || unsafe_lines.count() == 0,
+            "{path} holds unsafe code"
+        );
     }
 }
 
