@@ -1,1 +1,245 @@
-//! (skeleton)
+//! The state engine: plain structs that hold a device's saved state, and the bytes that carry them.
+//!
+//! A device keeps its saved state apart from itself, as a struct that derives [`VmState`]. Saving builds that struct from the
+//! paused device and writes it; loading reads it and hands it to the device's checking constructor. This crate is the middle: it
+//! turns the struct into bytes and bytes into the struct, says what the bytes mean ([`describe`]) and what the type can hold
+//! ([`schema`]). The `stream` crate puts the bytes into sections.
+//!
+//! ```
+//! use vmstate::{Slots, VmState};
+//!
+//! #[derive(VmState, Debug, PartialEq)]
+//! #[vmstate(name = "queue", version = 1)]
+//! struct Queue {
+//!     base: u64,
+//!     #[vmstate(max = 65536)]
+//!     size: u32,
+//! }
+//!
+//! #[derive(VmState, Debug, PartialEq)]
+//! #[vmstate(name = "controller", version = 2, oldest = 1)]
+//! struct Controller {
+//!     enabled: bool,
+//!     queue_count: u16,
+//!     #[vmstate(len = "queue_count", max = 256)]
+//!     queues: Slots<Queue>,
+//!     #[vmstate(since = 2, default = "320")]
+//!     kelvin: u16,
+//! }
+//!
+//! let mut queues = Slots::empty(3);
+//! queues.put(1, Queue { base: 0x1000, size: 64 });
+//! let state = Controller { enabled: true, queue_count: 3, queues, kelvin: 300 };
+//!
+//! let bytes = vmstate::to_bytes(&state);
+//! assert_eq!(vmstate::from_bytes::<Controller>(&bytes, 2)?, state);
+//! // What version 1 wrote ends before the temperature.
+//! assert_eq!(vmstate::from_bytes::<Controller>(&bytes[..bytes.len() - 2], 1)?.kelvin, 320);
+//!
+//! let mut bad = bytes.clone();
+//! bad[14] = 1; // the size of queue 1 becomes 65600
+//! let error = vmstate::from_bytes::<Controller>(&bad, 2).unwrap_err();
+//! assert_eq!(error.to_string(), "queues[1].size: 65600 is above 65536");
+//! # Ok::<(), vmstate::Error>(())
+//! ```
+//!
+//! # Attributes
+//!
+//! | on the struct | |
+//! | --- | --- |
+//! | `name = "x"` | the description's name, under 128 bytes; `"parent/part"` for a subsection |
+//! | `version = 2`, `oldest = 1` | what is written, and the oldest that is read (default: only `version`) |
+//! | `check = "path"` | `fn(&Self) -> Result<(), impl Display>`, called after loading |
+//!
+//! | on a field | |
+//! | --- | --- |
+//! | none | integers, `bool`, arrays, nested structs |
+//! | `len = "field", max = N` | `Vec`, [`Slots`] or [`Bitmap`] whose length is the earlier field; saving writes the real length there |
+//! | `list, max = N` | a `Vec` that carries its own end |
+//! | `max = N`, `min = N` | bounds of an integer |
+//! | `since = n`, `until = n`, `default = "expr"` | the first and last version that have the field, and its value otherwise (default: `Default::default()`) |
+//! | `versions = [1, 1, 2]` | the version of the struct inside, for each version of this one that has the field |
+//! | `subsection`, `needed = "path"` | an `Option` part that older readers may lack; `fn(&Self) -> bool` says whether it is written |
+//! | `check = "path"` | `fn(&Field) -> Result<(), impl Display>`, called after loading |
+//!
+//! # Invariants
+//!
+//! - Saving cannot fail. The same state gives the same bytes, and save, load, save gives the same bytes.
+//! - Loading never panics and never takes more memory than the stated maxima allow: every count is compared with its maximum
+//!   before anything is allocated. Depth is bounded by the types: a type that contains itself does not compile.
+//! - All of the bytes are consumed, or the load fails.
+//!
+//! # Absent
+//!
+//! No reflection at run time, no map types, no floating point, no strings (bytes are counted `Vec<u8>`), no enums (integers, which
+//! the device's constructor checks), no writing of older versions, and no default "nothing to save".
+
+#![forbid(unsafe_code)]
+
+extern crate self as vmstate;
+
+mod collections;
+mod description;
+mod error;
+mod reader;
+mod schema;
+mod slots;
+mod subsection;
+mod value;
+
+#[cfg(test)]
+mod tests;
+
+pub use collections::Counted;
+pub use description::Description;
+pub use error::{Error, Problem};
+pub use reader::Reader;
+pub use schema::{FieldSchema, Schema};
+pub use slots::{Bitmap, Slots};
+pub use value::Value;
+pub use vmstate_derive::VmState;
+
+/// A struct that can be saved and loaded. Derived, not written by hand.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` has no saved state",
+    note = "derive it: `#[derive(VmState)]`"
+)]
+pub trait VmState: Sized {
+    /// The description's name.
+    const NAME: &'static str;
+    /// The version that is written.
+    const VERSION: u32;
+    /// The oldest version that is read.
+    const OLDEST: u32;
+    /// Levels of structs, this one included.
+    const DEPTH: u32;
+
+    /// Appends the fields and the needed subsections.
+    fn save_fields(&self, out: &mut Vec<u8>);
+
+    /// Reads the fields and subsections as `version` wrote them. The caller has checked that `version` is one we read.
+    fn load_fields(reader: &mut Reader<'_>, version: u32) -> Result<Self, Error>;
+
+    /// Adds an entry for each field and each needed subsection.
+    fn describe_fields(&self, description: &mut Description);
+
+    /// The schema of the type.
+    fn schema() -> Schema;
+}
+
+/// The bytes of a state, written as [`VmState::VERSION`].
+pub fn to_bytes<T: VmState>(state: &T) -> Vec<u8> {
+    let mut out = Vec::new();
+    state.save_fields(&mut out);
+    out
+}
+
+/// Reads a state that was written as `version`.
+///
+/// # Errors
+///
+/// A version that is not read, bytes that do not fit the description, values out of their bounds, and bytes left over.
+pub fn from_bytes<T: VmState>(bytes: &[u8], version: u32) -> Result<T, Error> {
+    let mut reader = Reader::new(bytes);
+    let state = load_versioned(&mut reader, version)?;
+    match reader.left() {
+        0 => Ok(state),
+        bytes => Err(Problem::LeftOver { bytes }.into()),
+    }
+}
+
+fn load_versioned<T: VmState>(reader: &mut Reader<'_>, version: u32) -> Result<T, Error> {
+    if version > T::VERSION {
+        return Err(Problem::TooNew { name: T::NAME, version, newest: T::VERSION }.into());
+    }
+    if version < T::OLDEST {
+        return Err(Problem::TooOld { name: T::NAME, version, oldest: T::OLDEST }.into());
+    }
+    T::load_fields(reader, version)
+}
+
+/// What the bytes of this state mean, as the stream's trailer says it: `{vmsd_name, version, fields, subsections}`.
+pub fn describe<T: VmState>(state: &T) -> serde_json::Value {
+    Description::of(state)
+}
+
+/// The schema of a type.
+pub fn schema<T: VmState>() -> Schema {
+    T::schema()
+}
+
+/// The schema of a type as JSON, with the keys of the trailer.
+pub fn schema_json<T: VmState>() -> serde_json::Value {
+    T::schema().to_json()
+}
+
+/// A hash of all that the schema of a type says.
+pub fn schema_hash<T: VmState>() -> u64 {
+    T::schema().hash()
+}
+
+/// What derived code calls. Not for hand-written code.
+#[doc(hidden)]
+pub mod derived {
+    pub use crate::collections::list;
+    use crate::{Error, Problem};
+
+    pub mod subsection {
+        //! Optional parts.
+        pub use crate::subsection::{describe, is_part_of, load, next, save, unknown};
+    }
+
+    /// Levels of structs a description may have.
+    pub const MAX_DEPTH: u32 = 16;
+
+    /// One level more than the deepest of the fields.
+    pub const fn depth(fields: &[u32]) -> u32 {
+        let mut deepest = 0;
+        let mut at = 0;
+        while at < fields.len() {
+            if fields[at] > deepest {
+                deepest = fields[at];
+            }
+            at += 1;
+        }
+        deepest + 1
+    }
+
+    /// Whether every version is one the struct inside can read, and the last one the newest.
+    pub const fn versions_fit(versions: &[u32], oldest: u32, newest: u32) -> bool {
+        let mut at = 0;
+        while at < versions.len() {
+            if versions[at] < oldest || versions[at] > newest {
+                return false;
+            }
+            at += 1;
+        }
+        versions[versions.len() - 1] == newest
+    }
+
+    /// Refuses a value above `maximum`.
+    pub fn at_most<T: Copy + Into<i128>>(value: T, maximum: T) -> Result<(), Error> {
+        let (value, maximum) = (value.into(), maximum.into());
+        if value > maximum { Err(Problem::AboveMaximum { value, maximum }.into()) } else { Ok(()) }
+    }
+
+    /// Refuses a value below `minimum`.
+    pub fn at_least<T: Copy + Into<i128>>(value: T, minimum: T) -> Result<(), Error> {
+        let (value, minimum) = (value.into(), minimum.into());
+        if value < minimum { Err(Problem::BelowMinimum { value, minimum }.into()) } else { Ok(()) }
+    }
+
+    /// Refuses a count above `maximum`, before anything is allocated for it.
+    pub fn bounded<T: Copy + Into<i128>>(count: T, maximum: usize) -> Result<usize, Error> {
+        let count = count.into();
+        match usize::try_from(count) {
+            Ok(count) if count <= maximum => Ok(count),
+            _ => Err(Problem::AboveMaximum { value: count, maximum: maximum as i128 }.into()),
+        }
+    }
+
+    /// Turns what a check says into an error.
+    pub fn checked(result: Result<(), impl std::fmt::Display>) -> Result<(), Error> {
+        result.map_err(|why| Problem::Refused(why.to_string()).into())
+    }
+}

@@ -1,0 +1,71 @@
+//! Optional parts of a struct that older readers may lack.
+//!
+//! On the wire: `0x05`, u8 length, name (`parent/part`), be32 version, the part's fields. A reader finds out whether one follows
+//! by looking: the byte, a length that fits, and a name with the parent's prefix.
+
+use crate::description::Description;
+use crate::{Error, Problem, Reader, Value, VmState};
+
+const MARK: u8 = 0x05;
+
+/// Bytes before the part's fields: mark, length, name, version.
+pub(crate) fn header_bytes<T: VmState>() -> usize {
+    1 + 1 + T::NAME.len() + 4
+}
+
+/// Appends the part if it is there and needed.
+pub fn save<T: VmState>(part: Option<&T>, needed: bool, out: &mut Vec<u8>) {
+    if let Some(part) = part.filter(|_| needed) {
+        out.push(MARK);
+        out.push(T::NAME.len() as u8); // the derive limits names to 127 bytes
+        out.extend_from_slice(T::NAME.as_bytes());
+        T::VERSION.save(out);
+        part.save_fields(out);
+    }
+}
+
+/// Describes the part if it is there and needed.
+pub fn describe<T: VmState>(part: Option<&T>, needed: bool, description: &mut Description) {
+    if let Some(part) = part.filter(|_| needed) {
+        description.subsection(part);
+    }
+}
+
+/// The name of the subsection of `parent` that comes next, if one does. Reads nothing.
+pub fn next<'a>(reader: &Reader<'a>, parent: &str) -> Option<&'a [u8]> {
+    let (&[mark, length], rest) = reader.peek().split_first_chunk()?;
+    let name = rest.get(..usize::from(length)).filter(|_| mark == MARK)?;
+    name.strip_prefix(parent.as_bytes())?.starts_with(b"/").then_some(name)
+}
+
+/// Reads the part whose name [`next`] returned into its place.
+pub fn load<T: VmState>(reader: &mut Reader<'_>, place: &mut Option<T>) -> Result<(), Error> {
+    reader.take(2 + T::NAME.len())?;
+    if place.is_some() {
+        return Err(Problem::RepeatedSubsection(T::NAME).into());
+    }
+    let version = u32::load(reader, 0)?;
+    *place = Some(crate::load_versioned(reader, version)?);
+    Ok(())
+}
+
+/// The error for a subsection nobody knows.
+pub fn unknown(name: &[u8]) -> Error {
+    Problem::UnknownSubsection(String::from_utf8_lossy(name).into_owned()).into()
+}
+
+/// For the derive: whether `name` is `parent/something`.
+pub const fn is_part_of(name: &str, parent: &str) -> bool {
+    let (name, parent) = (name.as_bytes(), parent.as_bytes());
+    if name.len() < parent.len() + 2 || name[parent.len()] != b'/' {
+        return false;
+    }
+    let mut at = 0;
+    while at < parent.len() {
+        if name[at] != parent[at] {
+            return false;
+        }
+        at += 1;
+    }
+    true
+}

@@ -1,0 +1,223 @@
+//! How each kind of field value is laid out: integers, bools, arrays, nested structs.
+
+use crate::description::Description;
+use crate::schema::FieldSchema;
+use crate::{Error, Problem, Reader, VmState};
+
+/// A value that needs no length from outside: an integer, a bool, an array of such, or a struct that derives [`VmState`].
+///
+/// Runs of values have their own functions, because a run of bytes is one copy and a run of equal elements one entry of the
+/// description.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot be saved as a field",
+    label = "not an integer, a bool, an array, or a struct that derives `VmState`",
+    note = "`Vec`, `Slots` and `Bitmap` need `#[vmstate(len = \"count_field\", max = N)]`, or a `Vec` `#[vmstate(list, max = N)]`; \
+            an `Option` needs `#[vmstate(subsection)]`; enums are saved as integers and checked by the device's constructor"
+)]
+pub trait Value: Sized {
+    /// Levels of structs inside; computed by the compiler, which refuses types that contain themselves.
+    const DEPTH: u32 = 0;
+    /// The version of the struct inside, for values that have one.
+    const STRUCT_VERSION: u32 = 1;
+    /// The oldest readable version of the struct inside, for values that have one.
+    const STRUCT_OLDEST: u32 = 1;
+
+    /// Appends the value.
+    fn save(&self, out: &mut Vec<u8>);
+
+    /// Reads the value as `version` of its struct wrote it; only structs look at the version.
+    fn load(reader: &mut Reader<'_>, version: u32) -> Result<Self, Error>;
+
+    /// Adds the entries for this value.
+    fn describe(&self, name: &str, description: &mut Description);
+
+    /// Fills in what the type says of itself.
+    fn schema(field: &mut FieldSchema);
+
+    /// Appends a run of values, back to back.
+    fn save_run(run: &[Self], out: &mut Vec<u8>) {
+        for value in run {
+            value.save(out);
+        }
+    }
+
+    /// Reads `count` values. The caller has bounded `count`; memory is taken only as bytes to fill it are found.
+    fn load_run(reader: &mut Reader<'_>, count: usize, version: u32) -> Result<Vec<Self>, Error> {
+        let fits = reader.left() / size_of::<Self>().max(1);
+        let mut run = Vec::with_capacity(count.min(fits));
+        for index in 0..count {
+            run.push(Self::load(reader, version).map_err(|error| error.at_index(index))?);
+        }
+        Ok(run)
+    }
+
+    /// Reads a run whose length the type states.
+    fn load_array<const N: usize>(reader: &mut Reader<'_>, version: u32) -> Result<[Self; N], Error> {
+        let run = Self::load_run(reader, N, version)?;
+        Ok(run.try_into().unwrap_or_else(|_| unreachable!("load_run returns as many values as asked")))
+    }
+
+    /// Adds the entries for a run of values: none for an empty one.
+    fn describe_run(run: &[Self], name: &str, description: &mut Description) {
+        description.run(run, name);
+    }
+}
+
+macro_rules! integers {
+    ($($type:ty, $name:literal;)*) => {$(
+        impl Value for $type {
+            fn save(&self, out: &mut Vec<u8>) {
+                out.extend_from_slice(&self.to_be_bytes());
+            }
+
+            fn load(reader: &mut Reader<'_>, _version: u32) -> Result<Self, Error> {
+                Ok(<$type>::from_be_bytes(reader.array()?))
+            }
+
+            fn save_run(run: &[Self], out: &mut Vec<u8>) {
+                out.reserve(size_of_val(run));
+                out.extend(run.iter().flat_map(|value| value.to_be_bytes()));
+            }
+
+            fn load_run(reader: &mut Reader<'_>, count: usize, _version: u32) -> Result<Vec<Self>, Error> {
+                let bytes = reader.take(count.saturating_mul(size_of::<$type>()))?;
+                let (values, _) = bytes.as_chunks();
+                Ok(values.iter().map(|value| <$type>::from_be_bytes(*value)).collect())
+            }
+
+            fn describe(&self, name: &str, description: &mut Description) {
+                description.plain(name, $name, size_of::<$type>(), 1);
+            }
+
+            fn describe_run(run: &[Self], name: &str, description: &mut Description) {
+                description.plain(name, $name, size_of::<$type>(), run.len());
+            }
+
+            fn schema(field: &mut FieldSchema) {
+                field.plain($name, size_of::<$type>());
+            }
+        }
+    )*};
+}
+
+integers! {
+    u16, "uint16"; u32, "uint32"; u64, "uint64";
+    i8, "int8"; i16, "int16"; i32, "int32"; i64, "int64";
+}
+
+/// Runs of bytes are one copy, and one entry of type `buffer`.
+impl Value for u8 {
+    fn save(&self, out: &mut Vec<u8>) {
+        out.push(*self);
+    }
+
+    fn load(reader: &mut Reader<'_>, _version: u32) -> Result<Self, Error> {
+        reader.byte()
+    }
+
+    fn save_run(run: &[Self], out: &mut Vec<u8>) {
+        out.extend_from_slice(run);
+    }
+
+    fn load_run(reader: &mut Reader<'_>, count: usize, _version: u32) -> Result<Vec<Self>, Error> {
+        Ok(reader.take(count)?.to_vec())
+    }
+
+    fn load_array<const N: usize>(reader: &mut Reader<'_>, _version: u32) -> Result<[Self; N], Error> {
+        reader.array()
+    }
+
+    fn describe(&self, name: &str, description: &mut Description) {
+        description.plain(name, "uint8", 1, 1);
+    }
+
+    fn describe_run(run: &[Self], name: &str, description: &mut Description) {
+        if !run.is_empty() {
+            description.plain(name, "buffer", run.len(), 1);
+        }
+    }
+
+    fn schema(field: &mut FieldSchema) {
+        field.plain("uint8", 1);
+    }
+}
+
+impl Value for bool {
+    fn save(&self, out: &mut Vec<u8>) {
+        out.push(u8::from(*self));
+    }
+
+    fn load(reader: &mut Reader<'_>, _version: u32) -> Result<Self, Error> {
+        match reader.byte()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            other => Err(Problem::NotBool(other).into()),
+        }
+    }
+
+    fn describe(&self, name: &str, description: &mut Description) {
+        description.plain(name, "bool", 1, 1);
+    }
+
+    fn describe_run(run: &[Self], name: &str, description: &mut Description) {
+        description.plain(name, "bool", 1, run.len());
+    }
+
+    fn schema(field: &mut FieldSchema) {
+        field.plain("bool", 1);
+    }
+}
+
+impl<T: Value, const N: usize> Value for [T; N] {
+    const DEPTH: u32 = T::DEPTH;
+    const STRUCT_VERSION: u32 = T::STRUCT_VERSION;
+    const STRUCT_OLDEST: u32 = T::STRUCT_OLDEST;
+
+    fn save(&self, out: &mut Vec<u8>) {
+        T::save_run(self, out);
+    }
+
+    fn load(reader: &mut Reader<'_>, version: u32) -> Result<Self, Error> {
+        T::load_array(reader, version)
+    }
+
+    fn save_run(run: &[Self], out: &mut Vec<u8>) {
+        T::save_run(run.as_flattened(), out);
+    }
+
+    fn describe(&self, name: &str, description: &mut Description) {
+        T::describe_run(self, name, description);
+    }
+
+    fn describe_run(run: &[Self], name: &str, description: &mut Description) {
+        T::describe_run(run.as_flattened(), name, description);
+    }
+
+    fn schema(field: &mut FieldSchema) {
+        T::schema(field);
+        field.array_len = Some(field.array_len.unwrap_or(1).saturating_mul(N as u64));
+    }
+}
+
+/// A nested struct is its fields, without a header.
+impl<T: VmState> Value for T {
+    const DEPTH: u32 = T::DEPTH;
+    const STRUCT_VERSION: u32 = T::VERSION;
+    const STRUCT_OLDEST: u32 = T::OLDEST;
+
+    fn save(&self, out: &mut Vec<u8>) {
+        self.save_fields(out);
+    }
+
+    fn load(reader: &mut Reader<'_>, version: u32) -> Result<Self, Error> {
+        Self::load_fields(reader, version)
+    }
+
+    fn describe(&self, name: &str, description: &mut Description) {
+        description.structure(name, self);
+    }
+
+    fn schema(field: &mut FieldSchema) {
+        field.structure(T::schema());
+    }
+}
