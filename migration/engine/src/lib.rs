@@ -1,1 +1,31 @@
-//! (skeleton)
+//! Moving a running guest from one process to another, or into a file and back.
+//!
+//! The engine knows phases, deadlines, rounds of dirty pages and who owns the guest. It knows no KVM and no device: the
+//! process answers for its machine through [`SourceMachine`], [`DestinationFactory`] and [`DestinationMachine`].
+//!
+//! Invariants: before the first byte of COMMIT any failure leaves the source running as if nothing had happened; from
+//! there on the source runs again only if the [`lease`] says that it may, and the destination runs only if the lease
+//! offered it exactly this session and generation. Every step has a deadline; nothing that the peer sends is believed.
+//!
+//! Absent: postcopy, several channels, TLS, storage migration, handover of descriptors. The hello has room for them.
+#![forbid(unsafe_code)]
+
+mod bandwidth;
+mod bitmap;
+mod converge;
+mod description;
+mod machine;
+mod parameters;
+mod statistics;
+
+pub use bitmap::PageBitmap;
+pub use converge::{Decision, Situation, converge};
+pub use description::Description;
+pub use machine::{
+    DestinationFactory, DestinationMachine, DeviceSection, MachineResult, RamBlock, RunState, SourceMachine,
+};
+pub use parameters::Parameters;
+pub use statistics::{Downtime, Snapshot, Statistics, Status};
+
+/// A page of guest memory, the unit of dirty tracking.
+pub const PAGE_BYTES: u64 = 4096;

@@ -18,7 +18,7 @@ const BACKLOG: i32 = 8;
 
 #[derive(Debug)]
 enum Socket {
-    Unix { listener: UnixListener, file: SocketFile },
+    Unix { listener: UnixListener, _file: SocketFile },
     Tcp(TcpListener),
 }
 
@@ -41,7 +41,7 @@ impl Listener {
             Uri::Unix(path) => {
                 let (listener, file) = bind_unix(uri, path)?;
                 listener.set_nonblocking(true).map_err(failed)?;
-                Ok(Self { socket: Socket::Unix { listener, file }, uri: uri.clone() })
+                Ok(Self { socket: Socket::Unix { listener, _file: file }, uri: uri.clone() })
             }
             Uri::Tcp { host, .. } => {
                 let listener =

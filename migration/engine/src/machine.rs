@@ -1,0 +1,201 @@
+//! What the engine asks of a machine. `ferry`'s `src/migrate` answers for the real one, the tests for a model.
+//!
+//! The engine calls a machine from one thread, the migration thread, which owns the handle while it works.
+
+use std::error::Error;
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::Arc;
+
+use vm_memory::MmapRegion;
+use vm_memory::bitmap::AtomicBitmap;
+
+use crate::{Description, PageBitmap};
+
+/// The saved state of one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceSection {
+    /// `0000:00:04.0/nvme`, for example.
+    pub name: String,
+    /// Tells devices of one name apart.
+    pub instance_id: u32,
+    /// Of the description.
+    pub version: u32,
+    /// The fields, as crate `vmstate` writes them.
+    pub payload: Vec<u8>,
+}
+
+/// A machine's own failure. Its chain of sources is shown to the user on both sides.
+pub type MachineResult<T> = Result<T, Box<dyn Error + Send + Sync>>;
+
+/// A named piece of guest memory. Both sides have the same blocks by name and length.
+#[derive(Clone, Debug)]
+pub struct RamBlock {
+    /// Unique, at most 255 bytes; for example `ram.low`.
+    pub name: String,
+    /// The memory. Its length is a multiple of the page size.
+    pub mapping: Arc<MmapRegion<AtomicBitmap>>,
+}
+
+impl RamBlock {
+    /// Length in bytes.
+    #[must_use]
+    pub fn length_bytes(&self) -> u64 {
+        self.mapping.size() as u64
+    }
+}
+
+/// Whether the vCPUs run. It travels: a paused guest arrives paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunState {
+    /// The vCPUs run.
+    Running,
+    /// The user stopped the guest.
+    Paused,
+}
+
+/// The machine that leaves.
+///
+/// Until [`finish`](Self::finish) every step can be undone: after any failure the engine calls
+/// [`stop_dirty_tracking`](Self::stop_dirty_tracking), then, as far as they were left,
+/// [`reacquire_images`](Self::reacquire_images) and [`resume`](Self::resume).
+pub trait SourceMachine {
+    /// What the destination must match.
+    ///
+    /// # Errors
+    /// The host could not be asked.
+    fn description(&mut self) -> MachineResult<Description>;
+
+    /// Why this machine cannot leave now, one sentence each; empty if it can.
+    fn blockers(&mut self) -> Vec<String>;
+
+    /// All guest memory, in an order of the machine's choice that does not change.
+    fn ram_blocks(&self) -> Vec<RamBlock>;
+
+    /// The byte ranges of `block` that hold data: what the memfd has. The rest is never read, so that holes stay holes.
+    ///
+    /// # Errors
+    /// The memfd could not be asked.
+    fn populated(&mut self, block: &RamBlock) -> MachineResult<Vec<Range<u64>>>;
+
+    /// From here on every write to guest memory is seen, by vCPUs and by device models. What was dirty before does not
+    /// count.
+    ///
+    /// # Errors
+    /// The log could not be enabled; nothing is tracked then.
+    fn start_dirty_tracking(&mut self) -> MachineResult<()>;
+
+    /// Takes and clears the pages written since the last call, one bitmap for each of
+    /// [`ram_blocks`](Self::ram_blocks), in that order: KVM's united with the process's own.
+    ///
+    /// # Errors
+    /// The log could not be read.
+    fn collect_dirty(&mut self) -> MachineResult<Vec<PageBitmap>>;
+
+    /// Ends the tracking. Harmless when nothing is tracked.
+    fn stop_dirty_tracking(&mut self);
+
+    /// The last round is near: what would lengthen the stop and can be done while the guest runs (write back the images'
+    /// caches, for example). A failure shows again in the stop.
+    fn prepare_stop(&mut self) {}
+
+    /// Stops vCPUs and devices in the order of the design and leaves no work in flight. Returns what the guest was doing.
+    ///
+    /// # Errors
+    /// Something would not stop; what stopped is running again.
+    fn stop(&mut self) -> MachineResult<RunState>;
+
+    /// The state of every vCPU, chip and device, in the order in which it is to be loaded. Only reads; called once,
+    /// stopped, *before* the last [`collect_dirty`](Self::collect_dirty).
+    ///
+    /// # Errors
+    /// KVM refused to tell.
+    fn save_devices(&mut self) -> MachineResult<Vec<DeviceSection>>;
+
+    /// Makes every acknowledged write to the images stable and closes their writers. The locks stay. Called while the
+    /// destination loads.
+    ///
+    /// # Errors
+    /// A flush failed.
+    fn quiesce_disks(&mut self) -> MachineResult<()>;
+
+    /// Gives up the image locks, in the fixed order.
+    ///
+    /// # Errors
+    /// Some lock could not be released; [`reacquire_images`](Self::reacquire_images) follows.
+    fn release_image_locks(&mut self) -> MachineResult<()>;
+
+    /// Takes the image locks and writers again, all or none, and checks that the images are what they were. Harmless for
+    /// images that were never released.
+    ///
+    /// # Errors
+    /// Someone else holds a lock (say who) or an image changed. The guest then stays paused.
+    fn reacquire_images(&mut self) -> MachineResult<()>;
+
+    /// Undoes [`stop`](Self::stop): devices in reverse order, then the vCPUs if `state` says so.
+    ///
+    /// # Errors
+    /// The guest stays paused.
+    fn resume(&mut self, state: RunState) -> MachineResult<()>;
+
+    /// The guest runs elsewhere, or lies in a file: this machine is `postmigrate` and never runs again. Guest memory is
+    /// released.
+    fn finish(&mut self);
+}
+
+/// Who can become a destination: knows the configured machine and builds it once a source is accepted.
+pub trait DestinationFactory {
+    /// The machine that would be built.
+    ///
+    /// # Errors
+    /// The host could not be asked.
+    fn description(&mut self) -> MachineResult<Description>;
+
+    /// Every reason why this host cannot run the machine of `source`, given what it would build itself. The default
+    /// wants both to be equal; override to allow more (a host CPU with more features, say).
+    fn differences(&mut self, source: &Description, own: &Description) -> Vec<String> {
+        source.differences(own)
+    }
+
+    /// Creates everything that can be created before RAM arrives: memory slots, irqchip, vCPUs, threads, open
+    /// descriptors. Guest memory is fresh: all of it holes. Images are looked at (size, identity) but neither locked nor
+    /// written.
+    ///
+    /// # Errors
+    /// The host lacks something; everything is released again.
+    fn build(&mut self, source: &Description) -> MachineResult<Box<dyn DestinationMachine>>;
+}
+
+/// The machine that arrives. Dropping it before [`start`](Self::start) releases everything.
+pub trait DestinationMachine: Send {
+    /// All guest memory.
+    fn ram_blocks(&self) -> Vec<RamBlock>;
+
+    /// Checks every section (which ones, versions, contents) and builds the devices from them. RAM is complete by now.
+    /// Nothing runs yet, and no image is written.
+    ///
+    /// # Errors
+    /// A section is missing, unknown, double or wrong; the message names it.
+    fn load_devices(&mut self, sections: Vec<DeviceSection>) -> MachineResult<()>;
+
+    /// Takes the image locks, all or none, in the fixed order.
+    ///
+    /// # Errors
+    /// Someone else holds one; say who.
+    fn take_image_locks(&mut self) -> MachineResult<()>;
+
+    /// Opens the images for writing and checks size and identity again. The guest is ours by now.
+    ///
+    /// # Errors
+    /// An image changed; nothing was written.
+    fn open_images(&mut self) -> MachineResult<()>;
+
+    /// Undoes [`take_image_locks`](Self::take_image_locks) and [`open_images`](Self::open_images): the guest goes back.
+    fn release_images(&mut self);
+
+    /// Resumes devices, and vCPUs if `state` says so. From here on the guest runs here.
+    ///
+    /// # Errors
+    /// The guest is ours and stays paused: it cannot go back, since devices may have started.
+    fn start(&mut self, state: RunState) -> MachineResult<()>;
+}

@@ -1,0 +1,126 @@
+//! What the user may change while a migration runs.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Limits and the wish to cancel, shared between the control socket and the migration thread.
+#[derive(Debug)]
+pub struct Parameters {
+    downtime_limit_ns: AtomicU64,
+    max_bandwidth: AtomicU64,
+    rounds_limit: AtomicU64,
+    /// [`OPEN`], [`CANCELLED`] or [`COMMITTED`]; the first to leave `OPEN` wins.
+    end: AtomicU8,
+}
+
+const OPEN: u8 = 0;
+const CANCELLED: u8 = 1;
+/// The first byte of COMMIT is next: from there on nothing can be taken back.
+const COMMITTED: u8 = 2;
+
+impl Default for Parameters {
+    fn default() -> Self {
+        Self {
+            downtime_limit_ns: AtomicU64::new(300_000_000),
+            max_bandwidth: AtomicU64::new(0),
+            rounds_limit: AtomicU64::new(0),
+            end: AtomicU8::new(OPEN),
+        }
+    }
+}
+
+impl Parameters {
+    /// 300 ms, no bandwidth limit, rounds without limit.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How long the guest may stand still.
+    #[must_use]
+    pub fn downtime_limit(&self) -> Duration {
+        Duration::from_nanos(self.downtime_limit_ns.load(Ordering::Relaxed))
+    }
+
+    /// See [`downtime_limit`](Self::downtime_limit).
+    pub fn set_downtime_limit(&self, limit: Duration) {
+        let nanoseconds = u64::try_from(limit.as_nanos()).unwrap_or(u64::MAX);
+        self.downtime_limit_ns.store(nanoseconds, Ordering::Relaxed);
+    }
+
+    /// Bytes a second; 0 is no limit. It does not hold while the guest is stopped.
+    #[must_use]
+    pub fn max_bandwidth(&self) -> u64 {
+        self.max_bandwidth.load(Ordering::Relaxed)
+    }
+
+    /// See [`max_bandwidth`](Self::max_bandwidth).
+    pub fn set_max_bandwidth(&self, bytes_per_second: u64) {
+        self.max_bandwidth.store(bytes_per_second, Ordering::Relaxed);
+    }
+
+    /// After how many rounds to give up a guest that dirties faster than the link sends; `None`: never.
+    #[must_use]
+    pub fn rounds_limit(&self) -> Option<u32> {
+        match self.rounds_limit.load(Ordering::Relaxed) {
+            0 => None,
+            rounds => Some(u32::try_from(rounds).unwrap_or(u32::MAX)),
+        }
+    }
+
+    /// See [`rounds_limit`](Self::rounds_limit).
+    pub fn set_rounds_limit(&self, rounds: Option<u32>) {
+        self.rounds_limit.store(rounds.unwrap_or(0).into(), Ordering::Relaxed);
+    }
+
+    /// Asks for the end of the migration. `false`: too late, COMMIT is on its way, and the answer decides.
+    pub fn cancel(&self) -> bool {
+        self.leave_open(CANCELLED)
+    }
+
+    /// Whether the end was asked for.
+    #[must_use]
+    pub fn cancelled(&self) -> bool {
+        self.end.load(Ordering::SeqCst) == CANCELLED
+    }
+
+    /// Whether the point of no return is behind.
+    #[must_use]
+    pub fn committed(&self) -> bool {
+        self.end.load(Ordering::SeqCst) == COMMITTED
+    }
+
+    /// A new attempt: neither cancelled nor committed.
+    pub(crate) fn reopen(&self) {
+        self.end.store(OPEN, Ordering::SeqCst);
+    }
+
+    /// The point of no return; `false` if a cancel came first.
+    pub(crate) fn commit(&self) -> bool {
+        self.leave_open(COMMITTED)
+    }
+
+    fn leave_open(&self, end: u8) -> bool {
+        match self.end.compare_exchange(OPEN, end, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) => true,
+            Err(found) => found == end,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cancel_and_commit_exclude_each_other() {
+        let parameters = Parameters::new();
+        assert!(parameters.cancel());
+        assert!(!parameters.commit());
+        assert!(parameters.cancelled() && parameters.cancel());
+        let parameters = Parameters::new();
+        assert!(parameters.commit());
+        assert!(!parameters.cancel());
+        assert!(!parameters.cancelled());
+    }
+}

@@ -1,0 +1,223 @@
+//! What the user sees of a migration, on either side.
+
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Where a migration is, by the names of QEMU's `MigrationStatus`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Status {
+    /// There was none yet.
+    #[default]
+    None,
+    /// Connecting, agreeing, building the machine of the destination.
+    Setup,
+    /// RAM moves, the guest runs.
+    Active,
+    /// The guest is stopped; last pages, device state, the switch. Also `handover-unknown`.
+    Device,
+    /// The guest runs at the destination.
+    Completed,
+    /// It failed; the guest runs at the source.
+    Failed,
+    /// The user asked for the end.
+    Cancelling,
+    /// It ended as the user asked; the guest runs at the source.
+    Cancelled,
+}
+
+impl Status {
+    /// QEMU's name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Setup => "setup",
+            Self::Active => "active",
+            Self::Device => "device",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelling => "cancelling",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Where the time of the stop went. Durations that a side did not see are zero until the other side told them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Downtime {
+    /// From the first vCPU kick to the first moment the guest could run again. On the source: until the answer came.
+    pub total: Duration,
+    /// Stopping vCPUs and devices.
+    pub stop: Duration,
+    /// Reading the state of vCPUs and devices.
+    pub device_save: Duration,
+    /// Taking the last dirty bitmap and sending its pages.
+    pub last_pass: Duration,
+    /// From the end of the last pass until the destination had loaded, its loading not counted.
+    pub transfer: Duration,
+    /// Loading and building devices at the destination.
+    pub load: Duration,
+    /// The lease at the source, once the destination had answered.
+    pub handover: Duration,
+    /// Lease, image locks, images and start at the destination.
+    pub resume: Duration,
+}
+
+/// All figures at one moment.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Where it is.
+    pub status: Status,
+    /// All RAM of the guest, in bytes.
+    pub total_bytes: u64,
+    /// Bytes on the link so far, everything included.
+    pub transferred_bytes: u64,
+    /// What is left of this round, in bytes.
+    pub remaining_bytes: u64,
+    /// Pages sent with contents.
+    pub normal_pages: u64,
+    /// Pages sent as zero.
+    pub zero_pages: u64,
+    /// What of [`transferred_bytes`](Self::transferred_bytes) was sent with the guest stopped.
+    pub downtime_bytes: u64,
+    /// Rounds begun (QEMU's `dirty-sync-count`).
+    pub rounds: u32,
+    /// How fast the guest dirtied pages during the last round.
+    pub dirty_pages_per_second: u64,
+    /// How fast the link was in the last round, in bytes a second.
+    pub bytes_per_second: u64,
+    /// How long the guest would stand still if it were stopped now.
+    pub expected_downtime: Duration,
+    /// From the start to the first page.
+    pub setup: Duration,
+    /// From the start until now, or until the end.
+    pub elapsed: Duration,
+    /// The stop; zero before.
+    pub downtime: Downtime,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// The answer to COMMIT is outstanding and nothing else has decided: what is known.
+    pub handover_unknown: Option<String>,
+}
+
+type Listener = Box<dyn Fn(Status) + Send + Sync>;
+
+/// The figures, shared between the migration thread that writes and the control socket that reads.
+#[derive(Default)]
+pub struct Statistics {
+    inner: Mutex<Inner>,
+    listener: Option<Listener>,
+}
+
+#[derive(Default)]
+struct Inner {
+    snapshot: Snapshot,
+    started: Option<Instant>,
+    ended: bool,
+}
+
+impl Statistics {
+    /// Nothing yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Calls `listener` on every change of status, on the migration thread.
+    #[must_use]
+    pub fn with_listener(listener: impl Fn(Status) + Send + Sync + 'static) -> Self {
+        Self { inner: Mutex::default(), listener: Some(Box::new(listener)) }
+    }
+
+    /// The figures now.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        let inner = self.lock();
+        let mut snapshot = inner.snapshot.clone();
+        if let Some(started) = inner.started
+            && !inner.ended
+        {
+            snapshot.elapsed = started.elapsed();
+        }
+        snapshot
+    }
+
+    /// A new attempt: everything starts from nothing.
+    pub(crate) fn start(&self) {
+        *self.lock() = Inner { started: Some(Instant::now()), ..Inner::default() };
+        self.set_status(Status::Setup);
+    }
+
+    pub(crate) fn update(&self, change: impl FnOnce(&mut Snapshot)) {
+        change(&mut self.lock().snapshot);
+    }
+
+    pub(crate) fn set_status(&self, status: Status) {
+        {
+            let mut inner = self.lock();
+            if inner.snapshot.status == status {
+                return;
+            }
+            inner.snapshot.status = status;
+            let elapsed = inner.started.map(|started| started.elapsed()).unwrap_or_default();
+            match status {
+                Status::Active => inner.snapshot.setup = elapsed,
+                Status::Completed | Status::Failed | Status::Cancelled => {
+                    inner.snapshot.elapsed = elapsed;
+                    inner.ended = true;
+                }
+                _ => {}
+            }
+        }
+        if let Some(listener) = &self.listener {
+            listener(status);
+        }
+    }
+
+    pub(crate) fn fail(&self, cause: &str) {
+        self.update(|snapshot| snapshot.error = Some(cause.to_owned()));
+        self.set_status(Status::Failed);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Statistics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Statistics").field(&self.snapshot()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn every_change_of_status_is_told_once_and_figures_start_anew() {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&seen);
+        let statistics = Statistics::with_listener(move |status| sink.lock().unwrap().push(status.name()));
+        statistics.start();
+        statistics.set_status(Status::Active);
+        statistics.set_status(Status::Active);
+        statistics.update(|snapshot| snapshot.rounds = 7);
+        statistics.fail("the cable broke");
+        let failed = statistics.snapshot();
+        assert_eq!((failed.rounds, failed.error.as_deref()), (7, Some("the cable broke")));
+        assert_eq!(statistics.snapshot().elapsed, failed.elapsed, "time stands still after the end");
+        statistics.start();
+        assert_eq!((statistics.snapshot().rounds, statistics.snapshot().error), (0, None));
+        assert_eq!(*seen.lock().unwrap(), ["setup", "active", "failed", "setup"]);
+    }
+}
