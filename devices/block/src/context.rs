@@ -1,41 +1,96 @@
 //! Where the requests of one worker are in flight.
 
 use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
 
 use bus::GuestMemory;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::{Completion, Error, Failure};
+use crate::fault::Parked;
+use crate::file::OpenFile;
+use crate::pool::Pool;
+use crate::transfer::Distortion;
+use crate::uring::Ring;
+use crate::{Completion, Error, Failure, Request};
 
 /// Requests in flight of one worker, over all images that it serves.
 ///
 /// The worker's loop: clear [`IoContext::event_fd`], take [`IoContext::completions`], queue requests with
 /// [`crate::Backend::submit`], call [`IoContext::submit`], and take completions again before it sleeps: what was
 /// complete on submission (memory, null, refused requests) does not make the event readable.
+///
+/// Dropping a context carries out what was queued and waits for it; completions that were not taken are gone.
 #[derive(Debug)]
 pub struct IoContext {
+    engine: Engine,
     memory: GuestMemory,
     depth: u32,
     in_flight: u32,
     event: EventFd,
     ready: VecDeque<Completion>,
+    parked: Vec<Parked>,
+    distortion: Distortion,
+}
+
+#[derive(Debug)]
+enum Engine {
+    Ring(Box<Ring>),
+    Pool(Pool),
 }
 
 impl IoContext {
     /// Largest depth: what one io_uring can hold.
     pub const MAXIMUM_DEPTH: u32 = 32_768;
 
-    /// A context for at most `depth` requests at a time, whose buffers lie in `memory`.
+    /// A context for at most `depth` requests at a time, whose buffers lie in `memory`. Where io_uring is not to be
+    /// had, it works with threads, and a warning is logged.
     ///
     /// # Errors
-    /// A depth of zero or above [`IoContext::MAXIMUM_DEPTH`]; no eventfd could be made.
+    /// A depth of zero or above [`IoContext::MAXIMUM_DEPTH`]; neither a ring nor threads could be had.
     pub fn new(memory: GuestMemory, depth: u32) -> Result<Self, Error> {
+        let event = Self::prepare(depth)?;
+        match Ring::new(memory.clone(), depth, &event) {
+            Ok(ring) => Ok(Self::assemble(Engine::Ring(Box::new(ring)), memory, depth, event)),
+            // No such system call, switched off or filtered, or without an operation (kernels before 5.6).
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES)) => {
+                log::warn!("io_uring is not available ({error}): block I/O uses threads");
+                Self::with_threads(memory, depth)
+            }
+            Err(source) => Err(Error::System { what: "set up io_uring", source }),
+        }
+    }
+
+    /// A context that does not use io_uring.
+    ///
+    /// # Errors
+    /// As [`IoContext::new`].
+    pub fn with_threads(memory: GuestMemory, depth: u32) -> Result<Self, Error> {
+        let event = Self::prepare(depth)?;
+        let pool = Pool::new(memory.clone(), depth, &event)
+            .map_err(|source| Error::System { what: "start threads for block I/O", source })?;
+        Ok(Self::assemble(Engine::Pool(pool), memory, depth, event))
+    }
+
+    fn prepare(depth: u32) -> Result<EventFd, Error> {
         if !(1..=Self::MAXIMUM_DEPTH).contains(&depth) {
             return Err(Error::Depth { depth, maximum: Self::MAXIMUM_DEPTH });
         }
-        let event = EventFd::new(EFD_NONBLOCK)
-            .map_err(|source| Error::System { what: "make an eventfd for I/O completions", source })?;
-        Ok(Self { memory, depth, in_flight: 0, event, ready: VecDeque::with_capacity(depth as usize) })
+        EventFd::new(EFD_NONBLOCK)
+            .map_err(|source| Error::System { what: "make an eventfd for I/O completions", source })
+    }
+
+    fn assemble(engine: Engine, memory: GuestMemory, depth: u32, event: EventFd) -> Self {
+        Self {
+            engine,
+            memory,
+            depth,
+            in_flight: 0,
+            event,
+            ready: VecDeque::with_capacity(depth as usize),
+            parked: Vec::new(),
+            distortion: Distortion::default(),
+        }
     }
 
     /// The guest memory that buffers refer to.
@@ -44,7 +99,7 @@ impl IoContext {
         &self.memory
     }
 
-    /// How many requests may be in flight.
+    /// How many requests may be in flight. One more fails with EAGAIN.
     #[must_use]
     pub fn depth(&self) -> u32 {
         self.depth
@@ -63,24 +118,93 @@ impl IoContext {
         &self.event
     }
 
-    /// Hands queued work to the kernel: one system call, none if nothing is queued.
+    /// Hands queued work to the kernel: one system call, none if nothing is queued. When the kernel is short of memory
+    /// the rest stays queued and the event becomes readable, so that the worker comes back.
     ///
     /// # Errors
-    /// The kernel refused the queue as a whole. Requests stay queued and in flight.
+    /// The kernel refused the queue as a whole; nothing in it will complete.
     pub fn submit(&mut self) -> Result<(), Error> {
-        Ok(())
+        let Engine::Ring(ring) = &mut self.engine else {
+            if let Engine::Pool(pool) = &mut self.engine {
+                pool.enter();
+            }
+            return Ok(());
+        };
+        match ring.enter() {
+            Ok(()) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.wake();
+                Ok(())
+            }
+            Err(source) => Err(Error::System { what: "submit block requests to io_uring", source }),
+        }
     }
 
-    /// Appends the requests that ended to `completions`, in the order in which they ended. Makes no system call unless
-    /// a transfer that came back short must go on.
+    /// Appends the requests that ended to `completions`. Makes no system call unless a transfer that came back short
+    /// must go on.
     pub fn completions(&mut self, completions: &mut Vec<Completion>) {
-        self.in_flight -= self.ready.len() as u32;
+        if !self.parked.is_empty() {
+            self.resume_parked();
+        }
+        let before = completions.len();
         completions.extend(self.ready.drain(..));
+        match &mut self.engine {
+            Engine::Pool(pool) => pool.reap(completions),
+            Engine::Ring(ring) => {
+                ring.reap(completions);
+                // On failure `submit` says why; make sure that it is called.
+                if ring.has_queued() && ring.enter().is_err() {
+                    self.wake();
+                }
+            }
+        }
+        self.in_flight -= (completions.len() - before) as u32;
     }
 
     /// For backends: the request that is being submitted ends here and now.
     pub fn complete(&mut self, token: u64, result: Result<(), Failure>) {
         self.in_flight += 1;
-        self.ready.push_back(Completion { token, result });
+        if !self.distortion.lost {
+            self.ready.push_back(Completion { token, result });
+        }
+    }
+
+    /// Queues a checked request on a file.
+    pub(crate) fn start(&mut self, file: Arc<OpenFile>, request: &Request<'_>) -> Result<(), Failure> {
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.start(file, request, self.distortion)?,
+            Engine::Pool(pool) => pool.start(file, request, self.distortion)?,
+        }
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// Bends every request until this is called again.
+    pub(crate) fn distort(&mut self, distortion: Distortion) {
+        self.distortion = distortion;
+    }
+
+    /// Keeps a request back until its gate opens.
+    pub(crate) fn park(&mut self, parked: Parked) {
+        self.in_flight += 1;
+        self.parked.push(parked);
+    }
+
+    fn resume_parked(&mut self) {
+        let (open, parked): (Vec<_>, _) =
+            std::mem::take(&mut self.parked).into_iter().partition(Parked::is_open);
+        self.parked = parked;
+        for parked in open {
+            self.in_flight -= 1;
+            parked.submit(self);
+        }
+        if self.submit().is_err() {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        // Fails only when the counter is full, and then the event is readable anyway.
+        let _ = self.event.write(1);
     }
 }

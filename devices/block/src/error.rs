@@ -1,6 +1,7 @@
 //! Why an image or a context could not be had.
 
 use std::io;
+use std::path::PathBuf;
 
 use crate::Failure;
 
@@ -22,6 +23,62 @@ pub enum Error {
         /// What was tried.
         what: &'static str,
         /// Why it failed.
+        source: io::Error,
+    },
+    /// The image cannot be opened.
+    #[error("cannot open image {} for {access}", path.display())]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// `reading` or `writing`.
+        access: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// Only files and block devices hold images.
+    #[error("{} is neither a regular file nor a block device", path.display())]
+    NotAnImage {
+        /// What was named.
+        path: PathBuf,
+    },
+    /// Someone else holds the image. The kernel does not say who.
+    #[error("image {} is locked: another process has it (lock for {access} refused)", path.display())]
+    Locked {
+        /// The image.
+        path: PathBuf,
+        /// `reading` or `writing`.
+        access: &'static str,
+    },
+    /// The file system cannot lock.
+    #[error("cannot lock image {}", path.display())]
+    Lock {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The path leads to another image than before, or its size changed.
+    #[error("image {} is not what it was: {before} before, {now} now", path.display())]
+    Changed {
+        /// The image.
+        path: PathBuf,
+        /// Size and identity when it was opened first.
+        before: String,
+        /// Size and identity now.
+        now: String,
+    },
+    /// The image cannot be released while requests use it.
+    #[error("image {} has requests in flight and cannot be released", path.display())]
+    InUse {
+        /// The image.
+        path: PathBuf,
+    },
+    /// Acknowledged writes could not be made stable.
+    #[error("cannot flush image {}", path.display())]
+    Flush {
+        /// The image.
+        path: PathBuf,
+        /// Why.
         source: io::Error,
     },
 }

@@ -1,15 +1,52 @@
 //! Block backends: where the bytes of a namespace live.
+//!
+//! ```text
+//! controller --Request--> Backend::submit --> IoContext --io_uring or threads--> file, block device
+//!      ^                        |                  |
+//!      |                        `- memory, null ---+-- (done at once)
+//!      `--------- Completion --- IoContext::completions
+//! ```
+//! A [`Backend`] is an image, shared by all workers of a controller. An [`IoContext`] belongs to one worker and holds its
+//! requests in flight, over all images. So workers share no lock: an image hands out its open file by one atomic load.
+//!
+//! Invariants:
+//! - Every submitted request ends exactly once, in any order; only a [`FaultImage`] may lose one.
+//! - Requests are hostile: ranges and totals are checked here again, buffers are resolved against guest memory, and nothing
+//!   outside either is touched.
+//! - What the kernel wrote to guest memory is in the dirty bitmap before the completion is reported.
+//! - The kernel never holds an address that could go away: contexts keep guest memory alive, and dropping one waits.
+//! - Flush and forced unit access mean stable storage (fdatasync, RWF_DSYNC). Write zeroes really writes or deallocates.
+//! - An image that can be written is locked as long as it is held.
+//!
+//! Images: [`FileImage`] (raw file or block device), [`MemoryImage`] (travels like RAM), [`NullImage`] (measurement),
+//! [`FaultImage`] (tests).
+//!
+//! Absent: formats with metadata, caching of our own, ordering between requests in flight (as with real disks there is none),
+//! knowledge of NVMe. The only threads are those of `pool`, where the kernel offers no io_uring; the only `unsafe` is in
+//! `uring`.
 #![deny(unsafe_code)]
 
 mod backend;
+mod bounce;
 mod context;
 mod error;
+mod fault;
+mod file;
 mod guest;
 mod memory;
 mod null;
+mod pool;
+mod transfer;
+#[allow(unsafe_code)]
+mod uring;
+
+#[cfg(test)]
+mod tests;
 
 pub use backend::{Backend, Buffers, Completion, Failure, Identity, Operation, Request};
 pub use context::IoContext;
 pub use error::Error;
+pub use fault::{Fault, FaultControl, FaultImage, Target};
+pub use file::{FileImage, FileOptions};
 pub use memory::MemoryImage;
 pub use null::NullImage;

@@ -1,0 +1,269 @@
+//! A raw image in a file or on a block device.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arc_swap::ArcSwapOption;
+use nix::fcntl::{FcntlArg, fcntl};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
+
+use crate::{Backend, Error, Failure, Identity, IoContext, Operation, Request};
+
+/// Kinds of access, as error messages call them.
+const READING: &str = "reading";
+const WRITING: &str = "writing";
+
+/// How to open an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileOptions {
+    /// Refuse writes; several readers may share the image.
+    pub read_only: bool,
+    /// Go around the page cache where the file system can at `block_size_bytes`.
+    pub direct: bool,
+    /// Every request but flush starts at, and is as long as, a multiple of this power of two, in bytes.
+    pub block_size_bytes: u32,
+}
+
+impl Default for FileOptions {
+    fn default() -> Self {
+        Self { read_only: false, direct: true, block_size_bytes: 512 }
+    }
+}
+
+/// What must be the same when an image is opened again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    /// Major and minor number: of the file system that a file is on, or of the block device itself.
+    device: (u32, u32),
+    /// Inode number; 0 for a block device, whose node may be made anew.
+    inode: u64,
+    capacity_bytes: u64,
+}
+
+/// An image in a file or on a block device, locked while it is held.
+///
+/// The lock is an open file description lock over the whole file: a writer excludes everyone, readers exclude writers.
+/// It goes with the descriptor, so it ends with the process, however that ends.
+#[derive(Debug)]
+pub struct FileImage {
+    path: PathBuf,
+    options: FileOptions,
+    stamp: Stamp,
+    held: ArcSwapOption<OpenFile>,
+}
+
+impl FileImage {
+    /// Looks at the image without locking or writing: size and identity only. Requests fail with
+    /// [`Failure::Released`] until [`Backend::acquire`].
+    ///
+    /// # Errors
+    /// The file cannot be opened for reading, or is neither a regular file nor a block device.
+    pub fn inspect(path: impl Into<PathBuf>, options: FileOptions) -> Result<Self, Error> {
+        let path = path.into();
+        let stamp = Stamp::of(&open(&path, READING)?, &path)?;
+        Ok(Self { path, options, stamp, held: ArcSwapOption::empty() })
+    }
+
+    /// Opens and locks the image.
+    ///
+    /// # Errors
+    /// As [`FileImage::inspect`]; it cannot be opened for writing; someone else holds it.
+    pub fn open(path: impl Into<PathBuf>, options: FileOptions) -> Result<Self, Error> {
+        let image = Self::inspect(path, options)?;
+        image.acquire()?;
+        Ok(image)
+    }
+
+    /// Where the image is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The open file, while the image is held.
+    #[cfg(test)]
+    pub(crate) fn held_file(&self) -> Option<Arc<OpenFile>> {
+        self.held.load_full()
+    }
+
+    fn start(&self, context: &mut IoContext, request: &Request<'_>) -> Result<(), Failure> {
+        let file = self.held.load_full().ok_or(Failure::Released)?;
+        request.check(&self.identity())?;
+        let aligned = (request.offset_bytes | request.length_bytes).is_multiple_of(file.granule_bytes());
+        if !aligned && request.operation != Operation::Flush {
+            return Err(Failure::OutOfRange);
+        }
+        if request.length_bytes == 0 && request.operation != Operation::Flush {
+            context.complete(request.token, Ok(()));
+            return Ok(());
+        }
+        context.start(file, request)
+    }
+}
+
+impl Backend for FileImage {
+    fn identity(&self) -> Identity {
+        Identity {
+            kind: "file",
+            capacity_bytes: self.stamp.capacity_bytes,
+            read_only: self.options.read_only,
+        }
+    }
+
+    fn submit(&self, context: &mut IoContext, request: &Request<'_>) {
+        if let Err(failure) = self.start(context, request) {
+            context.complete(request.token, Err(failure));
+        }
+    }
+
+    fn release(&self) -> Result<(), Error> {
+        let Some(file) = self.held.swap(None) else { return Ok(()) };
+        // Requests hold the file: with one under way the lock must not go.
+        let file = Arc::try_unwrap(file).map_err(|file| {
+            self.held.store(Some(file));
+            Error::InUse { path: self.path.clone() }
+        })?;
+        if !self.options.read_only
+            && let Err(source) = file.file.sync_data()
+        {
+            self.held.store(Some(Arc::new(file)));
+            return Err(Error::Flush { path: self.path.clone(), source });
+        }
+        Ok(())
+    }
+
+    fn acquire(&self) -> Result<(), Error> {
+        if self.held.load().is_some() {
+            return Ok(());
+        }
+        let access = if self.options.read_only { READING } else { WRITING };
+        let file = open(&self.path, access)?;
+        lock(&file, &self.path, access)?;
+        let stamp = Stamp::of(&file, &self.path)?;
+        if stamp != self.stamp {
+            return Err(Error::Changed {
+                path: self.path.clone(),
+                before: self.stamp.to_string(),
+                now: stamp.to_string(),
+            });
+        }
+        let alignment = match self.options.direct {
+            true => go_direct(&file, self.options.block_size_bytes),
+            false => None,
+        };
+        self.held.store(Some(Arc::new(OpenFile { file, alignment })));
+        Ok(())
+    }
+}
+
+/// What direct I/O asks for.
+#[derive(Clone, Copy, Debug)]
+struct Alignment {
+    /// Of addresses.
+    memory_bytes: usize,
+    /// Of positions and lengths.
+    granule_bytes: u64,
+}
+
+/// The descriptor of a held image, shared by the requests that use it.
+#[derive(Debug)]
+pub(crate) struct OpenFile {
+    file: File,
+    /// `None`: through the page cache, where every alignment will do.
+    alignment: Option<Alignment>,
+}
+
+impl OpenFile {
+    /// The file.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// What positions and lengths must be multiples of.
+    pub(crate) fn granule_bytes(&self) -> u64 {
+        self.alignment.map_or(1, |alignment| alignment.granule_bytes)
+    }
+
+    /// Whether the device takes buffers whose addresses and whose lengths have these bits set.
+    pub(crate) fn takes_buffers(&self, address_bits: usize, length_bits: usize) -> bool {
+        self.alignment.is_none_or(|alignment| {
+            address_bits.is_multiple_of(alignment.memory_bytes)
+                && (length_bits as u64).is_multiple_of(alignment.granule_bytes)
+        })
+    }
+}
+
+/// Opens `path` if it can be an image.
+fn open(path: &Path, access: &'static str) -> Result<File, Error> {
+    let failed =
+        |errno: rustix::io::Errno| Error::Open { path: path.to_owned(), access, source: errno.into() };
+    // Before it is opened: opening a pipe would wait, opening a terminal or a tape could do worse.
+    let kind = FileType::from_raw_mode(rustix::fs::stat(path).map_err(failed)?.st_mode);
+    if !matches!(kind, FileType::RegularFile | FileType::BlockDevice) {
+        return Err(Error::NotAnImage { path: path.to_owned() });
+    }
+    let flags = if access == WRITING { OFlags::RDWR } else { OFlags::RDONLY };
+    Ok(rustix::fs::open(path, flags | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty())
+        .map_err(failed)?
+        .into())
+}
+
+impl Stamp {
+    /// What `file` is.
+    fn of(file: &File, path: &Path) -> Result<Self, Error> {
+        let failed = |errno: rustix::io::Errno| Error::Open {
+            path: path.to_owned(),
+            access: READING,
+            source: errno.into(),
+        };
+        let about =
+            rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS).map_err(failed)?;
+        let (device, inode) = match FileType::from_raw_mode(about.stx_mode.into()) {
+            FileType::BlockDevice => ((about.stx_rdev_major, about.stx_rdev_minor), 0),
+            _ => ((about.stx_dev_major, about.stx_dev_minor), about.stx_ino),
+        };
+        // Of a block device stat gives no size.
+        let capacity_bytes = rustix::fs::seek(file, SeekFrom::End(0)).map_err(failed)?;
+        Ok(Self { device, inode, capacity_bytes })
+    }
+}
+
+impl fmt::Display for Stamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (major, minor) = self.device;
+        write!(f, "{} bytes (device {major}:{minor}, inode {})", self.capacity_bytes, self.inode)
+    }
+}
+
+/// Locks all of the file, now or not at all.
+fn lock(file: &File, path: &Path, access: &'static str) -> Result<(), Error> {
+    let range = libc::flock {
+        l_type: if access == WRITING { libc::F_WRLCK } else { libc::F_RDLCK } as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&range)) {
+        Ok(_) => Ok(()),
+        Err(nix::Error::EAGAIN | nix::Error::EACCES) => Err(Error::Locked { path: path.to_owned(), access }),
+        Err(errno) => Err(Error::Lock { path: path.to_owned(), source: io::Error::from(errno) }),
+    }
+}
+
+/// Turns direct I/O on if the file can do it in blocks of `block_size_bytes`.
+fn go_direct(file: &File, block_size_bytes: u32) -> Option<Alignment> {
+    let about = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+    let (memory, granule) = (about.stx_dio_mem_align, about.stx_dio_offset_align);
+    // Zero: the file system cannot, or the kernel (before 6.1) does not say.
+    let known = about.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && memory != 0 && granule != 0;
+    if !known || granule > block_size_bytes {
+        return None;
+    }
+    let flags = rustix::fs::fcntl_getfl(file).ok()?;
+    rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT).ok()?;
+    Some(Alignment { memory_bytes: memory as usize, granule_bytes: u64::from(granule) })
+}

@@ -1,0 +1,143 @@
+//! Who holds an image, and giving it away.
+
+use super::*;
+use crate::Error;
+
+fn open(file: &NamedTempFile) -> Result<FileImage, Error> {
+    FileImage::open(file.path(), FileOptions::default())
+}
+
+fn open_read_only(file: &NamedTempFile) -> Result<FileImage, Error> {
+    FileImage::open(file.path(), FileOptions { read_only: true, ..FileOptions::default() })
+}
+
+#[test]
+fn a_writer_excludes_everyone_and_says_so() {
+    let file = temporary_file(MIB);
+    let held = open(&file).unwrap();
+    for second in [open(&file), open_read_only(&file)] {
+        let error = second.unwrap_err();
+        assert!(matches!(error, Error::Locked { .. }), "{error}");
+        let message = error.to_string();
+        assert!(message.contains(file.path().to_str().unwrap()), "{message}");
+        assert!(message.contains("another process has it"), "{message}");
+    }
+    drop(held);
+    let (one, two) = (open_read_only(&file).unwrap(), open_read_only(&file).unwrap());
+    assert!(matches!(open(&file), Err(Error::Locked { .. })));
+    drop((one, two));
+    open(&file).unwrap();
+}
+
+#[test]
+fn looking_takes_no_lock() {
+    let file = temporary_file(MIB);
+    let held = open(&file).unwrap();
+    let looked = FileImage::inspect(file.path(), FileOptions::default()).unwrap();
+    assert_eq!(looked.identity(), held.identity());
+    assert_eq!(looked.identity().capacity_bytes, MIB);
+    let mut context = IoContext::new(guest(), 1).unwrap();
+    let read = |context: &mut _, image: &_| run(context, image, Operation::Read, 0, 512, &[range(0, 512)]);
+    assert_eq!(read(&mut context, &looked), Err(Failure::Released));
+    assert!(matches!(looked.acquire(), Err(Error::Locked { .. })));
+    assert_eq!(read(&mut context, &looked), Err(Failure::Released));
+    held.release().unwrap();
+    looked.acquire().unwrap();
+    assert_eq!(read(&mut context, &looked), Ok(()));
+    assert_eq!(read(&mut context, &held), Err(Failure::Released));
+    assert!(matches!(held.acquire(), Err(Error::Locked { .. })));
+    looked.release().unwrap();
+    looked.release().unwrap();
+    held.acquire().unwrap();
+    held.acquire().unwrap();
+    assert_eq!(read(&mut context, &held), Ok(()));
+}
+
+#[test]
+fn memory_images_are_released_too() {
+    let mut context = IoContext::new(guest(), 1).unwrap();
+    let images: [&dyn Backend; 2] = [&MemoryImage::new(mapping(MIB)), &crate::NullImage::new(MIB)];
+    for image in images {
+        image.release().unwrap();
+        let read = run(&mut context, image, Operation::Read, 0, 512, &[range(0, 512)]);
+        assert_eq!(read, Err(Failure::Released));
+        image.acquire().unwrap();
+        run(&mut context, image, Operation::Read, 0, 512, &[range(0, 512)]).unwrap();
+    }
+}
+
+#[test]
+fn an_image_that_changed_is_not_acquired() {
+    let file = temporary_file(MIB);
+    let image = open(&file).unwrap();
+    image.release().unwrap();
+    file.as_file().set_len(2 * MIB).unwrap();
+    let error = image.acquire().unwrap_err();
+    assert!(
+        error.to_string().contains("1048576 bytes") && error.to_string().contains("2097152 bytes"),
+        "{error}"
+    );
+    open(&file).expect("a refused image is not locked");
+    file.as_file().set_len(MIB).unwrap();
+    image.acquire().unwrap();
+    image.release().unwrap();
+    // The same name and size, but another file.
+    let other = temporary_file(MIB);
+    std::fs::rename(other.path(), file.path()).unwrap();
+    assert!(matches!(image.acquire(), Err(Error::Changed { .. })));
+}
+
+#[test]
+fn an_image_with_requests_in_flight_is_not_released() {
+    on_both_engines(2, |context| {
+        let file = temporary_file(MIB);
+        let image = open(&file).unwrap();
+        queue(context, &image, 1, Operation::Read, 0, 512, &[range(0, 512)]);
+        assert!(matches!(image.release(), Err(Error::InUse { .. })));
+        assert!(matches!(open(&file), Err(Error::Locked { .. })));
+        assert_eq!(collect(context, 1)[0].result, Ok(()));
+        image.release().unwrap();
+        open(&file).unwrap();
+    });
+}
+
+#[test]
+fn dropping_a_context_waits_for_the_kernel() {
+    let file = temporary_file(CAPACITY);
+    let image = open(&file).unwrap();
+    for make in [IoContext::new, IoContext::with_threads] {
+        let memory = guest();
+        let mut context = make(memory.clone(), 64).unwrap();
+        for token in 0..64 {
+            queue(
+                &mut context,
+                &image,
+                token,
+                Operation::Read,
+                token * 65_536,
+                65_536,
+                &[range(token * 65_536, 65_536)],
+            );
+            if token == 40 {
+                context.submit().unwrap();
+            }
+        }
+        drop(context);
+        image.release().expect("nothing uses the image any more");
+        image.acquire().unwrap();
+    }
+}
+
+#[test]
+fn only_files_and_block_devices_are_images() {
+    let directory = tempfile::tempdir().unwrap();
+    let pipe = directory.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for path in [directory.path(), &pipe, std::path::Path::new("/dev/null")] {
+        let error = FileImage::open(path, FileOptions::default()).unwrap_err();
+        assert!(matches!(error, Error::NotAnImage { .. }), "{error}");
+    }
+    let missing = directory.path().join("missing");
+    let error = FileImage::open(&missing, FileOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("missing"), "{error}");
+}

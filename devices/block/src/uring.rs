@@ -1,0 +1,193 @@
+//! The io_uring of a context. The only module with `unsafe`: it gives the kernel addresses.
+
+use std::io;
+use std::mem;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use bus::GuestMemory;
+use io_uring::{IoUring, Probe, opcode, squeue, types};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::file::OpenFile;
+use crate::transfer::{Distortion, Progress, Segment, Step, Transfer};
+use crate::{Completion, Failure, Request};
+
+/// A ring and its requests. Slot `n` has at most one entry in the kernel, with user data `n`.
+///
+/// What an entry points to (guest memory, the slot's segments and bounce buffer, the file) lives until its completion
+/// was reaped: `memory` is kept by a clone, slots are emptied only then, and `drop` waits.
+pub(crate) struct Ring {
+    ring: IoUring,
+    memory: GuestMemory,
+    slots: Vec<Transfer>,
+    free: Vec<u32>,
+    /// Entries that the kernel has not seen yet.
+    queued: u32,
+    /// Entries whose completion was not reaped, the queued ones included.
+    outstanding: u32,
+}
+
+impl Ring {
+    /// A ring for `depth` requests that signals `event`.
+    ///
+    /// # Errors
+    /// The kernel has no io_uring, not this process, or lacks an operation (ENOSYS).
+    pub(crate) fn new(memory: GuestMemory, depth: u32, event: &EventFd) -> io::Result<Self> {
+        let ring = IoUring::builder().dontfork().build(depth)?;
+        let mut probe = Probe::new();
+        ring.submitter().register_probe(&mut probe)?;
+        let needed =
+            [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
+        if !needed.into_iter().all(|code| probe.is_supported(code)) {
+            return Err(io::Error::from_raw_os_error(libc::ENOSYS));
+        }
+        ring.submitter().register_eventfd(event.as_raw_fd())?;
+        Ok(Self {
+            ring,
+            memory,
+            slots: (0..depth).map(|_| Transfer::new(false)).collect(),
+            free: (0..depth).rev().collect(),
+            queued: 0,
+            outstanding: 0,
+        })
+    }
+
+    /// Queues the first step of `request`.
+    pub(crate) fn start(
+        &mut self,
+        file: Arc<OpenFile>,
+        request: &Request<'_>,
+        distortion: Distortion,
+    ) -> Result<(), Failure> {
+        let index = self.free.pop().ok_or(Failure::Io(libc::EAGAIN))?;
+        let begun = self.slots[index as usize].begin(&self.memory, file, request, distortion);
+        let begun = begun.and_then(|()| self.queue(index));
+        if begun.is_err() {
+            self.free.push(index);
+        }
+        begun
+    }
+
+    /// Queues the next step of slot `index`.
+    fn queue(&mut self, index: u32) -> Result<(), Failure> {
+        let slot = &mut self.slots[index as usize];
+        let descriptor = types::Fd(slot.descriptor());
+        let entry = entry(descriptor, &slot.step(&self.memory)?).user_data(u64::from(index));
+        // SAFETY: the entry's file, segments and the memory that these name stay valid until its completion is
+        // reaped (see `Ring`).
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        pushed.map_err(|_| Failure::Io(libc::EAGAIN))?;
+        self.queued += 1;
+        self.outstanding += 1;
+        Ok(())
+    }
+
+    /// Hands what is queued to the kernel.
+    ///
+    /// # Errors
+    /// `WouldBlock` if the kernel is short of memory: try again. Others are final.
+    pub(crate) fn enter(&mut self) -> io::Result<()> {
+        while self.queued > 0 {
+            match self.ring.submit() {
+                Ok(count) => self.queued -= (count as u32).min(self.queued),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the kernel has not seen everything yet.
+    pub(crate) fn has_queued(&self) -> bool {
+        self.queued > 0
+    }
+
+    /// Takes what has completed. Requests that go on are queued again.
+    pub(crate) fn reap(&mut self, completions: &mut Vec<Completion>) {
+        // One look: what a resubmission completes meanwhile is for the next call.
+        let count = self.ring.completion().len();
+        for _ in 0..count {
+            let Some(completed) = self.ring.completion().next() else { return };
+            self.outstanding -= 1;
+            let index = completed.user_data() as u32;
+            let slot = &mut self.slots[index as usize];
+            let mut progress = slot.advance(&self.memory, completed.result());
+            if progress == Progress::Again
+                && let Err(failure) = self.queue(index)
+            {
+                progress = Progress::Done(Err(failure));
+            }
+            if let Progress::Done(result) = progress {
+                self.free.push(index);
+                let (token, lost) = self.slots[index as usize].token();
+                if !lost {
+                    completions.push(Completion { token, result });
+                }
+            }
+        }
+    }
+}
+
+/// The submission queue entry of a step.
+fn entry(descriptor: types::Fd, step: &Step<'_>) -> squeue::Entry {
+    /// `Segment` has the layout of `iovec`.
+    fn vector(segments: &[Segment]) -> (*const libc::iovec, u32) {
+        (segments.as_ptr().cast(), segments.len() as u32)
+    }
+    match *step {
+        Step::Read { segments, offset_bytes } => {
+            let (vector, count) = vector(segments);
+            opcode::Readv::new(descriptor, vector, count).offset(offset_bytes).build()
+        }
+        Step::Write { segments, offset_bytes, stable } => {
+            let (vector, count) = vector(segments);
+            let flags = if stable { libc::RWF_DSYNC } else { 0 };
+            opcode::Writev::new(descriptor, vector, count).offset(offset_bytes).rw_flags(flags).build()
+        }
+        Step::Allocate { mode, offset_bytes, length_bytes } => {
+            opcode::Fallocate::new(descriptor, length_bytes)
+                .offset(offset_bytes)
+                .mode(mode.bits() as i32)
+                .build()
+        }
+        Step::Synchronize => opcode::Fsync::new(descriptor).flags(types::FsyncFlags::DATASYNC).build(),
+    }
+}
+
+impl Drop for Ring {
+    /// Waits for the kernel: until then it may write into guest memory and bounce buffers.
+    fn drop(&mut self) {
+        while self.outstanding > 0 {
+            match self.ring.submit_and_wait(1) {
+                Ok(_) => {
+                    let done = self.ring.completion().count() as u32;
+                    self.outstanding -= done;
+                }
+                Err(error)
+                    if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+                Err(error) => {
+                    log::error!(
+                        "cannot wait for {} requests in flight: {error}; their memory is kept",
+                        self.outstanding
+                    );
+                    mem::forget(mem::take(&mut self.slots));
+                    mem::forget(self.memory.clone());
+                    return;
+                }
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring")
+            .field("slots", &self.slots.len())
+            .field("outstanding", &self.outstanding)
+            .finish()
+    }
+}
