@@ -177,6 +177,12 @@ pub(crate) struct OpenFile {
 }
 
 impl OpenFile {
+    /// A file whose device takes blocks of `granule_bytes` only, whatever the file system under the test says.
+    #[cfg(test)]
+    pub(crate) fn with_granule(file: File, granule_bytes: u64) -> Self {
+        Self { file, alignment: Some(Alignment { memory_bytes: granule_bytes as usize, granule_bytes }) }
+    }
+
     /// The file.
     pub(crate) fn file(&self) -> &File {
         &self.file

@@ -104,25 +104,20 @@ fn an_image_with_requests_in_flight_is_not_released() {
 #[test]
 fn dropping_a_context_waits_for_the_kernel() {
     let file = temporary_file(CAPACITY);
+    std::fs::write(file.path(), Numbers(5).bytes(CAPACITY)).unwrap();
     let image = open(&file).unwrap();
     for make in [IoContext::new, IoContext::with_threads] {
         let memory = guest();
         let mut context = make(memory.clone(), 64).unwrap();
         for token in 0..64 {
-            queue(
-                &mut context,
-                &image,
-                token,
-                Operation::Read,
-                token * 65_536,
-                65_536,
-                &[range(token * 65_536, 65_536)],
-            );
+            let ranges = [range(token * 65_536, 65_536)];
+            queue(&mut context, &image, token, Operation::Read, token * 65_536, 65_536, &ranges);
             if token == 40 {
                 context.submit().unwrap();
             }
         }
         drop(context);
+        assert!(peek(&memory, &[range(0, SEAM)]) == Numbers(5).bytes(SEAM), "all had arrived");
         image.release().expect("nothing uses the image any more");
         image.acquire().unwrap();
     }

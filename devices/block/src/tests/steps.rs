@@ -152,3 +152,28 @@ fn memory_that_lies_together_is_one_segment() {
     assert_eq!(segments.len(), 1);
     assert_eq!(segments[0].length, 131_072);
 }
+
+#[test]
+fn a_direct_transfer_goes_on_from_a_block_boundary() {
+    for (address, unaligned) in [(0x1000, false), (0x1001, true)] {
+        let file = temporary_file(MIB);
+        let open = Arc::new(OpenFile::with_granule(file.reopen().unwrap(), 512));
+        let memory = guest();
+        let mut transfer = Transfer::new(false);
+        let ranges = [range(address, 4096)];
+        let request = Request {
+            token: 1,
+            operation: Operation::Write { fua: false },
+            offset_bytes: 0,
+            length_bytes: 4096,
+            buffers: Buffers::Guest(&ranges),
+        };
+        transfer.begin(&memory, open, &request, Distortion::default()).unwrap();
+        let Step::Write { segments, .. } = transfer.step(&memory).unwrap() else { panic!("writes") };
+        let bounced = segments[0].address != memory.get_host_address(GuestAddress(address)).unwrap().addr();
+        assert_eq!(bounced, unaligned, "only what is not aligned is copied");
+        assert_eq!(transfer.advance(&memory, 700), Progress::Again);
+        assert_eq!(write_of(&transfer.step(&memory).unwrap()), (512, 3584, false));
+        assert_eq!(transfer.advance(&memory, 511), Progress::Done(Err(Failure::Io(libc::EIO))));
+    }
+}
