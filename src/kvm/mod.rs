@@ -1,1 +1,33 @@
-//! (skeleton)
+//! The only place that speaks to `/dev/kvm`.
+//!
+//! [`Host`] is the opened device and what it can do; [`Vm`] one virtual machine with its in-kernel interrupt
+//! controllers and timer; [`MsiRouter`] and [`MsixFunction`] turn a PCI function's MSI-X vectors into irqfds;
+//! [`IrqLine`] is a wired interrupt; [`ClockState`] guest time. Running vCPUs is [`crate::vcpu`]'s; this module only
+//! lends it the few accesses that need `unsafe`.
+//!
+//! Invariants: a memory slot is registered only for a mapping that the [`Vm`] keeps alive; saved state is plain data
+//! and is checked before the kernel sees it; a route table always holds the wired interrupts' routes too.
+//!
+//! Absent: nested virtualisation, SMM, the split irqchip, the dirty ring.
+
+mod clock;
+mod dirty_log;
+mod error;
+mod host;
+mod irqchip;
+mod line;
+mod msi;
+mod pit;
+pub(crate) mod run;
+pub(crate) mod tsc_offset;
+mod vm;
+pub(crate) mod xsave;
+
+pub use clock::{ClockPlan, ClockState, GuestTime, HostTime};
+pub use error::Error;
+pub use host::Host;
+pub use irqchip::{IoApicState, IrqchipState, PicState};
+pub use line::IrqLine;
+pub use msi::{MsiRouter, MsixFunction};
+pub use pit::{PitChannelState, PitState};
+pub use vm::Vm;

@@ -1,1 +1,26 @@
-//! (skeleton)
+//! vCPUs: a thread each, their CPUID, and their state.
+//!
+//! [`VcpuManager`] owns the threads. Each creates its vCPU, and from then on is the only one to touch it: everything
+//! else is a command that runs there. A thread is paused or runs the guest; the accesses that KVM hands over are served
+//! on the buses, on that thread. A kick (signal) makes it look at its commands; pausing completes the access that was
+//! in progress, so that no half-done instruction is saved.
+//!
+//! [`VcpuState`] is all that a vCPU is, apart from its CPUID, which both sides of a migration make themselves and
+//! compare.
+//!
+//! Absent: hotplug, SMM, nested virtualisation, throttling.
+
+mod boot;
+mod cpuid;
+mod manager;
+mod msr;
+mod state;
+mod thread;
+
+pub use boot::{BootProtocol, BootRegisters};
+pub use manager::VcpuManager;
+pub use state::{
+    CpuidLeaf, DebugRegisters, DescriptorTable, EventState, ExtendedControl, Msr, Registers, Segment,
+    SystemRegisters, VcpuState,
+};
+pub use thread::{Buses, EventHandler, VcpuEvent};

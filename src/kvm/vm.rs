@@ -1,0 +1,161 @@
+//! One virtual machine.
+
+use std::sync::{Arc, Mutex};
+
+use bus::GuestMapping;
+use kvm_bindings as kvm;
+use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Error, Host};
+use crate::layout;
+use crate::memory::GuestRam;
+
+/// A KVM virtual machine with its interrupt controllers and timer, before and while vCPUs run in it.
+///
+/// Shared by `Arc`: every method takes `&self`.
+#[derive(Debug)]
+pub struct Vm {
+    fd: VmFd,
+    /// Slots in use, with the mappings that they point at.
+    slots: Mutex<Vec<Slot>>,
+    xsave_bytes: usize,
+    max_vcpus: u32,
+    /// Whether a log starts with every page dirty, so that nothing is write-protected when it is switched on.
+    initially_set: bool,
+}
+
+#[derive(Debug)]
+struct Slot {
+    region: kvm_userspace_memory_region,
+    _mapping: Arc<GuestMapping>,
+}
+
+impl Vm {
+    /// Creates a VM with PIC, I/O APIC, local APICs (one for each vCPU that follows) and PIT.
+    ///
+    /// # Errors
+    /// [`Error::Call`], naming the step.
+    pub fn new(host: &Host) -> Result<Arc<Self>, Error> {
+        let fd = host.fd().create_vm().map_err(Error::call("create a virtual machine"))?;
+        let tss = usize::try_from(layout::KVM_TSS_START).expect("the address map fits usize on x86-64");
+        fd.set_tss_address(tss).map_err(Error::call("set the TSS address"))?;
+        fd.create_irq_chip().map_err(Error::call("create the interrupt controllers"))?;
+        let pit = kvm_pit_config { flags: kvm::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        fd.create_pit2(pit).map_err(Error::call("create the interval timer"))?;
+
+        let offered = fd.check_extension_raw(kvm::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
+        let wanted = kvm::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | kvm::KVM_DIRTY_LOG_INITIALLY_SET;
+        let flags = u32::try_from(offered).unwrap_or(0) & wanted;
+        if flags & kvm::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE == 0 {
+            let missing = "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2".to_owned();
+            return Err(Error::MissingCapabilities { path: "/dev/kvm".into(), missing });
+        }
+        let manual = kvm::kvm_enable_cap {
+            cap: kvm::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+            args: [flags.into(), 0, 0, 0],
+            ..Default::default()
+        };
+        fd.enable_cap(&manual)
+            .map_err(Error::call(format!("enable manual dirty log protection ({flags:#x})")))?;
+        Ok(Arc::new(Self {
+            fd,
+            slots: Mutex::default(),
+            xsave_bytes: host.xsave_bytes(),
+            max_vcpus: host.max_vcpus(),
+            initially_set: flags & kvm::KVM_DIRTY_LOG_INITIALLY_SET != 0,
+        }))
+    }
+
+    /// Registers every block of `ram` that the guest sees as a memory slot. The mappings stay alive as long as the VM.
+    ///
+    /// # Errors
+    /// [`Error::Call`] with the block's place.
+    pub fn map_ram(&self, ram: &GuestRam) -> Result<(), Error> {
+        for block in ram.blocks() {
+            let (Some(guest_phys_addr), Some(slot)) = (block.guest_base, block.kvm_slot) else { continue };
+            let region = kvm_userspace_memory_region {
+                slot,
+                flags: 0,
+                guest_phys_addr,
+                memory_size: block.length_bytes(),
+                userspace_addr: block.mapping.as_ptr() as u64,
+            };
+            self.set_region(region)?;
+            self.slots().push(Slot { region, _mapping: Arc::clone(&block.mapping) });
+        }
+        Ok(())
+    }
+
+    /// Switches the dirty log of every slot on or off. On: the first log of a slot reports every page.
+    ///
+    /// # Errors
+    /// [`Error::Call`]; slots before the failing one are switched.
+    pub(crate) fn log_dirty_pages(&self, on: bool) -> Result<(), Error> {
+        for slot in self.slots().iter_mut() {
+            let flags = if on { kvm::KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+            let region = kvm_userspace_memory_region { flags, ..slot.region };
+            self.set_region(region)?;
+            slot.region = region;
+        }
+        Ok(())
+    }
+
+    /// Whether a log that was just switched on reports every page (otherwise: only pages written since).
+    pub(crate) fn log_starts_full(&self) -> bool {
+        self.initially_set
+    }
+
+    #[allow(unsafe_code)]
+    fn set_region(&self, region: kvm_userspace_memory_region) -> Result<(), Error> {
+        let kvm_userspace_memory_region { slot, flags, guest_phys_addr, memory_size, .. } = region;
+        // SAFETY: address and size are those of a mapping that `self.slots` (or, during `map_ram`, the caller's block,
+        // which is pushed next) keeps mapped until the VM is gone.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(Error::call(format!(
+            "set memory slot {slot} at {guest_phys_addr:#x}+{memory_size:#x} with flags {flags:#x}"
+        )))
+    }
+
+    fn slots(&self) -> std::sync::MutexGuard<'_, Vec<Slot>> {
+        self.slots.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Makes `event` readable when the guest writes, in any width, at the guest physical `address`, without an exit to
+    /// this process. The value that was written is lost.
+    ///
+    /// # Errors
+    /// [`Error::Call`].
+    pub fn add_doorbell(&self, event: &EventFd, address: u64) -> Result<(), Error> {
+        self.fd
+            .register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(Error::call(format!("register an ioeventfd at {address:#x}")))
+    }
+
+    /// Undoes [`Self::add_doorbell`].
+    ///
+    /// # Errors
+    /// [`Error::Call`], for one that was not registered.
+    pub fn remove_doorbell(&self, event: &EventFd, address: u64) -> Result<(), Error> {
+        self.fd
+            .unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(Error::call(format!("remove the ioeventfd at {address:#x}")))
+    }
+
+    /// The bare virtual machine, for the other files of this module.
+    pub(crate) fn fd(&self) -> &VmFd {
+        &self.fd
+    }
+
+    pub(crate) fn xsave_bytes(&self) -> usize {
+        self.xsave_bytes
+    }
+
+    pub(crate) fn max_vcpus(&self) -> u32 {
+        self.max_vcpus
+    }
+
+    pub(crate) fn create_vcpu(&self, index: u32) -> Result<VcpuFd, Error> {
+        self.fd.create_vcpu(index.into()).map_err(Error::call(format!("create vCPU {index}")))
+    }
+}

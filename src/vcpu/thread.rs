@@ -1,0 +1,243 @@
+//! One vCPU on its thread.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+
+use bus::Bus;
+use kvm_bindings::CpuId;
+use kvm_ioctls::VcpuFd;
+
+use super::state::{self, DebugRegisters, EventState, Registers, SystemRegisters, VcpuState};
+use super::{BootRegisters, cpuid, msr};
+use crate::kvm::run::{Exit, Kickable};
+use crate::kvm::{Error, tsc_offset, xsave};
+
+/// Where a vCPU's accesses go.
+#[derive(Clone)]
+pub struct Buses {
+    /// I/O ports.
+    pub ports: Arc<Bus>,
+    /// Guest physical memory that is not RAM.
+    pub mmio: Arc<Bus>,
+}
+
+/// What a vCPU tells the machine. The vCPU is paused from then on.
+#[derive(Debug)]
+pub enum VcpuEvent {
+    /// The guest wants a reset: a triple fault, usually on purpose.
+    Reset,
+    /// The guest powered itself off.
+    PowerOff,
+    /// KVM cannot go on with it.
+    Failed(Error),
+}
+
+/// Called on the vCPU's thread with its number. Must not wait for that vCPU.
+pub type EventHandler = Arc<dyn Fn(u32, VcpuEvent) + Send + Sync>;
+
+/// Work for a vCPU's thread.
+pub(super) type Command = Box<dyn FnOnce(&mut Vcpu) + Send>;
+
+pub(super) struct Vcpu {
+    pub(super) index: u32,
+    kickable: Kickable,
+    running: bool,
+    buses: Buses,
+    on_event: EventHandler,
+    cpuid: CpuId,
+    msrs: Vec<u32>,
+    xsave_bytes: usize,
+}
+
+/// What a vCPU's thread is made from.
+pub(super) struct Parts {
+    pub(super) index: u32,
+    pub(super) fd: VcpuFd,
+    pub(super) buses: Buses,
+    pub(super) on_event: EventHandler,
+    pub(super) cpuid: CpuId,
+    pub(super) msrs: Vec<u32>,
+    pub(super) xsave_bytes: usize,
+}
+
+impl Vcpu {
+    /// On its thread.
+    pub(super) fn new(parts: Parts) -> Self {
+        let Parts { index, fd, buses, on_event, cpuid, msrs, xsave_bytes } = parts;
+        let kickable = Kickable::new(fd);
+        Self { index, kickable, running: false, buses, on_event, cpuid, msrs, xsave_bytes }
+    }
+
+    /// Until nobody can send commands any more.
+    pub(super) fn serve(mut self, commands: &Receiver<Command>) {
+        loop {
+            if !self.running {
+                let Ok(command) = commands.recv() else { return };
+                command(&mut self);
+                continue;
+            }
+            match commands.try_recv() {
+                Ok(command) => command(&mut self),
+                Err(TryRecvError::Disconnected) => return,
+                // A command that comes now comes with a kick, which ends the run.
+                Err(TryRecvError::Empty) => {
+                    if self.run() {
+                        // Before the commands are looked at again: a kick after this is for a later command.
+                        self.kickable.set_immediate_exit(false);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Runs the guest for a stretch; `true` if it was interrupted, with no access pending.
+    fn run(&mut self) -> bool {
+        let event = match self.kickable.run(&self.buses.ports, &self.buses.mmio) {
+            Exit::Served => return false,
+            Exit::Interrupted => return true,
+            Exit::Reset => VcpuEvent::Reset,
+            Exit::PowerOff => VcpuEvent::PowerOff,
+            Exit::Stuck(why) => {
+                let rip = self.fd().get_regs().map_or(0, |registers| registers.rip);
+                VcpuEvent::Failed(Error::Stuck { vcpu: self.index, rip, why })
+            }
+        };
+        self.running = false;
+        (self.on_event)(self.index, event);
+        false
+    }
+
+    pub(super) fn resume(&mut self) {
+        // Tells a guest with kvm-clock that it was stopped, so that its watchdogs do not complain. EINVAL: it has none.
+        if let Err(error) = self.fd().kvmclock_ctrl()
+            && error.errno() != libc::EINVAL
+        {
+            log::warn!("vCPU {}: cannot announce the pause to the guest: {error}", self.index);
+        }
+        self.running = true;
+    }
+
+    /// Stops and completes the access that was in progress: with `immediate_exit` KVM does no more than that. (A string
+    /// instruction may come back with further accesses, which are served.)
+    pub(super) fn pause(&mut self) {
+        while self.running {
+            self.kickable.set_immediate_exit(true);
+            if self.run() {
+                self.running = false;
+            }
+        }
+        self.kickable.set_immediate_exit(false);
+    }
+
+    pub(super) fn boot(&mut self, registers: &BootRegisters) -> Result<(), Error> {
+        self.paused("set its boot registers")?;
+        registers.apply(self.fd())
+    }
+
+    /// Reads everything. Changes nothing.
+    pub(super) fn save(&mut self) -> Result<VcpuState, Error> {
+        self.paused("save it")?;
+        let index = self.index;
+        let read = |what| Error::call(format!("read the {what} of vCPU {index}"));
+        let fd = self.fd();
+        // First: it may have a pending start-up message turned into a state, which the others then show.
+        let mp_state = fd.get_mp_state().map_err(read("run state"))?.mp_state;
+        let registers = Registers::from_kvm(&fd.get_regs().map_err(read("registers"))?);
+        let system = SystemRegisters::from_kvm(&fd.get_sregs().map_err(read("system registers"))?);
+        let xsave = xsave::save(fd, self.xsave_bytes)?;
+        let extended_controls =
+            state::extended_controls(&fd.get_xcrs().map_err(read("extended control registers"))?);
+        let msrs = msr::read(fd, &self.msrs)?;
+        let lapic = state::lapic_bytes(&fd.get_lapic().map_err(read("local APIC"))?);
+        let events = EventState::from_kvm(&fd.get_vcpu_events().map_err(read("events"))?);
+        let debug = DebugRegisters::from_kvm(&fd.get_debug_regs().map_err(read("debug registers"))?);
+        let tsc_khz = fd.get_tsc_khz().map_err(read("TSC frequency"))?;
+        let tsc_offset = tsc_offset::read(fd)?;
+        let cpuid = cpuid::leaves(&self.cpuid);
+        Ok(VcpuState {
+            index,
+            registers,
+            system,
+            xsave_bytes: xsave.len() as u32,
+            xsave,
+            extended_control_count: extended_controls.len() as u32,
+            extended_controls,
+            msr_count: msrs.len() as u32,
+            msrs,
+            lapic,
+            events,
+            debug,
+            mp_state,
+            tsc_khz,
+            tsc_offset,
+            cpuid_count: cpuid.len() as u32,
+            cpuid,
+        })
+    }
+
+    /// Checks `saved` and then sets everything, in this order, because each needs what comes before it:
+    ///
+    /// 1. CPUID (set when the vCPU was made; here compared): decides which registers exist.
+    /// 2. XCR0 and the like: decide which extended state is legal; then the extended state.
+    /// 3. System registers with the APIC base, general registers.
+    /// 4. TSC offset, then MSRs without the TSC deadline.
+    /// 5. The local APIC, whose timer mode gives the deadline its meaning; then the TSC deadline.
+    /// 6. Debug registers, events, and last the run state.
+    pub(super) fn restore(&mut self, saved: &VcpuState, tsc_shift: u64) -> Result<(), Error> {
+        self.paused("restore it")?;
+        let index = self.index;
+        self.check(saved).map_err(|why| Error::VcpuState { vcpu: index, why })?;
+        let set = |what| Error::call(format!("set the {what} of vCPU {index}"));
+        let fd = self.fd();
+        if !saved.extended_controls.is_empty() {
+            let controls = state::kvm_extended_controls(&saved.extended_controls);
+            fd.set_xcrs(&controls).map_err(set("extended control registers"))?;
+        }
+        xsave::restore(fd, &saved.xsave)?;
+        fd.set_sregs(&saved.system.to_kvm()).map_err(set("system registers"))?;
+        fd.set_regs(&saved.registers.to_kvm()).map_err(set("registers"))?;
+        tsc_offset::write(fd, saved.tsc_offset.wrapping_add(tsc_shift))?;
+        let (deadline, msrs): (Vec<_>, Vec<_>) =
+            saved.msrs.iter().cloned().partition(|msr| msr.index == msr::TSC_DEADLINE);
+        msr::write(fd, index, &msrs)?;
+        fd.set_lapic(&state::kvm_lapic(&saved.lapic)).map_err(set("local APIC"))?;
+        msr::write(fd, index, &deadline)?;
+        fd.set_debug_regs(&saved.debug.to_kvm()).map_err(set("debug registers"))?;
+        fd.set_vcpu_events(&saved.events.to_kvm()).map_err(set("events"))?;
+        fd.set_mp_state(state::kvm_mp(saved.mp_state)).map_err(set("run state"))
+    }
+
+    /// Everything that would make `saved` wrong here, in one sentence.
+    fn check(&self, saved: &VcpuState) -> Result<(), String> {
+        if saved.index != self.index {
+            return Err(format!("it is of vCPU {}", saved.index));
+        }
+        saved.check()?;
+        if saved.xsave.len() != self.xsave_bytes {
+            let (theirs, ours) = (saved.xsave.len(), self.xsave_bytes);
+            return Err(format!("its extended state has {theirs} bytes, this host's {ours}"));
+        }
+        let differences = cpuid::differences(&saved.cpuid, &cpuid::leaves(&self.cpuid));
+        if !differences.is_empty() {
+            return Err(differences.join("; "));
+        }
+        let tsc_khz = self.fd().get_tsc_khz().map_err(|e| format!("cannot read the TSC frequency: {e}"))?;
+        // KVM itself takes 250 parts in a million for the same; more needs scaling in hardware.
+        if saved.tsc_khz.abs_diff(tsc_khz) > tsc_khz / 4000 {
+            return Err(format!("its TSC runs at {} kHz, this host's at {tsc_khz} kHz", saved.tsc_khz));
+        }
+        Ok(())
+    }
+
+    pub(super) fn tsc_khz(&self) -> Result<u32, Error> {
+        self.fd().get_tsc_khz().map_err(Error::call(format!("read the TSC frequency of vCPU {}", self.index)))
+    }
+
+    fn paused(&self, what: &'static str) -> Result<(), Error> {
+        if self.running { Err(Error::NotPaused { vcpu: self.index, what }) } else { Ok(()) }
+    }
+
+    fn fd(&self) -> &VcpuFd {
+        self.kickable.fd()
+    }
+}
