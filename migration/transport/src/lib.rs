@@ -20,9 +20,11 @@ mod connection;
 mod error;
 pub mod faulty;
 mod listener;
+mod private_socket;
 mod uri;
 
 pub use connection::{Connection, Link};
 pub use error::Error;
 pub use listener::Listener;
+pub use private_socket::PrivateSocket;
 pub use uri::{Layout, Uri};

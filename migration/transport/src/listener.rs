@@ -1,24 +1,17 @@
 //! Waiting for a peer.
 
-use std::fs;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-use crate::{Connection, Error, Uri};
-
-const BACKLOG: i32 = 8;
+use crate::{Connection, Error, PrivateSocket, Uri};
 
 #[derive(Debug)]
 enum Socket {
-    Unix { listener: UnixListener, _file: SocketFile },
+    Unix(PrivateSocket),
     Tcp(TcpListener),
 }
 
@@ -39,9 +32,9 @@ impl Listener {
         let failed = |source| Error::Listen { uri: uri.to_string(), source };
         match uri {
             Uri::Unix(path) => {
-                let (listener, file) = bind_unix(uri, path)?;
-                listener.set_nonblocking(true).map_err(failed)?;
-                Ok(Self { socket: Socket::Unix { listener, _file: file }, uri: uri.clone() })
+                let socket = PrivateSocket::bind(path)?;
+                socket.set_nonblocking(true).map_err(failed)?;
+                Ok(Self { socket: Socket::Unix(socket), uri: uri.clone() })
             }
             Uri::Tcp { host, .. } => {
                 let listener =
@@ -79,7 +72,7 @@ impl Listener {
             Err(errno) => return Err(failed(errno.into())),
         }
         let accepted = match &self.socket {
-            Socket::Unix { listener, .. } => listener.accept().and_then(|(stream, _)| {
+            Socket::Unix(listener) => listener.accept().and_then(|(stream, _)| {
                 stream.set_nonblocking(false)?;
                 Ok(Connection::from_unix(stream, self.uri.to_string()))
             }),
@@ -105,69 +98,18 @@ impl AsFd for Listener {
     /// Readable when a peer waits, for a caller with an event loop of its own.
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.socket {
-            Socket::Unix { listener, .. } => listener.as_fd(),
+            Socket::Unix(listener) => listener.as_fd(),
             Socket::Tcp(listener) => listener.as_fd(),
         }
     }
 }
 
-/// The socket's entry in the file system, by what it was when we made it.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // Someone may have put another socket there since: only our own is removed.
-        if let Ok(found) = fs::symlink_metadata(&self.path)
-            && (found.dev(), found.ino()) == (self.device, self.inode)
-        {
-            let _gone_already = fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn bind_unix(uri: &Uri, path: &Path) -> Result<(UnixListener, SocketFile), Error> {
-    let failed = |source: io::Error| Error::Listen { uri: uri.to_string(), source };
-    let address = SocketAddrUnix::new(path).map_err(|errno| failed(errno.into()))?;
-    let socket =
-        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
-            .map_err(|errno| failed(errno.into()))?;
-    if let Err(errno) = rustix::net::bind(&socket, &address) {
-        if errno != rustix::io::Errno::ADDRINUSE {
-            return Err(failed(errno.into()));
-        }
-        remove_stale(uri, path)?;
-        rustix::net::bind(&socket, &address).map_err(|errno| failed(errno.into()))?;
-    }
-    let found = fs::symlink_metadata(path).map_err(failed)?;
-    let file = SocketFile { path: path.to_owned(), device: found.dev(), inode: found.ino() };
-    // Nobody can connect before `listen`, so there is no moment at which others could.
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
-    rustix::net::listen(&socket, BACKLOG).map_err(|errno| failed(errno.into()))?;
-    Ok((UnixListener::from(socket), file))
-}
-
-fn remove_stale(uri: &Uri, path: &Path) -> Result<(), Error> {
-    let failed = |source| Error::Listen { uri: uri.to_string(), source };
-    if !fs::symlink_metadata(path).map_err(failed)?.file_type().is_socket() {
-        return Err(Error::NotASocket { uri: uri.to_string() });
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(failed)
-        }
-        // It answered, or it may be alive.
-        Ok(_) | Err(_) => Err(Error::InUse { uri: uri.to_string() }),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::io::{Read, Write};
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixListener;
 
     use super::*;
 

@@ -1,0 +1,90 @@
+//! A listening Unix socket that only its owner can reach, and whose file goes away with it.
+
+use std::fs;
+use std::io;
+use std::ops::Deref;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::{Error, Uri};
+
+const BACKLOG: i32 = 8;
+
+/// The socket; dropping it removes its file.
+#[derive(Debug)]
+pub struct PrivateSocket {
+    listener: UnixListener,
+    _file: SocketFile,
+}
+
+impl PrivateSocket {
+    /// Listens at `path`, mode 0600. A socket file that a dead process left behind is replaced.
+    ///
+    /// # Errors
+    /// A living process listens there, or the path is something else than a socket or cannot be made one.
+    pub fn bind(path: &Path) -> Result<Self, Error> {
+        let uri = Uri::Unix(path.to_owned());
+        let failed = |source: io::Error| Error::Listen { uri: uri.to_string(), source };
+        let address = SocketAddrUnix::new(path).map_err(|errno| failed(errno.into()))?;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
+                .map_err(|errno| failed(errno.into()))?;
+        if let Err(errno) = rustix::net::bind(&socket, &address) {
+            if errno != rustix::io::Errno::ADDRINUSE {
+                return Err(failed(errno.into()));
+            }
+            remove_stale(&uri, path)?;
+            rustix::net::bind(&socket, &address).map_err(|errno| failed(errno.into()))?;
+        }
+        let found = fs::symlink_metadata(path).map_err(failed)?;
+        let file = SocketFile { path: path.to_owned(), device: found.dev(), inode: found.ino() };
+        // Nobody can connect before `listen`, so there is no moment at which others could.
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+        rustix::net::listen(&socket, BACKLOG).map_err(|errno| failed(errno.into()))?;
+        Ok(Self { listener: UnixListener::from(socket), _file: file })
+    }
+}
+
+impl Deref for PrivateSocket {
+    type Target = UnixListener;
+
+    fn deref(&self) -> &UnixListener {
+        &self.listener
+    }
+}
+
+/// The socket's entry in the file system, by what it was when we made it.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Someone may have put another socket there since: only our own is removed.
+        if let Ok(found) = fs::symlink_metadata(&self.path)
+            && (found.dev(), found.ino()) == (self.device, self.inode)
+        {
+            let _gone_already = fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn remove_stale(uri: &Uri, path: &Path) -> Result<(), Error> {
+    let failed = |source| Error::Listen { uri: uri.to_string(), source };
+    if !fs::symlink_metadata(path).map_err(failed)?.file_type().is_socket() {
+        return Err(Error::NotASocket { uri: uri.to_string() });
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(failed)
+        }
+        // It answered, or it may be alive.
+        Ok(_) | Err(_) => Err(Error::InUse { uri: uri.to_string() }),
+    }
+}

@@ -1,0 +1,166 @@
+//! The commands: each takes its arguments apart, asks the machine, and puts the answer into QEMU's shape.
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::event::EventBus;
+use super::operations::{MigrationParameters, Operations, RunState};
+use super::protocol::{Arguments, QmpError, version};
+
+/// Longest downtime that may be asked for, in milliseconds (QEMU's bound).
+const MAX_DOWNTIME_LIMIT: u64 = 2_000_000;
+
+/// What commands work on.
+pub(super) struct Context<'a> {
+    pub operations: &'a dyn Operations,
+    pub events: &'a EventBus,
+}
+
+type Command = fn(&Context, Arguments) -> Result<Value, QmpError>;
+
+/// Every command but `qmp_capabilities`, which belongs to the session.
+const COMMANDS: [(&str, Command); 14] = [
+    ("query-version", query_version),
+    ("query-commands", query_commands),
+    ("query-status", query_status),
+    ("stop", stop),
+    ("cont", cont),
+    ("quit", quit),
+    ("migrate", migrate),
+    ("migrate_cancel", migrate_cancel),
+    ("query-migrate", query_migrate),
+    ("migrate-set-parameters", set_parameters),
+    ("query-migrate-parameters", query_parameters),
+    ("migrate-set-capabilities", set_capabilities),
+    ("query-migrate-capabilities", query_capabilities),
+    ("x-ferry-status", ferry_status),
+];
+
+/// Runs one command.
+pub(super) fn execute(context: &Context, name: &str, arguments: Arguments) -> Result<Value, QmpError> {
+    match COMMANDS.iter().find(|(known, _)| *known == name) {
+        Some((_, command)) => command(context, arguments),
+        None => Err(QmpError::command_not_found(format!("The command {name} has not been found"))),
+    }
+}
+
+/// Most commands return an empty object.
+fn nothing() -> Result<Value, QmpError> {
+    Ok(json!({}))
+}
+
+fn to_json(report: impl Serialize) -> Result<Value, QmpError> {
+    serde_json::to_value(report)
+        .map_err(|error| QmpError::generic(format!("the answer cannot be written: {error}")))
+}
+
+fn query_version(_: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    Ok(version())
+}
+
+fn query_commands(_: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    let names = COMMANDS.iter().map(|(name, _)| *name).chain(["qmp_capabilities"]);
+    Ok(names.map(|name| json!({ "name": name })).collect())
+}
+
+fn query_status(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    let status = context.operations.run_state();
+    Ok(json!({ "running": status == RunState::Running, "status": status }))
+}
+
+fn stop(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    context.operations.stop()?;
+    nothing()
+}
+
+fn cont(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    context.operations.cont()?;
+    nothing()
+}
+
+fn quit(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    context.operations.quit();
+    nothing()
+}
+
+fn migrate(context: &Context, mut arguments: Arguments) -> Result<Value, QmpError> {
+    let uri = arguments.string("uri")?;
+    // QEMU documents `detach` as ignored: the command never waits.
+    arguments.optional_bool("detach")?;
+    if arguments.optional_bool("resume")? == Some(true) {
+        return Err(QmpError::generic("Parameter 'resume': there is no postcopy migration to resume"));
+    }
+    arguments.finish()?;
+    context.operations.migrate(&uri)?;
+    nothing()
+}
+
+fn migrate_cancel(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    context.operations.migrate_cancel()?;
+    nothing()
+}
+
+fn query_migrate(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    context.operations.migration().map_or_else(nothing, to_json)
+}
+
+fn set_parameters(context: &Context, mut arguments: Arguments) -> Result<Value, QmpError> {
+    let downtime_limit = arguments.optional_u64("downtime-limit")?;
+    let max_bandwidth = arguments.optional_u64("max-bandwidth")?;
+    arguments.finish()?;
+    if downtime_limit.is_some_and(|limit| limit > MAX_DOWNTIME_LIMIT) {
+        return Err(QmpError::generic(
+            "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000 seconds",
+        ));
+    }
+    let old = context.operations.migration_parameters();
+    context.operations.set_migration_parameters(MigrationParameters {
+        downtime_limit: downtime_limit.unwrap_or(old.downtime_limit),
+        max_bandwidth: max_bandwidth.unwrap_or(old.max_bandwidth),
+    });
+    nothing()
+}
+
+fn query_parameters(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    to_json(context.operations.migration_parameters())
+}
+
+/// `events` is the one capability that can be changed here.
+fn set_capabilities(context: &Context, mut arguments: Arguments) -> Result<Value, QmpError> {
+    let mut events = None;
+    for mut entry in arguments.objects("capabilities")? {
+        let capability = entry.string("capability")?;
+        let state = entry.bool("state")?;
+        entry.finish()?;
+        if capability != "events" {
+            return Err(QmpError::generic(format!(
+                "Parameter 'capability' does not accept value '{capability}'"
+            )));
+        }
+        events = Some(state);
+    }
+    arguments.finish()?;
+    if let Some(on) = events {
+        context.events.set_migration_events(on);
+    }
+    nothing()
+}
+
+fn query_capabilities(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    Ok(json!([{ "capability": "events", "state": context.events.migration_events() }]))
+}
+
+fn ferry_status(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    to_json(context.operations.ferry_status())
+}

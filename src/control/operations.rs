@@ -1,0 +1,302 @@
+//! What the control socket may ask of a machine, and the reports that come back.
+//!
+//! The names and units in JSON are those of QEMU's QAPI schema (`run-state.json`, `migration.json`); types whose names
+//! start with `Ferry`, and what they hold, are this project's own and only seen through `x-ferry-status`.
+
+use serde::{Deserialize, Serialize};
+
+/// A machine as its operator sees it. Every method may be called from any thread at any time, and none waits for a
+/// client. What a machine may not do now it refuses with a [`Refusal`]; which commands are legal in which run state is
+/// decided behind this trait, not by the protocol.
+pub trait Operations: Send + Sync {
+    /// The run state.
+    fn run_state(&self) -> RunState;
+
+    /// Stops the vCPUs and pauses the devices; nothing happens when they are stopped already.
+    fn stop(&self) -> Result<(), Refusal>;
+
+    /// Lets the guest run. Refused from the first byte of COMMIT on the source and before ownership on the destination.
+    fn cont(&self) -> Result<(), Refusal>;
+
+    /// Begins to end the process; returns at once, so that the answer still leaves.
+    fn quit(&self);
+
+    /// Begins a migration; returns once it has begun. Its progress is seen through [`Operations::migration`] and events.
+    fn migrate(&self, uri: &str) -> Result<(), Refusal>;
+
+    /// Asks a migration to end with the guest running here. Nothing happens without a migration, or after COMMIT.
+    fn migrate_cancel(&self) -> Result<(), Refusal>;
+
+    /// The latest migration, if there was one.
+    fn migration(&self) -> Option<MigrationInfo>;
+
+    /// The limits of migrations.
+    fn migration_parameters(&self) -> MigrationParameters;
+
+    /// Changes the limits, of a migration that runs too. The protocol has checked their ranges.
+    fn set_migration_parameters(&self, parameters: MigrationParameters);
+
+    /// All that this project knows and QEMU has no word for.
+    fn ferry_status(&self) -> FerryStatus;
+}
+
+/// Why an operation was not done: a sentence for the operator.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Refusal(pub String);
+
+/// QEMU's `RunState`, as far as this machine knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunState {
+    /// Waits for an incoming migration.
+    Inmigrate,
+    /// Built and not started.
+    Prelaunch,
+    /// The guest runs.
+    Running,
+    /// Stopped by the operator.
+    Paused,
+    /// Stopped by a migration that is about to end.
+    FinishMigrate,
+    /// Lives elsewhere, or may (`handover-unknown`).
+    Postmigrate,
+    /// The guest powered off.
+    Shutdown,
+    /// The guest reported a panic.
+    GuestPanicked,
+    /// A vCPU or device could not go on.
+    InternalError,
+}
+
+/// QEMU's `MigrationStatus`, as far as this machine knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationStatus {
+    /// Connects, says hello.
+    Setup,
+    /// RAM moves.
+    Active,
+    /// The guest is stopped and devices move; also for as long as the outcome of a COMMIT is unknown.
+    Device,
+    /// The guest lives elsewhere.
+    Completed,
+    /// The guest lives here; [`MigrationInfo::error_desc`] says why.
+    Failed,
+    /// On the way to `cancelled`.
+    Cancelling,
+    /// The guest lives here because the operator said so.
+    Cancelled,
+}
+
+impl MigrationStatus {
+    /// Whether nothing more will happen.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// QEMU's `MigrationInfo`: times in milliseconds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationInfo {
+    /// Where it stands.
+    pub status: MigrationStatus,
+    /// RAM, once it moves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ram: Option<RamStats>,
+    /// Milliseconds since it began, or that it took.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub total_time: Option<u64>,
+    /// Milliseconds from the command to the first page.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub setup_time: Option<u64>,
+    /// Milliseconds that the guest would be stopped if it were stopped now; while RAM moves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expected_downtime: Option<u64>,
+    /// Milliseconds that the guest was stopped; when completed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime: Option<u64>,
+    /// Why it failed: the same cause that the other side reports.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_desc: Option<String>,
+    /// Why a migration cannot begin.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub blocked_reasons: Vec<String>,
+}
+
+impl MigrationInfo {
+    /// A migration of which only the status is known.
+    pub fn new(status: MigrationStatus) -> Self {
+        Self {
+            status,
+            ram: None,
+            total_time: None,
+            setup_time: None,
+            expected_downtime: None,
+            downtime: None,
+            error_desc: None,
+            blocked_reasons: Vec::new(),
+        }
+    }
+}
+
+/// QEMU's `MigrationStats`. Postcopy, multifd and zero-copy counters are zero: nothing of the kind exists here.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct RamStats {
+    /// Bytes sent.
+    pub transferred: u64,
+    /// Bytes still to send, as of the last look at the dirty pages.
+    pub remaining: u64,
+    /// Bytes of guest RAM.
+    pub total: u64,
+    /// Pages that were all zero and sent as such.
+    pub duplicate: u64,
+    /// Pages sent with contents.
+    pub normal: u64,
+    /// Bytes of those.
+    pub normal_bytes: u64,
+    /// Pages dirtied a second.
+    pub dirty_pages_rate: u64,
+    /// Throughput in megabits a second.
+    pub mbps: f64,
+    /// Times that the dirty pages were collected.
+    pub dirty_sync_count: u64,
+    /// Pages that a destination asked for.
+    pub postcopy_requests: u64,
+    /// Bytes in a page of these counts.
+    pub page_size: u64,
+    /// Bytes through multifd.
+    pub multifd_bytes: u64,
+    /// Pages sent a second.
+    pub pages_per_second: u64,
+    /// Bytes sent while the guest ran here.
+    pub precopy_bytes: u64,
+    /// Bytes sent while the guest was stopped.
+    pub downtime_bytes: u64,
+    /// Bytes sent while the guest ran there.
+    pub postcopy_bytes: u64,
+    /// Failures of zero-copy.
+    pub dirty_sync_missed_zero_copy: u64,
+}
+
+/// QEMU's `MigrationParameters`, as far as they are known here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MigrationParameters {
+    /// Milliseconds that the guest may be stopped.
+    pub downtime_limit: u64,
+    /// Bytes a second; 0: no limit.
+    pub max_bandwidth: u64,
+}
+
+impl Default for MigrationParameters {
+    fn default() -> Self {
+        Self { downtime_limit: 300, max_bandwidth: 0 }
+    }
+}
+
+/// The answer to `x-ferry-status`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FerryStatus {
+    /// The machine's name.
+    pub name: String,
+    /// The process that answers.
+    pub process_id: u32,
+    /// Run state, as in `query-status`.
+    pub status: RunState,
+    /// Whether this process owns the guest, or who else may.
+    pub ownership: FerryOwnership,
+    /// The lease, if the machine has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lease: Option<FerryLease>,
+    /// The latest migration, outgoing or incoming, if there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration: Option<FerryMigration>,
+}
+
+/// Who may run the guest, as far as this process knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FerryOwnership {
+    /// This process.
+    Owned,
+    /// Not this process yet: it waits for a guest.
+    Incoming,
+    /// COMMIT was sent and not answered: settled by the peer's answer or by the lease.
+    HandoverUnknown,
+    /// Another process or a file; never again this one.
+    GivenAway,
+}
+
+/// A lease record as last read or written by this process.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FerryLease {
+    /// Where it is.
+    pub path: String,
+    /// `owned`, `offered`, `taken` or `in-file`.
+    pub state: String,
+    /// Grows with every change of owner.
+    pub generation: u64,
+    /// Host, process, machine and time of the owner.
+    pub owner: String,
+}
+
+/// A migration in detail: times in microseconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FerryMigration {
+    /// Names this attempt on both sides.
+    pub session: String,
+    /// The step that it is in, in words.
+    pub phase: String,
+    /// The other side: the URI for a source, the peer's name for a destination.
+    pub peer: String,
+    /// Passes over RAM that have ended; the last is that with the guest stopped.
+    pub rounds: Vec<FerryRound>,
+    /// Bytes sent of device sections.
+    pub device_bytes: u64,
+    /// How long the guest was stopped, once it runs again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime: Option<FerryDowntime>,
+    /// Why it failed, or what it waits for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+}
+
+/// One pass over RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FerryRound {
+    /// Pages that were dirty when it began.
+    pub dirty_pages: u64,
+    /// Of them, all zero.
+    pub zero_pages: u64,
+    /// Bytes sent.
+    pub sent_bytes: u64,
+    /// Microseconds.
+    pub duration: u64,
+}
+
+/// Where the downtime went, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FerryDowntime {
+    /// First vCPU kick here to first KVM_RUN there.
+    pub total: u64,
+    /// Stopping vCPUs and devices.
+    pub stop: u64,
+    /// The last pass over RAM.
+    pub last_pass: u64,
+    /// Reading the state of vCPUs and devices.
+    pub device_save: u64,
+    /// Sending it.
+    pub transfer: u64,
+    /// Checking and building it there.
+    pub load: u64,
+    /// Changing owner and starting there.
+    pub resume: u64,
+}

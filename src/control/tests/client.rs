@@ -1,0 +1,58 @@
+//! Our own client.
+
+use std::os::unix::net::UnixListener;
+use std::thread;
+
+use serde_json::json;
+
+use super::*;
+
+#[test]
+fn asks_and_hears_events_in_between() {
+    let setup = Setup::new();
+    let mut client = Client::connect(&setup.path).unwrap();
+    assert_eq!(
+        client.execute("query-status", json!({})).unwrap(),
+        json!({ "running": true, "status": "running" })
+    );
+    client.execute("stop", json!({})).unwrap();
+    assert_eq!(client.event(WATCHDOG).unwrap().unwrap()["event"], "STOP");
+    assert_eq!(client.event(Duration::from_millis(1)).unwrap(), None);
+    let status: FerryStatus = client.query("x-ferry-status").unwrap();
+    assert_eq!(status, setup.machine.ferry_status());
+    setup.events.emit(Event::Resume);
+    assert_eq!(client.event(WATCHDOG).unwrap().unwrap()["event"], "RESUME");
+}
+
+#[test]
+fn a_refusal_names_the_command_and_the_reason() {
+    let setup = Setup::new();
+    setup.machine.set(|state| state.run_state = RunState::Postmigrate);
+    let error = Client::connect(&setup.path).unwrap().execute("cont", json!({})).unwrap_err();
+    assert_eq!(error.to_string(), "cont was refused: the guest runs elsewhere");
+}
+
+#[test]
+fn the_end_of_the_server_is_an_error_and_not_a_wait() {
+    let mut setup = Setup::new();
+    let mut client = Client::connect(&setup.path).unwrap();
+    setup.server = None;
+    assert!(matches!(client.event(WATCHDOG), Err(Error::Closed { .. })));
+    assert!(matches!(Client::connect(&setup.path), Err(Error::Connect { .. })));
+}
+
+#[test]
+fn a_server_that_is_none_is_named() {
+    for (greeting, detail) in [("{}\n", "no greeting"), ("SSH-2.0\n", "expected value")] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.write_all(greeting.as_bytes()).unwrap();
+        });
+        let error = Client::connect(&path).unwrap_err();
+        server.join().unwrap();
+        assert!(matches!(&error, Error::NotQmp { detail: found, .. } if found.contains(detail)), "{error}");
+    }
+}

@@ -1,0 +1,180 @@
+//! The server against a machine that only remembers what it was asked, through raw sockets, our own client, and the
+//! Python package that QEMU's users have.
+
+mod client;
+mod hostile;
+mod lifecycle;
+mod protocol;
+mod python;
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::*;
+
+/// Ten times and more what any of these tests takes.
+const WATCHDOG: Duration = Duration::from_secs(60);
+
+/// A machine that does what it is told and tells the bus.
+struct Machine {
+    events: Arc<EventBus>,
+    state: Mutex<State>,
+}
+
+#[derive(Clone)]
+struct State {
+    run_state: RunState,
+    asked: Vec<String>,
+    migration: Option<MigrationInfo>,
+    parameters: MigrationParameters,
+}
+
+impl Machine {
+    fn asked(&self) -> Vec<String> {
+        self.state.lock().unwrap().asked.clone()
+    }
+
+    fn set(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.state.lock().unwrap());
+    }
+
+    fn did(&self, what: &str, run_state: RunState, event: Event) -> Result<(), Refusal> {
+        self.set(|state| {
+            state.asked.push(what.to_owned());
+            state.run_state = run_state;
+        });
+        self.events.emit(event);
+        Ok(())
+    }
+}
+
+impl Operations for Machine {
+    fn run_state(&self) -> RunState {
+        self.state.lock().unwrap().run_state
+    }
+
+    fn stop(&self) -> Result<(), Refusal> {
+        self.did("stop", RunState::Paused, Event::Stop)
+    }
+
+    fn cont(&self) -> Result<(), Refusal> {
+        if self.run_state() == RunState::Postmigrate {
+            return Err(Refusal("the guest runs elsewhere".to_owned()));
+        }
+        self.did("cont", RunState::Running, Event::Resume)
+    }
+
+    fn quit(&self) {
+        let event = Event::Shutdown { reason: ShutdownCause::HostQmpQuit };
+        self.did("quit", RunState::Shutdown, event).unwrap();
+    }
+
+    fn migrate(&self, uri: &str) -> Result<(), Refusal> {
+        let status = MigrationStatus::Setup;
+        self.set(|state| state.migration = Some(MigrationInfo::new(status)));
+        self.did(&format!("migrate {uri}"), RunState::Running, Event::Migration { status })
+    }
+
+    fn migrate_cancel(&self) -> Result<(), Refusal> {
+        let status = MigrationStatus::Cancelled;
+        self.set(|state| state.migration = Some(MigrationInfo::new(status)));
+        self.did("migrate_cancel", RunState::Running, Event::Migration { status })
+    }
+
+    fn migration(&self) -> Option<MigrationInfo> {
+        self.state.lock().unwrap().migration.clone()
+    }
+
+    fn migration_parameters(&self) -> MigrationParameters {
+        self.state.lock().unwrap().parameters
+    }
+
+    fn set_migration_parameters(&self, parameters: MigrationParameters) {
+        self.set(|state| state.parameters = parameters);
+    }
+
+    fn ferry_status(&self) -> FerryStatus {
+        FerryStatus {
+            name: "mock".to_owned(),
+            process_id: std::process::id(),
+            status: self.run_state(),
+            ownership: FerryOwnership::Owned,
+            lease: None,
+            migration: None,
+        }
+    }
+}
+
+/// A server and its machine.
+struct Setup {
+    _folder: TempDir,
+    path: PathBuf,
+    machine: Arc<Machine>,
+    events: Arc<EventBus>,
+    server: Option<Server>,
+}
+
+impl Setup {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api");
+        let events = Arc::new(EventBus::new());
+        let state = State {
+            run_state: RunState::Running,
+            asked: Vec::new(),
+            migration: None,
+            parameters: MigrationParameters::default(),
+        };
+        let machine = Arc::new(Machine { events: events.clone(), state: Mutex::new(state) });
+        let server = Some(Server::start(&path, machine.clone(), events.clone()).unwrap());
+        Self { _folder: folder, path, machine, events, server }
+    }
+
+    fn raw(&self) -> Raw {
+        Raw::new(UnixStream::connect(&self.path).unwrap())
+    }
+
+    /// A raw client that has read the greeting and negotiated.
+    fn negotiated(&self) -> Raw {
+        let mut raw = self.raw();
+        assert!(raw.read().get("QMP").is_some());
+        assert_eq!(raw.ask(r#"{"execute":"qmp_capabilities"}"#), serde_json::json!({ "return": {} }));
+        raw
+    }
+}
+
+/// A client that sends bytes as they are.
+struct Raw {
+    stream: BufReader<UnixStream>,
+}
+
+impl Raw {
+    fn new(stream: UnixStream) -> Self {
+        stream.set_read_timeout(Some(WATCHDOG)).unwrap();
+        Self { stream: BufReader::new(stream) }
+    }
+
+    fn send(&mut self, bytes: &[u8]) {
+        self.stream.get_mut().write_all(bytes).unwrap();
+    }
+
+    /// The next line; `Null` at the end.
+    fn read(&mut self) -> Value {
+        let mut line = String::new();
+        match self.stream.read_line(&mut line).unwrap() {
+            0 => Value::Null,
+            _ => serde_json::from_str(&line).unwrap(),
+        }
+    }
+
+    fn ask(&mut self, text: &str) -> Value {
+        self.send(text.as_bytes());
+        self.read()
+    }
+}

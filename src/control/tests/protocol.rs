@@ -1,0 +1,257 @@
+//! Shapes: what is sent for what is asked, word by word.
+
+use serde_json::json;
+
+use super::super::framing::Framer;
+use super::*;
+
+fn error(class: &str, description: &str) -> Value {
+    json!({ "error": { "class": class, "desc": description } })
+}
+
+#[test]
+fn greeting_names_the_version_and_no_capability() {
+    let setup = Setup::new();
+    let greeting = setup.raw().read();
+    assert_eq!(greeting["QMP"]["capabilities"], json!([]));
+    assert_eq!(greeting["QMP"]["version"]["package"], concat!("ferry-", env!("CARGO_PKG_VERSION")));
+    assert!(greeting["QMP"]["version"]["qemu"]["major"].is_u64());
+}
+
+#[test]
+fn nothing_but_the_handshake_before_the_handshake() {
+    let setup = Setup::new();
+    let mut raw = setup.raw();
+    raw.read();
+    let refusal = error("CommandNotFound", "Expecting capabilities negotiation with 'qmp_capabilities'");
+    assert_eq!(raw.ask(r#"{"execute":"query-status"}"#), refusal);
+    assert_eq!(
+        raw.ask(r#"{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}"#),
+        error("GenericError", "Capability oob not available")
+    );
+    assert_eq!(raw.ask(r#"{"execute":"stop"}"#), refusal);
+    assert_eq!(raw.ask(r#"{"execute":"qmp_capabilities"}"#), json!({ "return": {} }));
+    assert_eq!(
+        raw.ask(r#"{"execute":"qmp_capabilities"}"#),
+        error("CommandNotFound", "Capabilities negotiation is already complete, command ignored")
+    );
+    assert_eq!(setup.machine.asked(), Vec::<String>::new());
+}
+
+#[test]
+fn malformed_requests_get_the_words_of_qemu() {
+    let setup = Setup::new();
+    let mut raw = setup.negotiated();
+    for (text, description) in [
+        ("[1]", "QMP input must be a JSON object"),
+        ("7\n", "QMP input must be a JSON object"),
+        ("{}", "QMP input lacks member 'execute'"),
+        (r#"{"execute":1}"#, "QMP input member 'execute' must be a string"),
+        (r#"{"execute":"stop","arguments":[]}"#, "QMP input member 'arguments' must be an object"),
+        (r#"{"execute":"stop","argument":{}}"#, "QMP input member 'argument' is unexpected"),
+        (r#"{"exec-oob":"stop"}"#, "QMP input member 'exec-oob' is unexpected"),
+        (r#"{"execute":"stop","arguments":{"now":true}}"#, "Parameter 'now' is unexpected"),
+        (r#"{"execute":"migrate"}"#, "Parameter 'uri' is missing"),
+        (
+            r#"{"execute":"migrate","arguments":{"uri":7}}"#,
+            "Invalid parameter type for 'uri', expected: string",
+        ),
+        (
+            r#"{"execute":"migrate","arguments":{"uri":"unix:x","resume":true}}"#,
+            "Parameter 'resume': there is no postcopy migration to resume",
+        ),
+        (
+            r#"{"execute":"migrate-set-parameters","arguments":{"max-bandwidth":-1}}"#,
+            "Parameter 'max-bandwidth' expects uint64",
+        ),
+        (
+            r#"{"execute":"migrate-set-parameters","arguments":{"max-bandwidth":1.5}}"#,
+            "Invalid parameter type for 'max-bandwidth', expected: integer",
+        ),
+        (
+            r#"{"execute":"migrate-set-parameters","arguments":{"downtime-limit":2000001}}"#,
+            "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000 seconds",
+        ),
+        (r#"{"execute":"migrate-set-capabilities"}"#, "Parameter 'capabilities' is missing"),
+        (
+            r#"{"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"multifd","state":true}]}}"#,
+            "Parameter 'capability' does not accept value 'multifd'",
+        ),
+    ] {
+        assert_eq!(raw.ask(text), error("GenericError", description), "{text}");
+    }
+    let unknown = error("CommandNotFound", "The command device_add has not been found");
+    assert_eq!(raw.ask(r#"{"execute":"device_add"}"#), unknown);
+    assert_eq!(setup.machine.asked(), Vec::<String>::new());
+    assert_eq!(setup.machine.migration_parameters(), MigrationParameters::default());
+}
+
+#[test]
+fn id_is_echoed_whatever_it_is() {
+    let setup = Setup::new();
+    let mut raw = setup.negotiated();
+    for id in [json!(1), json!("a"), json!({ "deep": [null] }), json!(null)] {
+        let answer = raw.ask(&json!({ "execute": "query-status", "id": id }).to_string());
+        assert_eq!(answer, json!({ "return": { "running": true, "status": "running" }, "id": id }));
+        let refusal = raw.ask(&json!({ "execute": "nonsense", "id": id }).to_string());
+        assert_eq!(refusal["error"]["class"], "CommandNotFound");
+        assert_eq!(refusal.get("id"), Some(&id));
+    }
+    assert_eq!(raw.ask(r#"{"id":5}"#)["id"], 5);
+}
+
+#[test]
+fn stop_and_cont_are_seen_by_every_client() {
+    let setup = Setup::new();
+    let (mut one, mut other) = (setup.negotiated(), setup.negotiated());
+    let mut silent = setup.raw();
+    silent.read();
+    let event = one.ask(r#"{"execute":"stop","id":1}"#);
+    assert_eq!(event["event"], "STOP");
+    assert!(event["timestamp"]["seconds"].as_u64().unwrap() > 1_600_000_000);
+    assert!(event["timestamp"]["microseconds"].as_u64().unwrap() < 1_000_000);
+    assert_eq!(one.read(), json!({ "return": {}, "id": 1 }));
+    assert_eq!(other.read(), event);
+    assert_eq!(
+        other.ask(r#"{"execute":"query-status"}"#),
+        json!({ "return": { "running": false, "status": "paused" } })
+    );
+    assert_eq!(other.ask(r#"{"execute":"cont"}"#)["event"], "RESUME");
+    assert_eq!(setup.machine.asked(), ["stop", "cont"]);
+    // Who has not negotiated hears nothing.
+    assert_eq!(silent.ask(r#"{"execute":"qmp_capabilities"}"#), json!({ "return": {} }));
+}
+
+#[test]
+fn a_refusal_is_a_generic_error() {
+    let setup = Setup::new();
+    setup.machine.set(|state| state.run_state = RunState::Postmigrate);
+    let mut raw = setup.negotiated();
+    assert_eq!(raw.ask(r#"{"execute":"cont"}"#), error("GenericError", "the guest runs elsewhere"));
+    assert_eq!(raw.ask(r#"{"execute":"query-status"}"#)["return"]["status"], "postmigrate");
+}
+
+#[test]
+fn migration_is_reported_in_the_shape_of_qemu() {
+    let setup = Setup::new();
+    let mut raw = setup.negotiated();
+    assert_eq!(raw.ask(r#"{"execute":"query-migrate"}"#), json!({ "return": {} }));
+    // The capability is off: the answer comes without an event before it.
+    let migrate = r#"{"execute":"migrate","arguments":{"uri":"unix:/x","detach":true}}"#;
+    assert_eq!(raw.ask(migrate), json!({ "return": {} }));
+    assert_eq!(raw.ask(r#"{"execute":"query-migrate"}"#), json!({ "return": { "status": "setup" } }));
+
+    let on = r#"{"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"events","state":true}]}}"#;
+    assert_eq!(raw.ask(on), json!({ "return": {} }));
+    assert_eq!(
+        raw.ask(r#"{"execute":"query-migrate-capabilities"}"#),
+        json!({ "return": [{ "capability": "events", "state": true }] })
+    );
+    let event = raw.ask(r#"{"execute":"migrate_cancel"}"#);
+    assert_eq!((&event["event"], &event["data"]), (&json!("MIGRATION"), &json!({ "status": "cancelled" })));
+    assert_eq!(raw.read(), json!({ "return": {} }));
+
+    let ram = RamStats { transferred: 5, total: 4096, mbps: 1.5, page_size: 4096, ..RamStats::default() };
+    let info = MigrationInfo {
+        ram: Some(ram),
+        total_time: Some(12),
+        setup_time: Some(1),
+        downtime: Some(3),
+        ..MigrationInfo::new(MigrationStatus::Completed)
+    };
+    setup.machine.set(|state| state.migration = Some(info));
+    let answer = raw.ask(r#"{"execute":"query-migrate"}"#)["return"].take();
+    assert_eq!(answer["status"], "completed");
+    assert_eq!((&answer["total-time"], &answer["setup-time"]), (&json!(12), &json!(1)));
+    assert_eq!(answer["downtime"], 3);
+    // Every member that QAPI's MigrationStats requires is there, and no other.
+    let mut members: Vec<_> = answer["ram"].as_object().unwrap().keys().map(String::as_str).collect();
+    members.sort_unstable();
+    let mut required = [
+        "transferred",
+        "remaining",
+        "total",
+        "duplicate",
+        "normal",
+        "normal-bytes",
+        "dirty-pages-rate",
+        "mbps",
+        "dirty-sync-count",
+        "postcopy-requests",
+        "page-size",
+        "multifd-bytes",
+        "pages-per-second",
+        "precopy-bytes",
+        "downtime-bytes",
+        "postcopy-bytes",
+        "dirty-sync-missed-zero-copy",
+    ];
+    required.sort_unstable();
+    assert_eq!(members, required);
+}
+
+#[test]
+fn parameters_change_one_by_one() {
+    let setup = Setup::new();
+    let mut raw = setup.negotiated();
+    let query = r#"{"execute":"query-migrate-parameters"}"#;
+    assert_eq!(raw.ask(query), json!({ "return": { "downtime-limit": 300, "max-bandwidth": 0 } }));
+    raw.ask(r#"{"execute":"migrate-set-parameters","arguments":{"max-bandwidth":1048576}}"#);
+    raw.ask(r#"{"execute":"migrate-set-parameters","arguments":{"downtime-limit":20}}"#);
+    assert_eq!(raw.ask(query), json!({ "return": { "downtime-limit": 20, "max-bandwidth": 1048576 } }));
+}
+
+#[test]
+fn every_command_is_listed() {
+    let setup = Setup::new();
+    let mut raw = setup.negotiated();
+    let answer = raw.ask(r#"{"execute":"query-commands"}"#);
+    for entry in answer["return"].as_array().unwrap() {
+        let name = entry["name"].as_str().unwrap();
+        if name == "qmp_capabilities" || name == "quit" {
+            continue;
+        }
+        // With an argument that no command takes, so that none acts.
+        let refusal = raw.ask(&json!({ "execute": name, "arguments": { "x": 1 } }).to_string());
+        assert_eq!(refusal["error"]["class"], "GenericError", "{name}: {refusal}");
+    }
+    assert_eq!(setup.machine.asked(), Vec::<String>::new());
+}
+
+#[test]
+fn shutdown_says_who_and_why() {
+    let setup = Setup::new();
+    let mut raw = setup.negotiated();
+    for (reason, guest, text) in [
+        (ShutdownCause::HostQmpQuit, false, "host-qmp-quit"),
+        (ShutdownCause::HostSignal, false, "host-signal"),
+        (ShutdownCause::GuestShutdown, true, "guest-shutdown"),
+        (ShutdownCause::GuestReset, true, "guest-reset"),
+    ] {
+        setup.events.emit(Event::Shutdown { reason });
+        let event = raw.read();
+        assert_eq!(event["event"], "SHUTDOWN");
+        assert_eq!(event["data"], json!({ "guest": guest, "reason": text }));
+    }
+}
+
+/// What the framer makes of a text.
+fn frames(text: &str) -> Vec<String> {
+    let mut framer = Framer::default();
+    text.bytes().filter_map(|byte| framer.push(byte)).map(|bytes| String::from_utf8(bytes).unwrap()).collect()
+}
+
+#[test]
+fn requests_need_no_newline_and_may_have_many() {
+    assert_eq!(frames(r#"{"a":[1,{}]}{"b":2}"#), [r#"{"a":[1,{}]}"#, r#"{"b":2}"#]);
+    assert_eq!(frames("  \r\n{\n \"a\":\n1}\n\n[2]"), ["{\n \"a\":\n1}", "[2]"]);
+    assert_eq!(frames(r#"{"a":"}\"{["}[]"#), [r#"{"a":"}\"{["}"#, "[]"]);
+    assert_eq!(frames(r#"{"a":"\\"}1 "#), [r#"{"a":"\\"}"#, "1 "]);
+}
+
+#[test]
+fn text_that_is_no_json_does_not_swallow_the_next_request() {
+    assert_eq!(frames("nonsense\n{}"), ["nonsense\n", "{}"]);
+    assert_eq!(frames("}{}"), ["}", "{}"]);
+    assert_eq!(frames("{\"lost quote}\n{}"), ["{\"lost quote}\n", "{}"]);
+}
