@@ -22,6 +22,8 @@ pub mod id {
     pub const PERSISTENT_EVENT: u8 = 0x0d;
     /// Feature Identifiers Supported and Effects.
     pub const FEATURES_SUPPORTED: u8 = 0x12;
+    /// NVMe-MI Commands Supported and Effects.
+    pub const MANAGEMENT_SUPPORTED: u8 = 0x13;
     /// Reservation Notification.
     pub const RESERVATION_NOTIFICATION: u8 = 0x80;
     /// Sanitize Status.

@@ -2,7 +2,6 @@
 //! Python package that QEMU's users have.
 
 mod client;
-mod follow;
 mod hostile;
 mod lifecycle;
 mod protocol;

@@ -1,0 +1,481 @@
+//! The admin queue, what it owns, and the passage of a controller through enable, reset and shutdown.
+//!
+//! Only worker 0's thread (and whoever pauses or saves) enters here; vCPU threads leave their wishes in `Registers::wanted`.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard};
+use std::time::Instant;
+
+use nvme_spec::log::ErrorEntry;
+use nvme_spec::regs::{self, Aqa, Cc, Csts};
+use nvme_spec::{Status, SubmissionEntry};
+
+use crate::command::features::Features;
+use crate::doorbell::{Buffers, MemoryGone};
+use crate::namespace::NamespaceTable;
+use crate::prp::PrpWalker;
+use crate::queue::{CompletionQueue, Ended, Location, QueuePlace, SubmissionQueue};
+use crate::regs::{MPSMAX, Wanted};
+use crate::shared::{Shared, lock};
+use crate::smart::{Counters, Health};
+use crate::worker::{Owner, Worker, post_queue, refresh_head};
+
+/// Asynchronous Event Requests that can be outstanding (Identify Controller AERL + 1).
+pub(crate) const MAX_PARKED: usize = 8;
+/// Admin commands executed in one call.
+const BURST: u32 = 64;
+
+/// The workers and what they share.
+pub(crate) struct Pool {
+    pub shared: Shared,
+    pub workers: Box<[Mutex<Worker>]>,
+}
+
+impl Pool {
+    pub fn worker(&self, index: usize) -> MutexGuard<'_, Worker> {
+        lock(&self.workers[index])
+    }
+}
+
+/// Where the controller is between power-on and shutdown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// CC.EN is 0 and everything is forgotten.
+    Disabled,
+    /// CSTS.RDY.
+    Ready,
+    /// A reset waits for what is in flight.
+    Resetting {
+        /// By NSSR.
+        subsystem: bool,
+        /// A shutdown follows: CC.EN and CC.SHN were written together.
+        shutdown: bool,
+    },
+    /// A shutdown waits for what is in flight.
+    Stopping,
+    /// A shutdown waits for the flush of all namespaces.
+    Flushing,
+    /// CSTS.SHST says complete; only a reset leads on.
+    Stopped,
+    /// CSTS.CFS; only a reset leads on.
+    Failed,
+}
+
+/// What happens when a backend request that the controller made for itself has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Job {
+    /// Shutdown is complete.
+    Shutdown,
+    /// Set Features (volatile write cache off) is answered.
+    WriteCacheOff { cid: u16 },
+}
+
+/// The admin queue pair. It lives here and not in a worker, so that its commands can reach into every worker.
+pub(crate) struct Queues {
+    pub sq: SubmissionQueue,
+    pub cq: CompletionQueue,
+}
+
+/// A Delete I/O Submission Queue command that waits for the commands of its queue.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PendingDelete {
+    pub cid: u16,
+    pub sq_id: u16,
+}
+
+/// The answer to an admin command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// Completed, with this dword 0.
+    Now(u32),
+    /// Completed later.
+    Later,
+}
+
+/// See the module's text.
+pub(crate) struct Admin {
+    pub phase: Phase,
+    pub queues: Option<Queues>,
+    pub features: Features,
+    /// Command identifiers of Asynchronous Event Requests, oldest first.
+    pub parked: Vec<u16>,
+    pub deletes: Vec<PendingDelete>,
+    pub jobs: Vec<(u32, Job)>,
+    next_job: u32,
+    /// A job that found no free slot in worker 0.
+    waiting_job: Option<Job>,
+    /// When the host must have sent Keep Alive.
+    pub keep_alive: Option<Instant>,
+    pub buffers: Option<Buffers>,
+    pub namespaces: NamespaceTable,
+    /// Namespaces that changed since the host read the log, for log page 04h.
+    pub changed_namespaces: Vec<u32>,
+    pub health: Health,
+    /// What was counted before this process had the controller.
+    pub counters_before: Counters,
+    /// log2 of the memory page size that CC.MPS chose.
+    pub page_shift: u32,
+    pub walker: PrpWalker,
+}
+
+impl Admin {
+    pub fn new(shared: &Shared, namespaces: NamespaceTable) -> Self {
+        Self {
+            phase: Phase::Disabled,
+            queues: None,
+            features: Features::new(shared.config.vectors),
+            parked: Vec::new(),
+            deletes: Vec::new(),
+            jobs: Vec::new(),
+            next_job: 0,
+            waiting_job: None,
+            keep_alive: None,
+            buffers: None,
+            namespaces,
+            changed_namespaces: Vec::new(),
+            health: Health::new(),
+            counters_before: Counters::default(),
+            page_shift: 12,
+            walker: PrpWalker::new(u64::from(crate::config::MIN_PAGE_BYTES)),
+        }
+    }
+
+    /// One pass. `true`: there is more to do now.
+    pub fn process(&mut self, pool: &Pool) -> bool {
+        self.control(pool);
+        self.finish_jobs(pool);
+        self.finish_deletes(pool);
+        match self.serve(pool) {
+            Ok(more) => more || self.control_is_due(pool),
+            Err(gone) => {
+                pool.shared.fail("the admin queue", &gone);
+                self.phase = Phase::Failed;
+                false
+            }
+        }
+    }
+
+    /// Nothing that this controller has begun is unfinished.
+    pub fn is_quiet(&self, pool: &Pool) -> bool {
+        let stable = matches!(self.phase, Phase::Disabled | Phase::Ready | Phase::Stopped | Phase::Failed);
+        stable
+            && self.deletes.is_empty()
+            && self.jobs.is_empty()
+            && self.waiting_job.is_none()
+            && !self.control_is_due(pool)
+    }
+
+    fn control_is_due(&self, pool: &Pool) -> bool {
+        let registers = pool.shared.registers();
+        registers.wanted.any() || (self.phase == Phase::Disabled && registers.cc.en() == 1)
+    }
+
+    /// Does what the registers ask for, as far as it can be done now.
+    fn control(&mut self, pool: &Pool) {
+        let wanted = std::mem::take(&mut pool.shared.registers().wanted);
+        if wanted.reset || wanted.subsystem_reset {
+            self.begin_reset(pool, wanted);
+        } else if wanted.shutdown {
+            match &mut self.phase {
+                Phase::Resetting { shutdown, .. } => *shutdown = true,
+                phase => *phase = Phase::Stopping,
+            }
+            pool.shared.active.store(false, Ordering::SeqCst);
+        }
+        if let Phase::Resetting { subsystem, shutdown } = self.phase
+            && pool.shared.in_flight() == 0
+        {
+            self.finish_reset(pool, subsystem, shutdown);
+        }
+        if self.phase == Phase::Disabled {
+            self.enable_if_wanted(pool);
+        }
+        if self.phase == Phase::Ready && !pool.shared.is_paused() {
+            self.check_keep_alive(&pool.shared);
+        }
+        if self.phase == Phase::Stopping && self.workers_are_idle(pool) {
+            self.phase = Phase::Flushing;
+            self.start_job(pool, Job::Shutdown);
+        } else if let Some(job) = self.waiting_job.take() {
+            self.start_job(pool, job);
+        }
+    }
+
+    /// "If the Keep Alive Timer expires ... the controller shall: record an Error Information Log Entry with the status code Keep Alive
+    /// Timer Expired; stop processing commands; set the Controller Fatal Status" (Base 3.9).
+    fn check_keep_alive(&mut self, shared: &Shared) {
+        if self.keep_alive.is_none_or(|deadline| Instant::now() < deadline) {
+            return;
+        }
+        self.keep_alive = None;
+        shared.events().log_error(ErrorEntry {
+            sq_id: 0xffff,
+            cid: 0xffff,
+            status: Status::KEEP_ALIVE_EXPIRED.0 << 1,
+            parameter_location: 0xffff,
+            ..ErrorEntry::default()
+        });
+        self.phase = Phase::Failed;
+        shared.stop();
+    }
+
+    /// Takes every worker's lock once, so that none is in the middle of fetching when nothing is in flight.
+    fn workers_are_idle(&self, pool: &Pool) -> bool {
+        (0..pool.workers.len()).all(|index| pool.worker(index).in_flight() == 0)
+    }
+
+    /// Forgets all queues and waits for the backends (Base 3.7.2, Controller Level Reset). The guest's memory is not touched after
+    /// CSTS.RDY is 0.
+    fn begin_reset(&mut self, pool: &Pool, wanted: Wanted) {
+        let shared = &pool.shared;
+        shared.active.store(false, Ordering::SeqCst);
+        for index in 0..pool.workers.len() {
+            let mut worker = pool.worker(index);
+            worker.drop_queues(shared);
+            shared.lanes[index].in_flight.store(worker.in_flight(), Ordering::SeqCst);
+        }
+        if self.queues.take().is_some() {
+            shared.doorbells.close_sq(0);
+            shared.doorbells.close_cq(0);
+        }
+        self.features = Features::new(shared.config.vectors);
+        shared.write_cache.store(true, Ordering::Release);
+        self.parked.clear();
+        self.deletes.clear();
+        self.jobs.clear();
+        self.waiting_job = None;
+        self.keep_alive = None;
+        self.buffers = None;
+        self.changed_namespaces.clear();
+        self.health.critical_warning = 0;
+        shared.events().reset();
+        let before = matches!(self.phase, Phase::Resetting { subsystem: true, .. });
+        let subsystem = wanted.subsystem_reset || before;
+        self.phase = Phase::Resetting { subsystem, shutdown: wanted.shutdown };
+    }
+
+    fn finish_reset(&mut self, pool: &Pool, subsystem: bool, shutdown: bool) {
+        let mut registers = pool.shared.registers();
+        registers.interrupt_mask = 0;
+        registers.csts = Csts::default().with_nssro(registers.csts.nssro() | u32::from(subsystem));
+        if shutdown {
+            registers.csts = registers.csts.with_shst(regs::SHST_IN_PROGRESS);
+        }
+        if subsystem {
+            // Every other reset keeps AQA, ASQ and ACQ (Base 3.7.2).
+            registers.cc = Cc::default();
+            registers.aqa = Aqa::default();
+            (registers.asq, registers.acq) = (0, 0);
+        }
+        self.phase = if shutdown { Phase::Stopping } else { Phase::Disabled };
+    }
+
+    fn enable_if_wanted(&mut self, pool: &Pool) {
+        let (cc, aqa, asq, acq) = {
+            let registers = pool.shared.registers();
+            (registers.cc, registers.aqa, registers.asq, registers.acq)
+        };
+        if cc.en() == 0 {
+            return;
+        }
+        let outcome = check_configuration(cc).and_then(|()| self.open_admin_queues(pool, cc, aqa, asq, acq));
+        let mut registers = pool.shared.registers();
+        if let Err(what) = outcome {
+            log::warn!("NVMe controller {:?} cannot be enabled: {what}", pool.shared.config.serial);
+            registers.csts = registers.csts.with_cfs(1).with_shst(0);
+            self.phase = Phase::Failed;
+            return;
+        }
+        registers.csts = registers.csts.with_rdy(1).with_shst(0);
+        self.phase = Phase::Ready;
+        pool.shared.active.store(true, Ordering::SeqCst);
+    }
+
+    /// Makes the admin queues that AQA, ASQ and ACQ describe and sets the memory page size.
+    pub fn open_admin_queues(
+        &mut self,
+        pool: &Pool,
+        cc: Cc,
+        aqa: Aqa,
+        asq: u64,
+        acq: u64,
+    ) -> Result<(), &'static str> {
+        let shared = &pool.shared;
+        let page_shift = 12 + cc.mps();
+        let place = |base, size: u32| QueuePlace {
+            id: 0,
+            entries: size + 1,
+            location: Location::Contiguous(base),
+            page_shift,
+        };
+        if aqa.asqs() == 0 || aqa.acqs() == 0 {
+            return Err("an admin queue has fewer than 2 entries");
+        }
+        let sq = SubmissionQueue::new(&shared.memory, place(asq, aqa.asqs()), 0, 0)
+            .map_err(|_| "ASQ is not page aligned or not in guest memory")?;
+        let cq = CompletionQueue::new(&shared.memory, place(acq, aqa.acqs()), 0, true)
+            .map_err(|_| "ACQ is not page aligned or not in guest memory")?;
+        shared.doorbells.open_sq(0, sq.ring.entries, 0, 0);
+        shared.doorbells.open_cq(0, cq.ring.entries, 0, 0);
+        self.queues = Some(Queues { sq, cq });
+        self.page_shift = page_shift;
+        self.walker.set_page_bytes(1 << page_shift);
+        for index in 0..pool.workers.len() {
+            pool.worker(index).walker.set_page_bytes(1 << page_shift);
+        }
+        Ok(())
+    }
+
+    /// Flushes all namespaces on worker 0; [`Admin::finish_jobs`] does what follows.
+    pub fn start_job(&mut self, pool: &Pool, job: Job) {
+        let token = self.next_job;
+        self.next_job = token.wrapping_add(1);
+        let mut worker = pool.worker(0);
+        match worker.flush_all(Owner::Admin(token), 0) {
+            Ok(true) => self.jobs.push((token, job)),
+            Ok(false) => {
+                drop(worker);
+                self.finish_job(pool, job, Status::SUCCESS);
+            }
+            // No slot is free: again when the worker has finished something.
+            Err(_) => self.waiting_job = Some(job),
+        }
+    }
+
+    fn finish_jobs(&mut self, pool: &Pool) {
+        if self.jobs.is_empty() {
+            return;
+        }
+        let ended = std::mem::take(&mut pool.worker(0).admin_ended);
+        for (token, status) in ended {
+            if let Some(position) = self.jobs.iter().position(|(job, _)| *job == token) {
+                let (_, job) = self.jobs.swap_remove(position);
+                self.finish_job(pool, job, status);
+            }
+        }
+    }
+
+    fn finish_job(&mut self, pool: &Pool, job: Job, status: Status) {
+        match job {
+            Job::Shutdown => {
+                let mut registers = pool.shared.registers();
+                if !status.is_success() {
+                    log::error!(
+                        "NVMe controller {:?}: the flush at shutdown failed",
+                        pool.shared.config.serial
+                    );
+                    registers.csts = registers.csts.with_cfs(1);
+                }
+                registers.csts = registers.csts.with_shst(regs::SHST_COMPLETE);
+                // A shutdown is possible while CC.EN is 0, and then an enable may follow.
+                self.phase = if registers.cc.en() == 1 { Phase::Stopped } else { Phase::Disabled };
+            }
+            Job::WriteCacheOff { cid } => self.end(cid, 0, status),
+        }
+    }
+
+    /// Answers Delete I/O Submission Queue commands whose queues have nothing in flight any more.
+    fn finish_deletes(&mut self, pool: &Pool) {
+        let mut position = 0;
+        while let Some(&PendingDelete { cid, sq_id }) = self.deletes.get(position) {
+            if crate::command::queues::remove_idle_sq(pool, sq_id) {
+                self.deletes.remove(position);
+                self.end(cid, 0, Status::SUCCESS);
+            } else {
+                position += 1;
+            }
+        }
+    }
+
+    /// An admin command has its result.
+    pub fn end(&mut self, cid: u16, dw0: u32, status: Status) {
+        if let Some(queues) = self.queues.as_mut() {
+            queues.cq.backlog.push_back(Ended { sq_id: 0, sq_index: 0, cid, dw0, dw1: 0, status });
+        }
+    }
+
+    /// Fetches, executes and answers admin commands. `true`: there are more.
+    fn serve(&mut self, pool: &Pool) -> Result<bool, MemoryGone> {
+        let shared = &pool.shared;
+        for _ in 0..BURST {
+            let fetches = self.phase == Phase::Ready && !shared.is_paused();
+            let Some(entry) = self.fetch(shared, fetches)? else { break };
+            let Some(entry) = entry else { continue };
+            match self.execute(pool, &entry) {
+                Ok(Answer::Now(dw0)) => self.end(entry.cid, dw0, Status::SUCCESS),
+                Ok(Answer::Later) => {}
+                Err(status) => self.end(entry.cid, 0, status),
+            }
+        }
+        self.report_events(shared);
+        let Some(queues) = self.queues.as_mut() else { return Ok(false) };
+        if !queues.cq.backlog.is_empty() {
+            let head = queues.sq.head;
+            let posted = post_queue(shared, &mut queues.cq, |_| head)?;
+            shared.lanes[0].completed.fetch_add(u64::from(posted), Ordering::Relaxed);
+        }
+        let fetches = self.phase == Phase::Ready && !shared.is_paused();
+        Ok(fetches && !queues.cq.waiting && shared.doorbells.tail(0) != queues.sq.head)
+    }
+
+    /// The next entry of the admin queue, if there is one and its completion has room; the inner `None` was aborted.
+    fn fetch(
+        &mut self,
+        shared: &Shared,
+        fetches: bool,
+    ) -> Result<Option<Option<SubmissionEntry>>, MemoryGone> {
+        let Some(queues) = self.queues.as_mut() else { return Ok(None) };
+        queues.sq.tail = shared.doorbells.tail(0);
+        if let Some(buffers) = self.buffers {
+            // Drivers ring the admin queue by MMIO only; its shadow follows, and EventIdx asks for every ring.
+            if queues.sq.published != Some(queues.sq.tail)
+                && let Some(shadow) = buffers.sq(0)
+            {
+                shadow.store(&shared.memory, queues.sq.tail)?;
+                shadow.publish(&shared.memory, queues.sq.tail)?;
+                queues.sq.published = Some(queues.sq.tail);
+            }
+            if let Some(shadow) = buffers.cq(0) {
+                let before = queues.cq.head;
+                refresh_head(shared, &mut queues.cq)?;
+                if queues.cq.head != before {
+                    shadow.store(&shared.memory, queues.cq.head)?;
+                }
+            }
+        }
+        if !fetches || queues.sq.is_empty() || queues.cq.waiting {
+            return Ok(None);
+        }
+        queues.sq.fetch(&shared.memory).map(Some)
+    }
+
+    /// Answers parked Asynchronous Event Requests as far as there are events.
+    fn report_events(&mut self, shared: &Shared) {
+        if self.parked.is_empty() || self.queues.is_none() || shared.is_paused() {
+            return;
+        }
+        while !self.parked.is_empty() {
+            let Some(event) = shared.events().take() else { return };
+            let cid = self.parked.remove(0);
+            self.end(cid, event.to_dword(), Status::SUCCESS);
+        }
+    }
+}
+
+/// The values of CC that this controller can be enabled with.
+fn check_configuration(cc: Cc) -> Result<(), &'static str> {
+    if u64::from(cc.mps()) > MPSMAX {
+        return Err("CC.MPS is above CAP.MPSMAX");
+    }
+    if !matches!(cc.css(), regs::CSS_NVM | regs::CSS_ALL) {
+        return Err("CC.CSS is not a command set that CAP.CSS offers");
+    }
+    if cc.ams() != 0 {
+        return Err("CC.AMS is not round robin");
+    }
+    // Both may be 0 until I/O queues are created.
+    if !matches!(cc.iosqes(), 0 | 6) || !matches!(cc.iocqes(), 0 | 4) {
+        return Err("CC.IOSQES or CC.IOCQES is not the size of an entry");
+    }
+    Ok(())
+}

@@ -1,0 +1,229 @@
+//! Identify (Base 5.17, NVM 4.1.5).
+
+use nvme_spec::identify::{self as spec, cns, descriptor};
+use nvme_spec::regs::VERSION_2_0;
+use nvme_spec::{IDENTIFY_SIZE_BYTES, Status, SubmissionEntry};
+
+use crate::admin::{Admin, Answer, MAX_PARKED, Pool};
+use crate::command::features::{DEFAULT_OVER_TEMPERATURE_KELVIN, KEEP_ALIVE_GRANULARITY_MS};
+use crate::config::{MAX_NAMESPACES, padded};
+use crate::event::ERROR_LOG_ENTRIES;
+use crate::namespace::{self, FORMATS, Namespace};
+
+/// The only controller of the subsystem.
+const CONTROLLER_ID: u16 = 0;
+/// Critical temperature: 90 degrees Celsius.
+const CRITICAL_TEMPERATURE_KELVIN: u16 = 363;
+/// Model number.
+const MODEL: &str = "ferry NVMe";
+/// Firmware revision of the only slot.
+pub(crate) const FIRMWARE: &str = env!("CARGO_PKG_VERSION");
+
+type Page = [u8; IDENTIFY_SIZE_BYTES];
+
+impl Admin {
+    /// Identify.
+    pub fn identify(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Result<Answer, Status> {
+        let invalid = Status::INVALID_FIELD.do_not_retry();
+        let structure = entry.cdw10 as u8;
+        let first_controller = (entry.cdw10 >> 16) as u16;
+        let command_set = (entry.cdw11 >> 24) as u8;
+        let by_command_set = matches!(
+            structure,
+            cns::CSI_NAMESPACE
+                | cns::CSI_CONTROLLER
+                | cns::CSI_ACTIVE_NAMESPACES
+                | cns::CSI_FORMAT_NAMESPACE
+                | cns::CSI_ALLOCATED_NAMESPACES
+                | cns::CSI_ALLOCATED_NAMESPACE
+        );
+        if by_command_set && command_set != spec::CSI_NVM {
+            return Err(invalid);
+        }
+        let page = match structure {
+            // Every allocated namespace is attached here.
+            cns::NAMESPACE | cns::ALLOCATED_NAMESPACE => self.page_of(entry.nsid, namespace_page)?,
+            cns::CONTROLLER => self.controller_page(pool),
+            cns::ACTIVE_NAMESPACES
+            | cns::ALLOCATED_NAMESPACES
+            | cns::CSI_ACTIVE_NAMESPACES
+            | cns::CSI_ALLOCATED_NAMESPACES => self.namespace_list(entry.nsid)?,
+            cns::NAMESPACE_DESCRIPTORS => descriptors_page(namespace::find(&self.namespaces, entry.nsid)?),
+            // No protection information, so nothing in the extended formats.
+            cns::CSI_NAMESPACE | cns::CSI_ALLOCATED_NAMESPACE => self.page_of(entry.nsid, |_| zeroes())?,
+            // No limits beyond MDTS.
+            cns::CSI_CONTROLLER => spec::IdentifyNvmController::default().to_bytes(),
+            cns::INDEPENDENT_NAMESPACE => self.page_of(entry.nsid, independent_page)?,
+            cns::FORMAT_NAMESPACE | cns::CSI_FORMAT_NAMESPACE => {
+                let format = entry.cdw11 as u16;
+                if usize::from(format) >= FORMATS.len() {
+                    return Err(invalid);
+                }
+                if structure == cns::FORMAT_NAMESPACE { format_page(format) } else { zeroes() }
+            }
+            cns::ATTACHED_CONTROLLERS => {
+                namespace::find(&self.namespaces, entry.nsid)?;
+                controller_list(first_controller)
+            }
+            cns::CONTROLLERS => controller_list(first_controller),
+            cns::COMMAND_SETS => {
+                // Combination 0 is the NVM command set alone; there is no other.
+                let mut page = zeroes();
+                page[0] = 1 << spec::CSI_NVM;
+                page
+            }
+            _ => return Err(invalid),
+        };
+        self.write_data(pool, entry, &page)?;
+        Ok(Answer::Now(0))
+    }
+
+    /// A structure about one namespace; zeroes if the identifier is valid but inactive.
+    fn page_of(&self, nsid: u32, page: impl FnOnce(&Namespace) -> Page) -> Result<Page, Status> {
+        match namespace::find(&self.namespaces, nsid) {
+            Ok(namespace) => Ok(page(namespace)),
+            Err(status) if status.code() == Status::INVALID_FIELD => Ok(zeroes()),
+            Err(status) => Err(status),
+        }
+    }
+
+    /// The identifiers above `after`, in order, at most 1,024.
+    fn namespace_list(&self, after: u32) -> Result<Page, Status> {
+        if after >= 0xffff_fffe {
+            return Err(Status::INVALID_NAMESPACE.do_not_retry());
+        }
+        let mut page = zeroes();
+        let found = namespace::active(&self.namespaces).filter(|namespace| namespace.nsid > after);
+        for (place, namespace) in page.as_chunks_mut::<4>().0.iter_mut().zip(found) {
+            *place = namespace.nsid.to_le_bytes();
+        }
+        Ok(page)
+    }
+
+    fn controller_page(&self, pool: &Pool) -> Page {
+        let config = &pool.shared.config;
+        let mut subnqn = [0; 256];
+        let nqn = format!("nqn.2014-08.org.nvmexpress:ferry:{}", config.serial);
+        subnqn[..nqn.len()].copy_from_slice(nqn.as_bytes());
+        let capacity: u128 =
+            namespace::active(&self.namespaces).map(|ns| u128::from(ns.blocks) << ns.block_shift).sum();
+        let mut psd = [spec::PowerState::default(); 32];
+        // 25 W, in units of 0.01 W.
+        psd[0].maximum_power = 2500;
+        spec::IdentifyController {
+            vid: crate::pci::VENDOR_ID,
+            ssvid: crate::pci::VENDOR_ID,
+            sn: config.serial_field(),
+            mn: padded(MODEL),
+            fr: padded(FIRMWARE),
+            mdts: config.mdts,
+            cntlid: CONTROLLER_ID,
+            ver: VERSION_2_0,
+            oaes: spec::OAES_NAMESPACE_ATTRIBUTE,
+            ctratt: spec::CTRATT_HOST_IDENTIFIER_128,
+            cntrltype: 1,
+            oacs: spec::OACS_DOORBELL_BUFFER_CONFIG,
+            acl: 3,
+            aerl: (MAX_PARKED - 1) as u8,
+            // Bits 3:1: one slot; bit 0: it is read-only.
+            frmw: 1 << 1 | 1,
+            lpa: spec::LPA_COMMANDS_SUPPORTED | spec::LPA_EXTENDED_DATA | spec::LPA_SUPPORTED_PAGES,
+            elpe: (ERROR_LOG_ENTRIES - 1) as u8,
+            wctemp: DEFAULT_OVER_TEMPERATURE_KELVIN,
+            cctemp: CRITICAL_TEMPERATURE_KELVIN,
+            tnvmcap: capacity,
+            kas: (KEEP_ALIVE_GRANULARITY_MS / 100) as u16,
+            sqes: 0x66,
+            cqes: 0x44,
+            nn: MAX_NAMESPACES,
+            oncs: spec::ONCS_DATASET_MANAGEMENT
+                | spec::ONCS_WRITE_ZEROES
+                | spec::ONCS_FEATURE_SELECT
+                | spec::ONCS_TIMESTAMP,
+            vwc: spec::VWC_PRESENT | spec::VWC_BROADCAST_FLUSH,
+            mnan: MAX_NAMESPACES,
+            subnqn,
+            psd,
+            ..spec::IdentifyController::default()
+        }
+        .to_bytes()
+    }
+}
+
+fn zeroes() -> Page {
+    [0; IDENTIFY_SIZE_BYTES]
+}
+
+fn formats(structure: &mut spec::IdentifyNamespace) {
+    structure.nlbaf = (FORMATS.len() - 1) as u8;
+    for (place, shift) in structure.lbaf.iter_mut().zip(FORMATS) {
+        place.lba_data_size_log2 = shift;
+    }
+}
+
+fn namespace_page(namespace: &Namespace) -> Page {
+    let mut structure = spec::IdentifyNamespace {
+        nsze: namespace.blocks,
+        ncap: namespace.blocks,
+        nuse: namespace.blocks,
+        flbas: FORMATS.iter().position(|&shift| shift == namespace.block_shift).unwrap_or(0) as u8,
+        dlfeat: spec::DLFEAT_WRITE_ZEROES_DEALLOCATE,
+        nvmcap: u128::from(namespace.blocks) << namespace.block_shift,
+        nsattr: if namespace.read_only { spec::NSATTR_WRITE_PROTECTED } else { 0 },
+        nguid: namespace.uuid,
+        eui64: namespace.eui64(),
+        ..spec::IdentifyNamespace::default()
+    };
+    formats(&mut structure);
+    structure.to_bytes()
+}
+
+/// CNS 09h: what a namespace of `format` would offer.
+fn format_page(format: u16) -> Page {
+    let mut structure = spec::IdentifyNamespace {
+        flbas: format as u8,
+        dlfeat: spec::DLFEAT_WRITE_ZEROES_DEALLOCATE,
+        ..spec::IdentifyNamespace::default()
+    };
+    formats(&mut structure);
+    structure.to_bytes()
+}
+
+fn independent_page(namespace: &Namespace) -> Page {
+    spec::IdentifyIndependentNamespace {
+        nsattr: if namespace.read_only { spec::NSATTR_WRITE_PROTECTED } else { 0 },
+        nstat: 1,
+        ..spec::IdentifyIndependentNamespace::default()
+    }
+    .to_bytes()
+}
+
+/// CNS 03h: type, length, two reserved bytes, value; a zero type ends the list.
+fn descriptors_page(namespace: &Namespace) -> Page {
+    let eui64 = namespace.eui64();
+    let list: [(u8, &[u8]); 4] = [
+        (descriptor::EUI64, &eui64),
+        (descriptor::NGUID, &namespace.uuid),
+        (descriptor::UUID, &namespace.uuid),
+        (descriptor::CSI, &[spec::CSI_NVM]),
+    ];
+    let mut page = zeroes();
+    let mut position = 0;
+    for (kind, value) in list {
+        page[position] = kind;
+        page[position + 1] = value.len() as u8;
+        page[position + 4..position + 4 + value.len()].copy_from_slice(value);
+        position += 4 + value.len();
+    }
+    page
+}
+
+/// A controller list (Base 4.4.1) of the controllers from `first`: there is only number 0.
+fn controller_list(first: u16) -> Page {
+    let mut page = zeroes();
+    if first == CONTROLLER_ID {
+        page[..2].copy_from_slice(&1u16.to_le_bytes());
+        page[2..4].copy_from_slice(&CONTROLLER_ID.to_le_bytes());
+    }
+    page
+}

@@ -1,0 +1,217 @@
+//! I/O commands (NVM 3): from an entry to backend requests.
+
+use block::{Buffers, Operation, Request};
+use nvme_spec::opcode::{self, nvm};
+use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
+
+use crate::namespace::{self, Namespace};
+use crate::prp;
+use crate::shared::Shared;
+use crate::worker::{Owner, Step, Worker};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+impl Worker {
+    /// Starts a command of submission queue `sq_index`; the caller has checked that a slot is free. `true`: a backend
+    /// request is in flight; `false`: done, successfully, at once.
+    pub fn start(&mut self, shared: &Shared, sq_index: u32, entry: &SubmissionEntry) -> Result<bool, Status> {
+        let known = matches!(
+            entry.opcode,
+            nvm::FLUSH | nvm::WRITE | nvm::READ | nvm::WRITE_ZEROES | nvm::DATASET_MANAGEMENT
+        );
+        if !known {
+            return Err(Status::INVALID_OPCODE.do_not_retry());
+        }
+        // Neither fused operations (Identify FUSES) nor SGLs (Identify SGLS) are offered.
+        if entry.fuse() != 0 || entry.psdt() != 0 {
+            return Err(Status::INVALID_FIELD.do_not_retry());
+        }
+        if entry.opcode == nvm::FLUSH && entry.nsid == NSID_BROADCAST {
+            return self.flush_all(Owner::Queue(sq_index), entry.cid);
+        }
+        let namespace = Arc::clone(namespace::find(&self.namespaces, entry.nsid)?);
+        match entry.opcode {
+            nvm::FLUSH => {
+                let step = flush_step(namespace.nsid);
+                self.start_steps(Owner::Queue(sq_index), entry, [step])
+            }
+            nvm::READ => self.transfer(shared, sq_index, entry, &namespace, false),
+            nvm::WRITE => self.transfer(shared, sq_index, entry, &namespace, true),
+            nvm::WRITE_ZEROES => self.write_zeroes(shared, sq_index, entry, &namespace),
+            _ => self.deallocate(shared, sq_index, entry, &namespace),
+        }
+    }
+
+    /// Flushes every namespace, for the broadcast NSID, for shutdown, and when the write cache is switched off.
+    pub fn flush_all(&mut self, owner: Owner, cid: u16) -> Result<bool, Status> {
+        let slot = self.take_slot(owner, cid, NSID_BROADCAST).ok_or(Status::INTERNAL_ERROR)?;
+        self.slots[slot as usize].write = true;
+        let table = Arc::clone(&self.namespaces);
+        let steps = &mut self.slots[slot as usize].steps;
+        steps.extend(namespace::active(&table).map(|namespace| flush_step(namespace.nsid)));
+        Ok(self.start_slot(slot))
+    }
+
+    fn start_steps(
+        &mut self,
+        owner: Owner,
+        entry: &SubmissionEntry,
+        steps: impl IntoIterator<Item = Step>,
+    ) -> Result<bool, Status> {
+        let slot = self.take_slot(owner, entry.cid, entry.nsid).ok_or(Status::INTERNAL_ERROR)?;
+        self.slots[slot as usize].write = true;
+        self.slots[slot as usize].steps.extend(steps);
+        Ok(self.start_slot(slot))
+    }
+
+    /// Submits the first step; gives the slot back if there is none.
+    fn start_slot(&mut self, slot: u32) -> bool {
+        let started = self.next_step(slot);
+        if !started {
+            self.give_back(slot);
+        }
+        started
+    }
+
+    /// Read and Write (NVM 3.2.4, 3.2.6).
+    fn transfer(
+        &mut self,
+        shared: &Shared,
+        sq_index: u32,
+        entry: &SubmissionEntry,
+        namespace: &Namespace,
+        write: bool,
+    ) -> Result<bool, Status> {
+        let blocks = blocks(entry);
+        let length_bytes = blocks << namespace.block_shift;
+        if length_bytes > shared.config.max_transfer_bytes() {
+            return Err(Status::INVALID_FIELD.do_not_retry());
+        }
+        let (offset_bytes, length_bytes) = namespace.byte_range(entry.cdw10_64(), blocks)?;
+        if write && namespace.read_only {
+            return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
+        }
+        let mut ranges = std::mem::take(&mut self.ranges);
+        ranges.clear();
+        let walked = self.walker.walk(&shared.memory, entry.prp1, entry.prp2, length_bytes, &mut ranges);
+        let slot = walked.and_then(|()| {
+            self.take_slot(Owner::Queue(sq_index), entry.cid, entry.nsid).ok_or(Status::INTERNAL_ERROR)
+        });
+        let started = slot.map(|index| {
+            let fua = force_unit_access(shared, entry);
+            let slot = &mut self.slots[index as usize];
+            slot.lba = entry.cdw10_64();
+            slot.write = write;
+            let operation = if write {
+                Operation::Write { fua }
+            } else {
+                // "FUA ... the controller shall ... commit that data and metadata, if any, to non-volatile medium": with a read,
+                // what it returned is stable before the command completes.
+                if entry.cdw12 & opcode::CDW12_FUA != 0 && !namespace.read_only {
+                    slot.steps.push(flush_step(namespace.nsid));
+                }
+                Operation::Read
+            };
+            let token = self.token(index);
+            let buffers = Buffers::Guest(&ranges);
+            let request = Request { token, operation, offset_bytes, length_bytes, buffers };
+            namespace.backend.submit(&mut self.context, &request);
+            let units = length_bytes / 512;
+            if write {
+                self.counters.writes += 1;
+                self.counters.units_written += units;
+            } else {
+                self.counters.reads += 1;
+                self.counters.units_read += units;
+            }
+            true
+        });
+        self.ranges = ranges;
+        started
+    }
+
+    /// Write Zeroes (NVM 3.2.8).
+    fn write_zeroes(
+        &mut self,
+        shared: &Shared,
+        sq_index: u32,
+        entry: &SubmissionEntry,
+        namespace: &Namespace,
+    ) -> Result<bool, Status> {
+        let (offset_bytes, length_bytes) = namespace.byte_range(entry.cdw10_64(), blocks(entry))?;
+        if namespace.read_only {
+            return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
+        }
+        let operation = Operation::WriteZeroes {
+            deallocate: entry.cdw12 & opcode::CDW12_DEALLOCATE != 0,
+            fua: force_unit_access(shared, entry),
+        };
+        let step = Step { nsid: entry.nsid, operation, offset_bytes, length_bytes };
+        self.start_steps(Owner::Queue(sq_index), entry, [step])
+    }
+
+    /// Dataset Management (NVM 3.2.3). All ranges are checked before any is deallocated.
+    fn deallocate(
+        &mut self,
+        shared: &Shared,
+        sq_index: u32,
+        entry: &SubmissionEntry,
+        namespace: &Namespace,
+    ) -> Result<bool, Status> {
+        let count = (entry.cdw10 as usize & 0xff) + 1;
+        let mut scratch = std::mem::take(&mut self.scratch);
+        scratch.clear();
+        scratch.resize(count * opcode::DSM_RANGE_SIZE_BYTES, 0);
+        let read = self.read_data(shared, entry, &mut scratch);
+        let outcome = read.and_then(|()| {
+            if entry.cdw11 & opcode::DSM_DEALLOCATE == 0 {
+                // The other attributes are hints.
+                return Ok(false);
+            }
+            if namespace.read_only {
+                return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
+            }
+            for range in scratch.as_chunks::<{ opcode::DSM_RANGE_SIZE_BYTES }>().0 {
+                dsm_step(namespace, range)?;
+            }
+            let ranges = scratch.as_chunks::<{ opcode::DSM_RANGE_SIZE_BYTES }>().0.iter().rev();
+            let steps = ranges
+                .filter_map(|range| dsm_step(namespace, range).ok())
+                .filter(|step| step.length_bytes > 0);
+            self.start_steps(Owner::Queue(sq_index), entry, steps)
+        });
+        self.scratch = scratch;
+        outcome
+    }
+
+    /// Copies the data that a command's PRPs describe.
+    fn read_data(&mut self, shared: &Shared, entry: &SubmissionEntry, data: &mut [u8]) -> Result<(), Status> {
+        let mut ranges = std::mem::take(&mut self.ranges);
+        ranges.clear();
+        let walked = self.walker.walk(&shared.memory, entry.prp1, entry.prp2, data.len() as u64, &mut ranges);
+        let read = walked.and_then(|()| prp::read_ranges(&shared.memory, &ranges, data));
+        self.ranges = ranges;
+        read
+    }
+}
+
+/// Number of logical blocks of a command: CDW12 has one less, so that 65,536 fit.
+fn blocks(entry: &SubmissionEntry) -> u64 {
+    u64::from(entry.cdw12 & opcode::CDW12_NLB_MASK) + 1
+}
+
+fn force_unit_access(shared: &Shared, entry: &SubmissionEntry) -> bool {
+    entry.cdw12 & opcode::CDW12_FUA != 0 || !shared.write_cache.load(Ordering::Acquire)
+}
+
+fn flush_step(nsid: u32) -> Step {
+    Step { nsid, operation: Operation::Flush, offset_bytes: 0, length_bytes: 0 }
+}
+
+/// One Dataset Management range: context attributes, length in blocks, first block (NVM figure 40).
+fn dsm_step(namespace: &Namespace, range: &[u8; opcode::DSM_RANGE_SIZE_BYTES]) -> Result<Step, Status> {
+    let [_, _, _, _, l0, l1, l2, l3, first @ ..] = *range;
+    let length = u32::from_le_bytes([l0, l1, l2, l3]);
+    let (offset_bytes, length_bytes) = namespace.byte_range(u64::from_le_bytes(first), u64::from(length))?;
+    Ok(Step { nsid: namespace.nsid, operation: Operation::Discard, offset_bytes, length_bytes })
+}

@@ -1,0 +1,148 @@
+//! Get Log Page (Base 5.16).
+
+use nvme_spec::log::{self, id};
+use nvme_spec::opcode::nvm;
+use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, event};
+
+use crate::admin::{Admin, Answer, Pool};
+use crate::command::admin::is_supported;
+use crate::command::features;
+use crate::command::identify::FIRMWARE;
+use crate::config::padded;
+use crate::event::ERROR_LOG_ENTRIES;
+
+/// The pages that exist.
+const PAGES: [u8; 8] = [
+    id::SUPPORTED_PAGES,
+    id::ERROR_INFORMATION,
+    id::SMART,
+    id::FIRMWARE_SLOT,
+    id::CHANGED_NAMESPACES,
+    id::COMMANDS_SUPPORTED,
+    id::FEATURES_SUPPORTED,
+    id::MANAGEMENT_SUPPORTED,
+];
+
+/// CDW10 bit 15: Retain Asynchronous Event.
+const RETAIN: u32 = 1 << 15;
+/// CDW14 bit 23: the offset is an index, which no page here supports.
+const OFFSET_IS_INDEX: u32 = 1 << 23;
+/// Features Supported and Effects bit 20: scope namespace; bit 21: scope controller.
+const SCOPE_NAMESPACE: u32 = 1 << 20;
+const SCOPE_CONTROLLER: u32 = 1 << 21;
+
+impl Admin {
+    /// Get Log Page. What is asked for beyond the end of a page reads as zeroes.
+    pub fn get_log_page(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Result<Answer, Status> {
+        let invalid = Status::INVALID_FIELD.do_not_retry();
+        let page = entry.cdw10 as u8;
+        let dwords = u64::from(entry.cdw11 as u16) << 16 | u64::from(entry.cdw10 >> 16);
+        let length_bytes = (dwords + 1) * 4;
+        let offset = u64::from(entry.cdw12) | u64::from(entry.cdw13) << 32;
+        // Without a limit by MDTS no answer needs more than the largest page; the bound keeps a guest from making us hold GiBs.
+        if length_bytes > pool.shared.config.max_transfer_bytes().min(1 << 20) || !offset.is_multiple_of(4) {
+            return Err(invalid);
+        }
+        if entry.cdw14 & OFFSET_IS_INDEX != 0 || entry.cdw14 & 0x7f != 0 {
+            return Err(invalid);
+        }
+        let log = match page {
+            id::SUPPORTED_PAGES => {
+                dword_table(256, |page| if PAGES.contains(&page) { log::PAGE_SUPPORTED } else { 0 })
+            }
+            id::ERROR_INFORMATION => error_log(pool),
+            id::SMART => self.smart_log(pool, entry.nsid)?,
+            id::FIRMWARE_SLOT => firmware_log(),
+            id::CHANGED_NAMESPACES => self.changed_namespaces_log(),
+            id::COMMANDS_SUPPORTED => commands_log((entry.cdw14 >> 24) as u8)?,
+            id::FEATURES_SUPPORTED => dword_table(256, feature_effects),
+            // The management interface is not there: no command of it is supported.
+            id::MANAGEMENT_SUPPORTED => vec![0; 4096],
+            _ => return Err(Status::INVALID_LOG_PAGE.do_not_retry()),
+        };
+        let log = usize::try_from(offset).ok().and_then(|offset| log.get(offset..)).ok_or(invalid)?;
+        let mut data = vec![0; length_bytes as usize];
+        let available = log.len().min(data.len());
+        data[..available].copy_from_slice(&log[..available]);
+        self.write_data(pool, entry, &data)?;
+        if entry.cdw10 & RETAIN == 0 {
+            self.log_was_read(pool, page);
+        }
+        Ok(Answer::Now(0))
+    }
+
+    /// Reading a log page clears its event (Base 5.2).
+    fn log_was_read(&mut self, pool: &Pool, page: u8) {
+        match page {
+            id::ERROR_INFORMATION => pool.shared.events().unmask(event::ERROR),
+            id::SMART => pool.shared.events().unmask(event::SMART),
+            id::CHANGED_NAMESPACES => {
+                self.changed_namespaces.clear();
+                pool.shared.events().unmask(event::NOTICE);
+            }
+            _ => {}
+        }
+    }
+
+    fn smart_log(&self, pool: &Pool, nsid: u32) -> Result<Vec<u8>, Status> {
+        // Identify Controller LPA bit 0 is 0: there is one log for all namespaces.
+        if !matches!(nsid, 0 | NSID_BROADCAST) {
+            return Err(Status::INVALID_FIELD.do_not_retry());
+        }
+        let mut counters = self.counters_before;
+        for index in 0..pool.workers.len() {
+            counters.add(&pool.worker(index).counters);
+        }
+        let errors = pool.shared.events().error_count;
+        Ok(counters.log(&self.health, errors).to_bytes().to_vec())
+    }
+
+    fn changed_namespaces_log(&self) -> Vec<u8> {
+        let mut page: Vec<u8> = self.changed_namespaces.iter().flat_map(|nsid| nsid.to_le_bytes()).collect();
+        page.resize(log::CHANGED_NAMESPACES_MAX * 4, 0);
+        page
+    }
+}
+
+fn error_log(pool: &Pool) -> Vec<u8> {
+    let events = pool.shared.events();
+    let mut page: Vec<u8> = events.errors.iter().flat_map(|entry| entry.to_bytes()).collect();
+    page.resize(ERROR_LOG_ENTRIES * log::ErrorEntry::SIZE_BYTES, 0);
+    page
+}
+
+fn firmware_log() -> Vec<u8> {
+    let mut revisions = [[0; 8]; 7];
+    revisions[0] = padded(FIRMWARE);
+    log::FirmwareSlotLog { active: 1, revisions }.to_bytes().to_vec()
+}
+
+/// Commands Supported and Effects: 256 dwords for admin commands, 256 for I/O commands of the command set, reserved.
+fn commands_log(command_set: u8) -> Result<Vec<u8>, Status> {
+    if command_set != nvme_spec::identify::CSI_NVM {
+        return Err(Status::INVALID_FIELD.do_not_retry());
+    }
+    let mut page = dword_table(256, |opcode| if is_supported(opcode) { log::EFFECT_SUPPORTED } else { 0 });
+    page.extend(dword_table(256, |opcode| match opcode {
+        nvm::READ | nvm::FLUSH => log::EFFECT_SUPPORTED,
+        nvm::WRITE | nvm::WRITE_ZEROES | nvm::DATASET_MANAGEMENT => {
+            log::EFFECT_SUPPORTED | log::EFFECT_CONTENT_CHANGE
+        }
+        _ => 0,
+    }));
+    page.resize(4096, 0);
+    Ok(page)
+}
+
+fn feature_effects(feature: u8) -> u32 {
+    match features::is_changeable(feature) {
+        None => 0,
+        Some(_) if features::is_namespace_specific(feature) => log::EFFECT_SUPPORTED | SCOPE_NAMESPACE,
+        Some(_) => log::EFFECT_SUPPORTED | SCOPE_CONTROLLER,
+    }
+}
+
+/// A table of little-endian dwords, one for each value of a byte.
+fn dword_table(count: usize, value: impl Fn(u8) -> u32) -> Vec<u8> {
+    (0..count).flat_map(|index| value(index as u8).to_le_bytes()).collect()
+}

@@ -1,0 +1,8 @@
+//! Commands, by kind.
+
+pub(crate) mod admin;
+pub(crate) mod features;
+mod identify;
+mod io;
+mod logs;
+pub(crate) mod queues;

@@ -1,0 +1,110 @@
+//! What a controller is built from.
+
+use std::sync::Arc;
+
+use block::Backend;
+
+use crate::Error;
+
+/// Largest number of namespaces, and the largest namespace identifier (Identify Controller NN).
+pub const MAX_NAMESPACES: u32 = 1024;
+/// Most entries that a queue can have (CAP.MQES is a 0's based 16-bit value).
+pub const MAX_QUEUE_ENTRIES: u32 = 65_536;
+/// Smallest memory page: CAP.MPSMIN 0.
+pub(crate) const MIN_PAGE_BYTES: u32 = 4096;
+
+/// The shape of a controller. Source and destination of a migration need the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControllerConfig {
+    /// Serial number: 1 to 20 printable ASCII characters.
+    pub serial: String,
+    /// I/O queue pairs, 1 to 65,535.
+    pub queue_pairs: u16,
+    /// MSI-X vectors, 1 to 2,048.
+    pub vectors: u16,
+    /// Maximum data transfer size as a power of two of 4096 bytes, 1 to 12; 0 means no limit.
+    pub mdts: u8,
+    /// Most entries a queue can have, 2 to 65,536.
+    pub queue_entries: u32,
+    /// Whether queues must be physically contiguous (CAP.CQR).
+    pub contiguous_queues: bool,
+}
+
+impl ControllerConfig {
+    /// A controller with `serial`, 64 queue pairs, a vector for each and for the admin queue, transfers up to 512 KiB.
+    #[must_use]
+    pub fn new(serial: &str) -> Self {
+        Self {
+            serial: serial.to_owned(),
+            queue_pairs: 64,
+            vectors: 65,
+            mdts: 7,
+            queue_entries: MAX_QUEUE_ENTRIES,
+            contiguous_queues: false,
+        }
+    }
+
+    /// Checks all values.
+    ///
+    /// # Errors
+    /// [`Error::Serial`] or [`Error::Config`] for the first value that is out of range.
+    pub fn check(&self) -> Result<(), Error> {
+        let printable = self.serial.bytes().all(|byte| (0x20..0x7f).contains(&byte));
+        if self.serial.is_empty() || self.serial.len() > 20 || !printable {
+            return Err(Error::Serial { serial: self.serial.clone() });
+        }
+        let refuse =
+            |what, value, allowed| Err(Error::Config { serial: self.serial.clone(), what, value, allowed });
+        if self.queue_pairs == 0 {
+            return refuse("the number of queue pairs", 0, "1 to 65535");
+        }
+        if !(1..=pci::MAX_VECTORS).contains(&self.vectors) {
+            return refuse("the number of MSI-X vectors", u64::from(self.vectors), "1 to 2048");
+        }
+        if self.mdts > 12 {
+            return refuse("MDTS", u64::from(self.mdts), "0 to 12");
+        }
+        if !(2..=MAX_QUEUE_ENTRIES).contains(&self.queue_entries) {
+            return refuse("the number of queue entries", u64::from(self.queue_entries), "2 to 65536");
+        }
+        Ok(())
+    }
+
+    /// Largest transfer in bytes.
+    pub(crate) fn max_transfer_bytes(&self) -> u64 {
+        match self.mdts {
+            0 => u64::MAX,
+            shift => u64::from(MIN_PAGE_BYTES) << shift,
+        }
+    }
+
+    /// CAP.MQES: 0's based.
+    pub(crate) fn mqes(&self) -> u16 {
+        (self.queue_entries - 1) as u16
+    }
+
+    /// The serial number as Identify Controller has it.
+    pub(crate) fn serial_field(&self) -> [u8; 20] {
+        padded(&self.serial)
+    }
+}
+
+/// `text` in a field of `N` bytes, padded with spaces.
+pub(crate) fn padded<const N: usize>(text: &str) -> [u8; N] {
+    let mut field = [b' '; N];
+    for (place, byte) in field.iter_mut().zip(text.bytes()) {
+        *place = byte;
+    }
+    field
+}
+
+/// A namespace to attach when the controller is built.
+#[derive(Clone, Debug)]
+pub struct NamespaceConfig {
+    /// Namespace identifier, 1 to 1,024.
+    pub nsid: u32,
+    /// Size of a logical block in bytes: 512 or 4096.
+    pub block_bytes: u32,
+    /// Where its bytes live.
+    pub backend: Arc<dyn Backend>,
+}

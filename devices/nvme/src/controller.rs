@@ -1,0 +1,199 @@
+//! The controller from outside: build, serve, pause, resume.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use block::{Backend, IoContext};
+use bus::GuestMemory;
+use pci::{Endpoint, MsixSink};
+
+use crate::Error;
+use crate::admin::{Admin, Pool};
+use crate::config::{ControllerConfig, NamespaceConfig};
+use crate::namespace;
+use crate::shared::{Host, Shared, lock};
+use crate::worker::Worker;
+
+/// How long [`Controller::pause`] lets the backends work before it looks again.
+const PAUSE_POLL: Duration = Duration::from_micros(20);
+
+/// What [`Controller::process`] leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// There is more to do now: call again. Nobody will wake the worker for it.
+    More,
+    /// Nothing can be done until [`Host::wake`], the I/O context's event or a doorbell event: the thread may sleep.
+    Idle,
+}
+
+/// What was going on when a pause began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PauseReport {
+    /// Commands that backends were working on.
+    pub in_flight_at_start: u32,
+}
+
+/// Counts for tests and status displays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// Completion entries posted, admin and I/O, since this value was built.
+    pub completed: u64,
+    /// Commands that backends are working on.
+    pub in_flight: u32,
+}
+
+/// An NVMe controller. Shared by vCPU threads (as a [`pci::PciFunction`]), by one thread for each worker
+/// ([`Controller::process`]) and by the migration thread.
+pub struct Controller {
+    pub(crate) pool: Pool,
+    pub(crate) admin: Mutex<Admin>,
+}
+
+impl Controller {
+    /// A controller as after power-on.
+    ///
+    /// There is one worker for each of `contexts`, at least one; worker 0 also serves the admin queue. Interrupts go to `sink`.
+    ///
+    /// # Errors
+    /// [`Error::Serial`], [`Error::Config`], [`Error::Namespace`], [`Error::Pci`].
+    pub fn new(
+        config: ControllerConfig,
+        memory: GuestMemory,
+        namespaces: &[NamespaceConfig],
+        contexts: Vec<IoContext>,
+        sink: Arc<dyn MsixSink>,
+        host: Arc<dyn Host>,
+    ) -> Result<Self, Error> {
+        config.check()?;
+        if contexts.is_empty() {
+            return Err(Error::Config {
+                serial: config.serial,
+                what: "the number of workers",
+                value: 0,
+                allowed: "at least 1",
+            });
+        }
+        let table = namespace::table(namespaces, &config.serial)?;
+        let endpoint = Endpoint::new(crate::pci::config_space(&config)?, sink).map_err(Error::Pci)?;
+        let shared = Shared::new(config, memory, endpoint, contexts.len(), host);
+        let workers = contexts
+            .into_iter()
+            .enumerate()
+            .map(|(index, context)| Mutex::new(Worker::new(index, context, Arc::clone(&table))))
+            .collect();
+        let admin = Mutex::new(Admin::new(&shared, table));
+        Ok(Self { pool: Pool { shared, workers }, admin })
+    }
+
+    /// Does what worker `index` can do now, in bounded batches. Called by that worker's thread after each wake-up, and again
+    /// as long as it says [`Progress::More`]. An index without a worker is idle.
+    pub fn process(&self, index: usize) -> Progress {
+        let Some(worker) = self.pool.workers.get(index) else { return Progress::Idle };
+        let mut more = false;
+        if index == 0 {
+            more |= lock(&self.admin).process(&self.pool);
+        }
+        let mut worker = lock(worker);
+        more |= worker.process(&self.pool.shared);
+        more |= index == 0 && !worker.admin_ended.is_empty();
+        if more { Progress::More } else { Progress::Idle }
+    }
+
+    /// When [`Controller::process`] of worker 0 must be called even if nothing wakes it (the keep alive timer).
+    pub fn deadline(&self) -> Option<Instant> {
+        lock(&self.admin).keep_alive
+    }
+
+    /// How many workers there are.
+    #[must_use]
+    pub fn workers(&self) -> usize {
+        self.pool.workers.len()
+    }
+
+    /// Stops fetching commands. Returns at once; what is in flight goes on, and [`Controller::process`] still reaps it.
+    pub fn begin_pause(&self) {
+        self.pool.shared.paused.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether nothing is in flight and no reset, shutdown or deletion is half done.
+    pub fn is_quiet(&self) -> bool {
+        let admin = lock(&self.admin);
+        let workers_are = (0..self.pool.workers.len()).all(|index| {
+            let worker = self.pool.worker(index);
+            worker.in_flight() == 0 && worker.admin_ended.is_empty()
+        });
+        workers_are && admin.is_quiet(&self.pool)
+    }
+
+    /// Stops fetching and waits until the backends have finished what is in flight; completions are posted as far as their
+    /// queues have room, and interrupts raised. Returns with the controller held still: nothing touches guest memory
+    /// until [`Controller::resume`]. The vCPUs are stopped before. Needs no worker thread, but tolerates them.
+    ///
+    /// # Errors
+    /// [`Error::PauseTimeout`] at `deadline`. The controller still fetches nothing: the caller resumes it.
+    pub fn pause(&self, deadline: Instant) -> Result<PauseReport, Error> {
+        self.begin_pause();
+        let mut in_flight_at_start = 0;
+        for index in 0..self.pool.workers.len() {
+            in_flight_at_start += self.pool.worker(index).in_flight();
+        }
+        loop {
+            let mut more = false;
+            for index in 0..self.pool.workers.len() {
+                more |= self.process(index) == Progress::More;
+            }
+            if self.is_quiet() {
+                return Ok(PauseReport { in_flight_at_start });
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::PauseTimeout { in_flight: self.pool.shared.in_flight() });
+            }
+            if !more {
+                std::thread::sleep(PAUSE_POLL);
+            }
+        }
+    }
+
+    /// Goes on after a pause, or begins after [`Controller::restore`]: signals every completion queue that holds entries the guest
+    /// has not taken, and wakes every worker, so that doorbells rung before the stop are served.
+    pub fn resume(&self) {
+        let shared = &self.pool.shared;
+        let mut admin = lock(&self.admin);
+        admin.restart_keep_alive();
+        if admin.queues.as_ref().is_some_and(|queues| queues.cq.unseen() > 0) {
+            shared.endpoint.msix().trigger(0);
+        }
+        for index in 0..self.pool.workers.len() {
+            let mut worker = self.pool.worker(index);
+            for cq in worker.cqs.iter().flatten() {
+                if cq.interrupts && cq.unseen() > 0 {
+                    shared.endpoint.msix().trigger(cq.vector);
+                }
+            }
+            worker.forget_published();
+        }
+        shared.paused.store(false, Ordering::SeqCst);
+        drop(admin);
+        for index in 0..self.pool.workers.len() {
+            shared.host.wake(index);
+        }
+    }
+
+    /// The images, by namespace identifier, for the handover of their locks.
+    #[must_use]
+    pub fn namespaces(&self) -> Vec<(u32, Arc<dyn Backend>)> {
+        let admin = lock(&self.admin);
+        namespace::active(&admin.namespaces).map(|ns| (ns.nsid, Arc::clone(&ns.backend))).collect()
+    }
+
+    /// What was done and what is being done.
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        let lanes = self.pool.shared.lanes.iter();
+        Statistics {
+            completed: lanes.map(|lane| lane.completed.load(Ordering::Relaxed)).sum(),
+            in_flight: self.pool.shared.in_flight(),
+        }
+    }
+}

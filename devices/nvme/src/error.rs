@@ -1,0 +1,55 @@
+//! What can go wrong when a controller is built, paused or restored. Guest mistakes are not errors of this crate: they are
+//! answered with NVMe status codes.
+
+/// An error of this crate.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A configuration value that no controller can have.
+    #[error("NVMe controller {serial:?}: {what} is {value}, which is not {allowed}")]
+    Config {
+        /// Serial number of the controller.
+        serial: String,
+        /// Name of the value.
+        what: &'static str,
+        /// Its value.
+        value: u64,
+        /// What would be accepted.
+        allowed: &'static str,
+    },
+    /// The serial number is empty, too long or not printable ASCII.
+    #[error("NVMe serial number {serial:?} is not 1 to 20 printable ASCII characters")]
+    Serial {
+        /// The serial number.
+        serial: String,
+    },
+    /// A namespace that cannot be.
+    #[error("NVMe namespace {nsid}: {reason}")]
+    Namespace {
+        /// Namespace identifier.
+        nsid: u32,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The PCI function could not be built.
+    #[error("the PCI function of the NVMe controller cannot be built")]
+    Pci(#[source] pci::Error),
+    /// In-flight commands did not finish in time.
+    #[error("{in_flight} NVMe commands were still in flight when the time to pause was over")]
+    PauseTimeout {
+        /// Commands that the backends have not finished.
+        in_flight: u32,
+    },
+    /// A saved state that this controller cannot take.
+    #[error("saved NVMe state: {field} is {value}: {reason}")]
+    State {
+        /// Path of the field, for example `sq[3].head`.
+        field: String,
+        /// Its value.
+        value: u64,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The saved PCI state does not fit.
+    #[error("saved NVMe state: the PCI part cannot be restored")]
+    PciState(#[source] pci::Error),
+}

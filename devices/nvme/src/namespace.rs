@@ -1,0 +1,142 @@
+//! A namespace: a numbered run of logical blocks on a backend.
+
+use std::sync::Arc;
+
+use block::{Backend, Failure};
+use nvme_spec::Status;
+
+use crate::Error;
+use crate::config::{MAX_NAMESPACES, NamespaceConfig};
+
+/// The LBA formats that every namespace lists: log2 of the block size in bytes.
+pub(crate) const FORMATS: [u8; 2] = [9, 12];
+
+/// A namespace that commands can address.
+#[derive(Debug)]
+pub(crate) struct Namespace {
+    pub nsid: u32,
+    /// log2 of the block size in bytes.
+    pub block_shift: u8,
+    /// Size in logical blocks.
+    pub blocks: u64,
+    pub read_only: bool,
+    pub uuid: [u8; 16],
+    pub backend: Arc<dyn Backend>,
+}
+
+/// Namespaces by NSID less one. Holes are normal.
+pub(crate) type NamespaceTable = Arc<[Option<Arc<Namespace>>]>;
+
+impl Namespace {
+    /// Checks `config` and names the namespace after the controller's `serial`, so that source and destination of a
+    /// migration give the same identifiers.
+    fn new(config: &NamespaceConfig, serial: &str) -> Result<Self, Error> {
+        let refuse = |reason: String| Err(Error::Namespace { nsid: config.nsid, reason });
+        if !(1..=MAX_NAMESPACES).contains(&config.nsid) {
+            return refuse(format!("identifiers are 1 to {MAX_NAMESPACES}"));
+        }
+        let block_shift = match config.block_bytes {
+            512 => 9,
+            4096 => 12,
+            other => return refuse(format!("blocks of {other} bytes are not supported, only 512 and 4096")),
+        };
+        let identity = config.backend.identity();
+        let blocks = identity.capacity_bytes >> block_shift;
+        if blocks == 0 {
+            return refuse(format!("an image of {} bytes holds no block", identity.capacity_bytes));
+        }
+        if !identity.capacity_bytes.is_multiple_of(u64::from(config.block_bytes)) {
+            return refuse(format!(
+                "the image's {} bytes are not a whole number of blocks of {} bytes",
+                identity.capacity_bytes, config.block_bytes
+            ));
+        }
+        Ok(Self {
+            nsid: config.nsid,
+            block_shift,
+            blocks,
+            read_only: identity.read_only,
+            uuid: uuid(serial, config.nsid),
+            backend: Arc::clone(&config.backend),
+        })
+    }
+
+    /// Size of a logical block in bytes.
+    pub fn block_bytes(&self) -> u32 {
+        1 << self.block_shift
+    }
+
+    /// The byte range of `count` blocks from `first`.
+    pub fn byte_range(&self, first: u64, count: u64) -> Result<(u64, u64), Status> {
+        match first.checked_add(count) {
+            Some(end) if end <= self.blocks => Ok((first << self.block_shift, count << self.block_shift)),
+            _ => Err(Status::LBA_OUT_OF_RANGE.do_not_retry()),
+        }
+    }
+
+    /// IEEE EUI-64: the first half of the UUID with the locally administered bit.
+    pub fn eui64(&self) -> [u8; 8] {
+        let mut eui64 = [0; 8];
+        eui64.copy_from_slice(&self.uuid[..8]);
+        eui64[0] = eui64[0] & !1 | 2;
+        eui64
+    }
+}
+
+/// Builds the table.
+pub(crate) fn table(configs: &[NamespaceConfig], serial: &str) -> Result<NamespaceTable, Error> {
+    let mut table = vec![None; MAX_NAMESPACES as usize];
+    for config in configs {
+        let namespace = Namespace::new(config, serial)?;
+        let place = &mut table[namespace.nsid as usize - 1];
+        if place.is_some() {
+            return Err(Error::Namespace {
+                nsid: config.nsid,
+                reason: "the identifier is used twice".to_owned(),
+            });
+        }
+        *place = Some(Arc::new(namespace));
+    }
+    Ok(table.into())
+}
+
+/// The namespace of a command that needs an active one (Base 3.2.1): an NSID that cannot exist is Invalid Namespace
+/// or Format, one that is not attached is Invalid Field in Command.
+pub(crate) fn find(table: &NamespaceTable, nsid: u32) -> Result<&Arc<Namespace>, Status> {
+    let slot = (nsid as usize).checked_sub(1).and_then(|index| table.get(index));
+    match slot {
+        None => Err(Status::INVALID_NAMESPACE.do_not_retry()),
+        Some(None) => Err(Status::INVALID_FIELD.do_not_retry()),
+        Some(Some(namespace)) => Ok(namespace),
+    }
+}
+
+/// The attached namespaces in the order of their identifiers.
+pub(crate) fn active(table: &NamespaceTable) -> impl Iterator<Item = &Arc<Namespace>> {
+    table.iter().flatten()
+}
+
+/// A version 8 (custom) UUID from serial number and NSID: 128-bit FNV-1a.
+fn uuid(serial: &str, nsid: u32) -> [u8; 16] {
+    const OFFSET: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
+    const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
+    let bytes = serial.bytes().chain([0]).chain(nsid.to_be_bytes());
+    let hash = bytes.fold(OFFSET, |hash, byte| (hash ^ u128::from(byte)).wrapping_mul(PRIME));
+    let mut uuid = hash.to_be_bytes();
+    uuid[6] = uuid[6] & 0x0f | 0x80;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    uuid
+}
+
+/// How a backend's failure is reported. `write` tells which media error it is.
+pub(crate) fn failure_status(failure: Failure, write: bool) -> Status {
+    match failure {
+        Failure::OutOfRange => Status::LBA_OUT_OF_RANGE.do_not_retry(),
+        Failure::GuestMemory => Status::DATA_TRANSFER_ERROR.do_not_retry(),
+        Failure::ReadOnly => Status::NAMESPACE_WRITE_PROTECTED.do_not_retry(),
+        Failure::NoSpace => Status::CAPACITY_EXCEEDED,
+        Failure::Io(_) if write => Status::WRITE_FAULT,
+        Failure::Io(_) => Status::UNRECOVERED_READ_ERROR,
+        Failure::Released => Status::NAMESPACE_NOT_READY,
+    }
+}

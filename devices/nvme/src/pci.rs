@@ -1,0 +1,120 @@
+//! The controller as a PCI function: configuration space, BAR 0, and the way of register and doorbell writes.
+//!
+//! BAR 0 holds the registers, from 0x1000 the doorbells (stride 4 bytes), and on pages of their own the MSI-X table and its
+//! pending bits.
+
+use nvme_spec::event::Event;
+use nvme_spec::regs;
+use pci::{BarKind, BarWindow, ConfigSpace, Identity, MsixLayout, PciFunction};
+
+use crate::Error;
+use crate::config::ControllerConfig;
+use crate::controller::Controller;
+use crate::doorbell::Rung;
+
+/// Vendor id: that of Red Hat, whose 1b36 range holds device numbers for virtual hardware without a vendor.
+pub(crate) const VENDOR_ID: u16 = 0x1b36;
+/// Device id: generic emulated NVMe controller.
+const DEVICE_ID: u16 = 0x0010;
+/// Mass storage, non-volatile memory, NVMe I/O controller: drivers bind by this.
+const CLASS: [u8; 3] = [0x01, 0x08, 0x02];
+/// The BAR.
+const BAR: u8 = 0;
+const PAGE_BYTES: u64 = 4096;
+
+/// Configuration space of a controller.
+pub(crate) fn config_space(config: &ControllerConfig) -> Result<ConfigSpace, Error> {
+    let doorbells_end = regs::sq_tail_doorbell(config.queue_pairs) + 8;
+    let table_offset = doorbells_end.next_multiple_of(PAGE_BYTES);
+    let pending_offset = (table_offset + u64::from(config.vectors) * 16).next_multiple_of(PAGE_BYTES);
+    let length_bytes = (pending_offset + PAGE_BYTES).next_power_of_two();
+    let identity = Identity {
+        vendor: VENDOR_ID,
+        device: DEVICE_ID,
+        revision: 1,
+        class: CLASS,
+        subsystem_vendor: VENDOR_ID,
+        subsystem: DEVICE_ID,
+    };
+    // All offsets are below 1 MiB: 65,536 doorbell pairs take 512 KiB, 2,048 vectors 32 KiB.
+    let layout = MsixLayout {
+        vectors: config.vectors,
+        bar: BAR,
+        table_offset: table_offset as u32,
+        pending_offset: pending_offset as u32,
+    };
+    let build = || {
+        let mut space = ConfigSpace::new(&identity);
+        space.add_bar(BAR, BarKind::Memory64, length_bytes)?;
+        space.add_power_management()?;
+        space.add_express()?;
+        space.add_msix(layout)?;
+        Ok(space)
+    };
+    build().map_err(Error::Pci)
+}
+
+impl PciFunction for Controller {
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        self.pool.shared.endpoint.config_read(offset, data);
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        self.pool.shared.endpoint.config_write(offset, data);
+    }
+
+    fn bars(&self) -> Vec<BarWindow> {
+        self.pool.shared.endpoint.bars()
+    }
+
+    fn bar_read(&self, bar: u8, offset: u64, data: &mut [u8]) {
+        let shared = &self.pool.shared;
+        if shared.endpoint.bar_read(bar, offset, data) {
+            return;
+        }
+        data.fill(0);
+        if bar == BAR && offset < regs::DOORBELLS {
+            shared.registers().read(offset, data);
+        }
+        // "The host should not read the doorbell registers": 0.
+    }
+
+    fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
+        let shared = &self.pool.shared;
+        if shared.endpoint.bar_write(bar, offset, data) || bar != BAR {
+            return;
+        }
+        if offset < regs::DOORBELLS {
+            if shared.registers().write(offset, data) {
+                shared.host.wake(0);
+            }
+            return;
+        }
+        self.ring(offset - regs::DOORBELLS, data);
+    }
+}
+
+impl Controller {
+    /// A write to the doorbells. Doorbells are 4 bytes wide; other accesses change nothing.
+    fn ring(&self, offset: u64, data: &[u8]) {
+        let shared = &self.pool.shared;
+        let Ok(data) = <[u8; 4]>::try_from(data) else { return };
+        if !offset.is_multiple_of(4) {
+            return;
+        }
+        // Values are 16 bits; the upper half is reserved.
+        let value = u32::from_le_bytes(data) & 0xffff;
+        let index = offset / 4;
+        let event = match shared.doorbells.ring(index, value) {
+            Rung::Wake(worker) => return shared.host.wake(worker),
+            Rung::Noted => return,
+            Rung::NoQueue => Event::INVALID_DOORBELL_REGISTER,
+            Rung::BadValue => Event::INVALID_DOORBELL_VALUE,
+        };
+        // Before the controller is enabled nobody could be told.
+        let queue = u16::try_from(index / 2).unwrap_or(0xffff);
+        if shared.registers().csts.rdy() == 1 && shared.events().bad_doorbell(event, queue) {
+            shared.host.wake(0);
+        }
+    }
+}

@@ -1,0 +1,303 @@
+//! Submission and completion queues in guest memory (Base 3.3).
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+
+use bus::GuestMemory;
+use nvme_spec::{CompletionEntry, Status, SubmissionEntry};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::doorbell::{MemoryGone, Shadow};
+use crate::prp::PrpWalker;
+
+/// Bytes of a submission queue entry, a power of two.
+const SQ_ENTRY_SHIFT: u32 = 6;
+/// Bytes of a completion queue entry, a power of two.
+const CQ_ENTRY_SHIFT: u32 = 4;
+
+/// Where the entries of a queue are. All of it was inside guest memory when the queue was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Location {
+    /// One run from this address.
+    Contiguous(u64),
+    /// Memory pages of the size that CC.MPS says.
+    Pages(Box<[u64]>),
+}
+
+/// A ring of `entries` entries.
+#[derive(Clone, Debug)]
+pub(crate) struct Ring {
+    pub location: Location,
+    pub entries: u32,
+    entry_shift: u32,
+    page_shift: u32,
+}
+
+impl Ring {
+    /// Checks that the location has the right number of pages, is aligned and lies inside guest memory.
+    fn new(
+        memory: &GuestMemory,
+        location: Location,
+        entries: u32,
+        entry_shift: u32,
+        page_shift: u32,
+    ) -> Result<Self, Status> {
+        let length_bytes = u64::from(entries) << entry_shift;
+        let page_bytes = 1u64 << page_shift;
+        let inside = |address: u64, length_bytes: u64| {
+            if !address.is_multiple_of(page_bytes) {
+                return Err(Status::PRP_OFFSET_INVALID.do_not_retry());
+            }
+            let inside = address.checked_add(length_bytes).is_some()
+                && memory.check_range(GuestAddress(address), length_bytes as usize);
+            if inside { Ok(()) } else { Err(Status::INVALID_FIELD.do_not_retry()) }
+        };
+        match &location {
+            Location::Contiguous(base) => inside(*base, length_bytes)?,
+            Location::Pages(pages) => {
+                if pages.len() as u64 != length_bytes.div_ceil(page_bytes) {
+                    return Err(Status::INVALID_FIELD.do_not_retry());
+                }
+                for &page in pages {
+                    inside(page, page_bytes)?;
+                }
+            }
+        }
+        Ok(Self { location, entries, entry_shift, page_shift })
+    }
+
+    /// The address of entry `index`, which is below `entries`.
+    fn address(&self, index: u32) -> GuestAddress {
+        let offset = u64::from(index) << self.entry_shift;
+        GuestAddress(match &self.location {
+            Location::Contiguous(base) => base + offset,
+            Location::Pages(pages) => {
+                pages[(offset >> self.page_shift) as usize] + (offset & ((1 << self.page_shift) - 1))
+            }
+        })
+    }
+
+    fn next(&self, index: u32) -> u32 {
+        if index + 1 == self.entries { 0 } else { index + 1 }
+    }
+
+    /// How far `to` is ahead of `from`.
+    fn distance(&self, from: u32, to: u32) -> u32 {
+        if to >= from { to - from } else { to + self.entries - from }
+    }
+}
+
+/// What a Create command, the admin queue registers or a saved state say about a queue.
+#[derive(Clone, Debug)]
+pub(crate) struct QueuePlace {
+    pub id: u16,
+    pub entries: u32,
+    pub location: Location,
+    pub page_shift: u32,
+}
+
+impl QueuePlace {
+    /// Reads where a queue is from PRP1 of a Create command (Base 5.4, 5.5): the first byte if `contiguous`, otherwise a PRP list.
+    pub fn from_command(
+        walker: &mut PrpWalker,
+        memory: &GuestMemory,
+        (id, entries): (u16, u32),
+        (prp1, contiguous): (u64, bool),
+        (entry_bytes, page_shift): (u64, u32),
+    ) -> Result<Self, Status> {
+        let location = if contiguous {
+            Location::Contiguous(prp1)
+        } else {
+            let page_bytes = 1u64 << page_shift;
+            let count = (u64::from(entries) * entry_bytes).div_ceil(page_bytes);
+            Location::Pages(walker.queue_pages(memory, prp1, count)?.into_boxed_slice())
+        };
+        Ok(Self { id, entries, location, page_shift })
+    }
+}
+
+/// A submission queue. The tail is the guest's, the head is ours.
+#[derive(Debug)]
+pub(crate) struct SubmissionQueue {
+    pub id: u16,
+    pub cq_id: u16,
+    pub priority: u8,
+    pub ring: Ring,
+    pub head: u32,
+    pub tail: u32,
+    /// Commands fetched and not completed.
+    pub in_flight: u32,
+    /// Being deleted: nothing is fetched any more.
+    pub deleting: bool,
+    /// Ring indexes of commands that were aborted (and completed) before they were fetched.
+    pub aborted: Vec<u16>,
+    pub shadow: Option<Shadow>,
+    /// The EventIdx that was published last.
+    pub published: Option<u32>,
+    /// The host raises an event for the doorbell without calling us.
+    pub doorbell_event: bool,
+}
+
+impl SubmissionQueue {
+    pub fn new(memory: &GuestMemory, place: QueuePlace, cq_id: u16, priority: u8) -> Result<Self, Status> {
+        let ring = Ring::new(memory, place.location, place.entries, SQ_ENTRY_SHIFT, place.page_shift)?;
+        Ok(Self {
+            id: place.id,
+            cq_id,
+            priority,
+            ring,
+            head: 0,
+            tail: 0,
+            in_flight: 0,
+            deleting: false,
+            aborted: Vec::new(),
+            shadow: None,
+            published: None,
+            doorbell_event: false,
+        })
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.head == self.tail
+    }
+
+    /// Takes the next entry, which must exist; `None` if it was aborted.
+    pub fn fetch(&mut self, memory: &GuestMemory) -> Result<Option<SubmissionEntry>, MemoryGone> {
+        let index = self.head;
+        let mut bytes = [0; SubmissionEntry::SIZE_BYTES];
+        memory.read_slice(&mut bytes, self.ring.address(index)).map_err(|_| MemoryGone)?;
+        self.head = self.ring.next(index);
+        if !self.aborted.is_empty()
+            && let Some(position) = self.aborted.iter().position(|&aborted| u32::from(aborted) == index)
+        {
+            self.aborted.swap_remove(position);
+            return Ok(None);
+        }
+        Ok(Some(SubmissionEntry::from_bytes(&bytes)))
+    }
+
+    /// Looks for an unfetched command `cid` and marks it as aborted.
+    pub fn abort(&mut self, memory: &GuestMemory, cid: u16) -> bool {
+        let mut index = self.head;
+        while index != self.tail {
+            let mut bytes = [0; SubmissionEntry::SIZE_BYTES];
+            if memory.read_slice(&mut bytes, self.ring.address(index)).is_err() {
+                return false;
+            }
+            let position = index as u16;
+            if SubmissionEntry::from_bytes(&bytes).cid == cid && !self.aborted.contains(&position) {
+                self.aborted.push(position);
+                return true;
+            }
+            index = self.ring.next(index);
+        }
+        false
+    }
+}
+
+/// A command's end that waits for its place in the completion queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ended {
+    pub sq_id: u16,
+    /// Index of the submission queue in its worker; the admin queue has none and 0 here.
+    pub sq_index: u32,
+    pub cid: u16,
+    pub dw0: u32,
+    pub dw1: u32,
+    pub status: Status,
+}
+
+/// A completion queue. The head is the guest's, the tail is ours.
+#[derive(Debug)]
+pub(crate) struct CompletionQueue {
+    pub id: u16,
+    pub vector: u16,
+    pub interrupts: bool,
+    pub ring: Ring,
+    pub head: u32,
+    pub tail: u32,
+    /// Phase tag of the next entry.
+    pub phase: bool,
+    /// Not posted yet; more than a moment only while the queue is full.
+    pub backlog: VecDeque<Ended>,
+    /// Submission queues that use it.
+    pub users: u32,
+    pub shadow: Option<Shadow>,
+    /// The worker waits for the guest to take entries.
+    pub waiting: bool,
+    /// It is in the worker's list of queues to post.
+    pub listed: bool,
+}
+
+impl CompletionQueue {
+    pub fn new(
+        memory: &GuestMemory,
+        place: QueuePlace,
+        vector: u16,
+        interrupts: bool,
+    ) -> Result<Self, Status> {
+        let ring = Ring::new(memory, place.location, place.entries, CQ_ENTRY_SHIFT, place.page_shift)?;
+        Ok(Self {
+            id: place.id,
+            vector,
+            interrupts,
+            ring,
+            head: 0,
+            tail: 0,
+            phase: true,
+            backlog: VecDeque::new(),
+            users: 0,
+            shadow: None,
+            waiting: false,
+            listed: false,
+        })
+    }
+
+    /// Entries that the guest has not taken.
+    pub fn unseen(&self) -> u32 {
+        self.ring.distance(self.head, self.tail)
+    }
+
+    pub fn is_full(&self) -> bool {
+        self.ring.next(self.tail) == self.head
+    }
+
+    /// Takes over the guest's `head`. `false`: it would take entries that were never posted, and is ignored.
+    pub fn advance_head(&mut self, head: u32) -> bool {
+        if head >= self.ring.entries || self.ring.distance(self.head, head) > self.unseen() {
+            return false;
+        }
+        self.head = head;
+        true
+    }
+
+    /// Writes one entry; the queue is not full.
+    pub fn post(&mut self, memory: &GuestMemory, ended: &Ended, sq_head: u32) -> Result<(), MemoryGone> {
+        let mut entry = CompletionEntry {
+            dw0: ended.dw0,
+            dw1: ended.dw1,
+            sq_head: sq_head as u16,
+            sq_id: ended.sq_id,
+            cid: ended.cid,
+            ..CompletionEntry::default()
+        };
+        entry.set_status(ended.status, self.phase);
+        let (mut low, mut high) = ([0; 8], [0; 8]);
+        let bytes = entry.to_bytes();
+        low.copy_from_slice(&bytes[..8]);
+        high.copy_from_slice(&bytes[8..]);
+        let address = self.ring.address(self.tail);
+        // The half with the phase tag goes last and in one piece: whoever sees the tag sees the rest, and the data before it.
+        memory
+            .store(u64::from_ne_bytes(low), address, Ordering::Relaxed)
+            .and_then(|()| {
+                memory.store(u64::from_ne_bytes(high), GuestAddress(address.0 + 8), Ordering::Release)
+            })
+            .map_err(|_| MemoryGone)?;
+        self.tail = self.ring.next(self.tail);
+        if self.tail == 0 {
+            self.phase = !self.phase;
+        }
+        Ok(())
+    }
+}

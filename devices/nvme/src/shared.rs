@@ -1,0 +1,124 @@
+//! What vCPU threads, workers and the migration thread share.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bus::GuestMemory;
+use pci::Endpoint;
+
+use crate::config::ControllerConfig;
+use crate::doorbell::{Doorbells, MemoryGone};
+use crate::event::Events;
+use crate::regs::Registers;
+
+/// What a controller asks of the process around it.
+pub trait Host: Send + Sync {
+    /// Worker `worker` has something to do: its thread calls [`Controller::process`](crate::Controller::process) soon. Called on
+    /// vCPU threads and on other workers' threads; must be quick and must not call back.
+    fn wake(&self, worker: usize);
+
+    /// While enabled, a guest write of any value to `bar_offset` of BAR 0 need only wake `worker`, and need not reach
+    /// [`PciFunction::bar_write`](pci::PciFunction::bar_write) (an ioeventfd). It is an optimisation that may be ignored, but
+    /// once disabled the writes must arrive again before this returns. Called on worker threads.
+    fn set_doorbell_event(&self, bar_offset: u64, worker: usize, enabled: bool);
+}
+
+/// What one worker shows without its lock. As large as a cache line, so that workers do not share one.
+#[derive(Default)]
+#[repr(align(64))]
+pub(crate) struct Lane {
+    pub completed: AtomicU64,
+    pub in_flight: AtomicU32,
+}
+
+/// Shared by all threads that enter the controller.
+///
+/// Locks are taken in this order: admin, workers by index, `events`, `registers`; then those of the endpoint.
+pub(crate) struct Shared {
+    pub config: ControllerConfig,
+    pub memory: GuestMemory,
+    pub host: Arc<dyn Host>,
+    pub endpoint: Endpoint,
+    pub doorbells: Doorbells,
+    pub lanes: Box<[Lane]>,
+    /// The controller is ready and not shutting down: I/O commands are fetched.
+    pub active: AtomicBool,
+    /// A migration (or another stop) holds the controller: nothing is fetched.
+    pub paused: AtomicBool,
+    /// The volatile write cache is on; off means that every write is as with FUA.
+    pub write_cache: AtomicBool,
+    pub events: Mutex<Events>,
+    registers: Mutex<Registers>,
+}
+
+impl Shared {
+    pub fn new(
+        config: ControllerConfig,
+        memory: GuestMemory,
+        endpoint: Endpoint,
+        workers: usize,
+        host: Arc<dyn Host>,
+    ) -> Self {
+        Self {
+            doorbells: Doorbells::new(config.queue_pairs),
+            registers: Mutex::new(Registers::new(&config)),
+            lanes: (0..workers).map(|_| Lane::default()).collect(),
+            active: AtomicBool::new(false),
+            paused: AtomicBool::new(false),
+            write_cache: AtomicBool::new(true),
+            events: Mutex::new(Events::default()),
+            config,
+            memory,
+            host,
+            endpoint,
+        }
+    }
+
+    pub fn registers(&self) -> MutexGuard<'_, Registers> {
+        lock(&self.registers)
+    }
+
+    pub fn events(&self) -> MutexGuard<'_, Events> {
+        lock(&self.events)
+    }
+
+    pub fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::SeqCst)
+    }
+
+    /// Whether I/O commands are fetched.
+    pub fn may_fetch(&self) -> bool {
+        self.active.load(Ordering::SeqCst) && !self.is_paused()
+    }
+
+    /// Backend requests of I/O commands in flight over all workers.
+    pub fn in_flight(&self) -> u32 {
+        self.lanes.iter().map(|lane| lane.in_flight.load(Ordering::SeqCst)).sum()
+    }
+
+    /// The worker of completion queue `cq_id` and of all submission queues that use it.
+    pub fn worker_of(&self, cq_id: u16) -> usize {
+        usize::from(cq_id) % self.lanes.len()
+    }
+
+    /// Guest memory that a queue was checked to be in cannot be accessed: the controller stops (Base 9.5, CSTS.CFS).
+    pub fn fail(&self, what: &'static str, MemoryGone: &MemoryGone) {
+        log::error!(
+            "NVMe controller {:?}: {what} is not in guest memory; the controller stops",
+            self.config.serial
+        );
+        self.stop();
+    }
+
+    /// Stops serving commands and says so in CSTS.CFS. A reset leads on.
+    pub fn stop(&self) {
+        self.active.store(false, Ordering::SeqCst);
+        let mut registers = self.registers();
+        registers.csts = registers.csts.with_cfs(1);
+    }
+}
+
+/// A mutex whose data stay valid when a thread died holding it: every update is complete before the next can panic.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

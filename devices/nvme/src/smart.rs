@@ -1,0 +1,70 @@
+//! Counters behind the SMART / Health Information log (Base 5.16.1.3).
+
+use nvme_spec::log::SmartLog;
+
+/// The temperature that the controller reports: 35 degrees Celsius. There is no sensor.
+pub(crate) const TEMPERATURE_KELVIN: u16 = 308;
+
+/// What a worker counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counters {
+    /// Units of 512 bytes.
+    pub units_read: u64,
+    /// Units of 512 bytes.
+    pub units_written: u64,
+    pub reads: u64,
+    pub writes: u64,
+    pub media_errors: u64,
+}
+
+impl Counters {
+    /// Adds what another has counted.
+    pub fn add(&mut self, other: &Self) {
+        self.units_read = self.units_read.saturating_add(other.units_read);
+        self.units_written = self.units_written.saturating_add(other.units_written);
+        self.reads = self.reads.saturating_add(other.reads);
+        self.writes = self.writes.saturating_add(other.writes);
+        self.media_errors = self.media_errors.saturating_add(other.media_errors);
+    }
+
+    /// The log page.
+    pub fn log(&self, health: &Health, error_log_entries: u64) -> SmartLog {
+        SmartLog {
+            critical_warning: health.critical_warning,
+            composite_temperature_kelvin: TEMPERATURE_KELVIN,
+            available_spare_percent: 100,
+            available_spare_threshold_percent: 10,
+            // "a value of 1 corresponds to 1,000 units of 512 bytes and is rounded up"
+            data_units_read: u128::from(self.units_read.div_ceil(1000)),
+            data_units_written: u128::from(self.units_written.div_ceil(1000)),
+            host_read_commands: u128::from(self.reads),
+            host_write_commands: u128::from(self.writes),
+            power_cycles: u128::from(health.power_cycles),
+            power_on_hours: u128::from(health.power_on_seconds() / 3600),
+            media_errors: u128::from(self.media_errors),
+            error_log_entries: u128::from(error_log_entries),
+            ..SmartLog::default()
+        }
+    }
+}
+
+/// What the controller knows of itself.
+#[derive(Clone, Debug)]
+pub(crate) struct Health {
+    pub critical_warning: u8,
+    pub power_cycles: u64,
+    /// Powered on before `since`, in seconds.
+    pub seconds_before: u64,
+    pub since: std::time::Instant,
+}
+
+impl Health {
+    pub fn new() -> Self {
+        Self { critical_warning: 0, power_cycles: 1, seconds_before: 0, since: std::time::Instant::now() }
+    }
+
+    /// How long the controller has been powered on.
+    pub fn power_on_seconds(&self) -> u64 {
+        self.seconds_before.saturating_add(self.since.elapsed().as_secs())
+    }
+}

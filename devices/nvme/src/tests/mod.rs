@@ -1,0 +1,5 @@
+//! The controller against a driver-side model. No hypervisor, no threads but this one.
+
+mod driver;
+mod init;
+mod io;

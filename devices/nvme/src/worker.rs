@@ -1,0 +1,474 @@
+//! One worker: some completion queues, the submission queues that use them, and what they have in flight.
+//!
+//! ```text
+//! fetch -> io::start -> Backend::submit ... IoContext::completions -> finish -> CompletionQueue::backlog -> post -> interrupt
+//! ```
+//!
+//! Nothing on this way allocates, locks or makes a system call per command, once the buffers have grown.
+
+use std::sync::atomic::Ordering;
+
+use block::{Buffers, Completion, IoContext, Operation, Request};
+use bus::GuestRange;
+use nvme_spec::Status;
+use nvme_spec::event::Event;
+use nvme_spec::log::ErrorEntry;
+
+use crate::doorbell::Buffers as DoorbellBuffers;
+use crate::doorbell::MemoryGone;
+use crate::namespace::{self, NamespaceTable};
+use crate::prp::PrpWalker;
+use crate::queue::{CompletionQueue, Ended, SubmissionQueue};
+use crate::shared::Shared;
+use crate::smart::Counters;
+
+/// Commands fetched from one queue before the next has its turn.
+const BURST: u32 = 32;
+/// Rounds over all queues in one call.
+const ROUNDS: u32 = 4;
+
+/// Whose command a slot holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// The slot is free.
+    Nobody,
+    /// The submission queue with this index.
+    Queue(u32),
+    /// An admin command or the controller itself, by a token that goes into `Worker::admin_ended`.
+    Admin(u32),
+    /// The queue is gone (reset); the end is noted and dropped.
+    Orphan,
+}
+
+/// A backend request that a command still needs. Commands of several requests have one at a time in flight.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Step {
+    pub nsid: u32,
+    pub operation: Operation,
+    pub offset_bytes: u64,
+    pub length_bytes: u64,
+}
+
+/// A command in flight.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub owner: Owner,
+    /// Counts uses, so that a token of an earlier use is recognised.
+    generation: u32,
+    pub cid: u16,
+    pub nsid: u32,
+    /// For the error log.
+    pub lba: u64,
+    pub write: bool,
+    /// Requests to make after the one in flight, last first.
+    pub steps: Vec<Step>,
+}
+
+/// See the module's text.
+pub(crate) struct Worker {
+    pub index: usize,
+    pub context: IoContext,
+    /// By identifier divided by the number of workers.
+    pub cqs: Vec<Option<CompletionQueue>>,
+    /// In any order; an index is reused only after its queue was deleted.
+    pub sqs: Vec<Option<SubmissionQueue>>,
+    pub namespaces: NamespaceTable,
+    pub walker: PrpWalker,
+    pub buffers: Option<DoorbellBuffers>,
+    pub counters: Counters,
+    /// Admin tokens of what ended, for worker 0.
+    pub admin_ended: Vec<(u32, Status)>,
+    pub slots: Vec<Slot>,
+    free: Vec<u32>,
+    /// Indexes into `cqs` that have something to post.
+    listed: Vec<u32>,
+    first_sq: usize,
+    pub ranges: Vec<GuestRange>,
+    pub scratch: Vec<u8>,
+    completions: Vec<Completion>,
+}
+
+impl Worker {
+    pub fn new(index: usize, context: IoContext, namespaces: NamespaceTable) -> Self {
+        let depth = context.depth();
+        let slot = |_| Slot {
+            owner: Owner::Nobody,
+            generation: 0,
+            cid: 0,
+            nsid: 0,
+            lba: 0,
+            write: false,
+            steps: Vec::new(),
+        };
+        Self {
+            index,
+            context,
+            cqs: Vec::new(),
+            sqs: Vec::new(),
+            namespaces,
+            walker: PrpWalker::new(u64::from(crate::config::MIN_PAGE_BYTES)),
+            buffers: None,
+            counters: Counters::default(),
+            admin_ended: Vec::new(),
+            slots: (0..depth).map(slot).collect(),
+            free: (0..depth).rev().collect(),
+            listed: Vec::new(),
+            first_sq: 0,
+            ranges: Vec::new(),
+            scratch: Vec::new(),
+            completions: Vec::with_capacity(depth as usize),
+        }
+    }
+
+    /// One pass: reap, fetch and start, submit, reap, post. `true`: there is more to do now, nobody will wake us for it.
+    pub fn process(&mut self, shared: &Shared) -> bool {
+        match self.try_process(shared) {
+            Ok(more) => more,
+            Err(gone) => {
+                shared.fail("an I/O queue or a shadow doorbell", &gone);
+                false
+            }
+        }
+    }
+
+    fn try_process(&mut self, shared: &Shared) -> Result<bool, MemoryGone> {
+        self.reap(shared);
+        self.post(shared)?;
+        let mut more = false;
+        if shared.may_fetch() {
+            for _ in 0..ROUNDS {
+                more = self.fetch_round(shared)?;
+                if !more {
+                    break;
+                }
+            }
+        }
+        if let Err(error) = self.context.submit() {
+            log::error!("NVMe controller {:?}, worker {}: {error}", shared.config.serial, self.index);
+            shared.stop();
+        }
+        self.reap(shared);
+        self.post(shared)?;
+        let lane = &shared.lanes[self.index];
+        let before = lane.in_flight.swap(self.in_flight(), Ordering::SeqCst);
+        if !shared.active.load(Ordering::SeqCst) && before != 0 && self.in_flight() == 0 {
+            // A reset or shutdown waits for this.
+            shared.host.wake(0);
+        }
+        if !more && shared.may_fetch() {
+            more = self.arm(shared)?;
+        }
+        Ok(more)
+    }
+
+    /// Commands in flight.
+    pub fn in_flight(&self) -> u32 {
+        (self.slots.len() - self.free.len()) as u32
+    }
+
+    /// One turn of every submission queue. `true`: some queue has entries left that could be fetched.
+    fn fetch_round(&mut self, shared: &Shared) -> Result<bool, MemoryGone> {
+        let mut more = false;
+        let count = self.sqs.len();
+        for turn in 0..count {
+            let index = (self.first_sq + turn) % count;
+            more |= self.fetch_burst(shared, index)?;
+        }
+        self.first_sq = if count == 0 { 0 } else { (self.first_sq + 1) % count };
+        Ok(more)
+    }
+
+    fn fetch_burst(&mut self, shared: &Shared, index: usize) -> Result<bool, MemoryGone> {
+        self.refresh_tail(shared, index)?;
+        for _ in 0..BURST {
+            let Some(queue) = self.sqs[index].as_mut() else { return Ok(false) };
+            if queue.is_empty() || queue.deleting || self.free.is_empty() {
+                return Ok(false);
+            }
+            let cq_index = usize::from(queue.cq_id) / shared.lanes.len();
+            let cq = self.cqs.get(cq_index).and_then(Option::as_ref);
+            // Of what is fetched, every completion finds its place in the queue or, once it is full, in the backlog: the
+            // queue then waits with all the others that use it.
+            if cq.is_none_or(|cq| cq.waiting) {
+                return Ok(false);
+            }
+            let Some(entry) = queue.fetch(&shared.memory)? else { continue };
+            queue.in_flight += 1;
+            let cid = entry.cid;
+            match self.start(shared, index as u32, &entry) {
+                Ok(true) => {}
+                Ok(false) => self.end(shared, index as u32, cid, Status::SUCCESS),
+                Err(status) => self.end(shared, index as u32, cid, status),
+            }
+        }
+        Ok(self.sqs[index].as_ref().is_some_and(|queue| !queue.is_empty()))
+    }
+
+    /// Reads the tail doorbell, or its shadow.
+    pub fn refresh_tail(&mut self, shared: &Shared, index: usize) -> Result<(), MemoryGone> {
+        let Some(queue) = self.sqs[index].as_mut() else { return Ok(()) };
+        let tail = match queue.shadow {
+            Some(shadow) => shadow.load(&shared.memory)?,
+            None => shared.doorbells.tail(queue.id),
+        };
+        if tail < queue.ring.entries {
+            queue.tail = tail;
+        } else if shared.events().bad_doorbell(Event::INVALID_DOORBELL_VALUE, queue.id) {
+            shared.host.wake(0);
+        }
+        Ok(())
+    }
+
+    /// Takes a slot for a command. The caller knows that one is free or answers the command when none is.
+    pub fn take_slot(&mut self, owner: Owner, cid: u16, nsid: u32) -> Option<u32> {
+        let index = self.free.pop()?;
+        let slot = &mut self.slots[index as usize];
+        slot.owner = owner;
+        slot.generation = slot.generation.wrapping_add(1);
+        slot.cid = cid;
+        slot.nsid = nsid;
+        slot.lba = 0;
+        slot.write = false;
+        slot.steps.clear();
+        Some(index)
+    }
+
+    /// Frees a slot whose command needed no request.
+    pub fn give_back(&mut self, slot: u32) {
+        self.slots[slot as usize].owner = Owner::Nobody;
+        self.free.push(slot);
+    }
+
+    /// What the backend gives back for this use of a slot.
+    pub fn token(&self, slot: u32) -> u64 {
+        u64::from(self.slots[slot as usize].generation) << 32 | u64::from(slot)
+    }
+
+    /// Starts the next step of a command. `false`: there is none.
+    pub fn next_step(&mut self, slot_index: u32) -> bool {
+        while let Some(step) = self.slots[slot_index as usize].steps.pop() {
+            // A namespace that is gone by now has nothing left to do.
+            let Ok(namespace) = namespace::find(&self.namespaces, step.nsid) else { continue };
+            let request = Request {
+                token: self.token(slot_index),
+                operation: step.operation,
+                offset_bytes: step.offset_bytes,
+                length_bytes: step.length_bytes,
+                buffers: Buffers::None,
+            };
+            namespace.backend.submit(&mut self.context, &request);
+            return true;
+        }
+        false
+    }
+
+    /// Takes what the backends have finished.
+    fn reap(&mut self, shared: &Shared) {
+        let mut completions = std::mem::take(&mut self.completions);
+        self.context.completions(&mut completions);
+        for completion in completions.drain(..) {
+            let index = completion.token as u32;
+            let generation = (completion.token >> 32) as u32;
+            let Some(slot) = self.slots.get(index as usize) else { continue };
+            if slot.owner == Owner::Nobody || slot.generation != generation {
+                log::error!("NVMe controller {:?}: a request completed twice", shared.config.serial);
+                continue;
+            }
+            let (orphan, write) = (slot.owner == Owner::Orphan, slot.write);
+            match completion.result {
+                Ok(()) if !orphan && self.next_step(index) => {}
+                Ok(()) => self.finish(shared, index, Status::SUCCESS),
+                Err(failure) => {
+                    let status = namespace::failure_status(failure, write);
+                    self.log_failure(shared, index, status);
+                    self.finish(shared, index, status);
+                }
+            }
+        }
+        self.completions = completions;
+    }
+
+    fn log_failure(&mut self, shared: &Shared, slot_index: u32, status: Status) {
+        let slot = &self.slots[slot_index as usize];
+        let sq_id = match slot.owner {
+            Owner::Queue(index) => self.sqs[index as usize].as_ref().map_or(0xffff, |queue| queue.id),
+            _ => 0xffff,
+        };
+        self.counters.media_errors += 1;
+        shared.events().log_error(ErrorEntry {
+            sq_id,
+            cid: slot.cid,
+            status: status.0 << 1,
+            parameter_location: 0xffff,
+            lba: slot.lba,
+            nsid: slot.nsid,
+            ..ErrorEntry::default()
+        });
+    }
+
+    /// The command in a slot has ended: the slot is free again.
+    fn finish(&mut self, shared: &Shared, slot_index: u32, status: Status) {
+        let slot = &mut self.slots[slot_index as usize];
+        let (owner, cid) = (slot.owner, slot.cid);
+        slot.owner = Owner::Nobody;
+        slot.steps.clear();
+        self.free.push(slot_index);
+        match owner {
+            Owner::Queue(index) => self.end(shared, index, cid, status),
+            Owner::Admin(token) => self.admin_ended.push((token, status)),
+            Owner::Orphan | Owner::Nobody => {}
+        }
+    }
+
+    /// A command of submission queue `sq_index` has its result.
+    pub fn end(&mut self, shared: &Shared, sq_index: u32, cid: u16, status: Status) {
+        let Some(queue) = self.sqs[sq_index as usize].as_mut() else { return };
+        queue.in_flight -= 1;
+        let ended = Ended { sq_id: queue.id, sq_index, cid, dw0: 0, dw1: 0, status };
+        let cq_id = queue.cq_id;
+        if queue.deleting && queue.in_flight == 0 {
+            shared.host.wake(0);
+        }
+        self.enqueue(shared, cq_id, ended);
+    }
+
+    /// Puts a result into the backlog of its completion queue, to be posted at the end of the pass.
+    pub fn enqueue(&mut self, shared: &Shared, cq_id: u16, ended: Ended) {
+        let cq_index = usize::from(cq_id) / shared.lanes.len();
+        let Some(cq) = self.cqs.get_mut(cq_index).and_then(Option::as_mut) else { return };
+        cq.backlog.push_back(ended);
+        if !cq.listed {
+            cq.listed = true;
+            self.listed.push(cq_index as u32);
+        }
+    }
+
+    /// Posts what has its place, one interrupt a queue.
+    pub fn post(&mut self, shared: &Shared) -> Result<(), MemoryGone> {
+        let Self { cqs, sqs, listed, .. } = self;
+        let mut completed = 0;
+        let mut outcome = Ok(());
+        listed.retain(|&cq_index| {
+            let Some(cq) = cqs[cq_index as usize].as_mut() else { return false };
+            let sq_head = |ended: &Ended| sqs[ended.sq_index as usize].as_ref().map_or(0, |queue| queue.head);
+            match post_queue(shared, cq, sq_head) {
+                Ok(posted) => completed += u64::from(posted),
+                Err(gone) => outcome = Err(gone),
+            }
+            cq.listed = !cq.backlog.is_empty();
+            cq.listed
+        });
+        shared.lanes[self.index].completed.fetch_add(completed, Ordering::Relaxed);
+        outcome
+    }
+
+    /// Before sleep: asks the guest to tell us about new entries, and looks once more. `true`: something came meanwhile.
+    fn arm(&mut self, shared: &Shared) -> Result<bool, MemoryGone> {
+        let mut more = false;
+        for queue in self.sqs.iter_mut().flatten() {
+            if let Some(shadow) = queue.shadow {
+                if queue.published != Some(queue.tail) {
+                    shadow.publish(&shared.memory, queue.tail)?;
+                    queue.published = Some(queue.tail);
+                }
+                if !queue.doorbell_event {
+                    queue.doorbell_event = true;
+                    let offset = nvme_spec::regs::sq_tail_doorbell(queue.id);
+                    shared.host.set_doorbell_event(offset, self.index, true);
+                }
+                let tail = shadow.load(&shared.memory)?;
+                more |= tail != queue.tail && tail < queue.ring.entries;
+            } else {
+                more |= shared.doorbells.tail(queue.id) != queue.tail;
+            }
+            // Left over because there was no slot or no room in the completion queue, and now there is.
+            let cq = self.cqs.get(usize::from(queue.cq_id) / shared.lanes.len()).and_then(Option::as_ref);
+            let held = queue.deleting || self.free.is_empty() || cq.is_none_or(|cq| cq.waiting);
+            more |= !queue.is_empty() && !held;
+        }
+        Ok(more)
+    }
+
+    /// The next [`Worker::arm`] publishes every EventIdx again.
+    pub fn forget_published(&mut self) {
+        for queue in self.sqs.iter_mut().flatten() {
+            queue.published = None;
+        }
+    }
+
+    /// Forgets all queues. What is in flight ends unseen.
+    pub fn drop_queues(&mut self, shared: &Shared) {
+        for queue in self.sqs.drain(..).flatten() {
+            close_sq(shared, self.index, &queue);
+        }
+        for queue in self.cqs.drain(..).flatten() {
+            shared.doorbells.close_cq(queue.id);
+        }
+        self.listed.clear();
+        self.buffers = None;
+        for slot in self.slots.iter_mut().filter(|slot| slot.owner != Owner::Nobody) {
+            slot.owner = Owner::Orphan;
+        }
+        self.admin_ended.clear();
+    }
+}
+
+/// Closes the doorbell of a submission queue that goes away.
+pub(crate) fn close_sq(shared: &Shared, worker: usize, queue: &SubmissionQueue) {
+    shared.doorbells.close_sq(queue.id);
+    if queue.doorbell_event {
+        let offset = nvme_spec::regs::sq_tail_doorbell(queue.id);
+        shared.host.set_doorbell_event(offset, worker, false);
+    }
+}
+
+/// Reads the guest's head of `cq`.
+pub(crate) fn refresh_head(shared: &Shared, cq: &mut CompletionQueue) -> Result<(), MemoryGone> {
+    let head = match cq.shadow {
+        Some(shadow) => shadow.load(&shared.memory)?,
+        None => shared.doorbells.head(cq.id),
+    };
+    if !cq.advance_head(head) && shared.events().bad_doorbell(Event::INVALID_DOORBELL_VALUE, cq.id) {
+        shared.host.wake(0);
+    }
+    Ok(())
+}
+
+/// Posts the backlog of `cq` as far as it has room, with one interrupt, and says how many entries that were. If some are
+/// left the guest is asked to tell when it has made room.
+pub(crate) fn post_queue(
+    shared: &Shared,
+    cq: &mut CompletionQueue,
+    sq_head: impl Fn(&Ended) -> u32,
+) -> Result<u32, MemoryGone> {
+    let mut posted = 0;
+    refresh_head(shared, cq)?;
+    loop {
+        while !cq.is_full()
+            && let Some(ended) = cq.backlog.pop_front()
+        {
+            cq.post(&shared.memory, &ended, sq_head(&ended))?;
+            posted += 1;
+        }
+        let waiting = !cq.backlog.is_empty();
+        if waiting != cq.waiting {
+            cq.waiting = waiting;
+            shared.doorbells.set_waiting(cq.id, waiting);
+        }
+        if !waiting {
+            break;
+        }
+        if let Some(shadow) = cq.shadow {
+            shadow.publish(&shared.memory, cq.head)?;
+        }
+        // Room may have been made before the guest could know that we wait for it.
+        refresh_head(shared, cq)?;
+        if cq.is_full() {
+            break;
+        }
+    }
+    if posted > 0 && cq.interrupts {
+        shared.endpoint.msix().trigger(cq.vector);
+    }
+    Ok(posted)
+}
