@@ -1,11 +1,14 @@
 //! What is saved of a function. Plain and untrusted: only [`Endpoint::restore`](crate::Endpoint::restore) and its
 //! parts turn it into a device.
 
+use vmstate::VmState;
+
 use crate::bar::BAR_COUNT;
 use crate::config::CONFIG_BYTES;
 
 /// The configuration space of one function.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(VmState, Clone, Debug, PartialEq, Eq)]
+#[vmstate(name = "pci-function", version = 1)]
 pub struct PciState {
     /// The first 256 bytes, read-only ones included: they say which device this was.
     pub bytes: [u8; CONFIG_BYTES],
@@ -14,7 +17,8 @@ pub struct PciState {
 }
 
 /// One vector of an MSI-X table.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(VmState, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[vmstate(name = "msix-vector", version = 1)]
 pub struct MsixEntryState {
     /// Message address.
     pub address: u64,
@@ -27,16 +31,19 @@ pub struct MsixEntryState {
 }
 
 /// The MSI-X table and its pending bits. Enable and function mask are in the configuration space.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(VmState, Clone, Debug, PartialEq, Eq)]
+#[vmstate(name = "msix", version = 1)]
 pub struct MsixState {
     /// Number of vectors.
     pub count: u16,
     /// The vectors.
+    #[vmstate(len = "count", max = 2048)]
     pub entries: Vec<MsixEntryState>,
 }
 
 /// Everything that an [`Endpoint`](crate::Endpoint) holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(VmState, Clone, Debug, PartialEq, Eq)]
+#[vmstate(name = "pci-endpoint", version = 1)]
 pub struct EndpointState {
     /// Configuration space.
     pub config: PciState,
@@ -45,7 +52,8 @@ pub struct EndpointState {
 }
 
 /// The root bus itself: what is not part of any device model.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(VmState, Clone, Debug, PartialEq, Eq)]
+#[vmstate(name = "pci-root", version = 1)]
 pub struct RootBusState {
     /// The configuration address port, 0xcf8.
     pub config_address: u32,
