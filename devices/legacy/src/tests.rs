@@ -1,0 +1,5 @@
+//! The devices from the guest's side.
+
+mod power;
+mod rtc;
+mod serial;
