@@ -3,3 +3,4 @@
 mod power;
 mod rtc;
 mod serial;
+mod state;

@@ -3,6 +3,7 @@
 mod config;
 mod msix;
 mod root;
+mod state;
 
 use std::sync::{Arc, Mutex};
 
