@@ -1,9 +1,13 @@
 //! The command line: what can be typed, and which part of ferry answers.
 
+mod control;
+mod migrate;
 mod run;
 
 use clap::{Parser, Subcommand};
 
+pub use control::ControlArguments;
+pub use migrate::MigrateArguments;
 pub use run::RunArguments;
 
 /// ferry: a minimal KVM virtual machine monitor whose NVMe disks migrate.
@@ -20,6 +24,16 @@ pub struct Arguments {
 pub enum Command {
     /// Run a virtual machine, or wait for one to arrive.
     Run(Box<RunArguments>),
+    /// Migrate a running machine and wait until it has moved.
+    Migrate(MigrateArguments),
+    /// Say what a machine does and who owns its guest.
+    Status(ControlArguments),
+    /// Stop the guest.
+    Stop(ControlArguments),
+    /// Let the guest go on.
+    Cont(ControlArguments),
+    /// End a machine.
+    Quit(ControlArguments),
 }
 
 impl Command {
@@ -30,6 +44,11 @@ impl Command {
     pub fn execute(self) -> anyhow::Result<()> {
         match self {
             Self::Run(arguments) => arguments.execute(),
+            Self::Migrate(arguments) => arguments.execute(),
+            Self::Status(arguments) => arguments.status(),
+            Self::Stop(arguments) => arguments.stop(),
+            Self::Cont(arguments) => arguments.cont(),
+            Self::Quit(arguments) => arguments.quit(),
         }
     }
 }

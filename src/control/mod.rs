@@ -24,6 +24,7 @@
 pub mod client;
 mod commands;
 pub mod event;
+mod follow;
 mod framing;
 pub mod operations;
 pub mod protocol;
@@ -34,6 +35,7 @@ mod tests;
 
 pub use client::Client;
 pub use event::{Event, EventBus, ShutdownCause};
+pub use follow::{Finished, MigrateRequest};
 pub use operations::{
     FerryDowntime, FerryLease, FerryMigration, FerryOwnership, FerryRound, FerryStatus, MigrationInfo,
     MigrationParameters, MigrationStatus, Operations, RamStats, Refusal, RunState,

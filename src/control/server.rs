@@ -62,6 +62,12 @@ impl Server {
         });
         Ok(Self { shared, socket, acceptor: Some(acceptor.map_err(Error::Thread)?) })
     }
+
+    /// Waits until no client is connected, at most for `limit`: a process that ends by itself when its guest has been
+    /// migrated gives those who watch the time to ask how it went.
+    pub fn wait_for_clients_to_leave(&self, limit: Duration) {
+        drop(self.shared.wait_for_no_client(limit));
+    }
 }
 
 impl Drop for Server {
@@ -147,17 +153,18 @@ impl Shared {
         self.client_left.notify_all();
     }
 
+    fn wait_for_no_client(&self, limit: Duration) -> MutexGuard<'_, Clients> {
+        let wait =
+            self.client_left.wait_timeout_while(self.lock(), limit, |clients| !clients.streams.is_empty());
+        wait.unwrap_or_else(PoisonError::into_inner).0
+    }
+
     fn disconnect_clients(&self) {
-        let clients = self.lock();
-        for stream in clients.streams.values() {
+        for stream in self.lock().streams.values() {
             // Each reader sees an end; what is queued is still written.
             let _ = stream.shutdown(Shutdown::Read);
         }
-        let (clients, _) = self
-            .client_left
-            .wait_timeout_while(clients, FAREWELL, |clients| !clients.streams.is_empty())
-            .unwrap_or_else(PoisonError::into_inner);
-        for stream in clients.streams.values() {
+        for stream in self.wait_for_no_client(FAREWELL).streams.values() {
             let _ = stream.shutdown(Shutdown::Both);
         }
     }

@@ -2,6 +2,7 @@
 //! Python package that QEMU's users have.
 
 mod client;
+mod follow;
 mod hostile;
 mod lifecycle;
 mod protocol;

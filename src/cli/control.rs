@@ -1,0 +1,123 @@
+//! `ferry status`, `stop`, `cont` and `quit`: one command each over a control socket.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use serde_json::{Value, json};
+
+use crate::control::{Client, FerryStatus, MigrationInfo, RunState};
+
+/// Which machine is meant.
+#[derive(Clone, Debug, Args)]
+pub struct ControlArguments {
+    /// Control socket of the machine (its --api).
+    #[arg(long, value_name = "PATH")]
+    pub api: PathBuf,
+    /// Answer in JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl ControlArguments {
+    /// `ferry status`: what runs, who owns it, how its migration stands.
+    ///
+    /// # Errors
+    /// No machine answers.
+    pub fn status(&self) -> anyhow::Result<()> {
+        let mut client = Client::connect(&self.api)?;
+        let status: FerryStatus = client.query("x-ferry-status")?;
+        // Without a migration QMP says `{}`.
+        let migration = client.execute("query-migrate", json!({}))?;
+        if self.json {
+            println!("{}", json!({ "x-ferry": status, "migration": migration }));
+        } else {
+            print!("{}", Report { status, migration: serde_json::from_value(migration).ok() });
+        }
+        Ok(())
+    }
+
+    /// `ferry stop`.
+    ///
+    /// # Errors
+    /// No machine answers, or it refused.
+    pub fn stop(&self) -> anyhow::Result<()> {
+        self.run("stop")
+    }
+
+    /// `ferry cont`.
+    ///
+    /// # Errors
+    /// No machine answers, or it refused.
+    pub fn cont(&self) -> anyhow::Result<()> {
+        self.run("cont")
+    }
+
+    /// `ferry quit`.
+    ///
+    /// # Errors
+    /// No machine answers.
+    pub fn quit(&self) -> anyhow::Result<()> {
+        let mut client = Client::connect(&self.api)?;
+        client.execute("quit", json!({}))?;
+        if self.json {
+            println!("{}", json!({}));
+        }
+        Ok(())
+    }
+
+    /// Runs a command that changes the run state and says what that is now.
+    fn run(&self, command: &str) -> anyhow::Result<()> {
+        let mut client = Client::connect(&self.api)?;
+        client.execute(command, json!({}))?;
+        let status = client.execute("query-status", json!({}))?;
+        if self.json {
+            println!("{status}");
+        } else {
+            println!("{}", status["status"].as_str().context("the machine does not say its run state")?);
+        }
+        Ok(())
+    }
+}
+
+/// What people read.
+struct Report {
+    status: FerryStatus,
+    migration: Option<MigrationInfo>,
+}
+
+/// A value of a QAPI enumeration, as it is written there.
+pub(super) fn word(value: impl serde::Serialize) -> String {
+    match serde_json::to_value(value) {
+        Ok(Value::String(word)) => word,
+        _ => "unknown".to_owned(),
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let FerryStatus { name, process_id, status, ownership, lease, migration } = &self.status;
+        writeln!(f, "{name} (process {process_id}): {}, {}", word(status), word(ownership))?;
+        if let Some(lease) = lease {
+            writeln!(
+                f,
+                "  lease {}: {}, generation {}, {}",
+                lease.path, lease.state, lease.generation, lease.owner
+            )?;
+        }
+        if let Some(info) = &self.migration {
+            write!(f, "  migration: {}", word(info.status))?;
+            info.error_desc.as_ref().map_or(Ok(()), |reason| write!(f, ": {reason}"))?;
+            writeln!(f)?;
+        }
+        if let Some(migration) = migration {
+            writeln!(f, "  session {} with {}: {}", migration.session, migration.peer, migration.phase)?;
+            migration.detail.as_ref().map_or(Ok(()), |detail| writeln!(f, "  {detail}"))?;
+        }
+        if *status == RunState::Inmigrate {
+            writeln!(f, "  waits for a guest")?;
+        }
+        Ok(())
+    }
+}

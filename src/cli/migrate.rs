@@ -1,0 +1,239 @@
+//! `ferry migrate`: asks a machine to move, and shows how it goes.
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use signal_hook::consts::SIGINT;
+use transport::Uri;
+
+use super::control::word;
+use crate::config;
+use crate::control::{Client, Finished, MigrateRequest, MigrationInfo, MigrationStatus, RamStats};
+
+/// Exit status after a second Ctrl-C: the shell's for SIGINT.
+const INTERRUPTED: i32 = 130;
+
+/// How often a line is written where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Migrate a running machine and wait until it has moved.
+///
+/// Ctrl-C cancels: the guest then goes on where it is. A second Ctrl-C only stops watching.
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry migrate --api vm.sock unix:/run/move.sock
+  ferry migrate --api vm.sock --downtime-limit 20 --max-bandwidth 200M tcp:127.0.0.1:4444
+  ferry migrate --api vm.sock file:suspended.ferry,layout=stream")]
+pub struct MigrateArguments {
+    /// Control socket of the machine (its --api).
+    #[arg(long, value_name = "PATH")]
+    pub api: PathBuf,
+    /// Milliseconds that the guest may be stopped [the machine's default: 300].
+    #[arg(long, value_name = "MS")]
+    pub downtime_limit: Option<u64>,
+    /// Bytes a second, for example 200M; 0: no limit.
+    #[arg(long, value_name = "SIZE", value_parser = config::parse_size)]
+    pub max_bandwidth: Option<u64>,
+    /// Print the report in JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Where to: unix:PATH, tcp:HOST:PORT or file:PATH.
+    #[arg(value_name = "URI")]
+    pub uri: Uri,
+}
+
+impl MigrateArguments {
+    /// Migrates.
+    ///
+    /// # Errors
+    /// No machine answers, or it refused, or the guest did not move; the reason is the machine's.
+    pub fn execute(&self) -> anyhow::Result<()> {
+        let uri = absolute(&self.uri)?.to_string();
+        let mut client = Client::connect(&self.api)?;
+        let request = MigrateRequest {
+            uri: uri.clone(),
+            downtime_limit: self.downtime_limit,
+            max_bandwidth: self.max_bandwidth,
+        };
+        let mut display = Display::new();
+        let finished = client.migrate(&request, &*cancelled_by_interrupt()?, |info| display.show(info));
+        display.end();
+        let finished = finished.with_context(|| format!("the migration to {uri}"))?;
+        if self.json {
+            println!("{}", serde_json::to_string(&finished)?);
+        }
+        let reason = finished.info.error_desc.as_deref().unwrap_or("no reason given");
+        match finished.info.status {
+            MigrationStatus::Completed if self.json => Ok(()),
+            MigrationStatus::Completed => {
+                println!("migrated to {uri}{}", summary(&finished));
+                Ok(())
+            }
+            MigrationStatus::Cancelled => {
+                bail!("the migration to {uri} was cancelled: the guest goes on where it was")
+            }
+            _ => bail!("the migration to {uri} failed: {reason}"),
+        }
+    }
+}
+
+/// A flag that the first Ctrl-C sets; the second ends this process.
+fn cancelled_by_interrupt() -> anyhow::Result<Arc<AtomicBool>> {
+    let cancelled = Arc::new(AtomicBool::new(false));
+    // The order matters: when the flag is set already, the first of them ends the process.
+    signal_hook::flag::register_conditional_shutdown(SIGINT, INTERRUPTED, cancelled.clone())
+        .and_then(|_| signal_hook::flag::register(SIGINT, cancelled.clone()))
+        .context("Ctrl-C cannot be handled")?;
+    Ok(cancelled)
+}
+
+/// The machine may have another working directory.
+fn absolute(uri: &Uri) -> anyhow::Result<Uri> {
+    let whole = |path: &PathBuf| std::path::absolute(path).with_context(|| format!("{}", path.display()));
+    Ok(match uri {
+        Uri::Unix(path) => Uri::Unix(whole(path)?),
+        Uri::File { path, layout } => Uri::File { path: whole(path)?, layout: *layout },
+        Uri::Tcp { .. } => uri.clone(),
+    })
+}
+
+/// A bar on a terminal, lines elsewhere; both on standard error.
+struct Display {
+    bar: ProgressBar,
+    lines: bool,
+    written: Option<(MigrationStatus, Instant)>,
+}
+
+impl Display {
+    fn new() -> Self {
+        let lines = !std::io::stderr().is_terminal();
+        let target = if lines { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        let bar = ProgressBar::with_draw_target(None, target);
+        Self { bar, lines, written: None }
+    }
+
+    fn show(&mut self, info: &MigrationInfo) {
+        let text = progress(info);
+        if self.lines {
+            let due = |(status, at): (MigrationStatus, Instant)| {
+                status != info.status || at.elapsed() >= LINE_INTERVAL
+            };
+            if self.written.is_none_or(due) {
+                eprintln!("{text}");
+                self.written = Some((info.status, Instant::now()));
+            }
+            return;
+        }
+        if let Some(ram) = &info.ram {
+            if self.bar.length().is_none()
+                && let Ok(style) = ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes}  {msg}")
+            {
+                self.bar.set_style(style);
+            }
+            self.bar.set_length(ram.total);
+            self.bar.set_position(ram.total.saturating_sub(ram.remaining));
+        }
+        self.bar.set_message(text);
+        self.bar.tick();
+    }
+
+    fn end(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// One line about a migration that runs.
+fn progress(info: &MigrationInfo) -> String {
+    let mut text = word(info.status);
+    if let Some(RamStats { remaining, mbps, dirty_pages_rate, dirty_sync_count, page_size, .. }) = &info.ram {
+        let throughput = HumanBytes((mbps * 1e6 / 8.0) as u64);
+        let dirty = HumanBytes(dirty_pages_rate.saturating_mul(*page_size));
+        text += &format!(
+            ", round {dirty_sync_count}, {throughput}/s, dirties {dirty}/s, {} remain",
+            HumanBytes(*remaining)
+        );
+    }
+    if let Some(expected) = info.expected_downtime {
+        text += &format!(", would stop for {expected} ms");
+    }
+    text
+}
+
+/// What a completed migration cost.
+fn summary(finished: &Finished) -> String {
+    let Finished { info, details } = finished;
+    let mut parts = Vec::new();
+    parts.extend(info.total_time.map(|total| format!("{:.3} s", total as f64 / 1e3)));
+    let exact =
+        details.as_ref().and_then(|details| details.downtime).map(|downtime| downtime.total as f64 / 1e3);
+    match (exact, info.downtime) {
+        (Some(exact), _) => parts.push(format!("downtime {exact:.1} ms")),
+        (None, Some(rounded)) => parts.push(format!("downtime {rounded} ms")),
+        (None, None) => {}
+    }
+    if let Some(ram) = &info.ram {
+        parts.push(format!("{} rounds, {} sent", ram.dirty_sync_count, HumanBytes(ram.transferred)));
+    }
+    if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::{FerryDowntime, FerryMigration};
+
+    fn active() -> MigrationInfo {
+        let ram = RamStats {
+            transferred: 5 << 20,
+            remaining: 1 << 20,
+            total: 16 << 20,
+            dirty_pages_rate: 256,
+            mbps: 8.0 * 1.048576,
+            dirty_sync_count: 3,
+            page_size: 4096,
+            ..RamStats::default()
+        };
+        MigrationInfo {
+            ram: Some(ram),
+            expected_downtime: Some(7),
+            ..MigrationInfo::new(MigrationStatus::Active)
+        }
+    }
+
+    #[test]
+    fn progress_is_one_line() {
+        assert_eq!(progress(&MigrationInfo::new(MigrationStatus::Setup)), "setup");
+        assert_eq!(
+            progress(&active()),
+            "active, round 3, 1.00 MiB/s, dirties 1.00 MiB/s, 1.00 MiB remain, would stop for 7 ms"
+        );
+    }
+
+    #[test]
+    fn summary_says_what_is_known() {
+        let info = MigrationInfo { total_time: Some(1234), downtime: Some(12), ..active() };
+        let mut finished = Finished { info, details: None };
+        assert_eq!(summary(&finished), " (1.234 s, downtime 12 ms, 3 rounds, 5.00 MiB sent)");
+        let downtime = Some(FerryDowntime { total: 12_345, ..FerryDowntime::default() });
+        finished.details = Some(FerryMigration { downtime, ..FerryMigration::default() });
+        assert_eq!(summary(&finished), " (1.234 s, downtime 12.3 ms, 3 rounds, 5.00 MiB sent)");
+        let bare = Finished { info: MigrationInfo::new(MigrationStatus::Completed), details: None };
+        assert_eq!(summary(&bare), "");
+    }
+
+    #[test]
+    fn relative_paths_are_meant_from_here() {
+        let here = std::env::current_dir().unwrap();
+        let uri = absolute(&"unix:a/b".parse().unwrap()).unwrap();
+        assert_eq!(uri, Uri::Unix(here.join("a/b")));
+        let tcp: Uri = "tcp:127.0.0.1:1".parse().unwrap();
+        assert_eq!(absolute(&tcp).unwrap(), tcp);
+    }
+}

@@ -1,0 +1,90 @@
+//! A migration from a client's side: begin it, watch it, know how it ended.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::json;
+
+use super::{Client, Error, FerryMigration, FerryStatus, MigrationInfo, MigrationStatus};
+
+/// How often progress is asked for; changes of status are seen at once.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What to migrate where. Limits that are `None` stay as they are.
+#[derive(Clone, Debug)]
+pub struct MigrateRequest {
+    /// The destination.
+    pub uri: String,
+    /// Milliseconds that the guest may be stopped.
+    pub downtime_limit: Option<u64>,
+    /// Bytes a second; 0: no limit.
+    pub max_bandwidth: Option<u64>,
+}
+
+/// How a migration ended.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Finished {
+    /// QEMU's report; [`MigrationStatus::is_final`] holds of its status.
+    #[serde(flatten)]
+    pub info: MigrationInfo,
+    /// This project's, with rounds and the parts of the downtime.
+    #[serde(rename = "x-ferry", skip_serializing_if = "Option::is_none")]
+    pub details: Option<FerryMigration>,
+}
+
+impl Client {
+    /// Migrates and returns when it is over, however it ended; `progress` sees each report on the way.
+    ///
+    /// Once `cancel` is set the machine is asked, once, to give up; a migration past COMMIT ends as it ends.
+    ///
+    /// # Errors
+    /// The machine refused to begin, or its process went away before the migration ended.
+    pub fn migrate(
+        &mut self,
+        request: &MigrateRequest,
+        cancel: &AtomicBool,
+        mut progress: impl FnMut(&MigrationInfo),
+    ) -> Result<Finished, Error> {
+        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+        self.execute("migrate-set-capabilities", events)?;
+        let mut limits = serde_json::Map::new();
+        limits.extend(request.downtime_limit.map(|limit| ("downtime-limit".to_owned(), json!(limit))));
+        limits.extend(request.max_bandwidth.map(|limit| ("max-bandwidth".to_owned(), json!(limit))));
+        if !limits.is_empty() {
+            self.execute("migrate-set-parameters", limits.into())?;
+        }
+        self.execute("migrate", json!({ "uri": request.uri }))?;
+
+        let mut asked_to_cancel = false;
+        let mut seen = MigrationInfo::new(MigrationStatus::Setup);
+        loop {
+            if cancel.load(Ordering::Relaxed) && !asked_to_cancel {
+                self.execute("migrate_cancel", json!({}))?;
+                asked_to_cancel = true;
+            }
+            match self.query("query-migrate") {
+                Ok(info) => seen = info,
+                // With --exit-when-migrated the process may be gone before it is asked.
+                Err(Error::Closed { .. } | Error::Lost { .. })
+                    if seen.status == MigrationStatus::Completed =>
+                {
+                    return Ok(Finished { info: seen, details: None });
+                }
+                Err(error) => return Err(error),
+            }
+            progress(&seen);
+            if seen.status.is_final() {
+                let details =
+                    self.query("x-ferry-status").ok().and_then(|status: FerryStatus| status.migration);
+                return Ok(Finished { info: seen, details });
+            }
+            if let Some(event) = self.event(PROGRESS_INTERVAL)?
+                && event["event"] == "MIGRATION"
+                && let Ok(status) = MigrationStatus::deserialize(&event["data"]["status"])
+            {
+                seen.status = status;
+            }
+        }
+    }
+}
