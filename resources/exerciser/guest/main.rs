@@ -42,8 +42,8 @@ extern "C" fn guest_start(start_info: u64) -> ! {
         Err(reason) => stop(format_args!("error kind=boot reason=\"{reason}\"")),
     };
     HEAP.give(image_end_address, info.ram_end.min(REACH));
-    exerciser::run(&mut processor, &info.command_line);
-    stop(format_args!("halted"))
+    exerciser::run(&mut processor, &info.command_line(&processor::read_byte));
+    halt(processor)
 }
 
 /// Where ring 0 sends a fault.
@@ -77,6 +77,10 @@ fn stop(line: core::fmt::Arguments<'_>) -> ! {
     let _ = core::fmt::write(&mut serial, format_args!("{line}\r\n"));
     let mut processor = Processor;
     exerciser::power::end(&mut processor, exerciser::options::Exit::Off);
+    halt(processor)
+}
+
+fn halt(mut processor: Processor) -> ! {
     loop {
         processor.halt(processor.interrupt_total());
     }

@@ -31,9 +31,8 @@ fn ask(what: u64, mut registers: [u64; 4]) -> [u64; 4] {
 /// Reads a byte of physical memory.
 pub fn read_byte(address: u64) -> Option<u8> {
     // SAFETY: all below REACH is mapped; any byte is valid, and the loader's tables are not in Rust's memory.
-    (address < REACH).then(|| unsafe {
-        core::ptr::with_exposed_provenance::<u8>(address as usize).read_volatile()
-    })
+    (address < REACH)
+        .then(|| unsafe { core::ptr::with_exposed_provenance::<u8>(address as usize).read_volatile() })
 }
 
 /// The one virtual processor.
@@ -43,30 +42,40 @@ impl Machine for Processor {
     fn read_port8(&mut self, port: u16) -> u8 {
         let value;
         // SAFETY: port I/O touches no memory; the I/O bitmap allows it.
-        unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags)) };
+        unsafe {
+            asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags))
+        };
         value
     }
 
     fn write_port8(&mut self, port: u16, value: u8) {
         // SAFETY: as in `read_port8`.
-        unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
+        unsafe {
+            asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
+        };
     }
 
     fn write_port16(&mut self, port: u16, value: u16) {
         // SAFETY: as in `read_port8`.
-        unsafe { asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack, preserves_flags)) };
+        unsafe {
+            asm!("out dx, ax", in("dx") port, in("ax") value, options(nomem, nostack, preserves_flags))
+        };
     }
 
     fn read_port32(&mut self, port: u16) -> u32 {
         let value;
         // SAFETY: as in `read_port8`.
-        unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags)) };
+        unsafe {
+            asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags))
+        };
         value
     }
 
     fn write_port32(&mut self, port: u16, value: u32) {
         // SAFETY: as in `read_port8`.
-        unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags)) };
+        unsafe {
+            asm!("out dx, eax", in("dx") port, in("eax") value, options(nomem, nostack, preserves_flags))
+        };
     }
 
     fn write_string(&mut self, port: u16, bytes: &[u8]) {

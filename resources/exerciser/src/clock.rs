@@ -70,7 +70,7 @@ impl KvmClock {
 fn scaled(delta: u64, scale: u32, shift: i8) -> u64 {
     let distance = u32::from(shift.unsigned_abs()).min(63);
     let delta = if shift < 0 { delta >> distance } else { delta << distance };
-    (u128::from(delta) * u128::from(scale) >> 32) as u64
+    ((u128::from(delta) * u128::from(scale)) >> 32) as u64
 }
 
 /// `nanoseconds = (counts << shift) * scale >> 32`, solved for the counts of a millisecond.
@@ -101,6 +101,25 @@ pub fn frequency(machine: &mut dyn Machine, clock: Option<&KvmClock>, given_khz:
             found(tsc_khz, "cpuid-15")
                 .or_else(|| found(u64::from(leaf(machine, LEAF_FREQUENCY)[0] & 0xffff) * 1000, "cpuid-16"))
         })
+}
+
+/// A moment in the future.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadline {
+    start: u64,
+    counts: u64,
+}
+
+impl Deadline {
+    /// So many milliseconds from now.
+    pub fn new(machine: &dyn Machine, tsc_khz: u64, milliseconds: u64) -> Self {
+        Self { start: machine.tsc(), counts: milliseconds.saturating_mul(tsc_khz) }
+    }
+
+    /// Whether it has passed.
+    pub fn is_over(&self, machine: &dyn Machine) -> bool {
+        machine.tsc().saturating_sub(self.start) >= self.counts
+    }
 }
 
 /// A stretch of time in which the exerciser did not run.

@@ -15,7 +15,7 @@ const LINE_STATUS_PORT: u16 = SERIAL_PORT + 5;
 const LINE_STATUS_DATA_READY: u8 = 1;
 
 /// Bytes sent at each step.
-const STEP_BYTES: usize = 8;
+const STEP_BYTES: usize = 4;
 /// Lines that would make the queue longer are refused.
 const QUEUE_BYTES: usize = 16 << 10;
 

@@ -1,38 +1,45 @@
+//! The exerciser: a freestanding guest that drives NVMe controllers and checks everything it can.
+//!
+//! This crate is its logic, without an instruction that needs a guest: the host builds it too, for the tests and
+//! to read the lines that the guest prints. `guest/` holds what is below: the entry, ring 0, the allocator and
+//! the implementation of [`machine::Machine`]; ferry's `build.rs` makes the image of both.
+//!
+//! ```text
+//! start_info  PVH: command line and RAM        options   the words of the command line
+//! run         the story: set up, work, conclude   console, report   the lines of the serial port
+//! pci         find controllers, BARs, MSI-X     nvme      registers, queues, doorbells, admin commands
+//! workload    disk: what every block must hold; worker: commands in flight; ram: pages written and checked
+//! clock       frequency and gaps of the counter, KVM's clock       apic, power   the rest of the machine
+//! ```
+//!
+//! Invariants: one thread; memory is allocated before the work begins and never given back; a pointer is a bus
+//! address. A block is used by one command at a time, so what it must hold is always known. The first thing that
+//! is wrong ends the run with an `error` line.
+//!
+//! Absent: more than one processor, SGLs, metadata, and PCI bridges.
 #![no_std]
 #![deny(unsafe_code)]
-#![allow(missing_docs)]
+
 extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod apic;
 pub mod clock;
 pub mod console;
+pub mod error;
 pub mod machine;
 pub mod memory;
 pub mod mmio;
+pub mod nvme;
 pub mod options;
+pub mod pattern;
+pub mod pci;
 pub mod power;
+pub mod random;
 pub mod report;
+pub mod run;
 pub mod start_info;
+pub mod workload;
 
-use console::Console;
-use machine::Machine;
-use options::Options;
-
-pub fn run(machine: &mut dyn Machine, command_line: &str) {
-    let mut console = Console::default();
-    console.line(machine, format_args!("boot name=ferry-exerciser version={}", report::VERSION));
-    let options = match Options::parse(command_line) {
-        Ok(options) => options,
-        Err(bad) => {
-            console.line(machine, format_args!("error kind=option reason=\"{bad}\""));
-            Options::default()
-        }
-    };
-    let clock = clock::KvmClock::start(machine);
-    let frequency = clock::frequency(machine, clock.as_ref(), options.tsc_khz);
-    let now = clock.map(|c| c.now(machine));
-    console.line(machine, format_args!("clock {frequency:?} {now:?}"));
-    console.flush(machine);
-    power::end(machine, options.exit);
-}
+pub use run::run;

@@ -29,6 +29,10 @@ pub trait Machine {
     fn interrupt_total(&self) -> u64;
     /// Halts until an interrupt arrives; returns at once if one came since `interrupt_total` returned `seen`.
     fn halt(&mut self, seen: u64);
+    /// Identifier of the processor's local APIC.
+    fn apic_id(&mut self) -> u8 {
+        (self.cpuid(1, 0)[1] >> 24) as u8
+    }
     /// The device registers at a physical address.
     ///
     /// # Errors

@@ -142,7 +142,7 @@ pub const WORDS: &[Word] = &[
     word("inflight", "8", "commands kept in flight on each controller"),
     word("doorbells", "mmio|shadow", "register writes, or Doorbell Buffer Config"),
     word("completion", "poll|msix", "look at the phase bit, or only after the queue's interrupt"),
-    word("idle", "spin|halt", "what to do while nothing completes (halt needs completion=msix)"),
+    word("idle", "spin|halt", "what to do while nothing completes (halt needs completion=msix and timer=)"),
     word("span", "4M", "bytes of each namespace that are used"),
     word("size", "16K", "largest transfer of one command"),
     word("ios", "0", "verified I/Os after which the run ends, 0: never"),
@@ -185,6 +185,9 @@ impl Options {
         let mut options = Self::default();
         for word in line.split_ascii_whitespace() {
             options.set(word).map_err(|reason| BadWord { word, reason })?;
+        }
+        if options.halt_when_idle && (options.notice == Notice::Poll || options.timer_hz == 0) {
+            return Err(BadWord { word: "idle=halt", reason: "needs completion=msix and a timer" });
         }
         Ok(options)
     }
@@ -280,6 +283,7 @@ mod tests {
         assert_eq!(reason("ram=99999999999999999999G").reason, "not a number");
         assert_eq!(reason("ram=18446744073709551615G").reason, "out of range");
         assert_eq!(reason("mode=write").reason, "not one of the choices");
+        assert_eq!(reason("idle=halt completion=msix").reason, "needs completion=msix and a timer");
     }
 
     #[test]

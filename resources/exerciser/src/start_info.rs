@@ -6,7 +6,7 @@ use alloc::string::String;
 pub const MAGIC: u32 = 0x336e_c578;
 
 /// Largest command line that is read, in bytes.
-const COMMAND_LINE_BYTES: usize = 4096;
+const COMMAND_LINE_BYTES: u64 = 4096;
 /// Most entries of the memory map that are read.
 const MEMORY_MAP_ENTRIES: u32 = 256;
 const MEMORY_MAP_ENTRY_BYTES: u64 = 24;
@@ -24,8 +24,8 @@ pub type ReadByte<'a> = &'a dyn Fn(u64) -> Option<u8>;
 /// What the exerciser uses of the structure.
 #[derive(Debug, PartialEq, Eq)]
 pub struct StartInfo {
-    /// The command line, up to its zero byte.
-    pub command_line: String,
+    /// Where the command line is; 0 without one.
+    command_line: u64,
     /// End of the RAM region that holds the given address (see [`StartInfo::read`]).
     pub ram_end: u64,
 }
@@ -45,13 +45,7 @@ impl StartInfo {
         if word(OFFSET_VERSION).is_none_or(|version| version < 1) {
             return Err("PVH start info without a memory map");
         }
-        let command_line = match quad(OFFSET_COMMAND_LINE) {
-            None | Some(0) => String::new(),
-            Some(start) => (0..COMMAND_LINE_BYTES as u64)
-                .map_while(|offset| read(start.checked_add(offset)?).filter(|byte| *byte != 0))
-                .map(char::from)
-                .collect(),
-        };
+        let command_line = quad(OFFSET_COMMAND_LINE).unwrap_or(0);
         let map = quad(OFFSET_MEMORY_MAP).unwrap_or(0);
         let entries = word(OFFSET_MEMORY_MAP_ENTRIES).unwrap_or(0).min(MEMORY_MAP_ENTRIES);
         (0..u64::from(entries))
@@ -64,6 +58,15 @@ impl StartInfo {
             })
             .map(|ram_end| Self { command_line, ram_end })
             .ok_or("the memory map has no RAM where the image is")
+    }
+
+    /// The command line, up to its zero byte. The first thing here that needs an allocator.
+    pub fn command_line(&self, read: ReadByte<'_>) -> String {
+        let length = if self.command_line == 0 { 0 } else { COMMAND_LINE_BYTES };
+        (0..length)
+            .map_while(|offset| read(self.command_line.checked_add(offset)?).filter(|byte| *byte != 0))
+            .map(char::from)
+            .collect()
     }
 }
 
@@ -100,14 +103,21 @@ mod tests {
         memory
     }
 
+    fn byte(memory: &[u8], address: u64) -> Option<u8> {
+        memory.get(usize::try_from(address).ok()?).copied()
+    }
+
     fn read(memory: &[u8], inside: u64) -> Result<StartInfo, &'static str> {
-        StartInfo::read(&|address| memory.get(usize::try_from(address).ok()?).copied(), 0x10, inside)
+        StartInfo::read(&|address| byte(memory, address), 0x10, inside)
     }
 
     #[test]
     fn command_line_and_ram_are_found() {
-        let info = read(&memory(), 0x20_0000).unwrap();
-        assert_eq!(info, StartInfo { command_line: "mode=iops help".into(), ram_end: 0x4000_0000 });
+        let memory = memory();
+        let info = read(&memory, 0x20_0000).unwrap();
+        assert_eq!(info.ram_end, 0x4000_0000);
+        assert_eq!(info.command_line(&|address| byte(&memory, address)), "mode=iops help");
+        assert_eq!(info.command_line(&|address| byte(&memory[..0x104], address)), "mode");
     }
 
     #[test]

@@ -1,0 +1,8 @@
+//! What is done with controllers and memory.
+
+pub mod disk;
+pub mod ram;
+pub mod worker;
+
+pub use ram::Ram;
+pub use worker::Worker;

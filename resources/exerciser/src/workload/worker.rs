@@ -1,0 +1,380 @@
+//! Keeps commands in flight on one controller.
+//!
+//! A pass writes every block; then come random writes, Write Zeroes, flushes and reads, spread over queues and
+//! namespaces, each read compared; at the end a pass reads every block once more.
+
+use alloc::vec::Vec;
+
+use nvme_spec::opcode::{CDW12_FUA, nvm};
+use nvme_spec::{CompletionEntry, SubmissionEntry};
+
+use super::disk::{Disk, Extent};
+use crate::error::{Error, Place};
+use crate::machine::Machine;
+use crate::memory::{Dma, PAGE_BYTES};
+use crate::nvme::Controller;
+use crate::options::{Mode, Options};
+use crate::random::Random;
+use crate::report::Counters;
+
+/// Of so many random commands, one is a Flush.
+const FLUSH_EVERY: u64 = 64;
+/// Of so many writes, one is a Write Zeroes, and one forces unit access.
+const WRITE_ZEROES_EVERY: u64 = 16;
+const FUA_EVERY: u64 = 8;
+/// Bytes of the reads whose rate is measured.
+const RATE_BYTES: u32 = 4096;
+
+/// What is being done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// The first write of every block.
+    Fill,
+    /// Random commands.
+    Random,
+    /// Random reads for a rate.
+    Rate,
+    /// No more commands until those in flight are done, then a flush of each namespace.
+    Settle,
+    /// The last read of every block.
+    Final,
+    /// Nothing.
+    Done,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Operation {
+    Write,
+    WriteZeroes,
+    Read,
+    /// Read without comparing: blocks were not written by us.
+    RateRead,
+    Flush,
+}
+
+/// What a command in flight is for.
+#[derive(Clone, Copy, Debug)]
+struct Task {
+    operation: Operation,
+    disk: usize,
+    extent: Extent,
+}
+
+/// A command identifier, with memory for its data.
+#[derive(Debug)]
+struct Slot {
+    data: Dma,
+    /// PRP list: the pages of `data` after the first.
+    list: Dma,
+    task: Option<Task>,
+}
+
+impl Slot {
+    fn new(transfer_bytes: u64) -> Self {
+        let data = Dma::new(transfer_bytes as usize);
+        let pages = data.length_bytes() / PAGE_BYTES;
+        let mut list = Dma::new(pages * 8);
+        for page in 1..pages {
+            list.store64(page - 1, data.address() + (page * PAGE_BYTES) as u64);
+        }
+        Self { data, list, task: None }
+    }
+
+    /// PRP entries for the first `length_bytes` of the data (Base 4.1.1).
+    fn data_pointer(&self, length_bytes: u32) -> (u64, u64) {
+        let first = self.data.address();
+        match (length_bytes as usize).div_ceil(PAGE_BYTES) {
+            0 | 1 => (first, 0),
+            2 => (first, first + PAGE_BYTES as u64),
+            _ => (first, self.list.address()),
+        }
+    }
+}
+
+/// The work on one controller.
+#[derive(Debug)]
+pub struct Worker {
+    /// The controller.
+    pub controller: Controller,
+    disks: Vec<Disk>,
+    slots: Vec<Slot>,
+    free: Vec<u16>,
+    /// Extents that were just written and are read back next.
+    read_back: Vec<(usize, Extent)>,
+    random: Random,
+    phase: Phase,
+    unflushed: usize,
+    next_queue: usize,
+    last_completion: u64,
+}
+
+impl Worker {
+    /// Prepares the work; the controller has its queues.
+    pub fn new(controller: Controller, options: &Options, now: u64) -> Self {
+        let limit = controller.identity.transfer_limit_bytes().unwrap_or(u64::MAX);
+        // One page of PRP list reaches for 512 pages beyond the first.
+        let transfer_bytes = u64::from(options.transfer_bytes).min(limit).min(2 << 20);
+        let writable = controller.namespaces.iter().filter(|namespace| !namespace.read_only);
+        let disks: Vec<Disk> =
+            writable.map(|namespace| Disk::new(namespace, options.span_bytes, transfer_bytes)).collect();
+        let largest_block = disks.iter().map(|disk| disk.block_bytes).max().unwrap_or(0);
+        let slot_bytes = transfer_bytes.max(largest_block.into()).max(RATE_BYTES.into());
+        let slots: Vec<Slot> = (0..options.inflight).map(|_| Slot::new(slot_bytes)).collect();
+        let phase = match options.mode {
+            _ if disks.is_empty() => Phase::Done,
+            Mode::Verify => Phase::Fill,
+            Mode::Iops => Phase::Rate,
+            Mode::Idle | Mode::Help => Phase::Done,
+        };
+        Self {
+            random: Random::new(options.seed.wrapping_add(controller.index as u64)),
+            read_back: Vec::with_capacity(slots.len()),
+            free: (0..slots.len() as u16).rev().collect(),
+            controller,
+            disks,
+            slots,
+            phase,
+            unflushed: 0,
+            next_queue: 0,
+            last_completion: now,
+        }
+    }
+
+    /// Commands with the controller.
+    pub fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Begins the end, if it has not begun: commands in flight finish, then every block is read once more.
+    pub fn finish(&mut self) {
+        match self.phase {
+            Phase::Fill | Phase::Random => {
+                self.phase = Phase::Settle;
+                self.read_back.clear();
+                self.unflushed = self.disks.len();
+            }
+            Phase::Rate => self.phase = Phase::Done,
+            Phase::Settle | Phase::Final | Phase::Done => {}
+        }
+    }
+
+    /// Whether all is done and nothing is in flight.
+    pub fn is_done(&self) -> bool {
+        self.phase == Phase::Done && self.in_flight() == 0
+    }
+
+    /// Takes completions, and sends commands in their place. True when something completed.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that is wrong.
+    pub fn turn(&mut self, machine: &mut dyn Machine, counters: &mut Counters) -> Result<bool, Error> {
+        let mut any = false;
+        for queue in 0..self.controller.queues.len() {
+            if !self.controller.queues[queue].is_due(machine) {
+                continue;
+            }
+            while let Some(completion) = self.controller.queues[queue].pair.pop()? {
+                any = true;
+                let place = self.controller.queues[queue].pair.place();
+                self.complete(place, &completion, counters)?;
+            }
+        }
+        if any {
+            self.last_completion = machine.tsc();
+        }
+        while self.submit() {}
+        let doorbells = &mut self.controller.doorbells;
+        self.controller.queues.iter_mut().for_each(|queue| queue.pair.ring(doorbells));
+        Ok(any)
+    }
+
+    /// Whether nothing has completed for `counts`, although something should.
+    ///
+    /// # Errors
+    ///
+    /// The first queue with commands, when so.
+    pub fn look_for_stall(&mut self, machine: &dyn Machine, counts: u64) -> Result<(), Error> {
+        let now = machine.tsc();
+        if self.in_flight() == 0 {
+            self.last_completion = now;
+        }
+        if now.saturating_sub(self.last_completion) < counts {
+            return Ok(());
+        }
+        match self.controller.queues.iter().find(|queue| queue.pair.outstanding() > 0) {
+            Some(queue) => Err(queue.pair.stalled(queue.interrupts(machine))),
+            None => Ok(()),
+        }
+    }
+
+    fn complete(
+        &mut self,
+        place: Place,
+        completion: &CompletionEntry,
+        counters: &mut Counters,
+    ) -> Result<(), Error> {
+        let unknown = Error::Completion {
+            place,
+            reason: "no command has this identifier",
+            cid: completion.cid,
+            sq_head: completion.sq_head,
+        };
+        let slot = self.slots.get_mut(usize::from(completion.cid)).ok_or(unknown)?;
+        let task = slot.task.take().ok_or(unknown)?;
+        let disk = &mut self.disks[task.disk];
+        if !completion.status().is_success() {
+            return Err(Error::Status {
+                place,
+                opcode: task.operation.opcode(),
+                nsid: disk.nsid,
+                block: task.extent.block,
+                status: completion.status(),
+            });
+        }
+        match task.operation {
+            Operation::Flush => counters.flushes += 1,
+            Operation::Write | Operation::WriteZeroes => {
+                counters.writes += 1;
+                disk.release(task.extent);
+                if self.phase == Phase::Random && self.random.draw() & 1 == 0 {
+                    self.read_back.push((task.disk, task.extent));
+                }
+            }
+            Operation::Read => {
+                let words = disk.bytes(task.extent) as usize / 8;
+                disk.verify(place, task.extent, &slot.data.words()[..words])?;
+                disk.release(task.extent);
+                counters.reads += 1;
+                counters.verified += 1;
+            }
+            Operation::RateRead => counters.reads += 1,
+        }
+        self.free.push(completion.cid);
+        Ok(())
+    }
+
+    /// Sends one command. False when there is none to send, or no room.
+    fn submit(&mut self) -> bool {
+        let queues = self.controller.queues.len();
+        let with_room = |queue: &usize| self.controller.queues[*queue].pair.has_room();
+        let Some(queue) = (0..queues).map(|step| (self.next_queue + step) % queues).find(with_room) else {
+            return false;
+        };
+        let Some(&cid) = self.free.last() else { return false };
+        let Some(task) = self.choose() else { return false };
+        self.free.pop();
+        self.next_queue = (queue + 1) % queues;
+        let entry = self.entry(cid, task);
+        self.slots[usize::from(cid)].task = Some(task);
+        self.controller.queues[queue].pair.push(&entry);
+        true
+    }
+
+    fn choose(&mut self) -> Option<Task> {
+        if self.phase == Phase::Fill && self.disks.iter().all(Disk::is_through) {
+            self.phase = Phase::Random;
+        }
+        if self.phase == Phase::Settle && self.unflushed == 0 && self.in_flight() == 0 {
+            self.disks.iter_mut().for_each(Disk::rewind);
+            self.phase = Phase::Final;
+        }
+        if self.phase == Phase::Final && self.disks.iter().all(Disk::is_through) {
+            self.phase = Phase::Done;
+        }
+        match self.phase {
+            Phase::Fill => self.pass(Operation::Write),
+            Phase::Random => self.choose_random(),
+            Phase::Rate => {
+                let disk = self.random.below(self.disks.len() as u64) as usize;
+                let extent = self.disks[disk].random_aligned(&mut self.random, RATE_BYTES);
+                Some(Task { operation: Operation::RateRead, disk, extent })
+            }
+            Phase::Settle => {
+                let left = self.unflushed.checked_sub(1).filter(|_| self.in_flight() == 0)?;
+                self.unflushed = left;
+                Some(Task { operation: Operation::Flush, disk: left, extent: NOTHING })
+            }
+            Phase::Final => self.pass(Operation::Read),
+            Phase::Done => None,
+        }
+    }
+
+    /// The next extent of the pass over all disks.
+    fn pass(&mut self, operation: Operation) -> Option<Task> {
+        let (disk, extent) =
+            self.disks.iter_mut().enumerate().find_map(|(index, disk)| Some((index, disk.advance()?)))?;
+        Some(Task { operation, disk, extent })
+    }
+
+    fn choose_random(&mut self) -> Option<Task> {
+        while let Some((disk, extent)) = self.read_back.pop() {
+            // Another command may have taken the blocks since.
+            if self.disks[disk].take(extent) {
+                return Some(Task { operation: Operation::Read, disk, extent });
+            }
+        }
+        let disk = self.random.below(self.disks.len() as u64) as usize;
+        if self.random.below(FLUSH_EVERY) == 0 {
+            return Some(Task { operation: Operation::Flush, disk, extent: NOTHING });
+        }
+        let extent = self.disks[disk].random(&mut self.random)?;
+        let operation = if self.random.draw() & 1 == 0 {
+            Operation::Read
+        } else if self.controller.identity.has_write_zeroes() && self.random.below(WRITE_ZEROES_EVERY) == 0 {
+            Operation::WriteZeroes
+        } else {
+            Operation::Write
+        };
+        Some(Task { operation, disk, extent })
+    }
+
+    /// The submission entry, with the data in place.
+    fn entry(&mut self, cid: u16, task: Task) -> SubmissionEntry {
+        let disk = &mut self.disks[task.disk];
+        let slot = &mut self.slots[usize::from(cid)];
+        let length_bytes = disk.bytes(task.extent);
+        let mut entry = SubmissionEntry {
+            opcode: task.operation.opcode(),
+            cid,
+            nsid: disk.nsid,
+            ..SubmissionEntry::default()
+        };
+        if task.operation == Operation::Flush {
+            return entry;
+        }
+        entry.set_cdw10_64(task.extent.block);
+        entry.cdw12 = task.extent.blocks - 1;
+        match task.operation {
+            Operation::WriteZeroes => disk.prepare_zeroes(task.extent),
+            Operation::Write => {
+                disk.prepare_write(task.extent, &mut slot.data.words_mut()[..length_bytes as usize / 8]);
+                if self.random.below(FUA_EVERY) == 0 {
+                    entry.cdw12 |= CDW12_FUA;
+                }
+            }
+            // What was there before could be what is expected.
+            Operation::Read => slot.data.words_mut()[..length_bytes as usize / 8].fill(POISON),
+            Operation::RateRead | Operation::Flush => {}
+        }
+        if task.operation != Operation::WriteZeroes {
+            (entry.prp1, entry.prp2) = slot.data_pointer(length_bytes);
+        }
+        entry
+    }
+}
+
+/// In the memory of a read until the controller writes to it.
+const POISON: u64 = 0xdead_dead_dead_dead;
+const NOTHING: Extent = Extent { block: 0, blocks: 0 };
+
+impl Operation {
+    fn opcode(self) -> u8 {
+        match self {
+            Self::Write => nvm::WRITE,
+            Self::WriteZeroes => nvm::WRITE_ZEROES,
+            Self::Read | Self::RateRead => nvm::READ,
+            Self::Flush => nvm::FLUSH,
+        }
+    }
+}
