@@ -6,14 +6,14 @@ mod images;
 mod locks;
 mod steps;
 
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use bus::{GuestMapping, GuestMemory, GuestRange};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::NamedTempFile;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::poll::PollContext;
 
 use crate::{
     Backend, Buffers, Completion, Failure, FileImage, FileOptions, IoContext, MemoryImage, Operation, Request,
@@ -91,22 +91,14 @@ fn collect(context: &mut IoContext, count: usize) -> Vec<Completion> {
 }
 
 /// Waits for the event; `false` after `seconds`.
-fn wait_for_event(context: &IoContext, seconds: i64) -> bool {
-    // The descriptor lives as long as the context.
-    let event = context.event_fd();
-    let descriptor = rustix::io::dup(borrow(event.as_raw_fd())).unwrap();
-    let mut set = [PollFd::new(&descriptor, PollFlags::IN)];
-    let ready = poll(&mut set, Some(&Timespec { tv_sec: seconds, tv_nsec: 0 })).unwrap() == 1;
+fn wait_for_event(context: &IoContext, seconds: u64) -> bool {
+    let poll = PollContext::new().unwrap();
+    poll.add(context.event_fd(), 0_u64).unwrap();
+    let ready = poll.wait_timeout(Duration::from_secs(seconds)).unwrap().iter().count() == 1;
     if ready {
-        event.read().unwrap();
+        context.event_fd().read().unwrap();
     }
     ready
-}
-
-#[allow(unsafe_code)]
-fn borrow(descriptor: i32) -> BorrowedFd<'static> {
-    // SAFETY: it is duplicated at once, while its owner is borrowed.
-    unsafe { BorrowedFd::borrow_raw(descriptor) }
 }
 
 fn run(
