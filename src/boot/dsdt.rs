@@ -1,0 +1,139 @@
+//! The DSDT: the devices that a guest cannot find by itself.
+//!
+//! Kept short: some hosts interpret every instruction that the guest's kernel spends on it.
+
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
+    PackageBuilder, Path, ResourceTemplate, Scope,
+};
+use acpi_tables::sdt::Sdt;
+
+use super::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use crate::layout::{
+    ECAM_LENGTH_BYTES, ECAM_START, PCI_CONFIG_PORT, PCI_WINDOW_LENGTH_BYTES, PCI_WINDOW_START, SERIAL_GSI,
+    SERIAL_PORT,
+};
+
+/// SLP_TYP of soft off that the PM1a control register acts on.
+const SLEEP_TYPE_SOFT_OFF: u8 = 5;
+/// Slots of the PCI bus and pins of a slot.
+const SLOTS: u32 = 32;
+const PINS: u32 = 4;
+/// PCI interrupts share the inputs of the I/O APIC that no ISA device has.
+const FIRST_PCI_GSI: u32 = 16;
+const PCI_GSIS: u32 = 8;
+
+/// The table.
+pub(super) fn build() -> Vec<u8> {
+    let mut body = Vec::new();
+    let (mainboard, bridge, serial) = (mainboard(), pci_bridge(), serial());
+    Scope::new(Path::new("\\_SB_"), vec![&mainboard, &bridge, &serial]).to_aml_bytes(&mut body);
+    // SLP_TYP of PM1a and PM1b for soft off, and two reserved elements.
+    let mut soft_off = PackageBuilder::new();
+    for value in [SLEEP_TYPE_SOFT_OFF, 0, 0, 0] {
+        soft_off.add_element(&value);
+    }
+    Name::new(Path::new("\\_S5_"), &soft_off).to_aml_bytes(&mut body);
+
+    let mut table = Sdt::new(*b"DSDT", 36, 2, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    table.append_slice(&body);
+    table.as_slice().to_vec()
+}
+
+/// Objects in the order of a device's body, already encoded.
+struct Encoded(Vec<u8>);
+
+impl Aml for Encoded {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+fn device(path: &str, objects: Vec<&dyn Aml>) -> Encoded {
+    let mut bytes = Vec::new();
+    Device::new(Path::new(path), objects).to_aml_bytes(&mut bytes);
+    Encoded(bytes)
+}
+
+/// The PCI Express root bridge with its windows and interrupts.
+fn pci_bridge() -> Encoded {
+    let after_config = PCI_CONFIG_PORT + 8;
+    let window_last = (PCI_WINDOW_START + PCI_WINDOW_LENGTH_BYTES - 1) as u32;
+    let memory = AddressSpaceCacheable::NotCacheable;
+    device(
+        "PCI0",
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0A08")),
+            &Name::new("_CID".into(), &EISAName::new("PNP0A03")),
+            &Name::new("_SEG".into(), &0_u8),
+            &Name::new("_BBN".into(), &0_u8),
+            &Name::new("_UID".into(), &0_u8),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &AddressSpace::new_bus_number(0_u16, 0xff),
+                    &IO::new(PCI_CONFIG_PORT, PCI_CONFIG_PORT, 1, 8),
+                    &AddressSpace::new_io(0_u16, PCI_CONFIG_PORT - 1, None),
+                    &AddressSpace::new_io(after_config, u16::MAX, None),
+                    &AddressSpace::new_memory(memory, true, PCI_WINDOW_START as u32, window_last, None),
+                ]),
+            ),
+            &Name::new("_PRT".into(), &interrupt_routing()),
+        ],
+    )
+}
+
+/// `_PRT` (ACPI 6.5, 6.2.13): for every pin of every slot the number of its interrupt.
+fn interrupt_routing() -> PackageBuilder {
+    let mut table = PackageBuilder::new();
+    for (slot, pin) in (0..SLOTS).flat_map(|slot| (0..PINS).map(move |pin| (slot, pin))) {
+        let mut entry = PackageBuilder::new();
+        // All functions of the slot.
+        entry.add_element(&(slot << 16 | 0xffff));
+        entry.add_element(&(pin as u8));
+        // No link device: the next element is the number itself.
+        entry.add_element(&0_u8);
+        entry.add_element(&(FIRST_PCI_GSI + (slot + pin) % PCI_GSIS));
+        table.add_element(&entry);
+    }
+    table
+}
+
+/// What is reserved for the mainboard: systems trust MCFG only if ECAM is claimed here.
+fn mainboard() -> Encoded {
+    device(
+        "MB00",
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0C02")),
+            &Name::new("_UID".into(), &0_u8),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&Memory32Fixed::new(
+                    true,
+                    ECAM_START as u32,
+                    ECAM_LENGTH_BYTES as u32,
+                )]),
+            ),
+        ],
+    )
+}
+
+/// The console.
+fn serial() -> Encoded {
+    device(
+        "COM1",
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0501")),
+            &Name::new("_UID".into(), &0_u8),
+            &Name::new("_DDN".into(), &"COM1"),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &IO::new(SERIAL_PORT, SERIAL_PORT, 0, 8),
+                    &Interrupt::new(true, true, false, false, SERIAL_GSI),
+                ]),
+            ),
+        ],
+    )
+}
