@@ -1,1 +1,90 @@
-//! (skeleton)
+//! The migration stream: a codec between saved states and bytes.
+//!
+//! A stream is what a snapshot file holds and what travels in the stream frames of a live connection: a configuration, the
+//! contents of RAM, a section for every device, digests of all of it and, in a file, the description of what the bytes mean. The
+//! layout is QEMU's, so that `analyze-migration.py` prints ours.
+//!
+//! - [`StreamWriter`] writes to any [`std::io::Write`]; [`Decoder`] turns bytes, in pieces of any size, into [`Event`]s and does no
+//!   I/O; [`StreamReader`] feeds it from a [`std::io::Read`].
+//! - [`DeviceSection`] is one saved state with its name; [`SectionSet`] hands the received ones out, each exactly once.
+//! - [`Expected`] is what a destination knows beforehand: which sections, of which types, and how much RAM. Sections carry no
+//!   length on the wire; it follows from the type (or, for a foreign file, from its trailer).
+//! - [`frame`] is the framing of a live connection.
+//!
+//! ```
+//! use stream::{Configuration, DeviceSection, Event, Expected, RamBlock, SectionSet, StreamReader, StreamWriter};
+//!
+//! #[derive(vmstate::VmState, Debug, PartialEq)]
+//! #[vmstate(name = "clock")]
+//! struct Clock {
+//!     nanoseconds: u64,
+//! }
+//!
+//! let mut writer = StreamWriter::new(Vec::new(), &Configuration::new("ferry-1"))?;
+//! let mut ram = writer.start_ram(&[RamBlock::new("ram", 8192)])?;
+//! let mut round = ram.last_round(&mut writer)?;
+//! round.pages(0, 0, &[7; 4096])?;
+//! round.zeros(0, 4096, 4096)?;
+//! round.finish()?;
+//! writer.device(&DeviceSection::save("clock", 0, &Clock { nanoseconds: 5 }))?;
+//! let file = writer.finish_file()?;
+//!
+//! let expected = Expected::new(vec![RamBlock::new("ram", 8192)]).section::<Clock>("clock", 0);
+//! let mut reader = StreamReader::file(file.as_slice(), expected);
+//! let mut sections = SectionSet::default();
+//! let mut pages = 0;
+//! loop {
+//!     match reader.next_event()? {
+//!         Event::RamPage { bytes, .. } => pages += usize::from(bytes[0] == 7),
+//!         Event::Device(section) => sections.insert(section)?,
+//!         Event::End => break,
+//!         _ => {}
+//!     }
+//! }
+//! assert_eq!(pages, 1);
+//! assert_eq!(sections.take::<Clock>("clock", 0)?, Clock { nanoseconds: 5 });
+//! sections.finish()?;
+//! # Ok::<(), stream::Error>(())
+//! ```
+//!
+//! # Invariants
+//!
+//! - Every length is compared with a maximum before anything is allocated for it. No bytes make the reader panic or loop.
+//! - The reader never asks for more bytes than the stream still has, so on a connection it does not wait for what nobody sends.
+//! - A stream that ends early, misses a section, has one twice or one too many, or whose digests differ, is refused and the error
+//!   says which section or which MiB of which block.
+//!
+//! # Absent
+//!
+//! No I/O policy (buffering of the output, bandwidth, timeouts), no devices, no knowledge of what a section means. Iterable sections
+//! other than RAM, the `mapped-ram` layout, compressed pages and the return path of QEMU are not read here.
+
+#![forbid(unsafe_code)]
+
+mod configuration;
+mod decoder;
+mod digest;
+mod error;
+mod expected;
+pub mod frame;
+mod parser;
+mod ram;
+mod reader;
+mod section;
+mod trailer;
+mod wire;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+pub use configuration::Configuration;
+pub use decoder::{Decoder, Event};
+pub use digest::CHUNK_BYTES;
+pub use error::Error;
+pub use expected::Expected;
+pub use ram::{PAGE_BYTES, RamBlock};
+pub use reader::StreamReader;
+pub use section::{DeviceSection, SectionSet};
+pub use trailer::find as find_trailer;
+pub use writer::{RamRound, RamWriter, StreamWriter};

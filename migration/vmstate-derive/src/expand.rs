@@ -85,7 +85,7 @@ pub fn expand(description: &Description) -> TokenStream {
 
 /// Reads subsections as long as one with our prefix follows.
 fn load_parts(parts: &[&Field]) -> TokenStream {
-    let next = quote!(::vmstate::derived::subsection::next(reader, <Self as ::vmstate::VmState>::NAME));
+    let next = quote!(::vmstate::derived::subsection::next(reader, <Self as ::vmstate::VmState>::NAME)?);
     let unknown = quote!(return ::std::result::Result::Err(::vmstate::derived::subsection::unknown(name)););
     if parts.is_empty() {
         return quote!(if let ::std::option::Option::Some(name) = #next { #unknown });

@@ -148,6 +148,17 @@ pub fn from_bytes<T: VmState>(bytes: &[u8], version: u32) -> Result<T, Error> {
     }
 }
 
+/// The number of bytes at the start of `bytes` that are a `T` written as `version`: for streams whose sections carry no length.
+///
+/// # Errors
+///
+/// [`Problem::Truncated`] if that depends on bytes that are not there yet; otherwise as [`from_bytes`].
+pub fn measure<T: VmState>(bytes: &[u8], version: u32) -> Result<usize, Error> {
+    let mut reader = Reader::partial(bytes);
+    load_versioned::<T>(&mut reader, version)?;
+    Ok(bytes.len() - reader.left())
+}
+
 fn load_versioned<T: VmState>(reader: &mut Reader<'_>, version: u32) -> Result<T, Error> {
     if version > T::VERSION {
         return Err(Problem::TooNew { name: T::NAME, version, newest: T::VERSION }.into());

@@ -8,12 +8,19 @@ use crate::{Error, Problem};
 #[derive(Debug, Clone)]
 pub struct Reader<'a> {
     rest: &'a [u8],
+    more_may_follow: bool,
 }
 
 impl<'a> Reader<'a> {
-    /// Reads from the start of `bytes`.
+    /// Reads from the start of `bytes`, which are all there is.
     pub fn new(bytes: &'a [u8]) -> Self {
-        Reader { rest: bytes }
+        Reader { rest: bytes, more_may_follow: false }
+    }
+
+    /// Reads from the start of `bytes`, which more may follow: wherever the answer depends on bytes that are not there yet, the
+    /// error is [`Problem::Truncated`].
+    pub fn partial(bytes: &'a [u8]) -> Self {
+        Reader { rest: bytes, more_may_follow: true }
     }
 
     /// Bytes not read yet.
@@ -42,8 +49,38 @@ impl<'a> Reader<'a> {
         Ok(self.array::<1>()?[0])
     }
 
-    /// All that is left, without reading it.
-    pub fn peek(&self) -> &'a [u8] {
-        self.rest
+    /// The bytes left if they start with `count` bytes that `is_wanted` accepts, one after the other; nothing is read.
+    ///
+    /// `is_wanted` gets the index of a byte and the byte. It is asked for no byte after the first it does not want, so that bytes
+    /// which are still to come matter only if they can change the answer.
+    pub(crate) fn peek(
+        &self,
+        mut is_wanted: impl FnMut(usize, u8) -> Peek,
+    ) -> Result<Option<&'a [u8]>, Error> {
+        for (index, byte) in self.rest.iter().enumerate() {
+            match is_wanted(index, *byte) {
+                Peek::Unwanted => return Ok(None),
+                Peek::Next => {}
+                Peek::Last => return Ok(Some(&self.rest[..=index])),
+            }
+        }
+        if self.more_may_follow {
+            return Err(Problem::Truncated {
+                needed: self.rest.len() as u64 + 1,
+                left: self.rest.len() as u64,
+            }
+            .into());
+        }
+        Ok(None)
     }
+}
+
+/// What a look at one byte says.
+pub(crate) enum Peek {
+    /// This is something else.
+    Unwanted,
+    /// So far it is what was looked for.
+    Next,
+    /// It is what was looked for, and this was its last byte.
+    Last,
 }

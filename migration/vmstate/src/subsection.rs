@@ -4,6 +4,7 @@
 //! by looking: the byte, a length that fits, and a name with the parent's prefix.
 
 use crate::description::Description;
+use crate::reader::Peek;
 use crate::{Error, Problem, Reader, Value, VmState};
 
 const MARK: u8 = 0x05;
@@ -32,10 +33,25 @@ pub fn describe<T: VmState>(part: Option<&T>, needed: bool, description: &mut De
 }
 
 /// The name of the subsection of `parent` that comes next, if one does. Reads nothing.
-pub fn next<'a>(reader: &Reader<'a>, parent: &str) -> Option<&'a [u8]> {
-    let (&[mark, length], rest) = reader.peek().split_first_chunk()?;
-    let name = rest.get(..usize::from(length)).filter(|_| mark == MARK)?;
-    name.strip_prefix(parent.as_bytes())?.starts_with(b"/").then_some(name)
+pub fn next<'a>(reader: &Reader<'a>, parent: &str) -> Result<Option<&'a [u8]>, Error> {
+    let parent = parent.as_bytes();
+    let mut length = 0;
+    let header = reader.peek(|index, byte| {
+        let wanted = match index {
+            0 => byte == MARK,
+            1 => {
+                length = usize::from(byte);
+                length > parent.len() + 1
+            }
+            _ => index - 2 > parent.len() || byte == *parent.get(index - 2).unwrap_or(&b'/'),
+        };
+        match wanted {
+            false => Peek::Unwanted,
+            true if index > 1 && index == length + 1 => Peek::Last,
+            true => Peek::Next,
+        }
+    })?;
+    Ok(header.and_then(|header| header.get(2..)))
 }
 
 /// Reads the part whose name [`next`] returned into its place.

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 use serde_json::json;
 
-use crate::{Bitmap, Problem, Slots, VmState, describe, from_bytes, schema, schema_json, to_bytes};
+use crate::{Bitmap, Problem, Slots, VmState, describe, from_bytes, measure, schema, schema_json, to_bytes};
 
 #[derive(VmState, Debug, Clone, PartialEq)]
 #[vmstate(name = "number")]
@@ -280,6 +280,22 @@ fn every_truncation_and_every_extra_byte_is_refused() {
     let mut longer = bytes.clone();
     longer.push(0);
     assert_eq!(from_bytes::<All>(&longer, 3).unwrap_err().problem, Problem::LeftOver { bytes: 1 });
+}
+
+#[test]
+fn length_is_measured_once_the_bytes_decide_it() {
+    // A section is followed by its footer, so the last subsection is known to be the last.
+    let bytes = to_bytes(&all());
+    let mut stream = bytes.clone();
+    stream.extend([0x7e, 0, 0, 0, 1]);
+    for length in 0..stream.len() {
+        let measured = measure::<All>(&stream[..length], 3);
+        if length > bytes.len() {
+            assert_eq!(measured, Ok(bytes.len()));
+        } else {
+            assert!(matches!(measured.unwrap_err().problem, Problem::Truncated { .. }), "of {length} bytes");
+        }
+    }
 }
 
 /// The bytes that a description accounts for, subsections' headers included.

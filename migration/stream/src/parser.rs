@@ -1,0 +1,372 @@
+//! The grammar of a stream: what may come next, and what it means.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use serde_json::Value as Json;
+use vmstate::{Reader, Value};
+
+use crate::configuration::{self, Configuration};
+use crate::digest::{self, Digests, Integrity};
+use crate::error::Stop;
+use crate::expected::Expected;
+use crate::ram::{self, PAGE_BYTES, RamBlock, Record};
+use crate::section::DeviceSection;
+use crate::wire::{self, mark};
+use crate::{Error, trailer};
+
+/// An event; bytes are given as ranges of what was parsed.
+#[derive(Debug)]
+pub(crate) enum Parsed {
+    Configuration(Configuration),
+    RamBlocks,
+    RamPage { block: usize, offset: u64, bytes: Range<usize> },
+    RamZero { block: usize, offset: u64 },
+    RamRound { last: bool },
+    Command { kind: u16, data: Range<usize> },
+    Device(DeviceSection),
+    Trailer(Json),
+    End,
+}
+
+impl Parsed {
+    /// The same, with ranges that count from `by` bytes earlier.
+    pub(crate) fn moved(self, by: usize) -> Self {
+        let moved = |range: Range<usize>| range.start + by..range.end + by;
+        match self {
+            Parsed::RamPage { block, offset, bytes } => {
+                Parsed::RamPage { block, offset, bytes: moved(bytes) }
+            }
+            Parsed::Command { kind, data } => Parsed::Command { kind, data: moved(data) },
+            other => other,
+        }
+    }
+}
+
+/// What is due next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Due {
+    Header,
+    Section,
+    Records {
+        last: bool,
+    },
+    Footer {
+        id: u32,
+        name: String,
+    },
+    /// In a file.
+    Trailer,
+    EndOfFile,
+    Nothing,
+}
+
+impl Due {
+    /// For errors.
+    pub(crate) fn what(&self) -> &'static str {
+        match self {
+            Due::Header => "the header",
+            Due::Section => "a section",
+            Due::Records { .. } => "RAM records",
+            Due::Footer { .. } => "a footer",
+            Due::Trailer => "the trailer",
+            Due::EndOfFile | Due::Nothing => "the end",
+        }
+    }
+}
+
+/// How far the RAM section has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ram {
+    Absent,
+    Started { id: u32 },
+    Ended,
+}
+
+/// Everything about a stream but its bytes. It changes only when a part is complete, so that a part can be tried again.
+#[derive(Debug)]
+pub(crate) struct Parser {
+    expected: Expected,
+    is_file: bool,
+    due: Due,
+    digests: Digests,
+    configured: bool,
+    verified: bool,
+    ram: Ram,
+    blocks: Vec<RamBlock>,
+    /// The block of the last RAM record.
+    current_block: Option<usize>,
+    /// Ids of the sections so far.
+    ids: BTreeSet<u32>,
+}
+
+type Outcome = Result<(Option<Parsed>, usize), Stop>;
+
+impl Parser {
+    pub(crate) fn new(expected: Expected, is_file: bool) -> Self {
+        Parser {
+            expected,
+            is_file,
+            due: Due::Header,
+            digests: Digests::default(),
+            configured: false,
+            verified: false,
+            ram: Ram::Absent,
+            blocks: Vec::new(),
+            current_block: None,
+            ids: BTreeSet::new(),
+        }
+    }
+
+    pub(crate) fn due(&self) -> &Due {
+        &self.due
+    }
+
+    pub(crate) fn blocks(&self) -> &[RamBlock] {
+        &self.blocks
+    }
+
+    pub(crate) fn digest(&self) -> u64 {
+        self.digests.combined()
+    }
+
+    /// Parses one part from the start of `bytes`, which are at `offset` of the stream; `is_all` if none will follow. Returns the
+    /// event that it makes, if it makes one, and its length.
+    pub(crate) fn parse(&mut self, bytes: &[u8], offset: u64, is_all: bool) -> Outcome {
+        match self.due.clone() {
+            Due::Header => self.header(bytes),
+            Due::Section => self.section(bytes, offset),
+            Due::Records { last } => self.record(bytes, last),
+            Due::Footer { id, name } => self.footer(bytes, offset, id, name),
+            Due::Trailer => self.trailer(bytes, offset),
+            Due::EndOfFile if bytes.is_empty() && is_all => {
+                self.due = Due::Nothing;
+                Ok((Some(Parsed::End), 0))
+            }
+            Due::EndOfFile if bytes.is_empty() => Err(Stop::Needs(1)),
+            Due::EndOfFile => Err(Error::OutOfOrder { what: "more after the trailer", offset }.into()),
+            Due::Nothing => Ok((Some(Parsed::End), 0)),
+        }
+    }
+
+    fn header(&mut self, bytes: &[u8]) -> Outcome {
+        let mut reader = Reader::partial(bytes);
+        let (magic, version) = (u32::load(&mut reader, 0)?, u32::load(&mut reader, 0)?);
+        if (magic, version) != (wire::MAGIC, wire::VERSION) {
+            return Err(Error::NotAStream { magic, version }.into());
+        }
+        self.due = Due::Section;
+        Ok((None, bytes.len() - reader.left()))
+    }
+
+    fn section(&mut self, bytes: &[u8], offset: u64) -> Outcome {
+        let mut reader = Reader::partial(bytes);
+        let mark = reader.byte()?;
+        let out_of_order = |what| Stop::from(Error::OutOfOrder { what, offset });
+        match mark {
+            mark::END => {
+                self.end()?;
+                let parsed = (self.due == Due::Nothing).then_some(Parsed::End);
+                Ok((parsed, 1))
+            }
+            _ if self.verified => Err(out_of_order("a section after the digests")),
+            mark::CONFIGURATION if self.configured || !self.ids.is_empty() => {
+                Err(out_of_order("the configuration"))
+            }
+            mark::CONFIGURATION => self.configuration(bytes),
+            mark::SECTION_START => self.ram_start(bytes, offset),
+            mark::SECTION_PART | mark::SECTION_END => {
+                let id = u32::load(&mut reader, 0)?;
+                if self.ram != (Ram::Started { id }) {
+                    return Err(out_of_order("a part of a section that was not started"));
+                }
+                self.due = Due::Records { last: mark == mark::SECTION_END };
+                Ok((None, bytes.len() - reader.left()))
+            }
+            mark::SECTION_FULL => self.device(bytes),
+            mark::COMMAND => {
+                let (kind, length) = (u16::load(&mut reader, 0)?, u16::load(&mut reader, 0)?);
+                let start = bytes.len() - reader.left();
+                reader.take(usize::from(length))?;
+                let end = start + usize::from(length);
+                Ok((Some(Parsed::Command { kind, data: start..end }), end))
+            }
+            mark => Err(Error::UnknownMark { mark, offset }.into()),
+        }
+    }
+
+    /// The end mark: everything that must come has come.
+    fn end(&mut self) -> Result<(), Error> {
+        if matches!(self.ram, Ram::Started { .. }) {
+            return Err(Error::Ram("the last round is missing".into()));
+        }
+        self.expected.finish(self.ram == Ram::Ended)?;
+        if self.expected.needs_integrity() && !self.verified {
+            return Err(Error::NoIntegrity);
+        }
+        self.due = if self.is_file { Due::Trailer } else { Due::Nothing };
+        Ok(())
+    }
+
+    fn configuration(&mut self, bytes: &[u8]) -> Outcome {
+        let malformed = |source| Error::Malformed { what: "the configuration", source };
+        let payload = bytes.get(1..).unwrap_or_default();
+        let length = vmstate::measure::<configuration::Wire>(payload, 1)
+            .map_err(|error| Stop::in_part(error, malformed))?;
+        let payload = payload.get(..length).unwrap_or_default();
+        let configuration = vmstate::from_bytes::<configuration::Wire>(payload, 1)
+            .map_err(malformed)?
+            .into_configuration()?;
+        // Each of them changes the layout of what follows.
+        if let Some(capability) = configuration.capabilities.first() {
+            return Err(Error::Capability(capability.clone()).into());
+        }
+        self.configured = true;
+        self.digests.configuration(payload);
+        Ok((Some(Parsed::Configuration(configuration)), 1 + length))
+    }
+
+    /// Mark, id, name, instance and version of a section.
+    fn head<'a>(&self, reader: &mut Reader<'a>) -> Result<Head<'a>, Stop> {
+        reader.byte()?;
+        let id = u32::load(reader, 0)?;
+        let name = ram::load_name(reader)?;
+        let head = Head { id, name, instance_id: u32::load(reader, 0)?, version: u32::load(reader, 0)? };
+        if self.ids.contains(&id) {
+            return Err(Error::RepeatedId { name: name.into(), id }.into());
+        }
+        if self.ids.len() == wire::SECTIONS_MAX {
+            let maximum = wire::SECTIONS_MAX as u64;
+            return Err(
+                Error::AboveMaximum { what: "number of sections", value: maximum + 1, maximum }.into()
+            );
+        }
+        Ok(head)
+    }
+
+    /// A section is complete: notes it and waits for its footer.
+    fn came(&mut self, head: &Head<'_>) {
+        self.ids.insert(head.id);
+        self.due = Due::Footer { id: head.id, name: head.name.to_owned() };
+    }
+
+    fn ram_start(&mut self, bytes: &[u8], offset: u64) -> Outcome {
+        let mut reader = Reader::partial(bytes);
+        let head = self.head(&mut reader)?;
+        if head.name != ram::NAME || head.instance_id != 0 {
+            return Err(Error::Unexpected { name: head.name.into(), instance_id: head.instance_id }.into());
+        }
+        if head.version != ram::VERSION {
+            return Err(Error::Ram(format!("version {} is not {}", head.version, ram::VERSION)).into());
+        }
+        if self.ram != Ram::Absent {
+            return Err(Error::OutOfOrder { what: "a second RAM section", offset }.into());
+        }
+        let blocks = ram::load_blocks(&mut reader, self.expected.ram_limit_bytes())?;
+        self.expected.check_ram(&blocks)?;
+        let length = bytes.len() - reader.left();
+        self.digests.ram_blocks(&blocks)?;
+        self.digests.section(head.id, head.name, &bytes[..length]);
+        self.blocks = blocks;
+        self.ram = Ram::Started { id: head.id };
+        self.came(&head);
+        Ok((Some(Parsed::RamBlocks), length))
+    }
+
+    fn record(&mut self, bytes: &[u8], last: bool) -> Outcome {
+        let mut reader = Reader::partial(bytes);
+        let record = ram::load_record(&mut reader, &self.blocks, self.current_block)?;
+        let start = bytes.len() - reader.left();
+        match record {
+            Record::Page { block, offset } => {
+                let page = reader.take(PAGE_BYTES)?;
+                self.digests.ram_page(block, offset, page);
+                self.current_block = Some(block);
+                let end = start + PAGE_BYTES;
+                Ok((Some(Parsed::RamPage { block, offset, bytes: start..end }), end))
+            }
+            Record::Zero { block, offset } => {
+                self.digests.ram_zero(block, offset);
+                self.current_block = Some(block);
+                Ok((Some(Parsed::RamZero { block, offset }), start))
+            }
+            Record::ChannelFlush => Ok((None, start)),
+            Record::End => {
+                let Ram::Started { id } = self.ram else {
+                    unreachable!("records come only while RAM is started")
+                };
+                if last {
+                    self.ram = Ram::Ended;
+                }
+                self.due = Due::Footer { id, name: ram::NAME.into() };
+                Ok((Some(Parsed::RamRound { last }), start))
+            }
+        }
+    }
+
+    fn device(&mut self, bytes: &[u8]) -> Outcome {
+        let mut reader = Reader::partial(bytes);
+        let head = self.head(&mut reader)?;
+        let start = bytes.len() - reader.left();
+        let payload = &bytes[start..];
+        if (head.name, head.instance_id) == (digest::NAME, 0) {
+            let length = self.integrity(payload, &head)?;
+            self.came(&head);
+            return Ok((None, start + length));
+        }
+        let Head { id, name, instance_id, version } = head;
+        let length = self.expected.measure(payload, name, instance_id, version)?;
+        let end = start + length;
+        self.expected.came(name, instance_id);
+        self.digests.section(id, name, &bytes[..end]);
+        self.came(&head);
+        let payload = payload[..length].to_vec();
+        let section =
+            DeviceSection { name: name.into(), instance_id, version, payload, description: Json::Null };
+        Ok((Some(Parsed::Device(section)), end))
+    }
+
+    /// Compares the digests; returns the length of their section.
+    fn integrity(&mut self, payload: &[u8], head: &Head<'_>) -> Result<usize, Stop> {
+        let refusal = |source| Error::Section { name: digest::NAME.into(), version: head.version, source };
+        let length = vmstate::measure::<Integrity>(payload, head.version)
+            .map_err(|error| Stop::in_part(error, refusal))?;
+        let written = vmstate::from_bytes(&payload[..length], head.version).map_err(refusal)?;
+        self.digests.compare(&written)?;
+        self.verified = true;
+        Ok(length)
+    }
+
+    fn footer(&mut self, bytes: &[u8], offset: u64, id: u32, name: String) -> Outcome {
+        let found: [u8; 5] = Reader::partial(bytes).array()?;
+        let [mark, rest @ ..] = found;
+        if mark != mark::FOOTER || u32::from_be_bytes(rest) != id {
+            return Err(Error::Footer { name, found, offset }.into());
+        }
+        self.due = Due::Section;
+        Ok((None, found.len()))
+    }
+
+    fn trailer(&mut self, bytes: &[u8], offset: u64) -> Outcome {
+        let mut reader = Reader::partial(bytes);
+        if reader.byte()? != mark::TRAILER {
+            return Err(Error::OutOfOrder { what: "more after the end", offset }.into());
+        }
+        let length = u32::load(&mut reader, 0)?;
+        if length as usize > wire::TRAILER_BYTES_MAX {
+            let (value, maximum) = (u64::from(length), wire::TRAILER_BYTES_MAX as u64);
+            return Err(Error::AboveMaximum { what: "length of the trailer", value, maximum }.into());
+        }
+        let json = trailer::parse(reader.take(length as usize)?)?;
+        self.due = Due::EndOfFile;
+        Ok((Some(Parsed::Trailer(json)), bytes.len() - reader.left()))
+    }
+}
+
+/// The head of a section.
+struct Head<'a> {
+    id: u32,
+    name: &'a str,
+    instance_id: u32,
+    version: u32,
+}
