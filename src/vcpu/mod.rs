@@ -15,8 +15,6 @@ mod cpuid;
 mod manager;
 mod msr;
 mod state;
-#[cfg(test)]
-pub(crate) mod tests;
 mod thread;
 
 pub use boot::{BootProtocol, BootRegisters};

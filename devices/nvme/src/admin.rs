@@ -104,6 +104,8 @@ pub(crate) struct Admin {
     next_job: u32,
     /// A job that found no free slot in worker 0.
     waiting_job: Option<Job>,
+    /// When a pause began that lasts; time is saved as it was then.
+    pub paused_at: Option<Instant>,
     /// When the host must have sent Keep Alive.
     pub keep_alive: Option<Instant>,
     pub buffers: Option<Buffers>,
@@ -129,6 +131,7 @@ impl Admin {
             jobs: Vec::new(),
             next_job: 0,
             waiting_job: None,
+            paused_at: None,
             keep_alive: None,
             buffers: None,
             namespaces,
@@ -463,7 +466,7 @@ impl Admin {
 }
 
 /// The values of CC that this controller can be enabled with.
-fn check_configuration(cc: Cc) -> Result<(), &'static str> {
+pub(crate) fn check_configuration(cc: Cc) -> Result<(), &'static str> {
     if u64::from(cc.mps()) > MPSMAX {
         return Err("CC.MPS is above CAP.MPSMAX");
     }

@@ -144,6 +144,7 @@ impl Controller {
                 more |= self.process(index) == Progress::More;
             }
             if self.is_quiet() {
+                lock(&self.admin).paused_at = Some(Instant::now());
                 return Ok(PauseReport { in_flight_at_start });
             }
             if Instant::now() >= deadline {
@@ -160,6 +161,7 @@ impl Controller {
     pub fn resume(&self) {
         let shared = &self.pool.shared;
         let mut admin = lock(&self.admin);
+        admin.paused_at = None;
         admin.restart_keep_alive();
         if admin.queues.as_ref().is_some_and(|queues| queues.cq.unseen() > 0) {
             shared.endpoint.msix().trigger(0);
@@ -171,7 +173,7 @@ impl Controller {
                     shared.endpoint.msix().trigger(cq.vector);
                 }
             }
-            worker.forget_published();
+            worker.wake_up();
         }
         shared.paused.store(false, Ordering::SeqCst);
         drop(admin);

@@ -49,6 +49,9 @@ pub enum Error {
         /// What is wrong with it.
         reason: &'static str,
     },
+    /// A state was to be loaded into a controller that is in use.
+    #[error("a saved NVMe state can only be loaded into a controller that nobody has used")]
+    NotPristine,
     /// The saved PCI state does not fit.
     #[error("saved NVMe state: the PCI part cannot be restored")]
     PciState(#[source] pci::Error),

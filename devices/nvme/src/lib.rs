@@ -8,13 +8,17 @@ mod controller;
 mod doorbell;
 mod error;
 mod event;
+mod inventory;
 mod namespace;
 mod pci;
 mod prp;
 mod queue;
 mod regs;
+mod restore;
+mod save;
 mod shared;
 mod smart;
+mod state;
 #[cfg(test)]
 mod tests;
 mod worker;
@@ -22,4 +26,9 @@ mod worker;
 pub use config::{ControllerConfig, MAX_NAMESPACES, MAX_QUEUE_ENTRIES, NamespaceConfig};
 pub use controller::{Controller, PauseReport, Progress, Statistics};
 pub use error::Error;
+pub use inventory::{Inventory, NamespaceShape, Shape};
 pub use shared::Host;
+pub use state::{
+    CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState, NamespaceState,
+    NvmeState, RegistersState, SmartState, SubmissionQueueState,
+};

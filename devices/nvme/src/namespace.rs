@@ -61,11 +61,6 @@ impl Namespace {
         })
     }
 
-    /// Size of a logical block in bytes.
-    pub fn block_bytes(&self) -> u32 {
-        1 << self.block_shift
-    }
-
     /// The byte range of `count` blocks from `first`.
     pub fn byte_range(&self, first: u64, count: u64) -> Result<(u64, u64), Status> {
         match first.checked_add(count) {

@@ -264,11 +264,15 @@ impl CompletionQueue {
 
     /// Takes over the guest's `head`. `false`: it would take entries that were never posted, and is ignored.
     pub fn advance_head(&mut self, head: u32) -> bool {
-        if head >= self.ring.entries || self.ring.distance(self.head, head) > self.unseen() {
-            return false;
-        }
-        self.head = head;
-        true
+        let taken = self.head_after(head);
+        self.head = taken.unwrap_or(self.head);
+        taken.is_some()
+    }
+
+    /// `head` if it is one that the guest can have come to.
+    pub fn head_after(&self, head: u32) -> Option<u32> {
+        let possible = head < self.ring.entries && self.ring.distance(self.head, head) <= self.unseen();
+        possible.then_some(head)
     }
 
     /// Writes one entry; the queue is not full.

@@ -1,5 +1,7 @@
 //! Counters behind the SMART / Health Information log (Base 5.16.1.3).
 
+use std::time::Instant;
+
 use nvme_spec::log::SmartLog;
 
 /// The temperature that the controller reports: 35 degrees Celsius. There is no sensor.
@@ -40,7 +42,7 @@ impl Counters {
             host_read_commands: u128::from(self.reads),
             host_write_commands: u128::from(self.writes),
             power_cycles: u128::from(health.power_cycles),
-            power_on_hours: u128::from(health.power_on_seconds() / 3600),
+            power_on_hours: u128::from(health.power_on_seconds_at(Instant::now()) / 3600),
             media_errors: u128::from(self.media_errors),
             error_log_entries: u128::from(error_log_entries),
             ..SmartLog::default()
@@ -55,16 +57,16 @@ pub(crate) struct Health {
     pub power_cycles: u64,
     /// Powered on before `since`, in seconds.
     pub seconds_before: u64,
-    pub since: std::time::Instant,
+    pub since: Instant,
 }
 
 impl Health {
     pub fn new() -> Self {
-        Self { critical_warning: 0, power_cycles: 1, seconds_before: 0, since: std::time::Instant::now() }
+        Self { critical_warning: 0, power_cycles: 1, seconds_before: 0, since: Instant::now() }
     }
 
-    /// How long the controller has been powered on.
-    pub fn power_on_seconds(&self) -> u64 {
-        self.seconds_before.saturating_add(self.since.elapsed().as_secs())
+    /// How long the controller has been powered on at `now`.
+    pub fn power_on_seconds_at(&self, now: Instant) -> u64 {
+        self.seconds_before.saturating_add(now.saturating_duration_since(self.since).as_secs())
     }
 }

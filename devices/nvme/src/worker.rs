@@ -389,10 +389,19 @@ impl Worker {
         Ok(more)
     }
 
-    /// The next [`Worker::arm`] publishes every EventIdx again.
-    pub fn forget_published(&mut self) {
+    /// After a pause or a restore: every EventIdx is published again before sleep, and what could not be posted is tried again.
+    pub fn wake_up(&mut self) {
         for queue in self.sqs.iter_mut().flatten() {
             queue.published = None;
+        }
+        for (index, cq) in self.cqs.iter_mut().enumerate() {
+            if let Some(cq) = cq
+                && !cq.backlog.is_empty()
+                && !cq.listed
+            {
+                cq.listed = true;
+                self.listed.push(index as u32);
+            }
         }
     }
 

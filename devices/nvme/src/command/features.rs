@@ -17,13 +17,13 @@ pub(crate) const DEFAULT_OVER_TEMPERATURE_KELVIN: u16 = 343;
 /// Granularity of the keep alive timer: one second.
 pub(crate) const KEEP_ALIVE_GRANULARITY_MS: u32 = 1000;
 /// Bits of Asynchronous Event Configuration that mean something here: SMART warnings and namespace notices.
-const ASYNC_EVENT_BITS: u32 = 0xff | nvme_spec::identify::OAES_NAMESPACE_ATTRIBUTE;
+pub(crate) const ASYNC_EVENT_BITS: u32 = 0xff | nvme_spec::identify::OAES_NAMESPACE_ATTRIBUTE;
 /// Asynchronous Event Configuration bit 1: tell of temperature.
 const ASYNC_EVENT_TEMPERATURE: u32 = 1 << 1;
 /// Critical warning bit 1: the temperature is beyond a threshold.
 const WARNING_TEMPERATURE: u8 = 1 << 1;
 /// Milliseconds of a Timestamp: 48 bits.
-const TIMESTAMP_MASK: u64 = (1 << 48) - 1;
+pub(crate) const TIMESTAMP_MASK: u64 = (1 << 48) - 1;
 
 /// The current values. Nothing is saved across power cycles, so the saved values are the defaults.
 #[derive(Clone, Debug)]
@@ -55,15 +55,16 @@ pub(crate) struct Timestamp {
 }
 
 impl Timestamp {
-    /// What it is now.
-    pub fn now_milliseconds(&self) -> u64 {
-        let elapsed = u64::try_from(self.at.elapsed().as_millis()).unwrap_or(u64::MAX);
+    /// What it is at `now`.
+    pub fn milliseconds_at(&self, now: Instant) -> u64 {
+        let elapsed = now.saturating_duration_since(self.at).as_millis();
+        let elapsed = u64::try_from(elapsed).unwrap_or(u64::MAX);
         self.milliseconds.wrapping_add(elapsed) & TIMESTAMP_MASK
     }
 
     fn to_bytes(self) -> [u8; 8] {
         // Bits 51:49 Timestamp Origin: 1 set by the host.
-        (self.now_milliseconds() | u64::from(self.set) << 49).to_le_bytes()
+        (self.milliseconds_at(Instant::now()) | u64::from(self.set) << 49).to_le_bytes()
     }
 }
 
@@ -284,15 +285,21 @@ impl Admin {
             _ => self.features.under_temperature_kelvin = kelvin,
         }
         let warned = self.health.critical_warning & WARNING_TEMPERATURE != 0;
+        self.refresh_critical_warning();
+        let warns = self.health.critical_warning & WARNING_TEMPERATURE != 0;
+        if warns && !warned && self.features.async_events & ASYNC_EVENT_TEMPERATURE != 0 {
+            pool.shared.events().queue(Event::TEMPERATURE_THRESHOLD);
+        }
+        Ok(())
+    }
+
+    /// Compares the temperature with the thresholds.
+    pub fn refresh_critical_warning(&mut self) {
         if self.features.too_hot_or_cold() {
             self.health.critical_warning |= WARNING_TEMPERATURE;
-            if !warned && self.features.async_events & ASYNC_EVENT_TEMPERATURE != 0 {
-                pool.shared.events().queue(Event::TEMPERATURE_THRESHOLD);
-            }
         } else {
             self.health.critical_warning &= !WARNING_TEMPERATURE;
         }
-        Ok(())
     }
 
     fn set_error_recovery(&mut self, nsid: u32, value: u32) -> Result<(), Status> {

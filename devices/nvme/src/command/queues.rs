@@ -128,24 +128,18 @@ impl Admin {
     /// Remembers the doorbell buffers and gives every queue its shadow, which starts at the queue's doorbell.
     pub fn set_buffers(&mut self, pool: &Pool, buffers: Buffers) -> Result<(), MemoryGone> {
         let memory = &pool.shared.memory;
-        self.buffers = Some(buffers);
-        if let Some(queues) = self.queues.as_mut() {
-            queues.sq.published = None;
-            if let Some(shadow) = buffers.cq(0) {
-                shadow.store(memory, queues.cq.head)?;
-            }
+        self.attach_buffers(pool, buffers);
+        if let (Some(queues), Some(shadow)) = (&self.queues, buffers.cq(0)) {
+            shadow.store(memory, queues.cq.head)?;
         }
         for index in 0..pool.workers.len() {
-            let mut worker = pool.worker(index);
-            for queue in worker.sqs.iter_mut().flatten() {
-                queue.shadow = buffers.sq(queue.id);
-                queue.published = None;
+            let worker = pool.worker(index);
+            for queue in worker.sqs.iter().flatten() {
                 if let Some(shadow) = queue.shadow {
                     shadow.store(memory, pool.shared.doorbells.tail(queue.id))?;
                 }
             }
-            for queue in worker.cqs.iter_mut().flatten() {
-                queue.shadow = buffers.cq(queue.id);
+            for queue in worker.cqs.iter().flatten() {
                 if let Some(shadow) = queue.shadow {
                     shadow.store(memory, pool.shared.doorbells.head(queue.id))?;
                     shadow.publish(memory, queue.head)?;
@@ -153,6 +147,24 @@ impl Admin {
             }
         }
         Ok(())
+    }
+
+    /// Remembers the doorbell buffers without writing to them, as a restored controller does.
+    pub fn attach_buffers(&mut self, pool: &Pool, buffers: Buffers) {
+        self.buffers = Some(buffers);
+        if let Some(queues) = self.queues.as_mut() {
+            queues.sq.published = None;
+        }
+        for index in 0..pool.workers.len() {
+            let mut worker = pool.worker(index);
+            for queue in worker.sqs.iter_mut().flatten() {
+                queue.shadow = buffers.sq(queue.id);
+                queue.published = None;
+            }
+            for queue in worker.cqs.iter_mut().flatten() {
+                queue.shadow = buffers.cq(queue.id);
+            }
+        }
     }
 
     /// The shadow of a new queue, which starts at 0 whatever an earlier queue of the same identifier left there.

@@ -14,8 +14,9 @@ use nvme_spec::{CompletionEntry, Status, SubmissionEntry};
 use pci::{MsiMessage, MsixSink, PciFunction};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
+use vmstate::VmState;
 
-use crate::{Controller, ControllerConfig, Host, NamespaceConfig, Progress};
+use crate::{Controller, ControllerConfig, Host, NamespaceConfig, NvmeState, Progress};
 
 /// Guest memory of a test.
 pub const MEMORY_BYTES: usize = 16 << 20;
@@ -311,8 +312,7 @@ impl Guest {
     pub fn set_doorbell(&mut self, offset: u64, value: u32) {
         let slot = offset - regs::DOORBELLS;
         if let Some((shadow, event_index)) = self.shadow
-            && slot >= 8
-            && slot < 4096
+            && (8..4096).contains(&slot)
         {
             let address = GuestAddress(shadow + slot);
             let old: u32 = self.memory.load(address, Ordering::SeqCst).unwrap();
@@ -455,6 +455,37 @@ impl Guest {
         })
         .unwrap();
         self.shadow = Some((shadow, event_index));
+    }
+
+    /// Pauses, saves, sends the bytes, and goes on in another controller with `workers` workers over the same memory
+    /// and images. The old controller is returned, paused.
+    pub fn migrate(&mut self, workers: usize) -> Arc<Controller> {
+        self.controller.pause(Instant::now() + PATIENCE).unwrap();
+        let state = self.controller.save();
+        let bytes = vmstate::to_bytes(&state);
+        let loaded = vmstate::from_bytes::<NvmeState>(&bytes, NvmeState::VERSION).unwrap();
+        assert_eq!(loaded, state);
+        let (contexts, events) = contexts(&self.memory, workers, 64);
+        let (process, interrupts) = (Arc::new(Process::default()), Arc::new(Interrupts::default()));
+        let before = self.read_bytes(0, MEMORY_BYTES);
+        let restored = Controller::restore(
+            &loaded,
+            self.config.clone(),
+            self.memory.clone(),
+            &self.namespaces,
+            contexts,
+            interrupts.clone(),
+            process.clone(),
+        )
+        .unwrap();
+        assert_eq!(restored.inventory().differences(&self.controller.inventory()), Vec::<String>::new());
+        assert_eq!(restored.save(), state, "what was restored saves the same");
+        assert!(self.read_bytes(0, MEMORY_BYTES) == before, "restoring does not touch guest memory");
+        restored.resume();
+        self.process = process;
+        self.interrupts = interrupts;
+        self.events = events;
+        std::mem::replace(&mut self.controller, Arc::new(restored))
     }
 
     /// The offsets of doorbells that only wake.

@@ -1,8 +1,6 @@
 //! Registers, enable, disable, shutdown, subsystem reset.
 
-use nvme_spec::opcode::{admin, nvm};
-use nvme_spec::regs::{self, Cap, Csts};
-use nvme_spec::{CompletionEntry, SubmissionEntry};
+use nvme_spec::opcode::nvm;
 
 use super::driver::{Guest, namespace, transfer};
 use crate::ControllerConfig;

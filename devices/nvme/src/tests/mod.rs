@@ -3,3 +3,4 @@
 mod driver;
 mod init;
 mod io;
+mod migrate;
