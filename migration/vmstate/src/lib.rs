@@ -69,6 +69,16 @@
 //!   before anything is allocated. Depth is bounded by the types: a type that contains itself does not compile.
 //! - All of the bytes are consumed, or the load fails.
 //!
+//! ```compile_fail,E0391
+//! # use vmstate::VmState;
+//! #[derive(VmState)]
+//! #[vmstate(name = "tree")]
+//! struct Tree {
+//!     #[vmstate(list, max = 2)]
+//!     children: Vec<Tree>, // states of any depth
+//! }
+//! ```
+//!
 //! # Absent
 //!
 //! No reflection at run time, no map types, no floating point, no strings (bytes are counted `Vec<u8>`), no enums (integers, which
