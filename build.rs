@@ -12,7 +12,7 @@ use std::process::{Command, exit};
 
 const EDITION: &str = "2024";
 /// Sources that the guest is made of.
-const SOURCES: [&str; 2] = ["devices/nvme-spec/src", "resources/exerciser"];
+const SOURCES: [&str; 3] = ["devices/nvme-spec/src", "resources/exerciser/src", "resources/exerciser/guest"];
 
 fn main() {
     if let Err(message) = build() {

@@ -19,6 +19,8 @@ mod line;
 mod msi;
 mod pit;
 pub(crate) mod run;
+#[cfg(test)]
+mod tests;
 pub(crate) mod tsc_offset;
 mod vm;
 pub(crate) mod xsave;

@@ -71,6 +71,7 @@ impl VcpuManager {
                 .map_err(|source| Error::Spawn { vcpu: index, source })?;
             manager.threads.push(Thread { index, commands: Some(commands), handle: Some(handle) });
         }
+        manager.ask_all(|_| Vcpu::power_on)?.into_iter().collect::<Result<(), _>>()?;
         Ok(manager)
     }
 
@@ -125,8 +126,24 @@ impl VcpuManager {
     /// # Errors
     /// [`Error::ThreadGone`], [`Error::Unresponsive`].
     pub fn pause(&self) -> Result<(), Error> {
-        self.ask_all(|_| Vcpu::pause)?;
-        Ok(())
+        self.end_pause(&self.begin_pause()?)
+    }
+
+    /// When this returns, every vCPU has been kicked.
+    pub(super) fn begin_pause(&self) -> Result<Vec<Receiver<()>>, Error> {
+        self.threads.iter().map(|thread| thread.ask(Vcpu::pause)).collect()
+    }
+
+    pub(super) fn end_pause(&self, asked: &[Receiver<()>]) -> Result<(), Error> {
+        self.threads.iter().zip(asked).try_for_each(|(thread, answer)| thread.answer(answer))
+    }
+
+    /// Puts all vCPUs, which must be paused, into the state in which they were created. Time goes on.
+    ///
+    /// # Errors
+    /// [`Error::NotPaused`], [`Error::Call`].
+    pub fn reset(&self) -> Result<(), Error> {
+        self.ask_all(|_| Vcpu::reset)?.into_iter().collect()
     }
 
     /// Reads the state of all vCPUs, which must be paused, and after the devices were: their last interrupts are in the

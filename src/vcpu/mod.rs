@@ -15,6 +15,8 @@ mod cpuid;
 mod manager;
 mod msr;
 mod state;
+#[cfg(test)]
+pub(crate) mod tests;
 mod thread;
 
 pub use boot::{BootProtocol, BootRegisters};

@@ -12,6 +12,11 @@ use super::{BootRegisters, cpuid, msr};
 use crate::kvm::run::{Exit, Kickable};
 use crate::kvm::{Error, tsc_offset, xsave};
 
+/// Offset of the LINT1 entry in a local APIC's registers.
+const LVT_LINT1: usize = 0x360;
+/// Delivers an NMI, unmasked.
+const LVT_DELIVERY_NMI: u32 = 0x400;
+
 /// Where a vCPU's accesses go.
 #[derive(Clone)]
 pub struct Buses {
@@ -42,6 +47,8 @@ pub(super) struct Vcpu {
     pub(super) index: u32,
     kickable: Kickable,
     running: bool,
+    /// As it was before it was first booted, restored or run.
+    power_on: Option<VcpuState>,
     buses: Buses,
     on_event: EventHandler,
     cpuid: CpuId,
@@ -65,7 +72,7 @@ impl Vcpu {
     pub(super) fn new(parts: Parts) -> Self {
         let Parts { index, fd, buses, on_event, cpuid, msrs, xsave_bytes } = parts;
         let kickable = Kickable::new(fd);
-        Self { index, kickable, running: false, buses, on_event, cpuid, msrs, xsave_bytes }
+        Self { index, kickable, running: false, power_on: None, buses, on_event, cpuid, msrs, xsave_bytes }
     }
 
     /// Until nobody can send commands any more.
@@ -127,6 +134,26 @@ impl Vcpu {
             }
         }
         self.kickable.set_immediate_exit(false);
+    }
+
+    /// Back to power-on, apart from the time stamp counter.
+    pub(super) fn reset(&mut self) -> Result<(), Error> {
+        self.paused("reset it")?;
+        let power_on = self.power_on.clone().expect("VcpuManager::new has every vCPU remember it");
+        let tsc_offset = tsc_offset::read(self.fd())?;
+        self.restore(&VcpuState { tsc_offset, ..power_on }, 0)
+    }
+
+    /// Wires the local APIC as firmware would leave it: NMIs arrive at LINT1 (the PICs at LINT0 of the first vCPU, as KVM
+    /// has it). Setting it also makes KVM route messages to this APIC, which it otherwise does only once some guest code
+    /// switches its own APIC on. Then remembers everything, for [`Self::reset`].
+    pub(super) fn power_on(&mut self) -> Result<(), Error> {
+        let mut lapic = self.fd().get_lapic().map_err(Error::call("read a local APIC"))?;
+        let nmi = LVT_DELIVERY_NMI.to_le_bytes().map(|byte| byte as std::ffi::c_char);
+        lapic.regs[LVT_LINT1..LVT_LINT1 + 4].copy_from_slice(&nmi);
+        self.fd().set_lapic(&lapic).map_err(Error::call("wire a local APIC"))?;
+        self.power_on = Some(self.save()?);
+        Ok(())
     }
 
     pub(super) fn boot(&mut self, registers: &BootRegisters) -> Result<(), Error> {
@@ -196,7 +223,13 @@ impl Vcpu {
         xsave::restore(fd, &saved.xsave)?;
         fd.set_sregs(&saved.system.to_kvm()).map_err(set("system registers"))?;
         fd.set_regs(&saved.registers.to_kvm()).map_err(set("registers"))?;
-        tsc_offset::write(fd, saved.tsc_offset.wrapping_add(tsc_shift))?;
+        let tsc_offset = saved.tsc_offset.wrapping_add(tsc_shift);
+        tsc_offset::write(fd, tsc_offset)?;
+        if tsc_offset::read(fd)? != tsc_offset {
+            log::warn!(
+                "vCPU {index}: this KVM cannot offset time stamp counters (no VMX or SVM): the guest sees the host's, not {tsc_offset:#x} more"
+            );
+        }
         let (deadline, msrs): (Vec<_>, Vec<_>) =
             saved.msrs.iter().cloned().partition(|msr| msr.index == msr::TSC_DEADLINE);
         msr::write(fd, index, &msrs)?;

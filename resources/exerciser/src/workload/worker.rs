@@ -24,6 +24,7 @@ const WRITE_ZEROES_EVERY: u64 = 16;
 const FUA_EVERY: u64 = 8;
 /// Bytes of the reads whose rate is measured.
 const RATE_BYTES: u32 = 4096;
+const PAGE_WORDS: usize = PAGE_BYTES / 8;
 
 /// What is being done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,32 +61,41 @@ struct Task {
     extent: Extent,
 }
 
+/// A task under way, and where in the slot's first page its data begins, in 8-byte words.
+#[derive(Clone, Copy, Debug)]
+struct Sent {
+    task: Task,
+    offset: usize,
+}
+
 /// A command identifier, with memory for its data.
 #[derive(Debug)]
 struct Slot {
     data: Dma,
     /// PRP list: the pages of `data` after the first.
     list: Dma,
-    task: Option<Task>,
+    sent: Option<Sent>,
 }
 
 impl Slot {
     fn new(transfer_bytes: u64) -> Self {
-        let data = Dma::new(transfer_bytes as usize);
+        // One page more, for data that does not begin at the start of a page.
+        let data = Dma::new(transfer_bytes as usize + PAGE_BYTES);
         let pages = data.length_bytes() / PAGE_BYTES;
         let mut list = Dma::new(pages * 8);
         for page in 1..pages {
             list.store64(page - 1, data.address() + (page * PAGE_BYTES) as u64);
         }
-        Self { data, list, task: None }
+        Self { data, list, sent: None }
     }
 
-    /// PRP entries for the first `length_bytes` of the data (Base 4.1.1).
-    fn data_pointer(&self, length_bytes: u32) -> (u64, u64) {
-        let first = self.data.address();
-        match (length_bytes as usize).div_ceil(PAGE_BYTES) {
+    /// PRP entries for `words` words of data that begin `offset` words into the first page (Base 4.1.1).
+    fn data_pointer(&self, offset: usize, words: usize) -> (u64, u64) {
+        let start = self.data.address();
+        let first = start + 8 * offset as u64;
+        match (offset + words).div_ceil(PAGE_WORDS) {
             0 | 1 => (first, 0),
-            2 => (first, first + PAGE_BYTES as u64),
+            2 => (first, start + PAGE_BYTES as u64),
             _ => (first, self.list.address()),
         }
     }
@@ -221,7 +231,7 @@ impl Worker {
             sq_head: completion.sq_head,
         };
         let slot = self.slots.get_mut(usize::from(completion.cid)).ok_or(unknown)?;
-        let task = slot.task.take().ok_or(unknown)?;
+        let Sent { task, offset } = slot.sent.take().ok_or(unknown)?;
         let disk = &mut self.disks[task.disk];
         if !completion.status().is_success() {
             return Err(Error::Status {
@@ -243,7 +253,7 @@ impl Worker {
             }
             Operation::Read => {
                 let words = disk.bytes(task.extent) as usize / 8;
-                disk.verify(place, task.extent, &slot.data.words()[..words])?;
+                disk.verify(place, task.extent, &slot.data.words()[offset..offset + words])?;
                 disk.release(task.extent);
                 counters.reads += 1;
                 counters.verified += 1;
@@ -265,8 +275,10 @@ impl Worker {
         let Some(task) = self.choose() else { return false };
         self.free.pop();
         self.next_queue = (queue + 1) % queues;
-        let entry = self.entry(cid, task);
-        self.slots[usize::from(cid)].task = Some(task);
+        // Half of all data begins somewhere in a page.
+        let choice = self.random.draw();
+        let offset = if choice & 1 == 0 { 0 } else { (choice >> 32) as usize % PAGE_WORDS };
+        let entry = self.entry(cid, Sent { task, offset });
         self.controller.queues[queue].pair.push(&entry);
         true
     }
@@ -330,10 +342,13 @@ impl Worker {
     }
 
     /// The submission entry, with the data in place.
-    fn entry(&mut self, cid: u16, task: Task) -> SubmissionEntry {
+    fn entry(&mut self, cid: u16, sent: Sent) -> SubmissionEntry {
+        let Sent { task, offset } = sent;
         let disk = &mut self.disks[task.disk];
         let slot = &mut self.slots[usize::from(cid)];
-        let length_bytes = disk.bytes(task.extent);
+        slot.sent = Some(sent);
+        let words = disk.bytes(task.extent) as usize / 8;
+        let data = &mut slot.data.words_mut()[offset..offset + words];
         let mut entry = SubmissionEntry {
             opcode: task.operation.opcode(),
             cid,
@@ -348,17 +363,17 @@ impl Worker {
         match task.operation {
             Operation::WriteZeroes => disk.prepare_zeroes(task.extent),
             Operation::Write => {
-                disk.prepare_write(task.extent, &mut slot.data.words_mut()[..length_bytes as usize / 8]);
+                disk.prepare_write(task.extent, data);
                 if self.random.below(FUA_EVERY) == 0 {
                     entry.cdw12 |= CDW12_FUA;
                 }
             }
             // What was there before could be what is expected.
-            Operation::Read => slot.data.words_mut()[..length_bytes as usize / 8].fill(POISON),
+            Operation::Read => data.fill(POISON),
             Operation::RateRead | Operation::Flush => {}
         }
         if task.operation != Operation::WriteZeroes {
-            (entry.prp1, entry.prp2) = slot.data_pointer(length_bytes);
+            (entry.prp1, entry.prp2) = slot.data_pointer(offset, words);
         }
         entry
     }

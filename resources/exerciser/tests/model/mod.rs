@@ -230,7 +230,8 @@ fn memory<'a>(address: u64, length: usize) -> &'a mut [u8] {
 
 /// The pieces of memory that PRP entries name.
 fn pieces(entry: &SubmissionEntry, length: usize) -> Vec<(u64, usize)> {
-    let pages = length.div_ceil(4096);
+    let offset = entry.prp1 as usize % 4096;
+    let pages = (offset + length).div_ceil(4096);
     let page = |index: usize| match (index, pages) {
         (0, _) => entry.prp1,
         (_, 2) => entry.prp2,
@@ -239,7 +240,13 @@ fn pieces(entry: &SubmissionEntry, length: usize) -> Vec<(u64, usize)> {
             u64::from_le_bytes(place.try_into().expect("eight bytes"))
         }
     };
-    (0..pages).map(|index| (page(index), (length - index * 4096).min(4096))).collect()
+    let mut left = length;
+    let mut piece = |index| {
+        let bytes = left.min(if index == 0 { 4096 - offset } else { 4096 });
+        left -= bytes;
+        (page(index), bytes)
+    };
+    (0..pages).map(&mut piece).collect()
 }
 
 impl State {
@@ -407,7 +414,7 @@ impl State {
                         start += bytes;
                     }
                     if self.strikes(Fault::FlipBit) {
-                        memory(entry.prp1, length.min(4096))[77] ^= 4;
+                        memory(entry.prp1, 8)[7] ^= 4;
                     }
                 }
                 nvm::WRITE if self.strikes(Fault::LoseWrite) => {}

@@ -1,0 +1,7 @@
+//! Tests with real guests of a few bytes, for this module and for the others that need one.
+
+mod guest;
+mod run;
+mod save;
+
+pub(crate) use guest::{CODE, MMIO, TestGuest, WATCHDOG};
