@@ -51,7 +51,7 @@ extern "C" fn guest_start(start_info: u64) -> ! {
 extern "C" fn guest_fault() -> ! {
     // SAFETY: entry.s defines the record and writes it only before it comes here.
     let [vector, code, rip, address, cs] =
-        unsafe { &*(&raw const fault_record) }.each_ref().map(|field| field.load(Ordering::Relaxed));
+        unsafe { &fault_record }.each_ref().map(|field| field.load(Ordering::Relaxed));
     stop(format_args!(
         "error kind=fault vector={vector} code={code:#x} rip={rip:#x} address={address:#x} cs={cs:#x}"
     ))

@@ -101,13 +101,13 @@ impl Machine for Processor {
 
     fn interrupts(&self, vector: u8) -> u64 {
         // SAFETY: entry.s defines the table; it is only counted up.
-        let counts = unsafe { &*(&raw const interrupt_counts) };
+        let counts = unsafe { &interrupt_counts };
         counts[usize::from(vector)].load(Ordering::Acquire)
     }
 
     fn interrupt_total(&self) -> u64 {
         // SAFETY: as in `interrupts`.
-        let total = unsafe { &*(&raw const interrupt_total) };
+        let total = unsafe { &interrupt_total };
         total.load(Ordering::Acquire)
     }
 

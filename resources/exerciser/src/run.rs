@@ -9,7 +9,7 @@ use crate::console::Console;
 use crate::error::Error;
 use crate::machine::Machine;
 use crate::nvme::Controller;
-use crate::nvme::controller::Vectors;
+use crate::nvme::io_queue::Vectors;
 use crate::options::{Exit, Mode, Options, WORDS};
 use crate::pci::{self, Window};
 use crate::power;

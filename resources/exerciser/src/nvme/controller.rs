@@ -1,16 +1,15 @@
-//! A controller from reset to queues, and its admin commands.
+//! A controller from reset to queues, and its shutdown.
 
 use alloc::vec::Vec;
 
-use nvme_spec::event::Event;
-use nvme_spec::identify::{
-    IdentifyController, IdentifyNamespace, OACS_DOORBELL_BUFFER_CONFIG, ONCS_WRITE_ZEROES, VWC_PRESENT, cns,
-};
+use nvme_spec::identify::{IdentifyController, OACS_DOORBELL_BUFFER_CONFIG, cns};
 use nvme_spec::opcode::{CQ_INTERRUPTS_ENABLED, QUEUE_PHYSICALLY_CONTIGUOUS, admin};
 use nvme_spec::regs::{self, Cap, Cc, Csts};
-use nvme_spec::{CompletionEntry, SubmissionEntry, feature};
+use nvme_spec::{SubmissionEntry, feature};
 
 use super::doorbell::{Doorbells, Shadow};
+use super::identity::{Identity, Namespace};
+use super::io_queue::{Interrupt, IoQueue, Vectors};
 use super::queue::QueuePair;
 use crate::clock::Deadline;
 use crate::error::{Error, Place};
@@ -21,80 +20,7 @@ use crate::options::{self, Options};
 use crate::pci::{Function, Msix, Window};
 
 const ADMIN_ENTRIES: u32 = 32;
-const ADMIN_TIMEOUT_MILLISECONDS: u64 = 10_000;
-/// Command identifiers from here on are Asynchronous Event Requests.
-const EVENT_CID: u16 = 0x8000;
-/// Interrupt vectors of I/O queues. Queues beyond them share.
-const FIRST_VECTOR: u8 = 0x30;
-const LAST_VECTOR: u8 = 0xef;
-
-/// Interrupt vectors that are still free.
-#[derive(Debug)]
-pub struct Vectors {
-    next: u8,
-}
-
-impl Default for Vectors {
-    fn default() -> Self {
-        Self { next: FIRST_VECTOR }
-    }
-}
-
-impl Vectors {
-    fn take(&mut self) -> u8 {
-        let vector = self.next;
-        self.next = if vector == LAST_VECTOR { FIRST_VECTOR } else { vector + 1 };
-        vector
-    }
-}
-
-/// An active namespace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Namespace {
-    /// Namespace identifier.
-    pub nsid: u32,
-    /// Size in blocks.
-    pub blocks: u64,
-    /// Size of a block in bytes.
-    pub block_bytes: u32,
-    /// Whether writes are refused.
-    pub read_only: bool,
-}
-
-/// What a controller says of itself.
-#[derive(Clone, Debug)]
-pub struct Identity {
-    /// CAP.
-    pub capabilities: Cap,
-    /// VS.
-    pub version: u32,
-    /// Identify Controller.
-    pub controller: IdentifyController,
-    /// I/O queue pairs that it grants.
-    pub granted_queues: u32,
-}
-
-impl Identity {
-    /// Largest transfer in bytes; None without a limit.
-    pub fn transfer_limit_bytes(&self) -> Option<u64> {
-        let page: u64 = 1 << (12 + self.capabilities.mpsmin());
-        match self.controller.mdts {
-            0 => None,
-            shift => page.checked_shl(shift.into()),
-        }
-    }
-
-    /// Whether Write Zeroes is there.
-    pub fn has_write_zeroes(&self) -> bool {
-        self.controller.oncs & ONCS_WRITE_ZEROES != 0
-    }
-
-    /// Whether a write may be held in a cache until it is flushed.
-    pub fn has_write_cache(&self) -> bool {
-        self.controller.vwc & VWC_PRESENT != 0
-    }
-}
-
+pub(super) const ADMIN_TIMEOUT_MILLISECONDS: u64 = 10_000;
 /// A controller with its queues.
 #[derive(Debug)]
 pub struct Controller {
@@ -113,38 +39,10 @@ pub struct Controller {
     /// Doorbells of all queues.
     pub doorbells: Doorbells,
     registers: Registers,
-    admin: QueuePair,
-    scratch: Dma,
+    pub(super) admin: QueuePair,
+    pub(super) scratch: Dma,
     msix: Option<Msix>,
-    tsc_khz: u64,
-}
-
-/// An I/O queue pair and the interrupt that announces its completions.
-#[derive(Debug)]
-pub struct IoQueue {
-    /// The queues.
-    pub pair: QueuePair,
-    interrupt: Option<Interrupt>,
-}
-
-#[derive(Debug)]
-struct Interrupt {
-    vector: u8,
-    seen: u64,
-}
-
-impl IoQueue {
-    /// Whether completions may be there: always when polling, else after an interrupt that was not yet seen.
-    pub fn is_due(&mut self, machine: &dyn Machine) -> bool {
-        let Some(interrupt) = &mut self.interrupt else { return true };
-        let arrived = machine.interrupts(interrupt.vector);
-        core::mem::replace(&mut interrupt.seen, arrived) != arrived
-    }
-
-    /// Arrivals of the queue's interrupt.
-    pub fn interrupts(&self, machine: &dyn Machine) -> u64 {
-        self.interrupt.as_ref().map_or(0, |interrupt| machine.interrupts(interrupt.vector))
-    }
+    pub(super) tsc_khz: u64,
 }
 
 impl Controller {
@@ -324,178 +222,8 @@ impl Controller {
         Ok(())
     }
 
-    fn find_namespaces(&mut self, machine: &mut dyn Machine) -> Result<(), Error> {
-        let mut active = Vec::new();
-        loop {
-            let after = active.last().copied().unwrap_or(0);
-            let list = self.identify(machine, cns::ACTIVE_NAMESPACES, after)?;
-            let entries = list.as_chunks::<4>().0;
-            let found: Vec<u32> = entries
-                .iter()
-                .map(|entry| u32::from_le_bytes(*entry))
-                .take_while(|nsid| *nsid != 0)
-                .collect();
-            let full = found.len() == entries.len();
-            for nsid in found {
-                // Base 5.17.2.3: identifiers greater than the one given, in increasing order.
-                if active.last().is_some_and(|last| *last >= nsid) || nsid <= after {
-                    return Err(self.wrong("the active namespace list is not in order", nsid.into()));
-                }
-                active.push(nsid);
-            }
-            if !full {
-                break;
-            }
-        }
-        for nsid in active {
-            let data = IdentifyNamespace::from_bytes(self.identify(machine, cns::NAMESPACE, nsid)?);
-            // NVM figure 97: bits 6:5 are the upper half of the format's number.
-            let format = usize::from(data.flbas & 0xf | data.flbas >> 1 & 0x30);
-            let format = data.lbaf[format];
-            if data.nsze == 0 || !(9..=16).contains(&format.lba_data_size_log2) || format.metadata_bytes != 0
-            {
-                return Err(
-                    self.wrong("a namespace has no size or a format that is not supported", nsid.into())
-                );
-            }
-            self.namespaces.push(Namespace {
-                nsid,
-                blocks: data.nsze,
-                block_bytes: 1 << format.lba_data_size_log2,
-                read_only: data.nsattr & nvme_spec::identify::NSATTR_WRITE_PROTECTED != 0,
-            });
-        }
-        Ok(())
-    }
-
-    fn identify(
-        &mut self,
-        machine: &mut dyn Machine,
-        cns: u8,
-        nsid: u32,
-    ) -> Result<&[u8; PAGE_BYTES], Error> {
-        let entry = SubmissionEntry {
-            opcode: admin::IDENTIFY,
-            nsid,
-            prp1: self.scratch.address(),
-            cdw10: cns.into(),
-            ..SubmissionEntry::default()
-        };
-        self.command(machine, entry)?;
-        Ok(self.scratch.bytes().first_chunk().expect("the scratch buffer is a page"))
-    }
-
-    /// Runs one admin command.
-    ///
-    /// # Errors
-    ///
-    /// When it fails or does not complete in time.
-    pub fn command(
-        &mut self,
-        machine: &mut dyn Machine,
-        entry: SubmissionEntry,
-    ) -> Result<CompletionEntry, Error> {
-        self.admin.push(&entry);
-        self.admin.ring(&mut self.doorbells);
-        let deadline = Deadline::new(machine, self.tsc_khz, ADMIN_TIMEOUT_MILLISECONDS);
-        loop {
-            match self.admin.pop()? {
-                Some(completion) if completion.cid >= EVENT_CID => {
-                    return Err(self.wrong("an event that nothing caused", completion.dw0.into()));
-                }
-                Some(completion) => {
-                    self.admin.ring(&mut self.doorbells);
-                    return if completion.status().is_success() {
-                        Ok(completion)
-                    } else {
-                        Err(Error::Status {
-                            place: self.admin.place(),
-                            opcode: entry.opcode,
-                            nsid: entry.nsid,
-                            block: entry.cdw10_64(),
-                            status: completion.status(),
-                        })
-                    };
-                }
-                None if deadline.is_over(machine) => return Err(self.admin.stalled(0)),
-                None => {}
-            }
-        }
-    }
-
-    /// Parks `count` Asynchronous Event Requests with the controller.
-    ///
-    /// # Errors
-    ///
-    /// When it takes fewer.
-    pub fn park_events(&mut self, count: u16) -> Result<(), Error> {
-        let most = u16::from(self.identity.controller.aerl) + 1;
-        if count > most {
-            return Err(self.wrong("takes fewer Asynchronous Event Requests", most.into()));
-        }
-        for number in 0..count {
-            self.admin.push(&SubmissionEntry {
-                opcode: admin::ASYNC_EVENT_REQUEST,
-                cid: EVENT_CID + number,
-                ..SubmissionEntry::default()
-            });
-        }
-        self.admin.ring(&mut self.doorbells);
-        Ok(())
-    }
-
-    /// Shows that every parked request is still there: rings the doorbell of a queue that does not exist, expects
-    /// the event (Base 5.2.1), and reads the log that lets the next one come.
-    ///
-    /// # Errors
-    ///
-    /// An event that does not come, or another one.
-    pub fn redeem_events(&mut self, machine: &mut dyn Machine) -> Result<(), Error> {
-        let absent = self.queues.len() as u16 + 1;
-        if self.admin.outstanding() > 0 && !self.doorbells.reach(absent) {
-            return Err(self.wrong("BAR 0 has no doorbell of a queue that does not exist", absent.into()));
-        }
-        while self.admin.outstanding() > 0 {
-            self.doorbells.ring_register(absent, 1);
-            let deadline = Deadline::new(machine, self.tsc_khz, ADMIN_TIMEOUT_MILLISECONDS);
-            let completion = loop {
-                if let Some(completion) = self.admin.pop()? {
-                    break completion;
-                }
-                if deadline.is_over(machine) {
-                    return Err(self.admin.stalled(0));
-                }
-            };
-            self.admin.ring(&mut self.doorbells);
-            if completion.cid < EVENT_CID || completion.dw0 != Event::INVALID_DOORBELL_REGISTER.to_dword() {
-                return Err(self.wrong("another event than the one that was caused", completion.dw0.into()));
-            }
-            let log = SubmissionEntry {
-                opcode: admin::GET_LOG_PAGE,
-                nsid: nvme_spec::NSID_BROADCAST,
-                prp1: self.scratch.address(),
-                cdw10: (64 / 4 - 1) << 16 | u32::from(Event::INVALID_DOORBELL_REGISTER.log_page),
-                ..SubmissionEntry::default()
-            };
-            self.command(machine, log)?;
-        }
-        Ok(())
-    }
-
-    fn wrong(&self, reason: &'static str, value: u64) -> Error {
+    pub(super) fn wrong(&self, reason: &'static str, value: u64) -> Error {
         Error::Controller { controller: self.index, reason, value }
-    }
-
-    /// Looks for events while none should come.
-    ///
-    /// # Errors
-    ///
-    /// The event.
-    pub fn look_for_events(&mut self) -> Result<(), Error> {
-        match self.admin.pop()? {
-            Some(completion) => Err(self.wrong("an event that nothing caused", completion.dw0.into())),
-            None => Ok(()),
-        }
     }
 
     /// Shuts the controller down as before power goes (Base 3.6.1).
