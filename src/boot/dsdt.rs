@@ -4,8 +4,8 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name,
-    PackageBuilder, Path, ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name,
+    PackageBuilder, Path, ResourceTemplate, Return, Scope,
 };
 use acpi_tables::sdt::Sdt;
 
@@ -15,8 +15,6 @@ use crate::layout::{
     SERIAL_PORT,
 };
 
-/// SLP_TYP of soft off that the PM1a control register acts on.
-const SLEEP_TYPE_SOFT_OFF: u8 = 5;
 /// Slots of the PCI bus and pins of a slot.
 const SLOTS: u32 = 32;
 const PINS: u32 = 4;
@@ -31,7 +29,7 @@ pub(super) fn build() -> Vec<u8> {
     Scope::new(Path::new("\\_SB_"), vec![&mainboard, &bridge, &serial]).to_aml_bytes(&mut body);
     // SLP_TYP of PM1a and PM1b for soft off, and two reserved elements.
     let mut soft_off = PackageBuilder::new();
-    for value in [SLEEP_TYPE_SOFT_OFF, 0, 0, 0] {
+    for value in [legacy::SLEEP_TYPE_SOFT_OFF as u8, 0, 0, 0] {
         soft_off.add_element(&value);
     }
     Name::new(Path::new("\\_S5_"), &soft_off).to_aml_bytes(&mut body);
@@ -79,7 +77,8 @@ fn pci_bridge() -> Encoded {
                     &AddressSpace::new_memory(memory, true, PCI_WINDOW_START as u32, window_last, None),
                 ]),
             ),
-            &Name::new("_PRT".into(), &interrupt_routing()),
+            // A method, so that nobody reads the long list who needs no pin: the functions here use MSI-X.
+            &Method::new("_PRT".into(), 0, false, vec![&Return::new(&interrupt_routing())]),
         ],
     )
 }

@@ -1,7 +1,7 @@
 //! Linux' 64-bit boot protocol: a zero page, long mode, memory mapped onto itself.
 
 use bus::{GuestMemory, GuestRange};
-use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
+use linux_loader::bootparam::{E820_MAX_ENTRIES_ZEROPAGE, boot_e820_entry, boot_params, setup_header};
 use vm_memory::{ByteValued, GuestAddress};
 
 use super::kernel::Loaded;
@@ -37,7 +37,7 @@ pub(super) fn prepare(
     let mut zero_page = boot_params {
         hdr: header(kernel, initrd),
         acpi_rsdp_addr: rsdp.unwrap_or(0),
-        e820_entries: map.len() as u8,
+        e820_entries: map.len().min(E820_MAX_ENTRIES_ZEROPAGE) as u8,
         ..Default::default()
     };
     let mut table = zero_page.e820_table;
