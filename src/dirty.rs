@@ -106,8 +106,10 @@ mod tests {
         bitmaps.iter().map(|bitmap| bitmap.runs().flatten().collect()).collect()
     }
 
+    /// At least one whole round: it may have been stopped in the middle of one, and will be again.
     fn let_it_write(guest: &TestGuest) {
         guest.vcpus.resume().unwrap();
+        guest.next_port();
         guest.next_port();
         guest.vcpus.pause().unwrap();
         guest.port_backlog();

@@ -142,13 +142,7 @@ impl Kickable {
         // SAFETY: the kernel puts the data in the page after the run structure, within the mapping that `fd` keeps, and
         // does not touch it before the next KVM_RUN, for which this function's `&mut self` is needed.
         let data = unsafe { std::slice::from_raw_parts_mut(page.add(io.data_offset as usize), length) };
-        for element in data.chunks_exact_mut(size) {
-            if u32::from(io.direction) == kvm::KVM_EXIT_IO_IN {
-                ports.read(port, element);
-            } else {
-                ports.write(port, element);
-            }
-        }
+        serve_elements(ports, port, size, u32::from(io.direction) == kvm::KVM_EXIT_IO_IN, data);
         Exit::Served
     }
 
@@ -167,6 +161,16 @@ impl Kickable {
     }
 }
 
+fn serve_elements(ports: &Bus, port: u64, size: usize, input: bool, data: &mut [u8]) {
+    for element in data.chunks_exact_mut(size) {
+        if input {
+            ports.read(port, element);
+        } else {
+            ports.write(port, element);
+        }
+    }
+}
+
 /// KVM hands over up to 8 bytes of any length (an access that crosses a page is cut there); devices know 1, 2, 4 and 8.
 fn in_natural_pieces(length: usize, mut access: impl FnMut(usize, usize)) {
     let mut start = 0;
@@ -179,7 +183,35 @@ fn in_natural_pieces(length: usize, mut access: impl FnMut(usize, usize)) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
+
+    /// Remembers writes; reads count up.
+    #[derive(Default)]
+    struct Recorder(Mutex<Vec<Vec<u8>>>, std::sync::atomic::AtomicU8);
+
+    impl bus::BusDevice for Recorder {
+        fn read(&self, offset: u64, data: &mut [u8]) {
+            assert_eq!(offset, 1);
+            data.fill(self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
+        }
+        fn write(&self, offset: u64, data: &[u8]) {
+            assert_eq!(offset, 1);
+            self.0.lock().unwrap().push(data.to_vec());
+        }
+    }
+
+    #[test]
+    fn string_elements_are_accesses_of_their_own() {
+        let (bus, recorder) = (Bus::new(), Arc::new(Recorder::default()));
+        bus.insert(0x10, 8, recorder.clone()).unwrap();
+        let mut data = [1, 2, 3, 4];
+        serve_elements(&bus, 0x11, 2, false, &mut data);
+        assert_eq!(*recorder.0.lock().unwrap(), [[1, 2], [3, 4]]);
+        serve_elements(&bus, 0x11, 2, true, &mut data);
+        assert_eq!(data, [0, 0, 1, 1]);
+    }
 
     #[test]
     fn odd_lengths_reach_devices_in_widths_that_they_know() {

@@ -111,31 +111,39 @@ fn held_changes_come_at_once() {
 }
 
 #[test]
-fn a_flush_leaves_every_signalled_vector_in_the_local_apic() {
+fn a_flush_sends_once_more_what_was_signalled_since_the_last() {
     let guest = guest();
-    guest.vcpus.pause().unwrap();
     let router = MsiRouter::new(Arc::clone(&guest.vm));
     let function = MsixFunction::new(&router, 3).unwrap();
     for vector in 0..3 {
         function.set_vector(vector.into(), Some(message(0x50 + vector)));
     }
+    for vector in 0..2 {
+        function.signal(vector.into());
+        expect(&guest, 0x50 + vector);
+    }
+    guest.vcpus.pause().unwrap();
+    // The interrupt request register, 32 vectors every 16 bytes.
+    let requested = || {
+        let lapic = guest.vcpus.save_states().unwrap()[0].lapic;
+        [0x50, 0x51, 0x52]
+            .map(|vector| lapic[0x200 + vector / 32 * 16 + vector % 32 / 8] >> (vector % 8) & 1 == 1)
+    };
+    assert_eq!(requested(), [false; 3]);
     function.set_vector(0, None);
-    function.signal(1);
     function.flush().unwrap();
     function.signal_now(0).unwrap();
-    // The interrupt request register, 32 vectors every 16 bytes.
-    let requested = |vector: usize| {
-        let lapic = guest.vcpus.save_states().unwrap()[0].lapic;
-        lapic[0x200 + vector / 32 * 16 + vector % 32 / 8] >> (vector % 8) & 1 == 1
-    };
-    assert_eq!([0x50, 0x51, 0x52].map(requested), [false, true, false]);
-    function.set_vector(0, Some(message(0x50)));
-    function.signal_now(0).unwrap();
-    assert_eq!([0x50, 0x51, 0x52].map(requested), [true, true, false]);
+    assert_eq!(requested(), [false, true, false], "a masked vector sends nothing");
+    function.signal_now(2).unwrap();
+    assert_eq!(requested(), [false, true, true]);
+
     guest.vcpus.resume().unwrap();
     let mut seen = [guest.next_port(), guest.next_port()];
     seen.sort();
-    assert_eq!(seen, [(0, vec![0x50]), (0, vec![0x51])]);
+    assert_eq!(seen, [(0, vec![0x51]), (0, vec![0x52])]);
+    guest.vcpus.pause().unwrap();
+    function.flush().unwrap();
+    assert_eq!(requested(), [false; 3], "nothing was signalled since");
 }
 
 #[test]

@@ -81,18 +81,20 @@ fn every_register_arrives() {
     state.debug.breakpoints = [0x1000, 0x2000, 0x3000, 0x4000];
     state.debug.dr7 |= 1;
     // Task priority, which CR8 shows as well, and the processor priority that follows; the spurious vector with the APIC
-    // enabled; the timer's vector.
+    // enabled; the timer's vector, and its mode in which the deadline below has a meaning.
     state.lapic[0x80] = 0x50;
     state.lapic[0xa0] = 0x50;
     state.lapic[0xf0..0xf2].copy_from_slice(&[0xff, 1]);
-    state.lapic[0x320..0x323].copy_from_slice(&[0x31, 0, 0]);
+    state.lapic[0x320..0x323].copy_from_slice(&[0x31, 0, 0x04]);
     state.events.nmi_masked = 1;
     state.events.interrupt_shadow = 1;
     state.mp_state = kvm_bindings::KVM_MP_STATE_HALTED;
+    state.extended_controls[0].value = 3;
     let mut changed = 0;
     for msr in &mut state.msrs {
         match msr.index {
-            // SYSENTER_CS, PAT, STAR, LSTAR, FMASK, KERNEL_GS_BASE, first variable and one fixed MTRR.
+            // SYSENTER_CS, PAT, STAR, LSTAR, FMASK, KERNEL_GS_BASE, first variable and one fixed MTRR, a timer that fires in
+            // days.
             0x174 => msr.value = 0x10,
             0x277 => msr.value = 0x0007_0406_0007_0406,
             0xc000_0081 => msr.value = 0x0023_0010_0000_0000,
@@ -101,11 +103,12 @@ fn every_register_arrives() {
             0xc000_0102 => msr.value = 0xffff_8880_0000_1000,
             0x200 => msr.value = 0xc000_0000,
             0x258 => msr.value = 0x0606_0606_0606_0606,
+            0x6e0 => msr.value = 1 << 50,
             _ => continue,
         }
         changed += 1;
     }
-    assert_eq!(changed, 8, "{:x?}", before[0].msrs.iter().map(|msr| msr.index).collect::<Vec<_>>());
+    assert_eq!(changed, 9, "{:x?}", before[0].msrs.iter().map(|msr| msr.index).collect::<Vec<_>>());
 
     let other = TestGuest::new(1, &COUNT);
     other.vcpus.restore_states(&through_bytes(&states), 0).unwrap();
