@@ -75,8 +75,12 @@ macro_rules! integers {
             }
 
             fn save_run(run: &[Self], out: &mut Vec<u8>) {
-                out.reserve(size_of_val(run));
-                out.extend(run.iter().flat_map(|value| value.to_be_bytes()));
+                let start = out.len();
+                out.resize(start + size_of_val(run), 0);
+                let (places, _) = out[start..].as_chunks_mut();
+                for (place, value) in places.iter_mut().zip(run) {
+                    *place = value.to_be_bytes();
+                }
             }
 
             fn load_run(reader: &mut Reader<'_>, count: usize, _version: u32) -> Result<Vec<Self>, Error> {
