@@ -79,7 +79,7 @@ pub struct Options {
     pub events: u16,
     /// Milliseconds between progress lines.
     pub report_milliseconds: u64,
-    /// Milliseconds without a completion, with commands in flight, that are an error.
+    /// Milliseconds of running without a completion, with commands in flight, that are an error.
     pub stall_milliseconds: u64,
     /// Local APIC timer interrupts a second; 0 for none.
     pub timer_hz: u32,
@@ -152,7 +152,7 @@ pub const WORDS: &[Word] = &[
     word("check", "50M", "bytes of RAM only checked each second"),
     word("events", "0", "Asynchronous Event Requests kept parked, and checked at the end"),
     word("report", "100", "milliseconds between progress lines"),
-    word("stall", "10000", "milliseconds without a completion that are an error"),
+    word("stall", "10000", "milliseconds of running without a completion that are an error"),
     word("timer", "0", "local APIC timer interrupts each second"),
     word("tsc_khz", "0", "frequency of the time stamp counter, 0: find out"),
     word("seed", "1", "start of the pseudo-random choices"),

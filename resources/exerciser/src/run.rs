@@ -99,7 +99,7 @@ impl<'a> Run<'a> {
             controller.create_queues(machine, options, &mut window, &mut vectors)?;
             controller.park_events(options.events)?;
             describe(machine, console, &controller, options);
-            workers.push(Worker::new(controller, options, machine.tsc()));
+            workers.push(Worker::new(controller, options, tsc_khz, machine.tsc()));
         }
         if workers.is_empty() && options.mode != Mode::Idle {
             return Err(Error::Machine { reason: "no NVMe controller on PCI bus 0" });
@@ -143,7 +143,7 @@ impl<'a> Run<'a> {
             self.gaps.look(now).map_err(|back| Error::Time { clock: "tsc", back })?;
             let mut any = false;
             for worker in &mut self.workers {
-                any |= worker.turn(machine, counters)?;
+                any |= worker.turn(machine, now, counters)?;
             }
             if let Some(ram) = &mut self.ram {
                 ram.step(now)?;

@@ -85,6 +85,21 @@ fn time_that_goes_back_is_noticed() {
 }
 
 #[test]
+fn a_pause_is_a_gap_and_no_stall() {
+    for words in ["ios=500 inflight=1", "ios=500 inflight=32 queues=4 doorbells=shadow"] {
+        let lines = run(words, Fault::Pause);
+        assert_eq!(done(&lines).errors, 0, "{words}: {lines:#?}");
+        let gaps: Vec<u64> = lines
+            .iter()
+            .filter_map(|line| Counters::from_line(&Line::parse(line)))
+            .map(|line| line.gap_us)
+            .collect();
+        let long = gaps.iter().filter(|gap| **gap >= 100_000_000).count();
+        assert_eq!(long, 1, "{words}: {gaps:?}");
+    }
+}
+
+#[test]
 fn the_rate_is_counted() {
     let lines = run("mode=iops seconds=1 report=200", Fault::None);
     let counters = done(&lines);

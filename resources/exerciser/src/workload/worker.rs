@@ -24,6 +24,8 @@ const WRITE_ZEROES_EVERY: u64 = 16;
 const FUA_EVERY: u64 = 8;
 /// Bytes of the reads whose rate is measured.
 const RATE_BYTES: u32 = 4096;
+/// A turn that took longer is a pause of the machine, in which the controller need not have worked either.
+const LONGEST_TURN_MILLISECONDS: u64 = 20;
 const PAGE_WORDS: usize = PAGE_BYTES / 8;
 
 /// What is being done.
@@ -115,12 +117,14 @@ pub struct Worker {
     phase: Phase,
     unflushed: usize,
     next_queue: usize,
-    last_completion: u64,
+    last_turn: u64,
+    longest_turn: u64,
+    waited: u64,
 }
 
 impl Worker {
     /// Prepares the work; the controller has its queues.
-    pub fn new(controller: Controller, options: &Options, now: u64) -> Self {
+    pub fn new(controller: Controller, options: &Options, tsc_khz: u64, now: u64) -> Self {
         let limit = controller.identity.transfer_limit_bytes().unwrap_or(u64::MAX);
         // One page of PRP list reaches for 512 pages beyond the first.
         let transfer_bytes = u64::from(options.transfer_bytes).min(limit).min(2 << 20);
@@ -146,7 +150,9 @@ impl Worker {
             phase,
             unflushed: 0,
             next_queue: 0,
-            last_completion: now,
+            last_turn: now,
+            longest_turn: tsc_khz * LONGEST_TURN_MILLISECONDS,
+            waited: 0,
         }
     }
 
@@ -178,7 +184,12 @@ impl Worker {
     /// # Errors
     ///
     /// The first thing that is wrong.
-    pub fn turn(&mut self, machine: &mut dyn Machine, counters: &mut Counters) -> Result<bool, Error> {
+    pub fn turn(
+        &mut self,
+        machine: &mut dyn Machine,
+        now: u64,
+        counters: &mut Counters,
+    ) -> Result<bool, Error> {
         let mut any = false;
         for queue in 0..self.controller.queues.len() {
             if !self.controller.queues[queue].is_due(machine) {
@@ -190,26 +201,22 @@ impl Worker {
                 self.complete(place, &completion, counters)?;
             }
         }
-        if any {
-            self.last_completion = machine.tsc();
-        }
+        let passed = now.saturating_sub(self.last_turn).min(self.longest_turn);
+        self.last_turn = now;
+        self.waited = if any || self.in_flight() == 0 { 0 } else { self.waited + passed };
         while self.submit() {}
         let doorbells = &mut self.controller.doorbells;
         self.controller.queues.iter_mut().for_each(|queue| queue.pair.ring(doorbells));
         Ok(any)
     }
 
-    /// Whether nothing has completed for `counts`, although something should.
+    /// Whether nothing has completed for `counts` of time in which the machine ran, although something should.
     ///
     /// # Errors
     ///
     /// The first queue with commands, when so.
-    pub fn look_for_stall(&mut self, machine: &dyn Machine, counts: u64) -> Result<(), Error> {
-        let now = machine.tsc();
-        if self.in_flight() == 0 {
-            self.last_completion = now;
-        }
-        if now.saturating_sub(self.last_completion) < counts {
+    pub fn look_for_stall(&self, machine: &dyn Machine, counts: u64) -> Result<(), Error> {
+        if self.waited < counts {
             return Ok(());
         }
         match self.controller.queues.iter().find(|queue| queue.pair.outstanding() > 0) {

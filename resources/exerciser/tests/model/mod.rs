@@ -39,11 +39,15 @@ pub enum Fault {
     LoseEvent,
     /// The time stamp counter goes back.
     Time,
+    /// No fault: the machine is stopped for a hundred seconds, with commands not yet fetched.
+    Pause,
 }
 
 const FAULT_AT: u64 = 200;
 const TSC_KHZ: u64 = 1_000_000;
 const TSC_STEP: u64 = 20_000;
+/// A hundred seconds.
+const PAUSE: u64 = TSC_KHZ * 100_000;
 const BAR_BYTES: usize = 0x4000;
 const MSIX_TABLE: usize = 0x2000;
 const MSIX_ENTRIES: usize = 4;
@@ -77,6 +81,8 @@ struct State {
     log_page_unread: bool,
     interrupts: [u64; 256],
     tsc: u64,
+    /// Looks at the time until the controller works again.
+    late: u32,
     io_commands: u64,
     output: Vec<u8>,
     keys: VecDeque<u8>,
@@ -113,6 +119,7 @@ impl Model {
             log_page_unread: false,
             interrupts: [0; 256],
             tsc: 1 << 40,
+            late: 0,
             io_commands: 0,
             output: Vec::new(),
             keys: VecDeque::new(),
@@ -178,7 +185,14 @@ impl Machine for Model {
 
     fn tsc(&self) -> u64 {
         let mut state = self.state.borrow_mut();
-        state.work();
+        if state.has_unfetched() && state.strikes(Fault::Pause) {
+            state.tsc += PAUSE;
+            state.late = 5;
+        }
+        match state.late.checked_sub(1) {
+            Some(left) => state.late = left,
+            None => state.work(),
+        }
         state.tsc += TSC_STEP;
         if state.fault == Fault::Time && state.io_commands > FAULT_AT {
             state.fault = Fault::None;
@@ -309,6 +323,12 @@ impl State {
                 if queue == 0 { self.administrate(&entry) } else { self.transfer(queue, &entry) }
             }
         }
+    }
+
+    /// Whether a command of an I/O queue waits to be fetched.
+    fn has_unfetched(&self) -> bool {
+        (1..self.rings.len())
+            .any(|queue| self.rings[queue].entries > 0 && self.rings[queue].head != self.tail(queue))
     }
 
     fn tail(&self, queue: usize) -> u32 {
