@@ -147,7 +147,8 @@ impl Worker {
             log::error!("NVMe controller {:?}, worker {}: {error}", shared.config.serial, self.index);
             shared.stop();
         }
-        self.reap(shared);
+        // Requests that were made meanwhile (the next steps of their commands) are submitted in the next pass.
+        more |= self.reap(shared);
         self.post(shared)?;
         let lane = &shared.lanes[self.index];
         let before = lane.in_flight.swap(self.in_flight(), Ordering::SeqCst);
@@ -262,8 +263,9 @@ impl Worker {
         false
     }
 
-    /// Takes what the backends have finished.
-    fn reap(&mut self, shared: &Shared) {
+    /// Takes what the backends have finished. `true`: commands went on to their next step.
+    fn reap(&mut self, shared: &Shared) -> bool {
+        let mut stepped = false;
         let mut completions = std::mem::take(&mut self.completions);
         self.context.completions(&mut completions);
         for completion in completions.drain(..) {
@@ -276,7 +278,7 @@ impl Worker {
             }
             let (orphan, write) = (slot.owner == Owner::Orphan, slot.write);
             match completion.result {
-                Ok(()) if !orphan && self.next_step(index) => {}
+                Ok(()) if !orphan && self.next_step(index) => stepped = true,
                 Ok(()) => self.finish(shared, index, Status::SUCCESS),
                 Err(failure) => {
                     let status = namespace::failure_status(failure, write);
@@ -286,6 +288,7 @@ impl Worker {
             }
         }
         self.completions = completions;
+        stepped
     }
 
     fn log_failure(&mut self, shared: &Shared, slot_index: u32, status: Status) {

@@ -136,7 +136,10 @@ impl Admin {
             let worker = pool.worker(index);
             for queue in worker.sqs.iter().flatten() {
                 if let Some(shadow) = queue.shadow {
-                    shadow.store(memory, pool.shared.doorbells.tail(queue.id))?;
+                    // The worker may be asleep: from now on the guest tells it of the very next entry.
+                    let tail = pool.shared.doorbells.tail(queue.id);
+                    shadow.store(memory, tail)?;
+                    shadow.publish(memory, tail)?;
                 }
             }
             for queue in worker.cqs.iter().flatten() {
@@ -145,6 +148,7 @@ impl Admin {
                     shadow.publish(memory, queue.head)?;
                 }
             }
+            pool.shared.host.wake(index);
         }
         Ok(())
     }

@@ -74,7 +74,6 @@ impl Interrupts {
 /// What a driver knows of a queue pair.
 #[derive(Clone, Debug)]
 pub struct Pair {
-    pub sq_id: u16,
     pub cq_id: u16,
     pub sq_base: u64,
     pub cq_base: u64,
@@ -262,17 +261,8 @@ impl Guest {
         self.write32(regs::CC, 0x0046_0001);
         self.run();
         assert_eq!(self.read32(regs::CSTS), 1, "CSTS.RDY and nothing else");
-        let pair = Pair {
-            sq_id: 0,
-            cq_id: 0,
-            sq_base,
-            cq_base,
-            entries: 32,
-            tail: 0,
-            head: 0,
-            phase: true,
-            next_cid: 0,
-        };
+        let pair =
+            Pair { cq_id: 0, sq_base, cq_base, entries: 32, tail: 0, head: 0, phase: true, next_cid: 0 };
         self.queues.clear();
         self.queues.insert(0, pair);
     }
@@ -429,17 +419,7 @@ impl Guest {
         let cq_base = self.pages((u64::from(entries) * 16).div_ceil(4096));
         self.create_cq(id, entries, cq_base, id).unwrap();
         self.create_sq(id, entries, sq_base, id).unwrap();
-        let pair = Pair {
-            sq_id: id,
-            cq_id: id,
-            sq_base,
-            cq_base,
-            entries,
-            tail: 0,
-            head: 0,
-            phase: true,
-            next_cid: 0,
-        };
+        let pair = Pair { cq_id: id, sq_base, cq_base, entries, tail: 0, head: 0, phase: true, next_cid: 0 };
         self.queues.insert(id, pair);
     }
 

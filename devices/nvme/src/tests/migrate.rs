@@ -80,10 +80,9 @@ fn completions_that_found_no_room_survive() {
     guest.create_pair(1, 4);
     let (sq2, page) = (guest.pages(1), guest.pages(1));
     guest.create_sq(2, 16, sq2, 1).unwrap();
-    guest.queues.insert(
-        2,
-        super::driver::Pair { sq_id: 2, sq_base: sq2, entries: 16, tail: 0, ..guest.queues[&1].clone() },
-    );
+    guest
+        .queues
+        .insert(2, super::driver::Pair { sq_base: sq2, entries: 16, tail: 0, ..guest.queues[&1].clone() });
     let cids: Vec<_> = (0..10).map(|lba| guest.push(2, transfer(nvm::READ, 1, lba, 1, page))).collect();
     guest.ring(2);
     guest.run();
