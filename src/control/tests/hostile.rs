@@ -100,7 +100,7 @@ fn a_client_that_does_not_read_loses_its_connection_and_nobody_waits() {
     }
     assert_eq!(quick.ask(QUERY)["return"]["status"], "running");
     let mut read = 0;
-    while slow.stream.read_line(&mut String::new()).is_ok_and(|length| length > 0) {
+    while slow.stream.read_line(&mut String::new()).unwrap() > 0 {
         read += 1;
     }
     assert!(read >= QUEUED_LINES && read < rounds, "{read} of {rounds}");
