@@ -35,6 +35,7 @@ start32:
     movw %ax, gdt_tss + 2
     shrl $16, %eax
     movb %al, gdt_tss + 4
+    movb $0x89, gdt_tss + 5                 # not busy, also where a reset leaves memory as it was
     movb %ah, gdt_tss + 7
     lgdt gdt_pointer
 

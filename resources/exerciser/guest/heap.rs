@@ -14,7 +14,7 @@ impl Heap {
         Self { next: AtomicUsize::new(0), end: AtomicUsize::new(0) }
     }
 
-    /// Gives the heap its memory: RAM that nothing else uses, and that is zero as after power-on.
+    /// Gives the heap its memory: RAM that nothing else uses. After a reset it is not zero.
     pub fn give(&self, start: u64, end: u64) {
         self.next.store(start as usize, Ordering::Relaxed);
         self.end.store(end as usize, Ordering::Relaxed);
@@ -36,10 +36,4 @@ unsafe impl GlobalAlloc for Heap {
     }
 
     unsafe fn dealloc(&self, _start: *mut u8, _layout: Layout) {}
-
-    /// No piece is handed out twice, so each is still zero.
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: the caller's promise about the layout is passed on.
-        unsafe { self.alloc(layout) }
-    }
 }

@@ -35,6 +35,7 @@ unsafe extern "C" {
 #[unsafe(no_mangle)]
 extern "C" fn guest_start(start_info: u64) -> ! {
     let mut processor = Processor;
+    processor.clear_interrupts();
     let image_end_address = (&raw const image_end).addr() as u64;
     let found = StartInfo::read(&processor::read_byte, start_info, image_end_address);
     let info = match found {

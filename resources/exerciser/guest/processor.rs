@@ -38,6 +38,15 @@ pub fn read_byte(address: u64) -> Option<u8> {
 /// The one virtual processor.
 pub struct Processor;
 
+impl Processor {
+    /// Begins to count interrupts: a reset leaves memory as it was.
+    pub fn clear_interrupts(&mut self) {
+        // SAFETY: entry.s defines both; they are atomics.
+        let (counts, total) = unsafe { (&interrupt_counts, &interrupt_total) };
+        counts.iter().chain([total]).for_each(|count| count.store(0, Ordering::Relaxed));
+    }
+}
+
 impl Machine for Processor {
     fn read_port8(&mut self, port: u16) -> u8 {
         let value;

@@ -24,14 +24,17 @@ pub fn start(machine: &mut dyn Machine, tsc_khz: u64, timer_hz: u32) -> bool {
     let Some(apic) = machine.registers(LOCAL_APIC, 0x1000) else { return false };
     apic.write32(SPURIOUS, SPURIOUS_ENABLE);
     if timer_hz > 0 {
-        // How fast it counts is not said anywhere: count one millisecond.
+        // How fast it counts is not said anywhere: let it count for a millisecond, or longer where the machine
+        // is interrupted in between.
         apic.write32(TIMER_DIVIDE, TIMER_DIVIDE_BY_1);
         apic.write32(TIMER, TIMER_MASKED | u32::from(TIMER_VECTOR));
         apic.write32(TIMER_INITIAL, u32::MAX);
+        let start = machine.tsc();
         let deadline = Deadline::new(machine, tsc_khz, 1);
         while !deadline.is_over(machine) {}
-        let counts_per_millisecond = u32::MAX - apic.read32(TIMER_CURRENT);
-        let initial = u64::from(counts_per_millisecond) * 1000 / u64::from(timer_hz);
+        let counted = u64::from(u32::MAX - apic.read32(TIMER_CURRENT));
+        let passed = machine.tsc().saturating_sub(start).max(1);
+        let initial = counted.saturating_mul(tsc_khz) / passed * 1000 / u64::from(timer_hz);
         apic.write32(TIMER, TIMER_PERIODIC | u32::from(TIMER_VECTOR));
         apic.write32(TIMER_INITIAL, initial.clamp(1, u32::MAX.into()) as u32);
     }
