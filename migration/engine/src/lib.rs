@@ -14,18 +14,37 @@ mod bandwidth;
 mod bitmap;
 mod converge;
 mod description;
+mod destination;
+mod error;
+mod handover;
+pub mod lease;
+mod link;
 mod machine;
 mod parameters;
+mod patience;
+pub mod protocol;
+mod ram;
+mod sink;
+mod source;
 mod statistics;
 
 pub use bitmap::PageBitmap;
 pub use converge::{Decision, Situation, converge};
 pub use description::Description;
+pub use destination::{Arrived, Destination};
+pub use error::Error;
+pub use handover::Handover;
+pub use link::Dial;
 pub use machine::{
-    DestinationFactory, DestinationMachine, DeviceSection, MachineResult, RamBlock, RunState, SourceMachine,
+    DestinationFactory, DestinationMachine, MachineResult, RamBlock, RunState, SaveFor, SourceMachine,
 };
 pub use parameters::Parameters;
+pub use patience::Patience;
+pub use source::{Context, Outcome, migrate};
 pub use statistics::{Downtime, Snapshot, Statistics, Status};
 
 /// A page of guest memory, the unit of dirty tracking.
 pub const PAGE_BYTES: u64 = 4096;
+
+#[cfg(test)]
+mod tests;

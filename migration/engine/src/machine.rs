@@ -7,23 +7,11 @@ use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
+use stream::{DeviceSection, Expected, SectionSet};
 use vm_memory::MmapRegion;
 use vm_memory::bitmap::AtomicBitmap;
 
 use crate::{Description, PageBitmap};
-
-/// The saved state of one device.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeviceSection {
-    /// `0000:00:04.0/nvme`, for example.
-    pub name: String,
-    /// Tells devices of one name apart.
-    pub instance_id: u32,
-    /// Of the description.
-    pub version: u32,
-    /// The fields, as crate `vmstate` writes them.
-    pub payload: Vec<u8>,
-}
 
 /// A machine's own failure. Its chain of sources is shown to the user on both sides.
 pub type MachineResult<T> = Result<T, Box<dyn Error + Send + Sync>>;
@@ -52,6 +40,15 @@ pub enum RunState {
     Running,
     /// The user stopped the guest.
     Paused,
+}
+
+/// Where saved devices go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SaveFor {
+    /// To a process that knows what the bytes mean: [`DeviceSection::save_bare`].
+    Connection,
+    /// Into a file that says it: [`DeviceSection::save`].
+    File,
 }
 
 /// The machine that leaves.
@@ -110,7 +107,7 @@ pub trait SourceMachine {
     ///
     /// # Errors
     /// KVM refused to tell.
-    fn save_devices(&mut self) -> MachineResult<Vec<DeviceSection>>;
+    fn save_devices(&mut self, purpose: SaveFor) -> MachineResult<Vec<DeviceSection>>;
 
     /// Makes every acknowledged write to the images stable and closes their writers. The locks stay. Called while the
     /// destination loads.
@@ -145,6 +142,9 @@ pub trait SourceMachine {
 
 /// Who can become a destination: knows the configured machine and builds it once a source is accepted.
 pub trait DestinationFactory {
+    /// What is built.
+    type Machine: DestinationMachine;
+
     /// The machine that would be built.
     ///
     /// # Errors
@@ -157,26 +157,30 @@ pub trait DestinationFactory {
         source.differences(own)
     }
 
+    /// The device sections that must come, and how much RAM at most.
+    fn expected(&self) -> Expected;
+
     /// Creates everything that can be created before RAM arrives: memory slots, irqchip, vCPUs, threads, open
     /// descriptors. Guest memory is fresh: all of it holes. Images are looked at (size, identity) but neither locked nor
     /// written.
     ///
     /// # Errors
     /// The host lacks something; everything is released again.
-    fn build(&mut self, source: &Description) -> MachineResult<Box<dyn DestinationMachine>>;
+    fn build(&mut self, source: &Description) -> MachineResult<Self::Machine>;
 }
 
 /// The machine that arrives. Dropping it before [`start`](Self::start) releases everything.
-pub trait DestinationMachine: Send {
+pub trait DestinationMachine {
     /// All guest memory.
     fn ram_blocks(&self) -> Vec<RamBlock>;
 
-    /// Checks every section (which ones, versions, contents) and builds the devices from them. RAM is complete by now.
-    /// Nothing runs yet, and no image is written.
+    /// Checks the contents of every section and builds the devices from them; takes all of the sections out of the set.
+    /// All that were [expected](DestinationFactory::expected) are there, each once, and RAM is complete. Nothing runs yet,
+    /// and no image is written.
     ///
     /// # Errors
-    /// A section is missing, unknown, double or wrong; the message names it.
-    fn load_devices(&mut self, sections: Vec<DeviceSection>) -> MachineResult<()>;
+    /// A section is wrong; the message names it.
+    fn load_devices(&mut self, sections: SectionSet) -> MachineResult<()>;
 
     /// Takes the image locks, all or none, in the fixed order.
     ///

@@ -90,8 +90,9 @@ impl Parameters {
         self.end.load(Ordering::SeqCst) == COMMITTED
     }
 
-    /// A new attempt: neither cancelled nor committed.
-    pub(crate) fn reopen(&self) {
+    /// A new attempt: neither cancelled nor committed. Called by whoever accepts the user's command, so that a cancel that
+    /// comes before the migration thread runs is not lost.
+    pub fn begin(&self) {
         self.end.store(OPEN, Ordering::SeqCst);
     }
 

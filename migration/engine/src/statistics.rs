@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::protocol::Progress;
+
 /// Where a migration is, by the names of QEMU's `MigrationStatus`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Status {
@@ -179,6 +181,39 @@ impl Statistics {
         if let Some(listener) = &self.listener {
             listener(status);
         }
+    }
+
+    /// What the other side's user wants to know.
+    pub(crate) fn progress(&self) -> Progress {
+        let snapshot = self.snapshot();
+        let Downtime { total, stop, device_save, last_pass, transfer, load, handover, resume } =
+            snapshot.downtime;
+        Progress {
+            total_bytes: snapshot.total_bytes,
+            transferred_bytes: snapshot.transferred_bytes,
+            remaining_bytes: snapshot.remaining_bytes,
+            rounds: snapshot.rounds,
+            dirty_pages_per_second: snapshot.dirty_pages_per_second,
+            bytes_per_second: snapshot.bytes_per_second,
+            downtime_ns: [total, stop, device_save, last_pass, transfer, load, handover, resume]
+                .map(|duration| u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)),
+        }
+    }
+
+    /// What the other side told.
+    pub(crate) fn told(&self, progress: &Progress) {
+        let [total, stop, device_save, last_pass, transfer, load, handover, resume] =
+            progress.downtime_ns.map(Duration::from_nanos);
+        self.update(|snapshot| {
+            snapshot.total_bytes = progress.total_bytes;
+            snapshot.transferred_bytes = progress.transferred_bytes;
+            snapshot.remaining_bytes = progress.remaining_bytes;
+            snapshot.rounds = progress.rounds;
+            snapshot.dirty_pages_per_second = progress.dirty_pages_per_second;
+            snapshot.bytes_per_second = progress.bytes_per_second;
+            snapshot.downtime =
+                Downtime { total, stop, device_save, last_pass, transfer, load, handover, resume };
+        });
     }
 
     pub(crate) fn fail(&self, cause: &str) {

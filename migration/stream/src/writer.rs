@@ -86,6 +86,11 @@ impl<W: Write> StreamWriter<W> {
         Ok(())
     }
 
+    /// Where the bytes go, to be flushed or asked. Bytes written past the writer break the stream.
+    pub fn get_mut(&mut self) -> &mut W {
+        &mut self.out
+    }
+
     /// One number for everything written so far.
     pub fn digest(&self) -> u64 {
         self.digests.combined()

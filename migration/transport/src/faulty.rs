@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::{Connection, Link};
 
@@ -28,6 +28,11 @@ pub enum Fault {
     Deafen,
     /// It waits until the [`Gate`] is opened.
     Hold(Held),
+    /// The writing thread unwinds before its first byte, without a message: as far as locks and descriptors go, its process
+    /// is killed.
+    KillBefore,
+    /// The same after its last byte.
+    KillAfter,
 }
 
 /// Opens a [`Fault::Hold`], and learns when the message arrived at it.
@@ -68,6 +73,9 @@ impl Gate {
     }
 }
 
+/// How long a reader may leave a full socket alone.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 #[derive(Debug)]
 struct Plan {
     at: u32,
@@ -82,17 +90,44 @@ struct Faulty {
     plan: Arc<Plan>,
 }
 
+/// Knows whether a fault has struck: an index beyond the last message never does.
+#[derive(Clone, Debug)]
+pub struct Witness(Arc<Plan>);
+
+impl Witness {
+    /// Whether it has.
+    #[must_use]
+    pub fn struck(&self) -> bool {
+        self.0.struck.load(Ordering::SeqCst)
+    }
+}
+
 /// Wraps `connection` so that its `at`-th written message (from 0) meets `fault`.
 #[must_use]
-pub fn wrap(connection: Connection, at: u32, fault: Fault) -> Connection {
+pub fn wrap(connection: Connection, at: u32, fault: Fault) -> (Connection, Witness) {
     let peer = connection.peer().to_owned();
-    let plan = Plan { at, fault, written: AtomicU32::new(0), struck: AtomicBool::new(false) };
-    Connection::new(Box::new(Faulty { inner: connection, plan: Arc::new(plan) }), peer)
+    let plan = Arc::new(Plan { at, fault, written: AtomicU32::new(0), struck: AtomicBool::new(false) });
+    let witness = Witness(Arc::clone(&plan));
+    (Connection::new(Box::new(Faulty { inner: connection, plan }), peer), witness)
 }
 
 impl Faulty {
     fn struck(&self) -> bool {
         self.plan.struck.load(Ordering::SeqCst)
+    }
+
+    /// All of it, whatever the timeouts: half a message would be another fault.
+    fn write_whole(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        let patience = Instant::now() + PATIENCE;
+        while !bytes.is_empty() {
+            match self.inner.write(bytes) {
+                Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < patience => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     fn cut(&self) {
@@ -119,20 +154,26 @@ impl Write for Faulty {
         if struck {
             self.plan.struck.store(true, Ordering::SeqCst);
         }
-        match &self.plan.fault {
+        let plan = Arc::clone(&self.plan);
+        match &plan.fault {
             Fault::CutBefore if struck => {
                 self.cut();
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             Fault::CutMiddle if struck => {
-                self.inner.write_all(bytes.get(..bytes.len() / 2).unwrap_or_default())?;
+                self.write_whole(bytes.get(..bytes.len() / 2).unwrap_or_default())?;
                 self.cut();
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             Fault::CutAfter if struck => {
-                self.inner.write_all(bytes)?;
+                self.write_whole(bytes)?;
                 self.cut();
                 return Ok(bytes.len());
+            }
+            Fault::KillBefore if struck => std::panic::resume_unwind(Box::new("killed")),
+            Fault::KillAfter if struck => {
+                self.write_whole(bytes)?;
+                std::panic::resume_unwind(Box::new("killed"));
             }
             Fault::Swallow if index >= self.plan.at => return Ok(bytes.len()),
             Fault::Hold(held) if struck => {
@@ -142,7 +183,7 @@ impl Write for Faulty {
             }
             _ => {}
         }
-        self.inner.write_all(bytes)?;
+        self.write_whole(bytes)?;
         Ok(bytes.len())
     }
 
@@ -173,12 +214,13 @@ mod tests {
     /// Sends three messages through a link with a fault at the second; gives what arrived until the end or silence.
     fn arrived(fault: Fault) -> (Vec<u8>, bool) {
         let (one, mut other) = Connection::pair().unwrap();
-        let mut one = wrap(one, 1, fault);
+        let (mut one, witness) = wrap(one, 1, fault);
         for message in [b"aaaa", b"bbbb", b"cccc"] {
             if one.write_all(message).is_err() {
                 break;
             }
         }
+        assert!(witness.struck());
         other.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
         let (mut all, mut bytes) = (Vec::new(), [0; 64]);
         loop {
@@ -200,10 +242,22 @@ mod tests {
     }
 
     #[test]
+    fn a_killed_writer_leaves_nothing_or_everything() {
+        for (fault, expected) in [(Fault::KillBefore, b"".as_slice()), (Fault::KillAfter, b"last")] {
+            let (one, mut other) = Connection::pair().unwrap();
+            let (mut one, _) = wrap(one, 0, fault);
+            assert!(std::thread::spawn(move || one.write_all(b"last")).join().is_err());
+            let mut bytes = Vec::new();
+            other.read_to_end(&mut bytes).unwrap();
+            assert_eq!(bytes, expected);
+        }
+    }
+
+    #[test]
     fn a_gate_holds_its_message() {
         let (one, mut other) = Connection::pair().unwrap();
         let (gate, fault) = Gate::new();
-        let mut one = wrap(one, 0, fault);
+        let (mut one, _) = wrap(one, 0, fault);
         let writer = std::thread::spawn(move || one.write_all(b"held"));
         assert!(gate.wait(Duration::from_secs(10)));
         other.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
@@ -218,7 +272,7 @@ mod tests {
     #[test]
     fn a_deaf_end_hears_only_the_end() {
         let (one, mut other) = Connection::pair().unwrap();
-        let mut one = wrap(one, 0, Fault::Deafen);
+        let (mut one, _) = wrap(one, 0, Fault::Deafen);
         one.write_all(b"q").unwrap();
         other.read_exact(&mut [0; 1]).unwrap();
         other.write_all(b"answer").unwrap();

@@ -1,0 +1,433 @@
+//! The side where the guest arrives.
+//!
+//! [`Destination::receive`] listens until a guest has arrived. Each attempt checks, builds, places RAM, loads the devices,
+//! and runs only what the lease offers to exactly this session. Whatever fails before that, the machine is dropped, the
+//! session is fenced (it will never run here), and the next peer is heard.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use transport::{Connection, Listener};
+
+use crate::lease::{self, Id, Lease, random_id};
+use crate::link::{Link, Step};
+use crate::protocol::{Agree, Commit, Hello, Message, Never, Prepare, Prepared, Query, Reasons, Running};
+use crate::ram::Receiver;
+use crate::{
+    DestinationFactory, DestinationMachine, Error, PAGE_BYTES, Parameters, Patience, RunState, Statistics,
+    Status,
+};
+
+/// How many sessions that must never run here are remembered. A source asks within minutes, and an older one is only
+/// refused an answer.
+const FENCED_MAX: usize = 1024;
+/// How often a waiting destination looks whether it is to end.
+const GLANCE: Duration = Duration::from_millis(50);
+
+/// A process that waits for a guest.
+pub struct Destination<'a> {
+    /// The guest's lease, if it has one: opened, not claimed.
+    pub lease: Option<&'a mut Lease>,
+    /// What the user sees.
+    pub statistics: &'a Statistics,
+    /// How long each step may take.
+    pub patience: Patience,
+    /// [`Parameters::cancel`] ends the waiting, until a guest is ours.
+    pub parameters: &'a Parameters,
+    instance: Id,
+    fenced: Vec<Id>,
+}
+
+/// A guest that is ours.
+pub struct Arrived<M> {
+    /// It.
+    pub machine: M,
+    /// What it does: as it was at the source, or paused if it could not be started.
+    pub state: RunState,
+    /// Why it could not be started. It is ours all the same.
+    pub error: Option<Error>,
+    /// The source knows. If not, and without a lease, only [`Destination::answer`] can tell it.
+    pub acknowledged: bool,
+    running: Running,
+}
+
+impl<'a> Destination<'a> {
+    /// A destination that has not heard anybody yet.
+    ///
+    /// # Errors
+    /// The kernel has no randomness.
+    pub fn new(
+        lease: Option<&'a mut Lease>,
+        statistics: &'a Statistics,
+        patience: Patience,
+        parameters: &'a Parameters,
+    ) -> Result<Self, Error> {
+        let failed =
+            |source: std::io::Error| Error::Machine { doing: "name this process", source: source.into() };
+        Ok(Self {
+            lease,
+            statistics,
+            patience,
+            parameters,
+            instance: random_id().map_err(failed)?,
+            fenced: Vec::new(),
+        })
+    }
+
+    /// Hears peers one after the other until a guest has arrived. `None`: it was cancelled. Failed attempts are
+    /// in the statistics and in the log.
+    ///
+    /// # Errors
+    /// The listener is broken.
+    pub fn receive<F: DestinationFactory>(
+        &mut self,
+        factory: &mut F,
+        listener: &Listener,
+    ) -> Result<Option<Arrived<F::Machine>>, Error> {
+        while !self.parameters.cancelled() {
+            let Some(connection) = listener.accept(GLANCE)? else { continue };
+            if let Some(arrived) = self.serve(factory, connection) {
+                return Ok(Some(arrived));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Hears one peer; gives the guest if it arrived.
+    pub fn serve<F: DestinationFactory>(
+        &mut self,
+        factory: &mut F,
+        connection: Connection,
+    ) -> Option<Arrived<F::Machine>> {
+        let peer = connection.peer().to_owned();
+        let result = Link::new(connection).and_then(|mut link| {
+            let step = self.handshake("hearing who is there");
+            link.greet(step)?;
+            Ok((link.receive(step)?, link))
+        });
+        match result {
+            Ok((Message::Hello(hello), mut link)) => {
+                self.statistics.start();
+                match self.attempt(factory, &mut link, &hello) {
+                    Ok(mut arrived) => {
+                        arrived.acknowledged = self.acknowledged(&mut link, &arrived.running);
+                        self.statistics.set_status(Status::Completed);
+                        link.close(self.patience.last_words);
+                        Some(arrived)
+                    }
+                    Err(error) => {
+                        self.fence(hello.session);
+                        let error = self.farewell(link, error, hello.session);
+                        log::warn!("no guest from {peer}: {}", error.chain());
+                        self.statistics.fail(&error.chain());
+                        None
+                    }
+                }
+            }
+            Ok((Message::Query(query), mut link)) => {
+                let answer = self.answer_to(&query, None);
+                let _it_asks_again = link.send(&answer, self.handshake("answering a query"));
+                link.close(self.patience.last_words);
+                None
+            }
+            Ok((other, link)) => {
+                log::warn!("{peer} began with {}", other.name());
+                link.close(Duration::ZERO);
+                None
+            }
+            Err(error) => {
+                log::info!("{peer}: {}", error.chain());
+                None
+            }
+        }
+    }
+
+    /// After a guest arrived and its source may not know: answers queries until it asked or `stop` is set.
+    ///
+    /// # Errors
+    /// The listener is broken.
+    pub fn answer<M>(
+        &mut self,
+        arrived: &mut Arrived<M>,
+        listener: &Listener,
+        stop: &AtomicBool,
+    ) -> Result<(), Error> {
+        while !arrived.acknowledged && !stop.load(Ordering::SeqCst) {
+            let Some(connection) = listener.accept(GLANCE)? else { continue };
+            self.answer_one(arrived, connection);
+        }
+        Ok(())
+    }
+
+    /// Answers one peer while the guest runs here.
+    pub fn answer_one<M>(&mut self, arrived: &mut Arrived<M>, connection: Connection) {
+        let step = Step { doing: "answering a query", patience: self.patience.handshake, cancel: None };
+        let answered = Link::new(connection).and_then(|mut link| {
+            link.greet(step)?;
+            let answer = match link.receive(step)? {
+                Message::Query(query) => self.answer_to(&query, Some(&arrived.running)),
+                _ => Message::Refuse(Reasons::new(&["this process runs a guest already"])),
+            };
+            link.send(&answer, step)?;
+            link.close(self.patience.last_words);
+            Ok(matches!(answer, Message::Running(_)))
+        });
+        match answered {
+            Ok(told) => arrived.acknowledged |= told,
+            Err(error) => log::info!("{}", error.chain()),
+        }
+    }
+
+    /// From the hello to the running guest.
+    fn attempt<F: DestinationFactory>(
+        &mut self,
+        factory: &mut F,
+        link: &mut Link,
+        hello: &Hello,
+    ) -> Result<Arrived<F::Machine>, Error> {
+        let mut machine = self.agree(factory, link, hello)?;
+        let mut receiver = Receiver::live(factory.expected(), machine.ram_blocks());
+        let prepare = self.place(link, &mut receiver)?;
+        self.load(&mut machine, link, receiver, &prepare)?;
+        let commit = self.await_commit(link, hello)?;
+        let (state, error, resume) = self.take(&mut machine, &commit, RunState::from(prepare.running))?;
+        let running = Running {
+            session: commit.session,
+            running: state == RunState::Running,
+            resume_ns: nanoseconds(resume),
+        };
+        Ok(Arrived { machine, state, error, acknowledged: false, running })
+    }
+
+    /// Everything that can be checked before RAM moves, and the machine.
+    fn agree<F: DestinationFactory>(
+        &mut self,
+        factory: &mut F,
+        link: &mut Link,
+        hello: &Hello,
+    ) -> Result<F::Machine, Error> {
+        let source = hello.description();
+        let own = factory.description().map_err(Error::machine("describe this machine"))?;
+        let mut reasons = factory.differences(&source, &own);
+        reasons.extend(self.lease_differs(hello)?);
+        if u64::from(hello.page_bytes) != PAGE_BYTES {
+            reasons.push(format!(
+                "page size: the source has {}, the destination {PAGE_BYTES}",
+                hello.page_bytes
+            ));
+        }
+        if self.fenced.contains(&hello.session) {
+            reasons.push("this session has ended here before".to_owned());
+        }
+        if !reasons.is_empty() {
+            return Err(Error::Refused { reasons });
+        }
+        let machine = factory.build(&source).map_err(|source| Error::Refused {
+            reasons: vec![Error::Machine { doing: "build the machine", source }.chain()],
+        })?;
+        // What the source asked for beyond version 1.0 is not granted: no features, one channel.
+        let agree = Agree { instance: self.instance, features: 0, channels: 1 };
+        link.send(&Message::Agree(agree), self.handshake("agreeing"))?;
+        Ok(machine)
+    }
+
+    fn lease_differs(&self, hello: &Hello) -> Result<Option<String>, Error> {
+        let ours = match &self.lease {
+            Some(lease) => Some((lease.path().display(), lease.read()?.map(|record| record.lease))),
+            None => None,
+        };
+        Ok(match (hello.lease(), ours) {
+            (None, None) => None,
+            (Some(theirs), Some((_, Some(ours)))) if theirs == ours => None,
+            (Some(_), Some((path, _))) => Some(format!("lease: {path} is not the file that the source has")),
+            (Some(_), None) => {
+                Some("lease: the source has one, the destination was started without".to_owned())
+            }
+            (None, Some((path, _))) => {
+                Some(format!("lease: the destination has {path}, the source has none"))
+            }
+        })
+    }
+
+    /// RAM and devices, until the source asks to load them.
+    fn place(&mut self, link: &mut Link, receiver: &mut Receiver) -> Result<Prepare, Error> {
+        let doing = "receiving RAM and devices";
+        let step = Step { doing, patience: self.patience.silence, cancel: Some(self.parameters) };
+        loop {
+            match link.receive(step)? {
+                Message::Stream => {
+                    self.statistics.set_status(Status::Active);
+                    receiver.feed(link.body())?;
+                }
+                Message::Progress(progress) => self.statistics.told(&progress),
+                Message::Prepare(prepare) => return Ok(prepare),
+                other => return Err(unexpected(other, doing)),
+            }
+        }
+    }
+
+    /// Loads the devices and says so.
+    fn load(
+        &mut self,
+        machine: &mut dyn DestinationMachine,
+        link: &mut Link,
+        receiver: Receiver,
+        prepare: &Prepare,
+    ) -> Result<(), Error> {
+        let start = Instant::now();
+        self.statistics.set_status(Status::Device);
+        let received = receiver.finish()?;
+        if received.digest != prepare.digest {
+            return Err(Error::Protocol {
+                doing: "comparing what came with what was sent",
+                reason: format!(
+                    "the digest is {:#018x}, the source's {:#018x}",
+                    received.digest, prepare.digest
+                ),
+            });
+        }
+        machine.load_devices(received.sections).map_err(Error::machine("load the devices"))?;
+        let load = start.elapsed();
+        self.statistics.update(|s| s.downtime.load = load);
+        let prepared = Prepared { digest: received.digest, load_ns: nanoseconds(load) };
+        let step = Step { doing: "reporting the load", patience: self.patience.silence, cancel: None };
+        link.send(&Message::Prepared(prepared), step)
+    }
+
+    fn await_commit(&mut self, link: &mut Link, hello: &Hello) -> Result<Commit, Error> {
+        let doing = "waiting for the guest to be handed over";
+        let step = Step { doing, patience: self.patience.prepare, cancel: Some(self.parameters) };
+        match link.receive(step)? {
+            Message::Commit(commit) if commit.session == hello.session => Ok(commit),
+            Message::Commit(_) => Err(Error::Never { reason: "COMMIT of another session".to_owned() }),
+            other => Err(unexpected(other, doing)),
+        }
+    }
+
+    /// Makes the guest ours and starts it. Every error is the reason of a NEVER: nothing has run, nothing was written.
+    fn take(
+        &mut self,
+        machine: &mut dyn DestinationMachine,
+        commit: &Commit,
+        state: RunState,
+    ) -> Result<(RunState, Option<Error>, Duration), Error> {
+        let start = Instant::now();
+        let never = |reason| Error::Never { reason };
+        if !self.parameters.commit() {
+            return Err(never("the destination was told to quit".to_owned()));
+        }
+        let lock = |machine: &mut dyn DestinationMachine| {
+            let failed = Error::machine("take the image locks");
+            machine.take_image_locks().map_err(|source| failed(source).chain())
+        };
+        let taken = match &mut self.lease {
+            Some(lease) => lease
+                .take(&commit.session, commit.generation, || lock(machine))
+                .map(|_generation| ())
+                .map_err(|error| Error::from(error).chain()),
+            None => lock(machine),
+        };
+        let opened = taken.and_then(|()| {
+            let failed = Error::machine("open the images");
+            machine.open_images().map_err(|source| failed(source).chain())
+        });
+        if let Err(reason) = opened {
+            machine.release_images();
+            if let Some(lease) = &mut self.lease {
+                match lease.give_back(&commit.session) {
+                    // It was never ours.
+                    Ok(()) | Err(lease::Error::Moved { .. }) => {}
+                    Err(error) => log::error!("{}", Error::from(error).chain()),
+                }
+            }
+            return Err(never(reason));
+        }
+        let (state, error) = match machine.start(state).map_err(Error::machine("start the guest")) {
+            Ok(()) => (state, None),
+            Err(error) => {
+                log::error!("the guest is ours and stays paused: {}", error.chain());
+                (RunState::Paused, Some(error))
+            }
+        };
+        let resume = start.elapsed();
+        self.statistics.update(|s| s.downtime.resume = resume);
+        Ok((state, error, resume))
+    }
+
+    /// Tells the source, as often as it asks; whether it knows.
+    fn acknowledged(&mut self, link: &mut Link, running: &Running) -> bool {
+        let doing = "telling the source that the guest runs";
+        let step = Step { doing, patience: self.patience.last_words, cancel: None };
+        let mut sent = link.send(&Message::Running(running.clone()), step);
+        while sent.is_ok() {
+            sent = match link.receive(step) {
+                Ok(Message::Progress(progress)) => {
+                    self.statistics.told(&progress);
+                    return true;
+                }
+                // Again: the answer is the same.
+                Ok(Message::Commit(commit)) if commit.session == running.session => {
+                    link.send(&Message::Running(running.clone()), step)
+                }
+                Ok(other) => Err(unexpected(other, doing)),
+                Err(error) => Err(error),
+            };
+        }
+        false
+    }
+
+    /// What became of a session, as far as this process may say.
+    fn answer_to(&mut self, query: &Query, running: Option<&Running>) -> Message {
+        match running {
+            Some(running) if running.session == query.session => Message::Running(running.clone()),
+            _ if query.instance != self.instance => {
+                Message::Refuse(Reasons::new(&["the session was agreed on with another process"]))
+            }
+            _ => {
+                self.fence(query.session);
+                let reason = "the guest of this session does not run here".into();
+                Message::Never(Never { session: query.session, reason })
+            }
+        }
+    }
+
+    /// The session never runs here.
+    fn fence(&mut self, session: Id) {
+        if !self.fenced.contains(&session) {
+            if self.fenced.len() == FENCED_MAX {
+                self.fenced.remove(0);
+            }
+            self.fenced.push(session);
+        }
+    }
+
+    /// Tells the source why, or hears why from it. The machine is gone and the session fenced by now.
+    fn farewell(&self, mut link: Link, error: Error, session: Id) -> Error {
+        let patience = self.patience.last_words;
+        let message = match &error {
+            Error::Peer { .. } => return error,
+            Error::Refused { reasons } => Message::Refuse(Reasons::new(reasons)),
+            Error::Never { reason } => Message::Never(Never { session, reason: reason.as_str().into() }),
+            error => Message::Reject(Reasons::new(&[error.chain()])),
+        };
+        let step = Step { doing: "taking leave", patience, cancel: None };
+        let _it_finds_out_by_itself = link.send(&message, step);
+        link.close(patience);
+        error
+    }
+
+    fn handshake(&self, doing: &'static str) -> Step<'a> {
+        Step { doing, patience: self.patience.handshake, cancel: Some(self.parameters) }
+    }
+}
+
+fn unexpected(message: Message, doing: &'static str) -> Error {
+    match message {
+        Message::Cancel(reasons) => Error::Peer { reason: reasons.sentences().join("; ") },
+        other => Error::Protocol { doing, reason: format!("the source sent {}", other.name()) },
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

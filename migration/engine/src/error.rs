@@ -1,0 +1,158 @@
+//! Why a migration did not happen.
+
+use std::error::Error as StdError;
+use std::io;
+use std::time::Duration;
+
+/// What ended an attempt. Both sides show the same cause: whoever finds it tells the other.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The destination does not fit.
+    #[error("the destination cannot take this machine: {}", .reasons.join("; "))]
+    Refused {
+        /// All of what is wrong.
+        reasons: Vec<String>,
+    },
+    /// The machine cannot leave.
+    #[error("this machine cannot migrate: {}", .reasons.join("; "))]
+    Blocked {
+        /// All of what is in the way.
+        reasons: Vec<String>,
+    },
+    /// The other side ended the attempt.
+    #[error("{reason}")]
+    Peer {
+        /// In its words.
+        reason: String,
+    },
+    /// The destination will never run the guest of this session.
+    #[error("the destination did not take the guest: {reason}")]
+    Never {
+        /// In its words.
+        reason: String,
+    },
+    /// The user ended it.
+    #[error("migration cancelled")]
+    Cancelled,
+    /// The guest dirties its memory faster than the link takes it.
+    #[error(
+        "no convergence after {rounds} rounds: {remaining_bytes} bytes remain, {expected:?} of downtime expected, {limit:?} allowed"
+    )]
+    NoConvergence {
+        /// Rounds made.
+        rounds: u32,
+        /// Left after them.
+        remaining_bytes: u64,
+        /// What a stop would cost.
+        expected: Duration,
+        /// What it may.
+        limit: Duration,
+    },
+    /// The link broke.
+    #[error("connection lost while {doing}")]
+    Lost {
+        /// The step.
+        doing: &'static str,
+        /// How.
+        source: io::Error,
+    },
+    /// The peer closed the link.
+    #[error("the other side closed the connection while {doing}")]
+    Closed {
+        /// The step.
+        doing: &'static str,
+    },
+    /// The peer is silent, or does not take what it is sent.
+    #[error("the other side did nothing for {waited:?} while {doing}")]
+    TimedOut {
+        /// The step.
+        doing: &'static str,
+        /// How long.
+        waited: Duration,
+    },
+    /// The peer sent what it must not.
+    #[error("unexpected data while {doing}: {reason}")]
+    Protocol {
+        /// The step.
+        doing: &'static str,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The machine failed.
+    #[error("cannot {doing}")]
+    Machine {
+        /// The step.
+        doing: &'static str,
+        /// Why.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+    /// A file failed.
+    #[error("cannot {doing} {path}")]
+    File {
+        /// The step.
+        doing: &'static str,
+        /// Which file.
+        path: String,
+        /// Why.
+        source: Box<dyn StdError + Send + Sync>,
+    },
+    /// The stream is refused, or could not be written.
+    #[error("cannot {doing}")]
+    Stream {
+        /// The step.
+        doing: &'static str,
+        /// Why.
+        source: Box<stream::Error>,
+    },
+    /// The lease does not allow it.
+    #[error(transparent)]
+    Lease(#[from] crate::lease::Error),
+    /// No link came about.
+    #[error(transparent)]
+    Transport(#[from] transport::Error),
+}
+
+impl Error {
+    pub(crate) fn machine(doing: &'static str) -> impl Fn(Box<dyn StdError + Send + Sync>) -> Self {
+        move |source| Self::Machine { doing, source }
+    }
+
+    /// A failure of the stream; one of the link or of the user below it comes out again.
+    pub(crate) fn stream(doing: &'static str) -> impl Fn(stream::Error) -> Self {
+        move |error| match error {
+            stream::Error::Write { what, source } => match source.downcast::<Self>() {
+                Ok(inner) => inner,
+                Err(source) => {
+                    Self::Stream { doing, source: Box::new(stream::Error::Write { what, source }) }
+                }
+            },
+            source => Self::Stream { doing, source: Box::new(source) },
+        }
+    }
+
+    /// Whether the other side knows already, since it said so itself.
+    pub(crate) fn came_from_peer(&self) -> bool {
+        matches!(self, Self::Peer { .. } | Self::Refused { .. } | Self::Never { .. })
+    }
+
+    /// Whether nothing tells what the other side did: it may not even know that the attempt is over.
+    pub(crate) fn link_is_gone(&self) -> bool {
+        matches!(self, Self::Lost { .. } | Self::Closed { .. } | Self::TimedOut { .. })
+    }
+
+    /// The error with all of its sources, in one line.
+    #[must_use]
+    pub fn chain(&self) -> String {
+        let mut text = self.to_string();
+        let mut source = self.source();
+        while let Some(error) = source {
+            let cause = error.to_string();
+            if !text.ends_with(&cause) {
+                text.push_str(": ");
+                text.push_str(&cause);
+            }
+            source = error.source();
+        }
+        text
+    }
+}

@@ -1,0 +1,497 @@
+//! Who owns the guest: one small file that alone decides.
+//!
+//! The file holds two copies of a fixed-size [`Record`], each with a sequence number and a checksum. A change writes the
+//! older copy and fsyncs it; a reader takes the newest copy that is whole. So a write that was torn by a crash never
+//! happened, and whoever made it had not yet acted on it: every method here returns only after the fsync, and callers act
+//! only after that.
+//!
+//! Two locks lie on the file, both of the open file description (they end with the process, and do not pass to
+//! children that exec):
+//!
+//! - the *record lock*, exclusive, held while the record is read and rewritten, never longer;
+//! - *presence*, shared, held by every process that the record calls owner for as long as it lives. It decides nothing
+//!   about a migration; it only tells whoever starts a VM whether the owner in the record is still there. A record
+//!   whose owner is gone without a word can be claimed; that moves the generation on, so that a message of an old
+//!   migration finds another one.
+//!
+//! Absent: any policy. `source`, `destination` and `file` know when to write what.
+
+mod record;
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use nix::libc;
+
+use record::SLOT_BYTES;
+pub use record::{Id, Owner, Record, State, random_id, show_id};
+
+/// How long to wait for the record lock. Its holders do a few writes and, at a destination, take image locks.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+const LOCK_RETRY: Duration = Duration::from_millis(1);
+
+const RECORD_RANGE: (i64, i64) = (0, 2 * SLOT_BYTES as i64);
+/// Beyond the contents: locks need no bytes behind them.
+const PRESENCE_RANGE: (i64, i64) = (1 << 20, 1);
+
+/// Why the lease does not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system failed.
+    #[error("lease {path}: cannot {action}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is something else.
+    #[error("lease {path}: the file exists and is no lease")]
+    NotALease {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Neither copy is whole.
+    #[error(
+        "lease {path}: both copies of the record are damaged; nobody can tell who owns the guest. Remove the file only when no process runs it"
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another process is at the record and does not finish.
+    #[error("lease {path}: another process has held its lock for {waited:?}")]
+    Busy {
+        /// The file.
+        path: PathBuf,
+        /// How long it was tried.
+        waited: Duration,
+    },
+    /// The owner lives.
+    #[error("lease {path}: held: {record}")]
+    Held {
+        /// The file.
+        path: PathBuf,
+        /// Who holds it.
+        record: Box<Record>,
+    },
+    /// The record does not say what it must for this step.
+    #[error("lease {path}: cannot {action}: the record says {record}")]
+    Moved {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        action: String,
+        /// What it says.
+        record: Box<Record>,
+    },
+    /// A step that was to be taken under the lock failed.
+    #[error("{reason}")]
+    Condition {
+        /// What failed.
+        reason: String,
+    },
+}
+
+/// How an undecided handover was settled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Settlement {
+    /// The guest is ours, at this generation.
+    Ours {
+        /// The new generation.
+        generation: u64,
+    },
+    /// Someone else has it; we never run it again.
+    Theirs {
+        /// What the record says.
+        record: Box<Record>,
+    },
+}
+
+/// A process's handle on the lease file.
+#[derive(Debug)]
+pub struct Lease {
+    file: File,
+    path: PathBuf,
+    owner: Owner,
+    present: bool,
+}
+
+/// The record lock; dropping it releases it.
+struct Locked<'a> {
+    lease: &'a Lease,
+    newest: Option<(u64, Record)>,
+    /// Where the next version goes: not over the newest.
+    next_slot: u64,
+}
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        let _released_with_the_file_otherwise = self.lease.lock(libc::F_UNLCK, RECORD_RANGE);
+    }
+}
+
+impl Lease {
+    /// Opens or makes the file, claiming nothing.
+    ///
+    /// # Errors
+    /// The file cannot be opened for writing, or is something else.
+    pub fn open(path: &Path, owner: Owner) -> Result<Self, Error> {
+        let failed = |action| move |source| Error::Io { path: path.to_owned(), action, source };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(failed("open it"))?;
+        if !file.metadata().map_err(failed("look at it"))?.is_file() {
+            return Err(Error::NotALease { path: path.to_owned() });
+        }
+        let lease = Self { file, path: path.to_owned(), owner, present: false };
+        lease.locked()?;
+        Ok(lease)
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Who we are in the record.
+    #[must_use]
+    pub fn owner(&self) -> &Owner {
+        &self.owner
+    }
+
+    /// What the record says now; `None` in a file that was just made.
+    ///
+    /// # Errors
+    /// The file cannot be read, or nobody can tell.
+    pub fn read(&self) -> Result<Option<Record>, Error> {
+        Ok(self.locked()?.newest.clone().map(|(_, record)| record))
+    }
+
+    /// At the start of a VM: makes us the owner, if nobody living is. Returns our generation, and what the record said
+    /// before.
+    ///
+    /// # Errors
+    /// [`Error::Held`] names the holder.
+    pub fn claim(&mut self) -> Result<(u64, Option<Record>), Error> {
+        self.claim_if("start", |_| true)
+    }
+
+    /// At the restore of a file: makes us the owner, if the guest is still in the file of this digest and generation.
+    ///
+    /// # Errors
+    /// [`Error::Held`], or [`Error::Moved`] that names both generations.
+    pub fn claim_file(&mut self, lease: &Id, generation: u64, digest: u64) -> Result<u64, Error> {
+        let action = format!("restore a file that was written at generation {generation}");
+        let in_file = State::InFile { digest };
+        let (generation, _) = self.claim_if(&action, |record| {
+            record.is_some_and(|r| r.lease == *lease && r.generation == generation && r.state == in_file)
+        })?;
+        Ok(generation)
+    }
+
+    fn claim_if(
+        &mut self,
+        action: &str,
+        allowed: impl Fn(Option<&Record>) -> bool,
+    ) -> Result<(u64, Option<Record>), Error> {
+        let claimed = {
+            let mut locked = self.locked()?;
+            let previous = locked.newest.clone().map(|(_, record)| record);
+            // Under the record lock, so that of two who find the owner gone only one goes on.
+            if !self.lock(libc::F_WRLCK, PRESENCE_RANGE)? {
+                return Err(match previous {
+                    Some(record) => Error::Held { path: self.path.clone(), record: Box::new(record) },
+                    None => Error::Busy { path: self.path.clone(), waited: Duration::ZERO },
+                });
+            }
+            if !allowed(previous.as_ref()) {
+                self.lock(libc::F_UNLCK, PRESENCE_RANGE)?;
+                return Err(match previous {
+                    Some(record) => locked.moved(action, record),
+                    None => Error::NotALease { path: self.path.clone() },
+                });
+            }
+            let lease = match &previous {
+                Some(record) => record.lease,
+                None => random_id().map_err(|source| self.io("draw its name", source))?,
+            };
+            let generation = previous.as_ref().map_or(0, |record| record.generation) + 1;
+            locked.write(lease, generation, State::Owned)?;
+            // From exclusive to shared in one step: nobody comes between.
+            self.lock(libc::F_RDLCK, PRESENCE_RANGE)?;
+            (generation, previous)
+        };
+        self.present = true;
+        Ok(claimed)
+    }
+
+    /// Source, before the first byte of COMMIT: lets the destination of `session` take the guest. Returns the generation
+    /// that COMMIT carries.
+    ///
+    /// # Errors
+    /// [`Error::Moved`]: the guest is not ours to give.
+    pub fn offer(&mut self, session: &Id, peer: &str) -> Result<u64, Error> {
+        let mut locked = self.locked()?;
+        let record = locked.current("offer the guest")?;
+        let ours = matches!(record.state, State::Owned | State::Taken { .. }) && self.is_ours(Some(&record));
+        if !ours {
+            return Err(locked.moved("offer the guest", record));
+        }
+        let state = State::Offered { session: *session, peer: peer.to_owned() };
+        locked.write(record.lease, record.generation, state)?;
+        Ok(record.generation)
+    }
+
+    /// Destination: makes us the owner, if the record offers us exactly this. `under_lock` runs between the check and the
+    /// write (it takes the image locks); if it fails the record stays. Returns the new generation.
+    ///
+    /// # Errors
+    /// [`Error::Moved`]: the source has settled otherwise. [`Error::Condition`]: `under_lock` failed.
+    pub fn take(
+        &mut self,
+        session: &Id,
+        generation: u64,
+        under_lock: impl FnOnce() -> Result<(), String>,
+    ) -> Result<u64, Error> {
+        {
+            let mut locked = self.locked()?;
+            let action = format!("take generation {generation} in session {}", show_id(session));
+            let record = locked.current(&action)?;
+            let offered = matches!(&record.state, State::Offered { session: s, .. } if s == session);
+            if !offered || record.generation != generation {
+                return Err(locked.moved(&action, record));
+            }
+            under_lock().map_err(|reason| Error::Condition { reason })?;
+            if !self.lock(libc::F_RDLCK, PRESENCE_RANGE)? {
+                // Only `claim` takes presence alone, and it holds the record lock while it does.
+                return Err(self.io("show presence on it", Errno::EAGAIN.into()));
+            }
+            locked.write(record.lease, generation + 1, State::Taken { session: *session })?;
+        }
+        self.present = true;
+        Ok(generation + 1)
+    }
+
+    /// Destination: it was taken, but nothing ran and nothing ever will. The source may have it back.
+    ///
+    /// # Errors
+    /// [`Error::Moved`]: the record is not our `taken` of this session.
+    pub fn give_back(&mut self, session: &Id) -> Result<(), Error> {
+        {
+            let mut locked = self.locked()?;
+            let record = locked.current("give the guest back")?;
+            if record.state != (State::Taken { session: *session }) || !self.is_ours(Some(&record)) {
+                return Err(locked.moved("give the guest back", record));
+            }
+            locked.write(record.lease, record.generation, State::Returned { session: *session })?;
+        }
+        self.leave()
+    }
+
+    /// Source: decides an attempt that ended without an answer. A record that is still our offer, or that was returned to
+    /// us, becomes ours with a new generation, and a late COMMIT finds that. Safe to call again.
+    ///
+    /// # Errors
+    /// The record cannot be read or written: then nothing is decided.
+    pub fn settle(&mut self, session: &Id) -> Result<Settlement, Error> {
+        let mut locked = self.locked()?;
+        let record = locked.current("settle a handover")?;
+        let back = match &record.state {
+            State::Offered { session: s, .. } => s == session && self.is_ours(Some(&record)),
+            State::Returned { session: s } => s == session,
+            State::Owned | State::Taken { .. } if self.is_ours(Some(&record)) => {
+                return Ok(Settlement::Ours { generation: record.generation });
+            }
+            _ => false,
+        };
+        if !back {
+            return Ok(Settlement::Theirs { record: Box::new(record) });
+        }
+        let generation = record.generation + 1;
+        locked.write(record.lease, generation, State::Owned)?;
+        Ok(Settlement::Ours { generation })
+    }
+
+    /// The guest goes into a file with this digest. Returns the generation (the file knows it already).
+    ///
+    /// # Errors
+    /// [`Error::Moved`]: it is not ours.
+    pub fn suspend(&mut self, generation: u64, digest: u64) -> Result<(), Error> {
+        self.end(State::InFile { digest }, "suspend the guest", Some(generation))
+    }
+
+    /// At a clean exit: nobody runs the guest any more.
+    ///
+    /// # Errors
+    /// [`Error::Moved`]: it is not ours.
+    pub fn release(&mut self) -> Result<(), Error> {
+        self.end(State::Released, "release the guest", None)
+    }
+
+    fn end(&mut self, state: State, action: &str, generation: Option<u64>) -> Result<(), Error> {
+        {
+            let mut locked = self.locked()?;
+            let record = locked.current(action)?;
+            let ours =
+                matches!(record.state, State::Owned | State::Taken { .. }) && self.is_ours(Some(&record));
+            if !ours || generation.is_some_and(|generation| generation != record.generation) {
+                return Err(locked.moved(action, record));
+            }
+            locked.write(record.lease, record.generation, state)?;
+        }
+        self.leave()
+    }
+
+    /// Withdraws our presence: the guest is someone else's.
+    ///
+    /// # Errors
+    /// The lock could not be released.
+    pub fn leave(&mut self) -> Result<(), Error> {
+        self.lock(libc::F_UNLCK, PRESENCE_RANGE)?;
+        self.present = false;
+        Ok(())
+    }
+
+    fn is_ours(&self, record: Option<&Record>) -> bool {
+        record.is_some_and(|record| record.owner.id == self.owner.id)
+    }
+
+    /// Takes the record lock and reads the newest whole copy.
+    fn locked(&self) -> Result<Locked<'_>, Error> {
+        let start = Instant::now();
+        while !self.lock(libc::F_WRLCK, RECORD_RANGE)? {
+            if start.elapsed() > LOCK_PATIENCE {
+                return Err(Error::Busy { path: self.path.clone(), waited: start.elapsed() });
+            }
+            std::thread::sleep(LOCK_RETRY);
+        }
+        let mut locked = Locked { lease: self, newest: None, next_slot: 0 };
+        let length = self.file.metadata().map_err(|e| self.io("look at it", e))?.len();
+        let (mut whole, mut foreign, mut blank) = (false, false, true);
+        for index in 0..2 {
+            let mut slot = [0; SLOT_BYTES];
+            let offset = index * SLOT_BYTES as u64;
+            let count = read_fully(&self.file, &mut slot, offset).map_err(|e| self.io("read it", e))?;
+            let empty = slot[..count].iter().all(|byte| *byte == 0);
+            blank &= empty;
+            if let Some((sequence, record)) = Record::from_slot(&slot) {
+                whole = true;
+                if locked.newest.as_ref().is_none_or(|(newest, _)| sequence > *newest) {
+                    locked.newest = Some((sequence, record));
+                    locked.next_slot = 1 - index;
+                }
+            } else if !empty && !Record::has_magic(&slot) {
+                foreign = true;
+            }
+        }
+        // Blank: just made, by us or by someone who crashed before the first record.
+        let ours = length == 2 * SLOT_BYTES as u64;
+        if whole || length == 0 || (ours && blank) {
+            return Ok(locked);
+        }
+        let path = self.path.clone();
+        Err(if foreign || !ours { Error::NotALease { path } } else { Error::Damaged { path } })
+    }
+
+    /// Sets or clears a lock of this open file description; `false` if another one is in the way.
+    fn lock(&self, kind: i32, (start, length): (i64, i64)) -> Result<bool, Error> {
+        let range = libc::flock {
+            l_type: kind as i16,
+            l_whence: libc::SEEK_SET as i16,
+            l_start: start,
+            l_len: length,
+            l_pid: 0,
+        };
+        loop {
+            match fcntl(&self.file, FcntlArg::F_OFD_SETLK(&range)) {
+                Ok(_) => return Ok(true),
+                Err(Errno::EAGAIN | Errno::EACCES) => return Ok(false),
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(self.io("lock it", errno.into())),
+            }
+        }
+    }
+
+    fn io(&self, action: &'static str, source: io::Error) -> Error {
+        Error::Io { path: self.path.clone(), action, source }
+    }
+}
+
+impl Locked<'_> {
+    fn current(&self, action: &str) -> Result<Record, Error> {
+        match &self.newest {
+            Some((_, record)) => Ok(record.clone()),
+            None => Err(Error::Condition {
+                reason: format!("lease {}: cannot {action}: the file is empty", self.lease.path.display()),
+            }),
+        }
+    }
+
+    fn moved(&self, action: &str, record: Record) -> Error {
+        Error::Moved { path: self.lease.path.clone(), action: action.to_owned(), record: Box::new(record) }
+    }
+
+    /// Writes the next version, by us, and returns when it is on stable storage.
+    fn write(&mut self, lease: Id, generation: u64, state: State) -> Result<(), Error> {
+        let record = Record { lease, generation, state, owner: self.lease.owner.clone() };
+        let sequence = self.newest.as_ref().map_or(0, |(sequence, _)| *sequence) + 1;
+        let first = self.newest.is_none();
+        if first {
+            // Both copies have their blocks from the start: later writes change no metadata, and fsync is cheap.
+            self.lease
+                .file
+                .write_all_at(&[0; 2 * SLOT_BYTES], 0)
+                .map_err(|e| self.lease.io("write it", e))?;
+        }
+        self.lease
+            .file
+            .write_all_at(&record.to_slot(sequence), self.next_slot * SLOT_BYTES as u64)
+            .map_err(|e| self.lease.io("write it", e))?;
+        self.lease.file.sync_data().map_err(|e| self.lease.io("sync it", e))?;
+        if first {
+            let folder = match self.lease.path.parent() {
+                Some(folder) if !folder.as_os_str().is_empty() => folder,
+                _ => Path::new("."),
+            };
+            File::open(folder)
+                .and_then(|folder| folder.sync_all())
+                .map_err(|e| self.lease.io("sync the folder of it", e))?;
+        }
+        self.newest = Some((sequence, record));
+        self.next_slot = 1 - self.next_slot;
+        Ok(())
+    }
+}
+
+fn read_fully(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut filled = 0;
+    while let Some(rest) = buffer.get_mut(filled..)
+        && !rest.is_empty()
+    {
+        match file.read_at(rest, offset + filled as u64) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,198 @@
+use super::*;
+
+const SESSION: Id = [1; 16];
+
+struct Fixture {
+    _folder: tempfile::TempDir,
+    path: PathBuf,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lease");
+        Self { _folder: folder, path }
+    }
+
+    /// Another process, as far as the lease can tell: locks belong to the open file.
+    fn process(&self, name: &str) -> Lease {
+        Lease::open(&self.path, Owner::this_process(name).unwrap()).unwrap()
+    }
+}
+
+fn offered(fixture: &Fixture) -> (Lease, Lease, u64) {
+    let (mut source, destination) = (fixture.process("source"), fixture.process("destination"));
+    source.claim().unwrap();
+    let generation = source.offer(&SESSION, "unix:/d").unwrap();
+    (source, destination, generation)
+}
+
+#[test]
+fn a_living_owner_is_named_and_a_dead_one_replaced() {
+    let fixture = Fixture::new();
+    let mut first = fixture.process("first");
+    assert_eq!(first.claim().unwrap(), (1, None));
+    let mut second = fixture.process("second");
+    let error = second.claim().unwrap_err();
+    assert!(matches!(error, Error::Held { .. }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("VM \"first\"") && text.contains(&format!("pid {}", std::process::id())), "{text}");
+    drop(first);
+    let (generation, previous) = second.claim().unwrap();
+    assert_eq!((generation, previous.unwrap().owner.vm.as_str()), (2, "first"));
+}
+
+#[test]
+fn a_released_lease_is_free() {
+    let fixture = Fixture::new();
+    let mut first = fixture.process("first");
+    first.claim().unwrap();
+    first.release().unwrap();
+    assert_eq!(fixture.process("second").claim().unwrap().0, 2);
+    assert!(matches!(first.release(), Err(Error::Moved { .. })));
+}
+
+#[test]
+fn handover_moves_owner_presence_and_generation() {
+    let fixture = Fixture::new();
+    let (mut source, mut destination, generation) = offered(&fixture);
+    let mut locks_taken = false;
+    let taken = destination.take(&SESSION, generation, || {
+        locks_taken = true;
+        Ok(())
+    });
+    assert_eq!((taken.unwrap(), locks_taken), (generation + 1, true));
+    assert!(matches!(source.settle(&SESSION).unwrap(), Settlement::Theirs { record }
+        if record.owner.vm == "destination" && record.state == State::Taken { session: SESSION }));
+    source.leave().unwrap();
+    assert!(matches!(fixture.process("third").claim(), Err(Error::Held { .. })));
+    drop(destination);
+    assert_eq!(fixture.process("third").claim().unwrap().0, generation + 2);
+}
+
+#[test]
+fn after_settling_a_late_commit_finds_another_generation() {
+    let fixture = Fixture::new();
+    let (mut source, mut destination, generation) = offered(&fixture);
+    assert_eq!(source.settle(&SESSION).unwrap(), Settlement::Ours { generation: generation + 1 });
+    let never = || -> Result<(), String> { panic!("image locks of a guest that is not ours") };
+    assert!(matches!(destination.take(&SESSION, generation, never), Err(Error::Moved { .. })));
+    assert_eq!(source.settle(&SESSION).unwrap(), Settlement::Ours { generation: generation + 1 });
+    // Offered again, in another session: the old COMMIT still finds nothing.
+    source.offer(&[2; 16], "unix:/d").unwrap();
+    for late in [generation, generation + 1] {
+        assert!(matches!(destination.take(&SESSION, late, never), Err(Error::Moved { .. })));
+    }
+    assert!(matches!(destination.take(&[2; 16], generation, never), Err(Error::Moved { .. })));
+}
+
+#[test]
+fn a_failed_condition_leaves_the_offer() {
+    let fixture = Fixture::new();
+    let (mut source, mut destination, generation) = offered(&fixture);
+    let error =
+        destination.take(&SESSION, generation, || Err("disk.img is locked by pid 7".into())).unwrap_err();
+    assert_eq!(error.to_string(), "disk.img is locked by pid 7");
+    assert_eq!(source.settle(&SESSION).unwrap(), Settlement::Ours { generation: generation + 1 });
+}
+
+#[test]
+fn what_was_given_back_returns_to_the_source_alone() {
+    let fixture = Fixture::new();
+    let (mut source, mut destination, generation) = offered(&fixture);
+    destination.take(&SESSION, generation, || Ok(())).unwrap();
+    destination.give_back(&SESSION).unwrap();
+    assert!(matches!(source.settle(&[2; 16]).unwrap(), Settlement::Theirs { .. }), "another session");
+    assert!(matches!(fixture.process("stranger").claim(), Err(Error::Held { .. })));
+    assert_eq!(source.settle(&SESSION).unwrap(), Settlement::Ours { generation: generation + 2 });
+}
+
+#[test]
+fn only_the_owner_offers_suspends_and_releases() {
+    let fixture = Fixture::new();
+    let (mut source, mut other, generation) = offered(&fixture);
+    assert!(matches!(other.offer(&SESSION, ""), Err(Error::Moved { .. })));
+    assert!(matches!(other.release(), Err(Error::Moved { .. })));
+    assert!(matches!(source.release(), Err(Error::Moved { .. })), "an offered guest is not ours to release");
+    assert!(matches!(source.suspend(generation, 5), Err(Error::Moved { .. })));
+    assert!(matches!(other.settle(&SESSION).unwrap(), Settlement::Theirs { .. }));
+}
+
+#[test]
+fn a_file_is_restored_once_and_only_onto_what_it_was_taken_from() {
+    let fixture = Fixture::new();
+    let mut source = fixture.process("source");
+    let (generation, _) = source.claim().unwrap();
+    let lease = source.read().unwrap().unwrap().lease;
+    source.suspend(generation, 77).unwrap();
+    let mut restored = fixture.process("restored");
+    for (lease, generation, digest) in [([0; 16], generation, 77), (lease, generation, 78), (lease, 9, 77)] {
+        assert!(matches!(restored.claim_file(&lease, generation, digest), Err(Error::Moved { .. })));
+    }
+    assert_eq!(restored.claim_file(&lease, generation, 77).unwrap(), generation + 1);
+    drop(restored);
+    let error = fixture.process("again").claim_file(&lease, generation, 77).unwrap_err().to_string();
+    assert!(error.contains("at generation 1") && error.contains("generation 2, owned"), "{error}");
+}
+
+#[test]
+fn a_torn_write_never_happened() {
+    let fixture = Fixture::new();
+    let mut source = fixture.process("source");
+    source.claim().unwrap();
+    let before = source.read().unwrap();
+    let old = std::fs::read(&fixture.path).unwrap();
+    source.offer(&SESSION, "unix:/d").unwrap();
+    let new = std::fs::read(&fixture.path).unwrap();
+    // Sequence 1 lies in the first slot, 2 in the second; a crash leaves a prefix of the second.
+    for cut in [1, 8, 100, 500] {
+        let mut torn = old.clone();
+        torn[SLOT_BYTES..SLOT_BYTES + cut].copy_from_slice(&new[SLOT_BYTES..SLOT_BYTES + cut]);
+        std::fs::write(&fixture.path, &torn).unwrap();
+        assert_eq!(source.read().unwrap(), before, "cut at {cut}");
+    }
+    std::fs::write(&fixture.path, &new).unwrap();
+    assert!(matches!(source.read().unwrap().unwrap().state, State::Offered { .. }));
+    let mut damaged = new.clone();
+    damaged[20] ^= 1;
+    damaged[SLOT_BYTES + 20] ^= 1;
+    std::fs::write(&fixture.path, &damaged).unwrap();
+    assert!(matches!(source.settle(&SESSION), Err(Error::Damaged { .. })));
+}
+
+#[test]
+fn a_file_that_is_no_lease_is_left_alone() {
+    let fixture = Fixture::new();
+    for contents in [vec![b'x'; 2 * SLOT_BYTES], vec![0; 4096], b"image".to_vec()] {
+        std::fs::write(&fixture.path, &contents).unwrap();
+        let error = Lease::open(&fixture.path, Owner::this_process("vm").unwrap()).unwrap_err();
+        assert!(matches!(error, Error::NotALease { .. }), "{error}");
+        assert_eq!(std::fs::read(&fixture.path).unwrap(), contents);
+    }
+}
+
+#[test]
+fn a_crash_before_the_first_record_leaves_a_usable_file() {
+    let fixture = Fixture::new();
+    std::fs::write(&fixture.path, [0; 2 * SLOT_BYTES]).unwrap();
+    assert_eq!(fixture.process("vm").claim().unwrap(), (1, None));
+}
+
+#[test]
+fn of_many_claimants_one_wins() {
+    let fixture = Fixture::new();
+    fixture.process("dead").claim().unwrap();
+    let barrier = std::sync::Barrier::new(8);
+    let winners = std::thread::scope(|scope| {
+        let claim = |index: usize| {
+            let mut lease = fixture.process(&format!("claimant {index}"));
+            barrier.wait();
+            lease.claim().is_ok().then_some(lease)
+        };
+        let threads: Vec<_> = (0..8).map(|index| scope.spawn(move || claim(index))).collect();
+        // All have tried before the first winner lets go.
+        let leases: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+        leases.iter().flatten().count()
+    });
+    assert_eq!(winners, 1);
+}

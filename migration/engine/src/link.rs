@@ -1,0 +1,227 @@
+//! Messages on a connection, each within a deadline.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::time::{Duration, Instant};
+
+use stream::frame::{self, HEADER_BYTES, Header, Kind};
+use transport::Connection;
+
+use crate::protocol::Message;
+use crate::{Error, Parameters};
+
+/// How often a waiting read or write looks at its deadline and at the user's wish.
+const SLICE: Duration = Duration::from_millis(20);
+
+/// A step, how long it may take, and who may end it.
+#[derive(Clone, Copy)]
+pub(crate) struct Step<'a> {
+    pub doing: &'static str,
+    /// The longest silence: a peer that keeps moving may take longer.
+    pub patience: Duration,
+    pub cancel: Option<&'a Parameters>,
+}
+
+/// Reaches the peer.
+pub type Dial<'a> = dyn FnMut() -> Result<Connection, Error> + 'a;
+
+/// Both directions of a connection, as messages.
+pub(crate) struct Link {
+    connection: Connection,
+    sent_bytes: u64,
+    /// Header and body of the message being sent.
+    out: Vec<u8>,
+    body: Vec<u8>,
+}
+
+impl Link {
+    pub fn new(connection: Connection) -> Result<Self, Error> {
+        let doing = "setting up the connection";
+        connection
+            .set_read_timeout(Some(SLICE))
+            .and_then(|()| connection.set_write_timeout(Some(SLICE)))
+            .map_err(|source| Error::Lost { doing, source })?;
+        Ok(Self { connection, sent_bytes: 0, out: Vec::new(), body: Vec::new() })
+    }
+
+    pub fn peer(&self) -> &str {
+        self.connection.peer()
+    }
+
+    pub fn sent_bytes(&self) -> u64 {
+        self.sent_bytes
+    }
+
+    /// Says who we are, and hears that the other side speaks our language.
+    pub fn greet(&mut self, step: Step<'_>) -> Result<(), Error> {
+        self.write(&frame::encode_preamble(), step)?;
+        let mut theirs = [0; HEADER_BYTES];
+        self.read(&mut theirs, step, true)?;
+        let wrong = |reason| Err(Error::Protocol { doing: step.doing, reason });
+        match frame::decode_preamble(theirs) {
+            Ok((frame::MAJOR, _)) => Ok(()),
+            Ok((major, _)) => wrong(format!(
+                "the other side speaks version {major} of the protocol, we speak {}",
+                frame::MAJOR
+            )),
+            Err(error) => wrong(error.to_string()),
+        }
+    }
+
+    pub fn send(&mut self, message: &Message, step: Step<'_>) -> Result<(), Error> {
+        let (kind, body) = message.encode();
+        let mut frame = std::mem::take(&mut self.out);
+        frame.clear();
+        frame.extend_from_slice(&[0; HEADER_BYTES]);
+        frame.extend_from_slice(&body);
+        let result = self.send_frame(kind, &mut frame, step);
+        self.out = frame;
+        result
+    }
+
+    /// Sends a frame whose body starts at [`HEADER_BYTES`]; the header is filled in here. One `write` call, so that faults
+    /// in tests can count messages.
+    pub fn send_frame(&mut self, kind: Kind, frame: &mut [u8], step: Step<'_>) -> Result<(), Error> {
+        let length = frame.len().saturating_sub(HEADER_BYTES);
+        if length > frame::BODY_BYTES_MAX {
+            let reason = format!("our own {kind:?} of {length} bytes is longer than a frame may be");
+            return Err(Error::Protocol { doing: step.doing, reason });
+        }
+        let header = Header { kind, flags: 0, length_bytes: length as u32 };
+        if let Some(place) = frame.first_chunk_mut() {
+            *place = header.encode();
+        }
+        self.write(frame, step)
+    }
+
+    /// The next message. The bytes of a [`Message::Stream`] are in [`body`](Self::body).
+    pub fn receive(&mut self, step: Step<'_>) -> Result<Message, Error> {
+        let mut header = [0; HEADER_BYTES];
+        self.read(&mut header, step, true)?;
+        let wrong = |reason| Error::Protocol { doing: step.doing, reason };
+        let header = Header::decode(header).map_err(|error| wrong(error.to_string()))?;
+        if header.flags != 0 {
+            return Err(wrong(format!("frame flags {:#x} are unknown", header.flags)));
+        }
+        // `decode` has checked that it is at most 1 MiB.
+        let mut body = std::mem::take(&mut self.body);
+        body.resize(header.length_bytes as usize, 0);
+        let read = self.read(&mut body, step, false);
+        self.body = body;
+        read?;
+        Message::decode(header.kind, &self.body).map_err(wrong)
+    }
+
+    /// The body of the last message.
+    pub fn body(&self) -> &[u8] {
+        &self.body
+    }
+
+    /// What the peer said before the link broke, if that explains it: a REJECT or a CANCEL that is still in the socket.
+    pub fn last_words(&mut self, patience: Duration) -> Option<Error> {
+        let step = Step { doing: "reading the other side's last words", patience, cancel: None };
+        let end = Instant::now() + patience;
+        while Instant::now() < end {
+            match self.receive(step) {
+                Ok(Message::Reject(reasons) | Message::Cancel(reasons)) => {
+                    return Some(Error::Peer { reason: reasons.sentences().join("; ") });
+                }
+                Ok(Message::Refuse(reasons)) => {
+                    return Some(Error::Refused { reasons: reasons.sentences() });
+                }
+                Ok(_) => {}
+                Err(_) => return None,
+            }
+        }
+        None
+    }
+
+    /// Ends our direction, then hears the peer out for a moment: closing with unread data would make the kernel reset the
+    /// connection, and our last message would be lost.
+    pub fn close(mut self, patience: Duration) {
+        let _gone_already = self.connection.shutdown(Shutdown::Write);
+        let end = Instant::now() + patience;
+        let mut rest = [0; 65536];
+        while Instant::now() < end {
+            match self.connection.read(&mut rest) {
+                Ok(0) => break,
+                Ok(_) => {}
+                Err(error) if is_pause(&error) => {}
+                Err(_) => break,
+            }
+        }
+    }
+
+    fn write(&mut self, mut bytes: &[u8], step: Step<'_>) -> Result<(), Error> {
+        let mut moved = Instant::now();
+        while !bytes.is_empty() {
+            step.check()?;
+            match self.connection.write(bytes) {
+                Ok(0) => return Err(step.closed()),
+                Ok(count) => {
+                    self.sent_bytes += count as u64;
+                    bytes = bytes.get(count..).unwrap_or_default();
+                    moved = Instant::now();
+                }
+                Err(error) if is_pause(&error) => step.patient(moved)?,
+                Err(source) => return Err(Error::Lost { doing: step.doing, source }),
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, buffer: &mut [u8], step: Step<'_>, at_boundary: bool) -> Result<(), Error> {
+        // A message must come within the patience as a whole when it is short, so that a peer which sends a byte now and
+        // then does not hold us for ever; a long body may take as long as it keeps moving.
+        let mut moved = Instant::now();
+        let mut filled = 0;
+        while let Some(rest) = buffer.get_mut(filled..)
+            && !rest.is_empty()
+        {
+            step.check()?;
+            match self.connection.read(rest) {
+                Ok(0) if at_boundary && filled == 0 => return Err(step.closed()),
+                Ok(0) => {
+                    return Err(Error::Lost {
+                        doing: step.doing,
+                        source: io::Error::new(io::ErrorKind::UnexpectedEof, "cut within a message"),
+                    });
+                }
+                Ok(count) => {
+                    filled += count;
+                    if count >= 4096 {
+                        moved = Instant::now();
+                    }
+                    step.patient(moved)?;
+                }
+                Err(error) if is_pause(&error) => step.patient(moved)?,
+                Err(source) => return Err(Error::Lost { doing: step.doing, source }),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Step<'_> {
+    fn check(&self) -> Result<(), Error> {
+        match self.cancel {
+            Some(parameters) if parameters.cancelled() => Err(Error::Cancelled),
+            _ => Ok(()),
+        }
+    }
+
+    fn patient(&self, since: Instant) -> Result<(), Error> {
+        if since.elapsed() < self.patience {
+            return Ok(());
+        }
+        Err(Error::TimedOut { doing: self.doing, waited: self.patience })
+    }
+
+    fn closed(&self) -> Error {
+        Error::Closed { doing: self.doing }
+    }
+}
+
+fn is_pause(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted)
+}

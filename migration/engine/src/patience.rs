@@ -1,0 +1,42 @@
+//! How long each step may take.
+
+use std::time::Duration;
+
+/// Deadlines. The defaults suit people and their machines; tests use shorter ones.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// Reaching the destination.
+    pub connect: Duration,
+    /// The first words of a peer: a silent one keeps others out no longer.
+    pub handshake: Duration,
+    /// Building the machine at the destination.
+    pub build: Duration,
+    /// Silence, or a full socket, while RAM moves.
+    pub silence: Duration,
+    /// Loading the devices at the destination; draining the disks at the source.
+    pub prepare: Duration,
+    /// The answer to COMMIT.
+    pub answer: Duration,
+    /// From a lost COMMIT until the undecided state is given back to the caller.
+    pub settle: Duration,
+    /// Between attempts to ask again.
+    pub retry: Duration,
+    /// Hearing what the other side had to say before the link broke, and letting it hear us.
+    pub last_words: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            connect: Duration::from_secs(5),
+            handshake: Duration::from_secs(5),
+            build: Duration::from_secs(60),
+            silence: Duration::from_secs(30),
+            prepare: Duration::from_secs(60),
+            answer: Duration::from_secs(10),
+            settle: Duration::from_secs(30),
+            retry: Duration::from_millis(100),
+            last_words: Duration::from_secs(1),
+        }
+    }
+}

@@ -1,0 +1,335 @@
+//! What two processes say to each other.
+//!
+//! Each message is one frame: its kind in the header, its body a state of crate `vmstate`, version 1 as long as the
+//! preamble says 1.x. The order is in `migration.md`; `source` and `destination` hold it.
+
+use stream::frame::Kind;
+use vmstate::VmState;
+
+use crate::lease::Id;
+use crate::{Description, RunState};
+
+const PROPERTIES_MAX: usize = 8192;
+const REASONS_MAX: usize = 256;
+const TEXT_MAX_BYTES: usize = 4096;
+
+/// A message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Message {
+    /// Source: this is what wants to come.
+    Hello(Box<Hello>),
+    /// Destination: it may, and the machine for it is built.
+    Agree(Agree),
+    /// Destination: it may not.
+    Refuse(Reasons),
+    /// Source: a piece of the stream. The bytes stay with the link.
+    Stream,
+    /// Source: everything was sent.
+    Prepare(Prepare),
+    /// Destination: everything arrived and is loaded.
+    Prepared(Prepared),
+    /// Destination: the attempt is over.
+    Reject(Reasons),
+    /// Source: take it.
+    Commit(Commit),
+    /// Destination: taken.
+    Running(Running),
+    /// Destination: not taken, and never will be.
+    Never(Never),
+    /// Source, on a new link: what became of the COMMIT?
+    Query(Query),
+    /// Source: the attempt is over.
+    Cancel(Reasons),
+    /// Source: the figures, for the other side's user. After RUNNING it also says that RUNNING arrived.
+    Progress(Progress),
+}
+
+/// Text, cut to what the wire carries.
+#[derive(Clone, Debug, Default, PartialEq, Eq, VmState)]
+#[vmstate(name = "text", version = 1)]
+pub struct Text {
+    length: u16,
+    #[vmstate(len = "length", max = TEXT_MAX_BYTES)]
+    bytes: Vec<u8>,
+}
+
+impl From<&str> for Text {
+    fn from(text: &str) -> Self {
+        let mut bytes = text.as_bytes().to_vec();
+        if bytes.len() > TEXT_MAX_BYTES {
+            bytes.truncate(text.floor_char_boundary(TEXT_MAX_BYTES));
+        }
+        Self { length: bytes.len() as u16, bytes }
+    }
+}
+
+impl From<&Text> for String {
+    fn from(text: &Text) -> Self {
+        // The peer's words go to terminals and logs: no control characters.
+        String::from_utf8_lossy(&text.bytes)
+            .chars()
+            .map(|character| if character.is_control() { ' ' } else { character })
+            .collect()
+    }
+}
+
+/// One or more sentences.
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "reasons", version = 1)]
+pub struct Reasons {
+    #[vmstate(list, max = REASONS_MAX)]
+    reasons: Vec<Text>,
+}
+
+impl Reasons {
+    /// From sentences; what is beyond the limit is counted, not sent.
+    #[must_use]
+    pub fn new<S: AsRef<str>>(reasons: &[S]) -> Self {
+        let mut texts: Vec<_> =
+            reasons.iter().take(REASONS_MAX - 1).map(|reason| Text::from(reason.as_ref())).collect();
+        if reasons.len() > texts.len() {
+            texts.push(Text::from(format!("and {} more", reasons.len() - texts.len()).as_str()));
+        }
+        Self { reasons: texts }
+    }
+
+    /// The sentences.
+    #[must_use]
+    pub fn sentences(&self) -> Vec<String> {
+        self.reasons.iter().map(String::from).collect()
+    }
+}
+
+/// See [`Message::Hello`].
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "hello", version = 1)]
+pub struct Hello {
+    /// Of this attempt.
+    pub session: Id,
+    /// Bits of what the source can do beyond version 1.0; none is defined.
+    pub features: u64,
+    /// How many data channels the source would like.
+    pub channels: u16,
+    /// Bytes of a page.
+    pub page_bytes: u32,
+    /// Whether the guest has a lease.
+    pub has_lease: bool,
+    /// Which one.
+    pub lease: Id,
+    properties: PropertyList,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "properties", version = 1)]
+struct PropertyList {
+    #[vmstate(list, max = PROPERTIES_MAX)]
+    properties: Vec<Property>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "property", version = 1)]
+struct Property {
+    name: Text,
+    value: Text,
+}
+
+impl Hello {
+    /// A hello of this version.
+    #[must_use]
+    pub fn new(session: Id, lease: Option<Id>, description: &Description) -> Self {
+        let properties = description
+            .iter()
+            .map(|(name, value)| Property { name: name.into(), value: value.into() })
+            .collect();
+        Self {
+            session,
+            features: 0,
+            channels: 1,
+            page_bytes: crate::PAGE_BYTES as u32,
+            has_lease: lease.is_some(),
+            lease: lease.unwrap_or_default(),
+            properties: PropertyList { properties },
+        }
+    }
+
+    /// The source's machine.
+    #[must_use]
+    pub fn description(&self) -> Description {
+        let mut description = Description::new();
+        for property in &self.properties.properties {
+            description.set(String::from(&property.name), String::from(&property.value));
+        }
+        description
+    }
+
+    /// The guest's lease.
+    #[must_use]
+    pub fn lease(&self) -> Option<Id> {
+        self.has_lease.then_some(self.lease)
+    }
+}
+
+/// See [`Message::Agree`].
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "agree", version = 1)]
+pub struct Agree {
+    /// Names the destination process: only it can answer for its sessions.
+    pub instance: Id,
+    /// Features that both have.
+    pub features: u64,
+    /// Data channels to use.
+    pub channels: u16,
+}
+
+/// See [`Message::Prepare`].
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "prepare", version = 1)]
+pub struct Prepare {
+    /// Over the device sections and the table of RAM digests.
+    pub digest: u64,
+    /// Whether the guest was running, or paused.
+    pub running: bool,
+}
+
+/// See [`Message::Prepared`].
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "prepared", version = 1)]
+pub struct Prepared {
+    /// What the destination computed.
+    pub digest: u64,
+    /// How long loading took, in nanoseconds.
+    pub load_ns: u64,
+}
+
+/// See [`Message::Commit`].
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "commit", version = 1)]
+pub struct Commit {
+    /// The attempt.
+    pub session: Id,
+    /// What the lease says; 0 without one.
+    pub generation: u64,
+}
+
+/// See [`Message::Running`].
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "running", version = 1)]
+pub struct Running {
+    /// The attempt.
+    pub session: Id,
+    /// Running, or paused.
+    pub running: bool,
+    /// From COMMIT until the guest could run, in nanoseconds.
+    pub resume_ns: u64,
+}
+
+/// See [`Message::Never`].
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "never", version = 1)]
+pub struct Never {
+    /// The attempt.
+    pub session: Id,
+    /// Why.
+    pub reason: Text,
+}
+
+/// See [`Message::Query`].
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "query", version = 1)]
+pub struct Query {
+    /// The attempt.
+    pub session: Id,
+    /// Who agreed to it.
+    pub instance: Id,
+}
+
+/// See [`Message::Progress`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, VmState)]
+#[vmstate(name = "progress", version = 1)]
+pub struct Progress {
+    /// All RAM.
+    pub total_bytes: u64,
+    /// Sent so far.
+    pub transferred_bytes: u64,
+    /// Left of this round.
+    pub remaining_bytes: u64,
+    /// Begun.
+    pub rounds: u32,
+    /// By the guest, in the last round.
+    pub dirty_pages_per_second: u64,
+    /// By the link.
+    pub bytes_per_second: u64,
+    /// The stop, as [`crate::Downtime`] has it, in nanoseconds; zero before.
+    pub downtime_ns: [u64; 8],
+}
+
+impl From<bool> for RunState {
+    /// As messages say it: whether the guest runs.
+    fn from(running: bool) -> Self {
+        if running { Self::Running } else { Self::Paused }
+    }
+}
+
+impl Message {
+    /// For errors.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "hello",
+            Self::Agree(_) => "agree",
+            Self::Refuse(_) => "refuse",
+            Self::Stream => "stream",
+            Self::Prepare(_) => "prepare",
+            Self::Prepared(_) => "prepared",
+            Self::Reject(_) => "reject",
+            Self::Commit(_) => "commit",
+            Self::Running(_) => "running",
+            Self::Never(_) => "never",
+            Self::Query(_) => "query",
+            Self::Cancel(_) => "cancel",
+            Self::Progress(_) => "progress",
+        }
+    }
+
+    /// Kind and body.
+    pub(crate) fn encode(&self) -> (Kind, Vec<u8>) {
+        match self {
+            Self::Hello(body) => (Kind::Hello, vmstate::to_bytes(body.as_ref())),
+            Self::Agree(body) => (Kind::Agree, vmstate::to_bytes(body)),
+            Self::Refuse(body) => (Kind::Refuse, vmstate::to_bytes(body)),
+            Self::Stream => (Kind::Stream, Vec::new()),
+            Self::Prepare(body) => (Kind::Prepare, vmstate::to_bytes(body)),
+            Self::Prepared(body) => (Kind::Prepared, vmstate::to_bytes(body)),
+            Self::Reject(body) => (Kind::Reject, vmstate::to_bytes(body)),
+            Self::Commit(body) => (Kind::Commit, vmstate::to_bytes(body)),
+            Self::Running(body) => (Kind::Running, vmstate::to_bytes(body)),
+            Self::Never(body) => (Kind::Never, vmstate::to_bytes(body)),
+            Self::Query(body) => (Kind::Query, vmstate::to_bytes(body)),
+            Self::Cancel(body) => (Kind::Cancel, vmstate::to_bytes(body)),
+            Self::Progress(body) => (Kind::Progress, vmstate::to_bytes(body)),
+        }
+    }
+
+    /// From a kind and a body that the peer sent.
+    pub(crate) fn decode(kind: Kind, body: &[u8]) -> Result<Self, String> {
+        fn state<T: VmState>(body: &[u8]) -> Result<T, String> {
+            vmstate::from_bytes(body, 1).map_err(|error| format!("{}: {error}", T::NAME))
+        }
+        Ok(match kind {
+            Kind::Hello => Self::Hello(Box::new(state(body)?)),
+            Kind::Agree => Self::Agree(state(body)?),
+            Kind::Refuse => Self::Refuse(state(body)?),
+            Kind::Stream => Self::Stream,
+            Kind::Prepare => Self::Prepare(state(body)?),
+            Kind::Prepared => Self::Prepared(state(body)?),
+            Kind::Reject => Self::Reject(state(body)?),
+            Kind::Commit => Self::Commit(state(body)?),
+            Kind::Running => Self::Running(state(body)?),
+            Kind::Never => Self::Never(state(body)?),
+            Kind::Query => Self::Query(state(body)?),
+            Kind::Cancel => Self::Cancel(state(body)?),
+            Kind::Progress => Self::Progress(state(body)?),
+            Kind::PageRequest | Kind::ChannelHello => return Err(format!("{kind:?} was not agreed on")),
+        })
+    }
+}

@@ -1,0 +1,143 @@
+//! A stream into guest memory.
+
+use stream::{Decoder, Event, Expected, SectionSet};
+use vm_memory::VolatileMemory;
+
+use crate::{Error, PAGE_BYTES, PageBitmap, RamBlock};
+
+/// Places pages as they come, and collects the devices.
+pub(crate) struct Receiver {
+    decoder: Decoder,
+    blocks: Vec<RamBlock>,
+    /// What the stream calls block n, by its place in `blocks`.
+    order: Vec<usize>,
+    /// Pages that hold something: the others are still the holes of fresh memory, and zeroes need not be written there.
+    placed: Vec<PageBitmap>,
+    sections: SectionSet,
+    complete: bool,
+    doing: &'static str,
+}
+
+/// What came, whole and with the right digests.
+pub(crate) struct Received {
+    pub sections: SectionSet,
+    pub digest: u64,
+}
+
+impl Receiver {
+    /// For a stream on a connection.
+    pub fn live(expected: Expected, blocks: Vec<RamBlock>) -> Self {
+        Self::new(Decoder::live(expected), blocks, "receive RAM and devices")
+    }
+
+    /// For a file.
+    pub fn file(expected: Expected, blocks: Vec<RamBlock>) -> Self {
+        Self::new(Decoder::file(expected), blocks, "restore RAM and devices")
+    }
+
+    fn new(decoder: Decoder, blocks: Vec<RamBlock>, doing: &'static str) -> Self {
+        let placed = blocks.iter().map(|block| PageBitmap::for_bytes(block.length_bytes())).collect();
+        let sections = SectionSet::default();
+        Self { decoder, blocks, order: Vec::new(), placed, sections, complete: false, doing }
+    }
+
+    /// The next bytes of the stream.
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        if self.complete {
+            return Err(self.wrong("there is more after the end of the stream".to_owned()));
+        }
+        self.decoder.feed(bytes);
+        self.drain()?;
+        // The rest of a frame is not another stream.
+        if self.complete && !self.decoder.unused().is_empty() {
+            return Err(self.wrong("there is more after the end of the stream".to_owned()));
+        }
+        Ok(())
+    }
+
+    /// There are no more bytes. Nothing may be missing.
+    pub fn finish(mut self) -> Result<Received, Error> {
+        if !self.complete {
+            self.decoder.end_of_input();
+            self.drain()?;
+        }
+        if !self.complete {
+            return Err(self.wrong("the stream is not complete".to_owned()));
+        }
+        Ok(Received { digest: self.decoder.digest(), sections: self.sections })
+    }
+
+    fn drain(&mut self) -> Result<(), Error> {
+        let failed = Error::stream(self.doing);
+        let doing = self.doing;
+        let wrong = |reason| Error::Protocol { doing, reason };
+        while let Some(event) = self.decoder.next_event().map_err(&failed)? {
+            match event {
+                Event::RamBlocks(theirs) => {
+                    self.order = match_blocks(theirs, &self.blocks).map_err(wrong)?;
+                }
+                Event::RamPage { block, offset, bytes } => {
+                    let (block, placed) = place(&self.order, &self.blocks, &mut self.placed, block)
+                        .ok_or_else(|| wrong("a page of an unknown block".to_owned()))?;
+                    let slice = block.mapping.get_slice(offset as usize, bytes.len());
+                    let slice = slice.map_err(|error| wrong(format!("block {}: {error}", block.name)))?;
+                    slice.copy_from(bytes);
+                    placed.set(offset / PAGE_BYTES);
+                }
+                Event::RamZero { block, offset } => {
+                    let (block, placed) = place(&self.order, &self.blocks, &mut self.placed, block)
+                        .ok_or_else(|| wrong("a page of an unknown block".to_owned()))?;
+                    if placed.contains(offset / PAGE_BYTES) {
+                        let slice = block.mapping.get_slice(offset as usize, PAGE_BYTES as usize);
+                        let slice = slice.map_err(|error| wrong(format!("block {}: {error}", block.name)))?;
+                        slice.copy_from(&[0_u8; PAGE_BYTES as usize]);
+                    }
+                }
+                Event::Device(section) => self.sections.insert(section).map_err(&failed)?,
+                Event::Command { kind, .. } => return Err(wrong(format!("command {kind} is not ours"))),
+                // The decoder repeats it as long as it is asked.
+                Event::End => {
+                    self.complete = true;
+                    break;
+                }
+                Event::Configuration(_) | Event::RamRound { .. } | Event::Trailer(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn wrong(&self, reason: String) -> Error {
+        Error::Protocol { doing: self.doing, reason }
+    }
+}
+
+fn place<'a>(
+    order: &[usize],
+    blocks: &'a [RamBlock],
+    placed: &'a mut [PageBitmap],
+    theirs: usize,
+) -> Option<(&'a RamBlock, &'a mut PageBitmap)> {
+    let ours = *order.get(theirs)?;
+    Some((blocks.get(ours)?, placed.get_mut(ours)?))
+}
+
+/// Finds each of the stream's blocks among ours: all of them, by name and length.
+fn match_blocks(theirs: &[stream::RamBlock], ours: &[RamBlock]) -> Result<Vec<usize>, String> {
+    if theirs.len() != ours.len() {
+        return Err(format!("{} blocks of RAM came, this machine has {}", theirs.len(), ours.len()));
+    }
+    theirs
+        .iter()
+        .map(|block| {
+            let found = ours.iter().position(|own| own.name == block.name);
+            let index = found.ok_or_else(|| format!("this machine has no RAM block {:?}", block.name))?;
+            match ours.get(index) {
+                Some(own) if own.length_bytes() == block.length_bytes => Ok(index),
+                _ => Err(format!(
+                    "RAM block {:?} of {} bytes has another length here",
+                    block.name, block.length_bytes
+                )),
+            }
+        })
+        .collect()
+}

@@ -1,0 +1,423 @@
+//! The side that the guest leaves.
+//!
+//! [`migrate`] is the story: agree, rounds, stop, prepare, commit. Until the first byte of COMMIT every failure goes through
+//! `undo` and the guest runs on. From there on a [`Handover`] decides, by the answer or by the lease.
+
+use std::time::Instant;
+
+use crate::handover::Handover;
+use crate::lease::{Id, Lease, Settlement, random_id};
+use crate::link::{Dial, Link, Step};
+use crate::protocol::{Commit, Hello, Message, Prepare, Reasons, Running};
+use crate::ram::Sender;
+use crate::sink::Sink;
+use crate::{
+    Decision, Error, PageBitmap, Parameters, Patience, RunState, SaveFor, Situation, SourceMachine,
+    Statistics, Status, converge,
+};
+
+/// What a migration is made with.
+pub struct Context<'a> {
+    /// The guest's lease, if it has one. Without, a late failure may need an operator.
+    pub lease: Option<&'a mut Lease>,
+    /// What the user may change meanwhile.
+    pub parameters: &'a Parameters,
+    /// What the user sees.
+    pub statistics: &'a Statistics,
+    /// How long each step may take.
+    pub patience: Patience,
+}
+
+/// How it ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The guest is the destination's (or the file's); [`SourceMachine::finish`] was called.
+    Completed {
+        /// What decided, where it was not the answer to COMMIT.
+        note: Option<String>,
+    },
+    /// The guest is ours.
+    Failed {
+        /// What went wrong ([`Error::Cancelled`]: the user's wish).
+        error: Error,
+        /// Why the guest stays paused, if it could not be resumed.
+        paused: Option<String>,
+    },
+    /// COMMIT was sent and nothing has decided yet: the guest must stay paused. [`Handover::resolve`] may be called again.
+    Unknown(Handover),
+}
+
+/// Moves the guest to the destination that `dial` reaches. `dial` is called again after a lost link, to ask what became of
+/// the guest.
+pub fn migrate(machine: &mut dyn SourceMachine, dial: &mut Dial<'_>, context: &mut Context<'_>) -> Outcome {
+    context.statistics.start();
+    let mut attempt = Attempt::default();
+    let outcome = match attempt.run(machine, dial, context) {
+        Ok((handover, running)) => {
+            let outcome = handover.completed(machine, context, Some(&running), None);
+            if let Some(mut link) = attempt.link.take() {
+                // The destination learns the figures, and that its answer arrived.
+                let step =
+                    Step { doing: "reporting the end", patience: context.patience.last_words, cancel: None };
+                let _the_guest_is_there_anyway =
+                    link.send(&Message::Progress(context.statistics.progress()), step);
+                link.close(context.patience.last_words);
+            }
+            outcome
+        }
+        Err(error) => match attempt.handover.take() {
+            Some(handover) => {
+                drop(attempt.link.take());
+                handover.resolve(machine, dial, context, Some(error))
+            }
+            None => attempt.undo(machine, context, error),
+        },
+    };
+    report(&outcome, context.statistics);
+    outcome
+}
+
+/// Tells the user how it ended.
+pub(crate) fn report(outcome: &Outcome, statistics: &Statistics) {
+    match outcome {
+        Outcome::Completed { .. } => statistics.set_status(Status::Completed),
+        Outcome::Failed { error: Error::Cancelled, .. } => statistics.set_status(Status::Cancelled),
+        Outcome::Failed { error, paused } => {
+            let paused = paused.as_ref().map(|why| format!("; the guest stays paused: {why}"));
+            statistics.fail(&format!("{}{}", error.chain(), paused.unwrap_or_default()));
+        }
+        Outcome::Unknown(_) => {}
+    }
+}
+
+/// What has been done so far, and so what must be undone.
+#[derive(Default)]
+struct Attempt {
+    session: Id,
+    instance: Id,
+    link: Option<Link>,
+    tracking: bool,
+    stopped: Option<Stopped>,
+    disks_touched: bool,
+    offered: bool,
+    handover: Option<Handover>,
+}
+
+#[derive(Clone, Copy)]
+struct Stopped {
+    state: RunState,
+    since: Instant,
+}
+
+impl Attempt {
+    /// Everything up to the answer.
+    fn run(
+        &mut self,
+        machine: &mut dyn SourceMachine,
+        dial: &mut Dial<'_>,
+        context: &mut Context<'_>,
+    ) -> Result<(Handover, Running), Error> {
+        let reasons = machine.blockers();
+        if !reasons.is_empty() {
+            return Err(Error::Blocked { reasons });
+        }
+        self.session = random_id()
+            .map_err(|source| Error::Machine { doing: "draw a session id", source: source.into() })?;
+        self.agree(machine, dial, context)?;
+        let digest = self.transfer(machine, context)?;
+        self.prepare(machine, context, digest)?;
+        let running = self.commit(machine, context)?;
+        let handover = self.handover.take().expect("commit leaves a handover");
+        Ok((handover, running))
+    }
+
+    /// Connects, and lets the destination check and build.
+    fn agree(
+        &mut self,
+        machine: &mut dyn SourceMachine,
+        dial: &mut Dial<'_>,
+        context: &mut Context<'_>,
+    ) -> Result<(), Error> {
+        let Patience { handshake, build, .. } = context.patience;
+        let cancel = Some(context.parameters);
+        let description = machine.description().map_err(Error::machine("describe this machine"))?;
+        let lease = match &context.lease {
+            Some(lease) => lease.read()?.map(|record| record.lease),
+            None => None,
+        };
+        let link = self.link.insert(Link::new(dial()?)?);
+        link.greet(Step { doing: "greeting the destination", patience: handshake, cancel })?;
+        let hello = Message::Hello(Box::new(Hello::new(self.session, lease, &description)));
+        link.send(&hello, Step { doing: "introducing this machine", patience: handshake, cancel })?;
+        let doing = "waiting for the destination to accept this machine";
+        match link.receive(Step { doing, patience: build, cancel })? {
+            Message::Agree(agree) => {
+                self.instance = agree.instance;
+                Ok(())
+            }
+            other => Err(unexpected(other, doing)),
+        }
+    }
+
+    /// RAM in rounds, the stop, the last pages and the devices. Returns the digest of all that was sent.
+    fn transfer(&mut self, machine: &mut dyn SourceMachine, context: &mut Context<'_>) -> Result<u64, Error> {
+        let statistics = context.statistics;
+        let link = self.link.as_mut().expect("agree leaves a link");
+        let sink = Sink::new(link, context);
+        let blocks = machine.ram_blocks();
+        let mut ram = Sender::start(sink, MACHINE, &blocks, statistics, "send RAM and devices")?;
+
+        machine.start_dirty_tracking().map_err(Error::machine("track dirty pages"))?;
+        self.tracking = true;
+        // Tracking comes first: a page that is filled while the holes are looked for is dirty.
+        let mut pages = Vec::with_capacity(blocks.len());
+        for block in &blocks {
+            let ranges =
+                machine.populated(block).map_err(Error::machine("find the holes of guest memory"))?;
+            let mut bitmap = PageBitmap::for_bytes(block.length_bytes());
+            ranges.into_iter().for_each(|range| bitmap.set_bytes(range));
+            pages.push(bitmap);
+        }
+        statistics.update(|s| s.total_bytes = blocks.iter().map(|block| block.length_bytes()).sum());
+        statistics.set_status(Status::Active);
+        rounds(machine, context, &mut ram, &mut pages)?;
+
+        machine.prepare_stop();
+        let since = Instant::now();
+        let state = machine.stop().map_err(Error::machine("stop the guest"))?;
+        self.stopped = Some(Stopped { state, since });
+        statistics.set_status(Status::Device);
+        let stopped_at = Instant::now();
+        // The devices first: reading them may write guest memory's last pages (kvm-clock, say).
+        let sections =
+            machine.save_devices(SaveFor::Connection).map_err(Error::machine("save the devices"))?;
+        let saved_at = Instant::now();
+        let more = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
+        pages.iter_mut().zip(&more).for_each(|(bitmap, more)| bitmap.union(more));
+        ram.out().unlimited();
+        let before = ram.out().sent_bytes();
+        ram.last_round(&pages)?;
+        sections.iter().try_for_each(|section| ram.device(section))?;
+        let digest = ram.finish_live()?;
+        let link = self.link.as_mut().expect("agree leaves a link");
+        let sent_bytes = link.sent_bytes() - before;
+        statistics.update(|s| {
+            s.downtime.stop = stopped_at - since;
+            s.downtime.device_save = saved_at - stopped_at;
+            s.downtime.last_pass = saved_at.elapsed();
+            s.downtime_bytes = sent_bytes;
+            s.transferred_bytes = link.sent_bytes();
+            s.remaining_bytes = 0;
+        });
+        Ok(digest)
+    }
+
+    /// Lets the destination load, while the disks are made stable here.
+    fn prepare(
+        &mut self,
+        machine: &mut dyn SourceMachine,
+        context: &mut Context<'_>,
+        digest: u64,
+    ) -> Result<(), Error> {
+        let cancel = Some(context.parameters);
+        let stopped = self.stopped.expect("transfer stops the guest");
+        let link = self.link.as_mut().expect("agree leaves a link");
+        let sent_at = Instant::now();
+        let prepare = Prepare { digest, running: stopped.state == RunState::Running };
+        let step =
+            Step { doing: "asking the destination to load", patience: context.patience.silence, cancel };
+        link.send(&Message::Prepare(prepare), step)?;
+        self.disks_touched = true;
+        machine.quiesce_disks().map_err(Error::machine("make the images stable"))?;
+        let doing = "waiting for the destination to load";
+        match link.receive(Step { doing, patience: context.patience.prepare, cancel })? {
+            Message::Prepared(prepared) if prepared.digest == digest => {
+                let load = std::time::Duration::from_nanos(prepared.load_ns);
+                context.statistics.update(|s| {
+                    s.downtime.load = load;
+                    s.downtime.transfer = sent_at.elapsed().saturating_sub(load);
+                });
+                Ok(())
+            }
+            Message::Prepared(prepared) => Err(Error::Protocol {
+                doing,
+                reason: format!("its digest is {:#018x}, ours {digest:#018x}", prepared.digest),
+            }),
+            other => Err(unexpected(other, doing)),
+        }
+    }
+
+    /// Gives the guest away.
+    fn commit(
+        &mut self,
+        machine: &mut dyn SourceMachine,
+        context: &mut Context<'_>,
+    ) -> Result<Running, Error> {
+        // From here on it is too late to cancel.
+        if !context.parameters.commit() {
+            return Err(Error::Cancelled);
+        }
+        let start = Instant::now();
+        let stopped = self.stopped.expect("transfer stops the guest");
+        let link = self.link.as_mut().expect("agree leaves a link");
+        let mut generation = 0;
+        if let Some(lease) = &mut context.lease {
+            // Even a failed write may have reached the disk.
+            self.offered = true;
+            generation = lease.offer(&self.session, link.peer())?;
+        }
+        machine.release_image_locks().map_err(Error::machine("release the image locks"))?;
+        self.handover = Some(Handover {
+            session: self.session,
+            instance: self.instance,
+            generation,
+            peer: link.peer().to_owned(),
+            state: stopped.state,
+            since: stopped.since,
+        });
+        context.statistics.update(|s| s.downtime.handover = start.elapsed());
+        let commit = Message::Commit(Commit { session: self.session, generation });
+        link.send(&commit, Step { doing: "handing over", patience: context.patience.silence, cancel: None })?;
+        let doing = "waiting for the destination to take over";
+        match link.receive(Step { doing, patience: context.patience.answer, cancel: None })? {
+            Message::Running(running) if running.session == self.session => Ok(running),
+            Message::Never(never) if never.session == self.session => {
+                Err(Error::Never { reason: String::from(&never.reason) })
+            }
+            other => Err(unexpected(other, doing)),
+        }
+    }
+
+    /// Before COMMIT: as if nothing had happened.
+    fn undo(mut self, machine: &mut dyn SourceMachine, context: &mut Context<'_>, error: Error) -> Outcome {
+        if matches!(error, Error::Cancelled) {
+            context.statistics.set_status(Status::Cancelling);
+        }
+        let mut error = error;
+        // The guest first, then the farewell: the guest waits, nobody else does.
+        let paused = match (self.offered, context.lease.as_mut()) {
+            (true, Some(lease)) => match lease.settle(&self.session) {
+                Ok(Settlement::Ours { .. }) => None,
+                Ok(Settlement::Theirs { record }) => Some(format!("the lease says {record}")),
+                Err(error) => Some(Error::from(error).chain()),
+            },
+            _ => None,
+        };
+        let paused = paused.or_else(|| {
+            bring_back(machine, self.tracking, self.disks_touched, self.stopped.map(|stopped| stopped.state))
+                .err()
+        });
+        if let Some(mut link) = self.link.take() {
+            let patience = context.patience.last_words;
+            if error.link_is_gone() {
+                error = link.last_words(patience).unwrap_or(error);
+            } else if !error.came_from_peer() {
+                let farewell = Message::Cancel(Reasons::new(&[error.chain()]));
+                let step = Step { doing: "taking leave", patience, cancel: None };
+                let _it_finds_out_by_itself = link.send(&farewell, step);
+                link.close(patience);
+            }
+        }
+        Outcome::Failed { error, paused }
+    }
+}
+
+/// The machine type in a stream's configuration. What the machine is in detail, the hello says.
+pub(crate) const MACHINE: &str = "ferry";
+/// What a round must send at least to say something about the speed of the link.
+const RATE_SAMPLE_BYTES: u64 = 8 << 20;
+/// What the stop costs beside RAM: it was measured at a few milliseconds.
+const FIXED_COST: std::time::Duration = std::time::Duration::from_millis(5);
+
+/// Sends what is dirty until the rest is small. Leaves in `pages` what the stop must send.
+fn rounds(
+    machine: &mut dyn SourceMachine,
+    context: &Context<'_>,
+    ram: &mut Sender<'_, Sink<'_>>,
+    pages: &mut Vec<PageBitmap>,
+) -> Result<(), Error> {
+    let statistics = context.statistics;
+    let mut rate = 0;
+    for round in 1_u32.. {
+        let planned: u64 = pages.iter().map(PageBitmap::count).sum::<u64>() * crate::PAGE_BYTES;
+        statistics.update(|s| {
+            s.rounds = round;
+            s.remaining_bytes = planned;
+        });
+        let start = Instant::now();
+        let (before, waited) = (ram.out().sent_bytes(), ram.out().waited());
+        ram.round(pages)?;
+        let sent = ram.out().sent_bytes() - before;
+        let busy = start.elapsed().saturating_sub(ram.out().waited() - waited).as_secs_f64();
+        // Socket buffers make a short round look faster than the link is.
+        if sent >= RATE_SAMPLE_BYTES || rate == 0 {
+            rate = (sent as f64 / busy.max(1e-6)) as u64;
+        }
+
+        *pages = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
+        let dirty_pages: u64 = pages.iter().map(PageBitmap::count).sum();
+        let parameters = context.parameters;
+        let situation = Situation {
+            rounds: round,
+            remaining_bytes: dirty_pages * crate::PAGE_BYTES,
+            previous_remaining_bytes: planned,
+            bytes_per_second: rate,
+            downtime_limit: parameters.downtime_limit(),
+            fixed_cost: FIXED_COST,
+            rounds_limit: parameters.rounds_limit(),
+        };
+        let seconds = start.elapsed().as_secs_f64().max(1e-6);
+        statistics.update(|s| {
+            s.remaining_bytes = situation.remaining_bytes;
+            s.dirty_pages_per_second = (dirty_pages as f64 / seconds) as u64;
+            s.bytes_per_second = (sent as f64 / seconds) as u64;
+            s.expected_downtime = situation.expected_downtime();
+        });
+        ram.out().report(&statistics.progress())?;
+        match converge(&situation) {
+            Decision::AnotherRound => {}
+            Decision::Stop => return Ok(()),
+            Decision::GiveUp => {
+                return Err(Error::NoConvergence {
+                    rounds: round,
+                    remaining_bytes: situation.remaining_bytes,
+                    expected: situation.expected_downtime(),
+                    limit: situation.downtime_limit,
+                });
+            }
+        }
+    }
+    unreachable!("a round takes longer than a nanosecond")
+}
+
+/// Makes the guest run here again; the error says why it stays paused.
+pub(crate) fn bring_back(
+    machine: &mut dyn SourceMachine,
+    tracking: bool,
+    disks_touched: bool,
+    stopped: Option<RunState>,
+) -> Result<(), String> {
+    if tracking {
+        machine.stop_dirty_tracking();
+    }
+    if disks_touched {
+        machine
+            .reacquire_images()
+            .map_err(|source| Error::Machine { doing: "take the images back", source }.chain())?;
+    }
+    match stopped {
+        Some(state) => machine
+            .resume(state)
+            .map_err(|source| Error::Machine { doing: "resume the guest", source }.chain()),
+        None => Ok(()),
+    }
+}
+
+/// The destination says no, or something else than it should.
+fn unexpected(message: Message, doing: &'static str) -> Error {
+    match message {
+        Message::Refuse(reasons) => Error::Refused { reasons: reasons.sentences() },
+        Message::Reject(reasons) => Error::Peer { reason: reasons.sentences().join("; ") },
+        other => Error::Protocol { doing, reason: format!("the destination sent {}", other.name()) },
+    }
+}

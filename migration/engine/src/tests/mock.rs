@@ -1,0 +1,440 @@
+//! A world with a guest, an image and a lease, in which two machines must never run at once.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use stream::{DeviceSection, Expected, SectionSet};
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, VolatileMemory};
+use vmstate::VmState;
+
+use crate::lease::{Lease, Owner};
+use crate::{
+    Description, DestinationFactory, DestinationMachine, MachineResult, PAGE_BYTES, PageBitmap, RamBlock,
+    RunState, SaveFor, SourceMachine,
+};
+
+/// Blocks of the mock machine: name, pages, and the pages that the memfd has.
+const BLOCKS: [(&str, u64, Range<u64>); 2] = [("ram.low", 600, 0..400), ("namespace", 40, 8..40)];
+
+/// What all processes share.
+#[derive(Clone)]
+pub struct World {
+    state: Arc<Mutex<WorldState>>,
+    folder: Arc<tempfile::TempDir>,
+}
+
+#[derive(Default)]
+struct WorldState {
+    /// Who runs the guest, by name.
+    running: Vec<String>,
+    /// Who holds the image lock.
+    image: Option<String>,
+    /// What went wrong that must never.
+    violations: Vec<String>,
+    /// What happened, in order.
+    log: Vec<String>,
+}
+
+impl World {
+    pub fn new() -> Self {
+        Self { state: Arc::default(), folder: Arc::new(tempfile::tempdir().unwrap()) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, WorldState> {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    pub fn lease_path(&self) -> PathBuf {
+        self.folder.path().join("lease")
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub fn lease(&self, vm: &str) -> Lease {
+        Lease::open(&self.lease_path(), Owner::this_process(vm).unwrap()).unwrap()
+    }
+
+    pub fn running(&self) -> Vec<String> {
+        self.lock().running.clone()
+    }
+
+    pub fn image_holder(&self) -> Option<String> {
+        self.lock().image.clone()
+    }
+
+    pub fn log(&self) -> Vec<String> {
+        self.lock().log.clone()
+    }
+
+    pub fn assert_sound(&self, what: &str) {
+        let state = self.lock();
+        assert!(state.violations.is_empty(), "{what}: {:?}\n{:#?}", state.violations, state.log);
+    }
+
+    fn note(&self, name: &str, what: &str) {
+        self.lock().log.push(format!("{name}: {what}"));
+    }
+
+    fn run(&self, name: &str) {
+        let mut state = self.lock();
+        state.log.push(format!("{name}: runs"));
+        if let Some(other) = state.running.iter().find(|other| *other != name) {
+            let violation = format!("{name} starts while {other} runs");
+            state.violations.push(violation);
+        }
+        if state.image.as_deref() != Some(name) {
+            let violation = format!("{name} starts while the image is held by {:?}", state.image);
+            state.violations.push(violation);
+        }
+        state.running.retain(|other| other != name);
+        state.running.push(name.to_owned());
+    }
+
+    fn halt(&self, name: &str) {
+        self.lock().running.retain(|other| other != name);
+    }
+
+    fn take_image(&self, name: &str) -> MachineResult<()> {
+        let mut state = self.lock();
+        match &state.image {
+            Some(holder) if holder != name => Err(format!("the image is locked by {holder}").into()),
+            _ => {
+                state.image = Some(name.to_owned());
+                Ok(())
+            }
+        }
+    }
+
+    fn release_image(&self, name: &str) {
+        let mut state = self.lock();
+        if state.image.as_deref() == Some(name) {
+            state.image = None;
+        }
+    }
+}
+
+/// The step of a machine at which something happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// The step of this name fails.
+    Fail(&'static str),
+    /// The process is killed at the step of this name.
+    Kill(&'static str),
+}
+
+/// The part that source and destination have in common: a guest with RAM and a device.
+pub struct Guest {
+    pub name: String,
+    pub world: World,
+    pub blocks: Vec<RamBlock>,
+    pub device: DeviceState,
+    pub trouble: Option<Trouble>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, VmState)]
+#[vmstate(name = "mock", version = 1)]
+pub struct DeviceState {
+    pub ticks: u64,
+    #[vmstate(max = 1000)]
+    pub level: u32,
+}
+
+impl Drop for Guest {
+    /// As the end of a process does.
+    fn drop(&mut self) {
+        self.world.halt(&self.name);
+        self.world.release_image(&self.name);
+    }
+}
+
+impl Guest {
+    fn new(name: &str, world: &World) -> Self {
+        let blocks = BLOCKS
+            .iter()
+            .map(|(name, pages, _)| {
+                let length = (pages * PAGE_BYTES) as usize;
+                let bitmap = AtomicBitmap::new(length, std::num::NonZeroUsize::new(4096).unwrap());
+                let region = MmapRegionBuilder::new_with_bitmap(length, bitmap)
+                    .with_mmap_prot(nix::libc::PROT_READ | nix::libc::PROT_WRITE)
+                    .with_mmap_flags(
+                        nix::libc::MAP_ANONYMOUS | nix::libc::MAP_PRIVATE | nix::libc::MAP_NORESERVE,
+                    );
+                RamBlock { name: (*name).to_owned(), mapping: Arc::new(region.build().unwrap()) }
+            })
+            .collect();
+        let device = DeviceState::default();
+        Self { name: name.to_owned(), world: world.clone(), blocks, device, trouble: None }
+    }
+
+    fn step(&self, step: &'static str) -> MachineResult<()> {
+        self.world.note(&self.name, step);
+        match self.trouble {
+            Some(Trouble::Fail(at)) if at == step => Err(format!("{step} fails").into()),
+            Some(Trouble::Kill(at)) if at == step => std::panic::resume_unwind(Box::new("killed")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Writes as the guest does: the tracking sees it.
+    pub fn write(&self, block: usize, page: u64, value: u64) {
+        let address = (page * PAGE_BYTES + value % 500 * 8) as usize;
+        self.blocks[block].mapping.as_volatile_slice().write_obj(value, address).unwrap();
+    }
+
+    pub fn zero(&self, block: usize, page: u64) {
+        let zeroes = [0; PAGE_BYTES as usize];
+        let slice = self.blocks[block].mapping.as_volatile_slice();
+        slice.write_slice(&zeroes, (page * PAGE_BYTES) as usize).unwrap();
+    }
+
+    pub fn contents(&self) -> Vec<Vec<u8>> {
+        self.blocks
+            .iter()
+            .map(|block| {
+                let mut bytes = vec![0; block.mapping.size()];
+                block.mapping.as_volatile_slice().copy_to(&mut bytes);
+                bytes
+            })
+            .collect()
+    }
+
+    fn description(&self) -> Description {
+        let mut description = Description::new();
+        description.set("cpus", 2);
+        description.add_ram(&self.blocks);
+        description
+    }
+}
+
+/// The machine that leaves.
+pub struct Source {
+    pub guest: Guest,
+    /// Pages that the guest writes between two looks at the bitmap, one entry for each look.
+    pub writes: Vec<u64>,
+    pub blockers: Vec<String>,
+    pub paused: bool,
+    pub finished: bool,
+    looks: u64,
+    tracking: bool,
+}
+
+impl Source {
+    /// A running guest with something in its RAM, the image and the lease.
+    pub fn new(world: &World, name: &str) -> Self {
+        let guest = Guest::new(name, world);
+        for (block, (_, _, populated)) in BLOCKS.iter().enumerate() {
+            for page in populated.clone().filter(|page| page % 3 != 0) {
+                guest.write(block, page, page * 1000 + 7);
+            }
+        }
+        guest.world.take_image(name).unwrap();
+        guest.world.run(name);
+        let mut source = Self::of(guest);
+        source.guest.device = DeviceState { ticks: 0x1234_5678, level: 77 };
+        source
+    }
+
+    fn of(guest: Guest) -> Self {
+        Self {
+            guest,
+            writes: vec![200, 60, 20],
+            blockers: Vec::new(),
+            paused: false,
+            finished: false,
+            looks: 0,
+            tracking: false,
+        }
+    }
+
+    /// The user stops the guest.
+    pub fn pause(&mut self) {
+        self.paused = true;
+        self.guest.world.halt(&self.guest.name);
+    }
+}
+
+impl SourceMachine for Source {
+    fn description(&mut self) -> MachineResult<Description> {
+        self.guest.step("describe")?;
+        Ok(self.guest.description())
+    }
+
+    fn blockers(&mut self) -> Vec<String> {
+        self.blockers.clone()
+    }
+
+    fn ram_blocks(&self) -> Vec<RamBlock> {
+        self.guest.blocks.clone()
+    }
+
+    fn populated(&mut self, block: &RamBlock) -> MachineResult<Vec<Range<u64>>> {
+        self.guest.step("populated")?;
+        let (_, _, pages) = BLOCKS.iter().find(|(name, _, _)| *name == block.name).unwrap();
+        Ok(vec![pages.start * PAGE_BYTES..pages.end * PAGE_BYTES])
+    }
+
+    fn start_dirty_tracking(&mut self) -> MachineResult<()> {
+        self.guest.step("start tracking")?;
+        assert!(!self.tracking);
+        self.tracking = true;
+        self.guest.blocks.iter().for_each(|block| block.mapping.bitmap().reset());
+        Ok(())
+    }
+
+    fn collect_dirty(&mut self) -> MachineResult<Vec<PageBitmap>> {
+        self.guest.step("collect")?;
+        assert!(self.tracking);
+        let runs = !self.paused && self.guest.world.running().contains(&self.guest.name);
+        if runs {
+            let count = self.writes.get(self.looks as usize).copied().unwrap_or(10);
+            for index in 0..count {
+                // Everywhere, holes included, and some of it zeroes.
+                let page = (index * 7 + self.looks * 13) % BLOCKS[0].1;
+                if index % 5 == 4 {
+                    self.guest.zero(0, page);
+                } else {
+                    self.guest.write(0, page, self.looks * 100_000 + index);
+                }
+            }
+            self.looks += 1;
+        }
+        let bitmaps = self.guest.blocks.iter().map(|block| {
+            let words = block.mapping.bitmap().get_and_reset();
+            PageBitmap::from_words(words, block.length_bytes() / PAGE_BYTES)
+        });
+        Ok(bitmaps.collect())
+    }
+
+    fn stop_dirty_tracking(&mut self) {
+        self.tracking = false;
+    }
+
+    fn stop(&mut self) -> MachineResult<RunState> {
+        self.guest.step("stop")?;
+        // The last writes before the vCPUs stand still.
+        self.guest.write(0, 599, 0xfeed);
+        self.guest.write(1, 39, 0xbeef);
+        self.guest.world.halt(&self.guest.name);
+        Ok(RunState::from(!self.paused))
+    }
+
+    fn save_devices(&mut self, purpose: SaveFor) -> MachineResult<Vec<DeviceSection>> {
+        self.guest.step("save")?;
+        let state = &self.guest.device;
+        Ok(vec![match purpose {
+            SaveFor::Connection => DeviceSection::save_bare("mock", 0, state),
+            SaveFor::File => DeviceSection::save("mock", 0, state),
+        }])
+    }
+
+    fn quiesce_disks(&mut self) -> MachineResult<()> {
+        self.guest.step("quiesce")
+    }
+
+    fn release_image_locks(&mut self) -> MachineResult<()> {
+        self.guest.step("release image")?;
+        self.guest.world.release_image(&self.guest.name);
+        Ok(())
+    }
+
+    fn reacquire_images(&mut self) -> MachineResult<()> {
+        self.guest.step("reacquire image")?;
+        self.guest.world.take_image(&self.guest.name)
+    }
+
+    fn resume(&mut self, state: RunState) -> MachineResult<()> {
+        self.guest.step("resume")?;
+        assert!(!self.finished);
+        if state == RunState::Running {
+            self.guest.world.run(&self.guest.name);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self) {
+        self.guest.world.note(&self.guest.name, "finish");
+        self.finished = true;
+    }
+}
+
+/// Builds destinations.
+pub struct Factory {
+    pub world: World,
+    pub name: String,
+    pub trouble: Option<Trouble>,
+    pub cpus: u32,
+    /// How many machines were built.
+    pub built: u32,
+}
+
+impl Factory {
+    pub fn new(world: &World, name: &str) -> Self {
+        Self { world: world.clone(), name: name.to_owned(), trouble: None, cpus: 2, built: 0 }
+    }
+}
+
+impl DestinationFactory for Factory {
+    type Machine = Arriving;
+
+    fn description(&mut self) -> MachineResult<Description> {
+        let mut description = Guest::new(&self.name, &self.world).description();
+        description.set("cpus", self.cpus);
+        Ok(description)
+    }
+
+    fn expected(&self) -> Expected {
+        let blocks = BLOCKS.iter().map(|(name, pages, _)| stream::RamBlock::new(*name, pages * PAGE_BYTES));
+        Expected::new(blocks.collect()).section::<DeviceState>("mock", 0)
+    }
+
+    fn build(&mut self, _source: &Description) -> MachineResult<Arriving> {
+        let mut guest = Guest::new(&self.name, &self.world);
+        guest.trouble = self.trouble;
+        guest.step("build")?;
+        self.built += 1;
+        Ok(Arriving(guest))
+    }
+}
+
+/// The machine that arrives.
+pub struct Arriving(pub Guest);
+
+impl DestinationMachine for Arriving {
+    fn ram_blocks(&self) -> Vec<RamBlock> {
+        // In another order than at the source.
+        self.0.blocks.iter().rev().cloned().collect()
+    }
+
+    fn load_devices(&mut self, mut sections: SectionSet) -> MachineResult<()> {
+        self.0.step("load")?;
+        self.0.device = sections.take("mock", 0)?;
+        sections.finish()?;
+        Ok(())
+    }
+
+    fn take_image_locks(&mut self) -> MachineResult<()> {
+        self.0.step("take image")?;
+        self.0.world.take_image(&self.0.name)
+    }
+
+    fn open_images(&mut self) -> MachineResult<()> {
+        self.0.step("open image")
+    }
+
+    fn release_images(&mut self) {
+        self.0.world.release_image(&self.0.name);
+    }
+
+    fn start(&mut self, state: RunState) -> MachineResult<()> {
+        self.0.step("start")?;
+        if state == RunState::Running {
+            self.0.world.run(&self.0.name);
+        }
+        Ok(())
+    }
+}
