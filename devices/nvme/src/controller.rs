@@ -80,7 +80,9 @@ impl Controller {
         let workers = contexts
             .into_iter()
             .enumerate()
-            .map(|(index, context)| Mutex::new(Worker::new(index, context, Arc::clone(&table))))
+            .map(|(index, context)| {
+                Mutex::new(Worker::new(index, context, namespace::copy_for_worker(&table)))
+            })
             .collect();
         let admin = Mutex::new(Admin::new(&shared, table));
         Ok(Self { pool: Pool { shared, workers }, admin })

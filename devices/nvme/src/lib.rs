@@ -1,4 +1,36 @@
-//! An NVM Express controller as a model: it knows guest memory, block backends and interrupts, and nothing else.
+//! An NVM Express controller as a model: it knows guest memory, block backends and interrupts, and nothing of hypervisors, processes,
+//! threads or event loops. The VMM, other front ends and the tests drive the same code.
+//!
+//! ```text
+//! vCPU threads        PciFunction::bar_write -> pci.rs -> doorbell.rs (atomics)  -> Host::wake(worker)
+//!                                                      -> regs.rs (what is wanted) -> Host::wake(0)
+//! worker threads      Controller::process(worker)
+//!                       worker 0: admin.rs (enable, reset, shutdown; command/: the admin commands)
+//!                       every worker: worker.rs (fetch -> command/io.rs -> Backend::submit -> reap -> post -> interrupt)
+//! migration thread    Controller::pause -> save -> state.rs ... Controller::load -> resume
+//! ```
+//!
+//! A [`Controller`] has as many workers as it was given I/O contexts. A completion queue and all submission queues that use it belong
+//! to one worker; the admin queue belongs to none, and is served on worker 0's thread, since its commands reach into all of them.
+//! The terms and the numbers in comments are those of the NVM Express Base Specification 2.0 ("Base") and the NVM Command Set
+//! Specification 1.0 ("NVM").
+//!
+//! # Invariants
+//!
+//! - A worker's lock is taken once for a pass over its queues; on that path nothing allocates once buffers have grown, and nothing is
+//!   locked or called in the kernel for a single command. Locks are taken in the order admin, workers, events, registers.
+//! - No guest input panics, hangs, allocates without bound or reaches outside guest memory. Lists end with the length that they
+//!   describe; what a worker has in flight is bounded by its context's depth.
+//! - A command ends once. What finds a full completion queue waits, and its submission queues are not fetched meanwhile.
+//! - A worker goes to sleep only after it has told the guest (EventIdx) and looked again: no wake-up is lost.
+//! - After CSTS.RDY is 0, or CSTS.SHST says complete, or a pause has returned, nothing is in flight.
+//! - A saved state is a plain struct and is not trusted. Its queues are made by the functions that serve the guest's Create commands.
+//!
+//! # Absent
+//!
+//! SGLs and metadata, the controller memory buffer, pin interrupts, interrupt coalescing (accepted, not acted on), weighted arbitration,
+//! fused operations, Compare, Verify, Copy, Write Uncorrectable, reservations, namespace management, firmware update, self-test, format,
+//! sanitize, and state that outlives the process. None of them is claimed in Identify, and their commands are refused.
 #![forbid(unsafe_code)]
 
 mod admin;

@@ -12,7 +12,7 @@ use crate::config::{MAX_NAMESPACES, NamespaceConfig};
 pub(crate) const FORMATS: [u8; 2] = [9, 12];
 
 /// A namespace that commands can address.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Namespace {
     pub nsid: u32,
     /// log2 of the block size in bytes.
@@ -93,6 +93,11 @@ pub(crate) fn table(configs: &[NamespaceConfig], serial: &str) -> Result<Namespa
         *place = Some(Arc::new(namespace));
     }
     Ok(table.into())
+}
+
+/// The same namespaces for one worker, so that workers share no reference counts.
+pub(crate) fn copy_for_worker(table: &NamespaceTable) -> NamespaceTable {
+    table.iter().map(|place| place.as_deref().cloned().map(Arc::new)).collect()
 }
 
 /// The namespace of a command that needs an active one (Base 3.2.1): an NSID that cannot exist is Invalid Namespace

@@ -76,14 +76,15 @@ impl Controller {
         check_features(&state.features, pool.shared.config.vectors)?;
         check_events(&state.events, phase)?;
         pool.shared.endpoint.restore(&state.pci).map_err(Error::PciState)?;
+        let now = Instant::now();
         load_registers(pool, &state.registers);
-        load_features(pool, &mut admin, state);
+        load_features(pool, &mut admin, state, now);
         load_events(pool, &mut admin, &state.events);
-        load_smart(&mut admin, state);
+        load_smart(&mut admin, state, now);
         load_queues(pool, &mut admin, state)?;
         load_doorbell_buffers(pool, &mut admin, state)?;
         admin.phase = phase;
-        admin.paused_at = Some(Instant::now());
+        admin.paused_at = Some(now);
         pool.shared.active.store(phase == Phase::Ready, Ordering::SeqCst);
         Ok(())
     }
@@ -233,7 +234,11 @@ fn check_events(state: &EventsState, phase: Phase) -> Result<(), Error> {
         }
     }
     for entry in &state.entries {
-        let count = ErrorEntry::from_bytes(entry).error_count;
+        let parsed = ErrorEntry::from_bytes(entry);
+        let count = parsed.error_count;
+        if parsed.to_bytes() != *entry {
+            return refuse("events.entries", count, "the entry has reserved bytes set");
+        }
         if count == 0 || count > state.error_count {
             return refuse("events.entries.error_count", count, "it is not between 1 and the errors counted");
         }
@@ -251,7 +256,7 @@ fn load_registers(pool: &Pool, state: &RegistersState) {
     registers.interrupt_mask = state.interrupt_mask;
 }
 
-fn load_features(pool: &Pool, admin: &mut Admin, state: &NvmeState) {
+fn load_features(pool: &Pool, admin: &mut Admin, state: &NvmeState, now: Instant) {
     let (features, saved) = (&mut admin.features, &state.features);
     features.arbitration = saved.arbitration;
     features.over_temperature_kelvin = saved.over_temperature_kelvin;
@@ -263,8 +268,7 @@ fn load_features(pool: &Pool, admin: &mut Admin, state: &NvmeState) {
     features.write_atomicity = saved.write_atomicity;
     features.async_events = saved.async_events;
     features.keep_alive_ms = saved.keep_alive_ms;
-    features.timestamp =
-        Timestamp { milliseconds: saved.timestamp_ms, at: Instant::now(), set: saved.timestamp_set };
+    features.timestamp = Timestamp { milliseconds: saved.timestamp_ms, at: now, set: saved.timestamp_set };
     features.command_retry = saved.command_retry;
     features.host_identifier = saved.host_identifier;
     for (index, namespace) in state.namespaces.present() {
@@ -283,7 +287,7 @@ fn load_events(pool: &Pool, admin: &mut Admin, state: &EventsState) {
     events.errors = state.entries.iter().map(ErrorEntry::from_bytes).collect();
 }
 
-fn load_smart(admin: &mut Admin, state: &NvmeState) {
+fn load_smart(admin: &mut Admin, state: &NvmeState, now: Instant) {
     let smart = &state.smart;
     admin.counters_before = Counters {
         units_read: smart.units_read,
@@ -294,7 +298,7 @@ fn load_smart(admin: &mut Admin, state: &NvmeState) {
     };
     admin.health.power_cycles = smart.power_cycles;
     admin.health.seconds_before = smart.power_on_seconds;
-    admin.health.since = Instant::now();
+    admin.health.since = now;
     admin.changed_namespaces.clone_from(&state.changed_namespaces);
 }
 

@@ -129,6 +129,51 @@ fn a_stuck_backend_fails_the_pause_and_not_the_guest() {
 }
 
 #[test]
+fn what_was_half_done_is_done_before_the_save() {
+    for what in ["deletion", "reset", "shutdown"] {
+        let control = Arc::new(FaultControl::default());
+        let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
+        let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+        guest.create_pair(1, 8);
+        let page = guest.pages(1);
+        control.inject(Target::Any, 0, 1, Fault::Hold);
+        guest.push(1, transfer(nvm::WRITE, 1, 0, 1, page));
+        guest.ring(1);
+        guest.run();
+        match what {
+            "deletion" => {
+                guest.push(
+                    0,
+                    SubmissionEntry { opcode: admin::DELETE_SQ, cdw10: 1, ..SubmissionEntry::default() },
+                );
+                guest.ring(0);
+            }
+            "reset" => guest.write32(regs::CC, 0x0046_0000),
+            _ => guest.write32(regs::CC, 0x0046_4001),
+        }
+        guest.run();
+        assert!(guest.controller.pause(Instant::now()).is_err(), "{what}");
+        control.release_held();
+        guest.migrate(1);
+        guest.run();
+        let csts = guest.read32(regs::CSTS);
+        match what {
+            "deletion" => {
+                assert_eq!((guest.reap(1).len(), guest.reap(0).len()), (1, 1));
+                let delete =
+                    SubmissionEntry { opcode: admin::DELETE_CQ, cdw10: 1, ..SubmissionEntry::default() };
+                guest.admin(delete).unwrap();
+            }
+            "reset" => {
+                assert_eq!(csts, 0);
+                guest.enable();
+            }
+            _ => assert_eq!(csts, 1 | 2 << 2),
+        }
+    }
+}
+
+#[test]
 fn features_and_counters_survive() {
     let mut guest = Guest::ready(config(), vec![namespace(1, 64)]);
     let set = |id: u8, cdw11| SubmissionEntry {

@@ -1,8 +1,11 @@
-//! The controller against a driver-side model. No hypervisor, no threads but this one.
+//! The controller against a driver-side model. No hypervisor; threads only in `threads`.
 
 mod admin;
+mod attack;
 mod driver;
 mod init;
 mod io;
 mod migrate;
 mod queues;
+mod random;
+mod threads;

@@ -1,0 +1,99 @@
+//! Workers on threads of their own that sleep until they are woken: a lost wake-up is a command that never ends.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use nvme_spec::opcode::nvm;
+use nvme_spec::regs;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::driver::{Guest, Interrupts, PATIENCE, contexts, guest_memory, namespace, transfer};
+use crate::{Controller, ControllerConfig, Host, Progress};
+
+/// Wakes threads that block in `read`.
+struct Threads {
+    wakes: Vec<EventFd>,
+    stop: AtomicBool,
+}
+
+impl Host for Threads {
+    fn wake(&self, worker: usize) {
+        self.wakes[worker].write(1).unwrap();
+    }
+    fn set_doorbell_event(&self, _bar_offset: u64, _worker: usize, _enabled: bool) {}
+}
+
+fn play(shadow: bool) {
+    const ROUNDS: u64 = 3000;
+    let config = ControllerConfig { queue_pairs: 2, vectors: 3, ..ControllerConfig::new("THREADS") };
+    let namespaces = vec![namespace(1, 64)];
+    let memory = guest_memory();
+    let (contexts, _) = contexts(&memory, 2, 16);
+    let wakes = (0..2).map(|_| EventFd::new(0).unwrap()).collect();
+    let threads = Arc::new(Threads { wakes, stop: AtomicBool::new(false) });
+    let controller = Controller::new(
+        config.clone(),
+        memory.clone(),
+        &namespaces,
+        contexts,
+        Arc::new(Interrupts::default()),
+        threads.clone(),
+    );
+    let controller = Arc::new(controller.unwrap());
+    std::thread::scope(|scope| {
+        for worker in 0..2 {
+            let (controller, threads) = (&controller, &threads);
+            scope.spawn(move || {
+                while !threads.stop.load(Ordering::SeqCst) {
+                    threads.wakes[worker].read().unwrap();
+                    while controller.process(worker) == Progress::More {}
+                }
+            });
+        }
+        // The driver's own loop finds nobody to run: the threads do it all.
+        let mut guest = Guest::around(config, namespaces, memory, controller.clone());
+        let start = Instant::now();
+        guest.start_enable();
+        while guest.read32(regs::CSTS) & 1 == 0 {
+            assert!(start.elapsed() < PATIENCE, "never ready");
+            std::thread::yield_now();
+        }
+        if shadow {
+            guest.use_shadow_doorbells();
+        }
+        guest.create_pair(1, 8);
+        guest.create_pair(2, 3);
+        let page = guest.pages(1);
+        let mut pending = [0u64; 3];
+        let mut done = 0;
+        for round in 0..ROUNDS {
+            let queue = (1 + round % 2) as u16;
+            guest.push(queue, transfer(nvm::READ, 1, round % 64, 1, page));
+            guest.ring(queue);
+            pending[usize::from(queue)] += 1;
+            // Sometimes several are outstanding, sometimes the worker has long been asleep.
+            while pending[usize::from(queue)] >= if round % 7 < 3 { 1 } else { 2 } {
+                let reaped = guest.reap(queue).len() as u64;
+                pending[usize::from(queue)] -= reaped;
+                done += reaped;
+                assert!(start.elapsed() < PATIENCE, "lost after {done} commands, shadow {shadow}");
+                std::thread::yield_now();
+            }
+        }
+        threads.stop.store(true, Ordering::SeqCst);
+        threads.wake(0);
+        threads.wake(1);
+        assert_eq!(done + pending.iter().sum::<u64>(), ROUNDS);
+    });
+}
+
+#[test]
+fn sleeping_workers_are_woken_by_mmio() {
+    play(false);
+}
+
+#[test]
+fn sleeping_workers_are_woken_with_shadow_doorbells() {
+    play(true);
+}
