@@ -10,10 +10,12 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, Events, MutEventSubscriber, RemoteEndpoint};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
 /// One share of a device's queues.
 pub trait Worker: Send {
@@ -25,6 +27,9 @@ pub trait Worker: Send {
     /// # Errors
     /// The process has no descriptors left.
     fn completion_events(&self) -> io::Result<Vec<EventFd>>;
+
+    /// When the worker wants a turn even if nothing calls for it. Asked after every turn.
+    fn deadline(&self) -> Option<Instant>;
 }
 
 /// Calls a worker to its thread.
@@ -97,10 +102,12 @@ impl IoThread {
     /// The thread has ended, or the process has no descriptors left.
     pub fn add(&self, worker: Box<dyn Worker>, wake_up: WakeUp) -> io::Result<()> {
         let completions = worker.completion_events()?;
+        let timer = TimerFd::new()?;
         wake_up.ring();
         self.endpoint
             .call_blocking(move |operations| -> Result<(), event_manager::Error> {
-                operations.add_subscriber(Box::new(Subscriber { worker, wake_up, completions }));
+                let subscriber = Subscriber { worker, wake_up, completions, timer, armed: None };
+                operations.add_subscriber(Box::new(subscriber));
                 Ok(())
             })
             .map_err(io::Error::other)
@@ -121,26 +128,54 @@ struct Subscriber {
     worker: Box<dyn Worker>,
     wake_up: WakeUp,
     completions: Vec<EventFd>,
+    timer: TimerFd,
+    /// When the timer goes off.
+    armed: Option<Instant>,
+}
+
+impl Subscriber {
+    fn events(&self) -> impl Iterator<Item = &EventFd> {
+        self.completions.iter().chain([self.wake_up.event_fd()])
+    }
+
+    /// Makes the timer go off at the worker's deadline or before. A deadline that keeps moving away, as a keep alive timer's
+    /// does, costs a system call only when the timer goes off too early.
+    fn arm(&mut self) {
+        let Some(deadline) = self.worker.deadline() else { return };
+        if self.armed.is_some_and(|armed| armed <= deadline) {
+            return;
+        }
+        // A timer of zero length would be switched off.
+        let wait = deadline.saturating_duration_since(Instant::now()).max(Duration::from_micros(1));
+        match self.timer.reset(wait, None) {
+            Ok(()) => self.armed = Some(deadline),
+            Err(error) => log::error!("an I/O thread cannot set its timer: {error}"),
+        }
+    }
 }
 
 impl MutEventSubscriber for Subscriber {
     fn init(&mut self, operations: &mut EventOps) {
-        for event in self.completions.iter().chain([self.wake_up.event_fd()]) {
-            if let Err(error) = operations.add(Events::new(event, EventSet::IN)) {
+        let watched = self.events().map(AsRawFd::as_raw_fd).chain([self.timer.as_raw_fd()]);
+        for descriptor in watched {
+            if let Err(error) = operations.add(Events::new_raw(descriptor, EventSet::IN)) {
                 log::error!("an I/O thread cannot watch an event: {error}");
             }
         }
     }
 
     fn process(&mut self, events: Events, _: &mut EventOps) {
-        let ready = |event: &&EventFd| event.as_raw_fd() == events.fd();
-        if let Some(event) = self.completions.iter().chain([self.wake_up.event_fd()]).find(ready) {
+        if events.fd() == self.timer.as_raw_fd() {
+            self.armed = None;
+            let _ = self.timer.wait();
+        } else if let Some(event) = self.events().find(|event| event.as_raw_fd() == events.fd()) {
             // Not blocking; an event that someone else has drained is fine.
             let _ = event.read();
         }
         if self.worker.turn() {
             self.wake_up.ring();
         }
+        self.arm();
     }
 }
 
@@ -152,6 +187,8 @@ mod tests {
 
     struct Countdown {
         turns: u32,
+        /// The timer, not the worker, calls for the last turns.
+        timed_turns: u32,
         report: mpsc::Sender<u32>,
     }
 
@@ -159,11 +196,15 @@ mod tests {
         fn turn(&mut self) -> bool {
             self.turns -= 1;
             self.report.send(self.turns).unwrap();
-            self.turns > 0
+            self.turns > self.timed_turns
         }
 
         fn completion_events(&self) -> io::Result<Vec<EventFd>> {
             Ok(Vec::new())
+        }
+
+        fn deadline(&self) -> Option<Instant> {
+            (self.turns == self.timed_turns).then(Instant::now)
         }
     }
 
@@ -172,7 +213,7 @@ mod tests {
         let thread = IoThread::spawn("io-test").unwrap();
         let (report, reports) = mpsc::channel();
         let wake_up = WakeUp::new().unwrap();
-        thread.add(Box::new(Countdown { turns: 3, report }), wake_up.clone()).unwrap();
+        thread.add(Box::new(Countdown { turns: 3, timed_turns: 1, report }), wake_up.clone()).unwrap();
         assert_eq!(reports.iter().take(3).collect::<Vec<_>>(), [2, 1, 0]);
         drop(thread);
         assert!(reports.recv().is_err(), "the worker is gone with its thread");

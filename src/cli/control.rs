@@ -112,7 +112,7 @@ impl fmt::Display for Report {
             writeln!(f)?;
         }
         if let Some(migration) = migration {
-            writeln!(f, "  session {} with {}: {}", migration.session, migration.peer, migration.phase)?;
+            writeln!(f, "  migration with {}: {}", migration.peer, migration.phase)?;
             migration.detail.as_ref().map_or(Ok(()), |detail| writeln!(f, "  {detail}"))?;
         }
         if *status == RunState::Inmigrate {

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use crate::vcpu::BootProtocol;
 use crate::config::{Config, MachineSpec, NamespaceOption, NvmeOption, SerialOutput, Tables};
 
 /// Run a virtual machine, or wait for one to arrive.
@@ -46,6 +47,9 @@ pub struct RunArguments {
     /// How the guest learns of its processors and buses.
     #[arg(long, value_enum, default_value_t)]
     pub tables: Tables,
+    /// How the kernel is entered [default: by PVH if its file says how, else by Linux' 64-bit protocol].
+    #[arg(long, value_enum)]
+    pub boot_protocol: Option<BootProtocol>,
     /// Where the serial console goes: stdio, null, file:PATH or unix:PATH.
     #[arg(long, default_value = "stdio", value_name = "WHERE")]
     pub serial: SerialOutput,
@@ -86,6 +90,7 @@ impl RunArguments {
             initrd: self.initrd.clone(),
             cmdline: self.cmdline.clone(),
             tables: self.tables,
+            boot_protocol: self.boot_protocol,
             serial: self.serial.clone(),
             nvme: self.nvme.clone(),
             namespaces: self.ns.clone(),

@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::vcpu::BootProtocol;
+
 use super::{ControllerSpec, Error, NamespaceOption, NvmeOption, parse_size};
 
 /// Most vCPUs of a machine: what one ioapic with 8-bit APIC identifiers addresses, less the broadcast.
@@ -73,6 +75,8 @@ pub struct Config {
     pub cmdline: String,
     /// Firmware tables.
     pub tables: Tables,
+    /// How the kernel is entered; `None`: by PVH if its file says how, else by Linux' 64-bit protocol.
+    pub boot_protocol: Option<BootProtocol>,
     /// Console.
     pub serial: SerialOutput,
     /// Controllers.
@@ -104,6 +108,8 @@ pub struct MachineSpec {
     pub cmdline: String,
     /// Firmware tables.
     pub tables: Tables,
+    /// How the kernel is entered; `None`: by PVH if its file says how, else by Linux' 64-bit protocol.
+    pub boot_protocol: Option<BootProtocol>,
     /// Console.
     pub serial: SerialOutput,
     /// Controllers with their namespaces, in the order of their declaration: that is their order of PCI slots.
@@ -147,6 +153,7 @@ impl TryFrom<Config> for MachineSpec {
             initrd: config.initrd,
             cmdline: config.cmdline,
             tables: config.tables,
+            boot_protocol: config.boot_protocol,
             serial: config.serial,
             controllers,
             io_threads: config.io_threads,
@@ -222,6 +229,7 @@ mod tests {
             initrd: None,
             cmdline: String::new(),
             tables: Tables::Acpi,
+            boot_protocol: None,
             serial: SerialOutput::Null,
             nvme: vec!["serial=a".parse().unwrap(), "path=b.raw,serial=b".parse().unwrap()],
             namespaces: vec![

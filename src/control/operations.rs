@@ -249,36 +249,20 @@ pub struct FerryLease {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct FerryMigration {
-    /// Names this attempt on both sides.
-    pub session: String,
     /// The step that it is in, in words.
     pub phase: String,
     /// The other side: the URI for a source, the peer's name for a destination.
     pub peer: String,
-    /// Passes over RAM that have ended; the last is that with the guest stopped.
-    pub rounds: Vec<FerryRound>,
-    /// Bytes sent of device sections.
-    pub device_bytes: u64,
+    /// Passes over RAM that have begun; the last is that with the guest stopped.
+    pub rounds: u32,
+    /// Disk commands in flight when the stop began.
+    pub in_flight_at_stop: u32,
     /// How long the guest was stopped, once it runs again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime: Option<FerryDowntime>,
     /// Why it failed, or what it waits for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
-}
-
-/// One pass over RAM.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct FerryRound {
-    /// Pages that were dirty when it began.
-    pub dirty_pages: u64,
-    /// Of them, all zero.
-    pub zero_pages: u64,
-    /// Bytes sent.
-    pub sent_bytes: u64,
-    /// Microseconds.
-    pub duration: u64,
 }
 
 /// Where the downtime went, in microseconds.
@@ -297,6 +281,8 @@ pub struct FerryDowntime {
     pub transfer: u64,
     /// Checking and building it there.
     pub load: u64,
-    /// Changing owner and starting there.
+    /// The lease here, once the destination had loaded.
+    pub handover: u64,
+    /// Lease, images and start there.
     pub resume: u64,
 }

@@ -1,5 +1,241 @@
 //! The machine: its parts, how they are put together, and what they are doing.
+//!
+//! [`Machine::prepare`] makes everything that does not depend on the guest: KVM objects, vCPU threads, I/O threads,
+//! interrupts. Then the guest is either booted ([`Machine::boot`]) or taken over from a stream
+//! ([`Machine::load`]). A reset drops the machine and prepares a new one on the same [`Resources`].
+//!
+//! Locks are taken in this order, and none is held while a guest is waited for, except by [`Machine::pause`]:
+//! run state (`vmm`) > image access (`block`) > PCI root bus > configuration space > MSI-X table > KVM's route table >
+//! doorbells of a disk; a controller's worker > its doorbells of a disk.
 
+mod chipset;
+mod disk;
+mod entropy;
+mod resources;
 mod run;
+mod sections;
 
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use engine::Description;
+
+use crate::boot::{self, BootSpec, Kernel};
+use crate::config::MachineSpec;
+use crate::console::Console;
+use crate::io_thread::IoThread;
+use crate::kvm::{Host, MsiRouter, Vm};
+use crate::layout;
+use crate::vcpu::{CpuidLeaf, EventHandler, VcpuEvent, VcpuManager};
+use chipset::Chipset;
+use disk::Disk;
+use entropy::EntropyDevice;
+
+pub use resources::{Resources, first_writable_file};
 pub use run::{Action, Refused, RunState};
+pub use sections::schema_hashes;
+
+/// How long a stop waits for a controller's commands in flight. A disk that takes longer fails the migration, never the
+/// guest.
+const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
+/// The PCI slot of the entropy device; slot 0 is the host bridge.
+const ENTROPY_SLOT: u8 = 1;
+/// The PCI slot of the first disk.
+const FIRST_DISK_SLOT: u8 = 2;
+
+/// What a guest does to its machine.
+#[derive(Debug)]
+pub enum GuestEvent {
+    /// It asks to be reset.
+    Reset,
+    /// It asks to be powered off.
+    PowerOff,
+    /// A vCPU cannot go on; why.
+    Failed(anyhow::Error),
+}
+
+/// Takes guest events, on a vCPU thread: notes them and returns.
+pub type EventSink = Arc<dyn Fn(GuestEvent) + Send + Sync>;
+
+/// A virtual machine, built.
+pub struct Machine {
+    /// Dropped first: nothing below is used by a vCPU any more.
+    vcpus: VcpuManager,
+    /// Dropped before the disks that they serve.
+    io_threads: Vec<IoThread>,
+    disks: Vec<Disk>,
+    entropy: EntropyDevice,
+    chipset: Chipset,
+    router: Arc<MsiRouter>,
+    vm: Arc<Vm>,
+    resources: Arc<Resources>,
+}
+
+impl Machine {
+    /// Makes everything that does not depend on the guest.
+    ///
+    /// # Errors
+    /// KVM or the process cannot provide a part; says which.
+    pub fn prepare(
+        spec: &MachineSpec,
+        host: &Host,
+        resources: Arc<Resources>,
+        console: &Console,
+        events: &EventSink,
+    ) -> anyhow::Result<Self> {
+        let vm = Vm::new(host)?;
+        vm.map_ram(resources.ram())?;
+        let router = MsiRouter::new(Arc::clone(&vm));
+        let chipset = Chipset::new(&vm, console.output()?, events)?;
+        let memory = resources.ram().memory();
+        let disks = spec
+            .controllers
+            .iter()
+            .enumerate()
+            .map(|(index, spec_of_disk)| {
+                Disk::prepare(spec_of_disk, resources.namespaces(index), spec.io_threads, memory, &vm, &router)
+            })
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let entropy = EntropyDevice::new(memory, &router)?;
+        let io_threads = (0..spec.io_threads)
+            .map(|index| IoThread::spawn(&format!("io-{index}")))
+            .collect::<Result<Vec<_>, _>>()
+            .context("cannot start the I/O threads")?;
+        let events = Arc::clone(events);
+        let on_vcpu_event: EventHandler = Arc::new(move |vcpu, event| {
+            events(match event {
+                VcpuEvent::Reset => GuestEvent::Reset,
+                VcpuEvent::PowerOff => GuestEvent::PowerOff,
+                VcpuEvent::Failed(error) => {
+                    GuestEvent::Failed(anyhow::Error::new(error).context(format!("vCPU {vcpu} cannot go on")))
+                }
+            });
+        });
+        let vcpus = VcpuManager::new(host, &vm, spec.cpus.into(), &chipset.buses, &on_vcpu_event)?;
+        Ok(Self { vcpus, io_threads, disks, entropy, chipset, router, vm, resources })
+    }
+
+    /// Makes the devices as a reset leaves them and loads the kernel: a guest that can be resumed for the first time.
+    ///
+    /// # Errors
+    /// The kernel or another file cannot be loaded.
+    pub fn boot(&self, spec: &MachineSpec) -> anyhow::Result<()> {
+        let kernel = spec.kernel.as_deref().context("there is no kernel to boot")?;
+        for disk in &self.disks {
+            disk.create()?;
+        }
+        self.plug_in()?;
+        self.chipset.root.assign_bars(layout::PCI_WINDOW_START, layout::PCI_WINDOW_LENGTH_BYTES)?;
+        let registers = boot::load(
+            self.resources.ram().memory(),
+            &BootSpec {
+                kernel: Kernel::File(kernel),
+                initrd: spec.initrd.as_deref(),
+                cmdline: &spec.cmdline,
+                tables: spec.tables,
+                cpus: spec.cpus,
+                protocol: spec.boot_protocol,
+            },
+        )?;
+        self.vcpus.boot(registers)?;
+        self.serve()
+    }
+
+    /// Puts the functions on the bus.
+    fn plug_in(&self) -> anyhow::Result<()> {
+        self.chipset.root.insert(ENTROPY_SLOT, Arc::clone(self.entropy.device()) as _)?;
+        for (slot, disk) in (FIRST_DISK_SLOT..).zip(&self.disks) {
+            self.chipset.root.insert(slot, disk.function()?)?;
+        }
+        Ok(())
+    }
+
+    fn serve(&self) -> anyhow::Result<()> {
+        let first = self.io_threads.first().context("a machine has an I/O thread")?;
+        self.entropy.serve(first)?;
+        self.disks.iter().try_for_each(|disk| disk.serve(&self.io_threads))
+    }
+
+    /// Lets the guest run.
+    ///
+    /// # Errors
+    /// A vCPU thread does not answer.
+    pub fn resume(&self) -> anyhow::Result<()> {
+        for disk in self.disks.iter().rev() {
+            disk.controller()?.resume();
+        }
+        self.entropy.device().resume();
+        Ok(self.vcpus.resume()?)
+    }
+
+    /// Stops the guest: vCPUs first, then the devices, which finish what is in flight; every interrupt that they raised has
+    /// arrived. Returns how many commands were in flight when the stop began.
+    ///
+    /// # Errors
+    /// A vCPU or a disk does not stop in time. What was stopped runs again.
+    pub fn pause(&self) -> anyhow::Result<u32> {
+        self.vcpus.pause()?;
+        self.pause_devices().inspect_err(|_| {
+            if let Err(error) = self.resume() {
+                log::error!("after a failed stop, the guest cannot run on: {error:#}");
+            }
+        })
+    }
+
+    fn pause_devices(&self) -> anyhow::Result<u32> {
+        self.entropy.device().pause();
+        let deadline = Instant::now() + PAUSE_PATIENCE;
+        let mut in_flight: u32 = 0;
+        for disk in &self.disks {
+            let report = disk.controller()?.pause(deadline)?;
+            in_flight = in_flight.saturating_add(report.in_flight_at_start);
+        }
+        self.entropy.flush_interrupts()?;
+        for disk in &self.disks {
+            disk.flush_interrupts()?;
+        }
+        Ok(in_flight)
+    }
+
+    /// What a destination must have too, apart from memory.
+    ///
+    /// # Errors
+    /// KVM does not tell.
+    pub fn describe(&self, description: &mut Description) -> anyhow::Result<()> {
+        description.set("cpus", self.vcpus.count());
+        description.set("tsc_khz", self.vcpus.tsc_khz()?);
+        for (vcpu, leaves) in self.vcpus.cpuid().iter().enumerate() {
+            for leaf in leaves {
+                let CpuidLeaf { function, index, eax, ebx, ecx, edx, .. } = leaf;
+                let registers = format!("eax={eax:08x} ebx={ebx:08x} ecx={ecx:08x} edx={edx:08x}");
+                description.set(format!("cpu.{vcpu}.cpuid.{function:08x}.{index:x}"), registers);
+            }
+        }
+        self.disks.iter().for_each(|disk| disk.describe(description));
+        Ok(())
+    }
+
+    /// Why this machine cannot move; nothing that it can be built of today stands in the way.
+    #[must_use]
+    pub fn migration_blockers(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Memory and images.
+    #[must_use]
+    pub fn resources(&self) -> &Arc<Resources> {
+        &self.resources
+    }
+
+    /// The KVM virtual machine.
+    #[must_use]
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// Input typed on the console.
+    pub fn type_in(&self, bytes: &[u8]) {
+        self.chipset.serial.enqueue(bytes);
+    }
+}

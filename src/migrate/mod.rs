@@ -1,1 +1,251 @@
-//! (skeleton)
+//! Migrations of this process's guest: the threads that run the engine, and what is told about them.
+//!
+//! The engine (crate `engine`) decides what happens when; [`source`] and [`destination`] say how it happens to this
+//! process's machine; [`report`] puts its figures into QMP's words. One migration at a time: a guest that has not arrived
+//! cannot leave.
+//!
+//! The migration thread has the lease while it works and puts it back at its end.
+
+mod description;
+mod destination;
+mod report;
+mod source;
+
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail, ensure};
+use engine::{Context, Destination, Outcome, Parameters, Patience, RamBlock, Statistics, Status};
+use transport::{Listener, Uri};
+
+use crate::control::{Event, MigrationParameters};
+use crate::kvm::GuestTime;
+use crate::machine::Action;
+use crate::memory::GuestRam;
+use crate::vmm::{Request, Vmm};
+use destination::Factory;
+use source::Source;
+
+/// Between two rounds of attempts to settle a hand-over whose outcome is unknown.
+const SETTLE_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The process's migrations: the one that runs, or the last one.
+#[derive(Default)]
+pub struct Migrations {
+    parameters: Arc<Parameters>,
+    current: Mutex<Option<Current>>,
+    waiting: Waiting,
+}
+
+/// One migration, in one direction.
+struct Current {
+    statistics: Arc<Statistics>,
+    peer: String,
+    outgoing: bool,
+    in_flight_at_stop: Arc<AtomicU32>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Current {
+    fn is_active(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+}
+
+/// Ends a wait that only the end of the process, or a new migration, cuts short: for the settlement of a hand-over, or for a
+/// source that does not know yet that its guest has arrived.
+#[derive(Default)]
+struct Waiting {
+    ended: AtomicBool,
+    lock: Mutex<()>,
+    changed: Condvar,
+}
+
+impl Waiting {
+    fn end(&self) {
+        let _guard = lock(&self.lock);
+        self.ended.store(true, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    /// Waits for `time`, or less if the wait is ended; says whether it was.
+    fn pause(&self, time: Duration) -> bool {
+        let guard = lock(&self.lock);
+        let goes_on = |(): &mut ()| !self.ended.load(Ordering::SeqCst);
+        drop(self.changed.wait_timeout_while(guard, time, goes_on));
+        self.ended.load(Ordering::SeqCst)
+    }
+}
+
+/// Guest memory as the engine names it.
+fn ram_blocks(ram: &GuestRam) -> Vec<RamBlock> {
+    let block = |block: &crate::memory::RamBlock| RamBlock {
+        name: block.name.clone(),
+        mapping: Arc::clone(&block.mapping),
+    };
+    ram.blocks().iter().map(block).collect()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Migrations {
+    /// Begins to move the guest to `uri`; returns when the migration thread runs.
+    ///
+    /// # Errors
+    /// The address is none, the guest is not here, or a migration runs already.
+    pub fn start(&self, vmm: &Arc<Vmm>, uri: &str) -> anyhow::Result<()> {
+        let uri = Uri::from_str(uri)?;
+        let mut current = lock(&self.current);
+        vmm.run_state().next(Action::BeginMigration)?;
+        if let Some(before) = current.as_mut() {
+            if before.outgoing && before.is_active() {
+                bail!("a migration to {} runs already", before.peer);
+            }
+            // A guest that is ours and goes on: whoever sent it and does not know learns it from the lease.
+            self.waiting.end();
+            before.thread.take().map(JoinHandle::join);
+        }
+        self.waiting.ended.store(false, Ordering::SeqCst);
+        let machine = vmm.machine().context("there is no machine to migrate")?;
+        let blockers = machine.migration_blockers();
+        ensure!(blockers.is_empty(), "this machine cannot move: {}", blockers.join("; "));
+        let in_flight_at_stop = Arc::new(AtomicU32::new(0));
+        let mut source = Source::new(vmm, machine, Arc::clone(&in_flight_at_stop));
+        let statistics = statistics(vmm);
+        let peer = uri.to_string();
+        let thread = std::thread::Builder::new().name("migration".to_owned()).spawn({
+            let (vmm, statistics) = (Arc::clone(vmm), Arc::clone(&statistics));
+            move || {
+                vmm.migrations.send(&vmm, &mut source, &uri, &statistics);
+                drop(source);
+                vmm.request(Request::MigrationEnded);
+            }
+        })?;
+        *current = Some(Current { statistics, peer, outgoing: true, in_flight_at_stop, thread: Some(thread) });
+        Ok(())
+    }
+
+    /// The migration thread of a source.
+    fn send(&self, vmm: &Vmm, source: &mut Source, uri: &Uri, statistics: &Statistics) {
+        let mut lease = vmm.take_lease();
+        let patience = Patience::default();
+        let mut context =
+            Context { lease: lease.as_mut(), parameters: &self.parameters, statistics, patience };
+        let mut dial = || Ok(uri.connect(patience.connect)?);
+        let mut outcome = match uri {
+            Uri::File { .. } => return log::error!("suspending to a file is not possible yet"),
+            Uri::Unix(_) | Uri::Tcp { .. } => engine::migrate(source, &mut dial, &mut context),
+        };
+        while let Outcome::Unknown(handover) = outcome {
+            if self.waiting.pause(SETTLE_INTERVAL) {
+                break;
+            }
+            outcome = handover.resolve(source, &mut dial, &mut context, None);
+        }
+        vmm.return_lease(lease);
+    }
+
+    /// Begins to wait for a guest from `uri`.
+    ///
+    /// # Errors
+    /// Nobody can listen there.
+    pub fn expect(&self, vmm: &Arc<Vmm>, uri: &Uri) -> anyhow::Result<()> {
+        let listener = match uri {
+            Uri::File { .. } => None,
+            Uri::Unix(_) | Uri::Tcp { .. } => Some(Listener::bind(uri)?),
+        };
+        let statistics = statistics(vmm);
+        let peer = listener.as_ref().map_or(uri, Listener::uri).to_string();
+        log::info!("waiting for a guest from {peer}");
+        let thread = std::thread::Builder::new().name("migration".to_owned()).spawn({
+            let (vmm, uri, statistics) = (Arc::clone(vmm), uri.clone(), Arc::clone(&statistics));
+            move || {
+                let mut lease = vmm.take_lease();
+                let result = vmm.migrations.receive(&vmm, lease.as_mut(), &uri, listener.as_ref(), &statistics);
+                vmm.return_lease(lease);
+                if let Err(error) = result {
+                    vmm.request(Request::IncomingFailed(error));
+                }
+            }
+        })?;
+        let in_flight_at_stop = Arc::default();
+        *lock(&self.current) =
+            Some(Current { statistics, peer, outgoing: false, in_flight_at_stop, thread: Some(thread) });
+        Ok(())
+    }
+
+    /// The migration thread of a destination.
+    fn receive(
+        &self,
+        vmm: &Arc<Vmm>,
+        lease: Option<&mut engine::lease::Lease>,
+        uri: &Uri,
+        listener: Option<&Listener>,
+        statistics: &Statistics,
+    ) -> anyhow::Result<()> {
+        let mut destination = Destination::new(lease, statistics, Patience::default(), &self.parameters)?;
+        let Some(listener) = listener else {
+            bail!("restoring {uri} is not possible yet");
+        };
+        let Some(mut arrived) = destination.receive(&mut Factory::new(vmm, GuestTime::Live), listener)? else {
+            return Ok(());
+        };
+        if let Some(error) = arrived.error.take() {
+            log::error!("the guest has arrived but could not be started, and is paused: {error}");
+        }
+        Ok(destination.answer(&mut arrived, listener, &self.waiting.ended)?)
+    }
+
+    /// Asks an outgoing migration to end with the guest here. Says whether there is one.
+    pub fn cancel(&self) -> bool {
+        let current = lock(&self.current);
+        let active = current.as_ref().is_some_and(|current| current.outgoing && current.is_active());
+        if active {
+            self.parameters.cancel();
+        }
+        active
+    }
+
+    /// Waits for the end of the migration thread, which has said that it ends.
+    pub fn join(&self) {
+        let thread = lock(&self.current).as_mut().and_then(|current| current.thread.take());
+        thread.map(JoinHandle::join);
+    }
+
+    /// Ends whatever goes on, in order: the process is to end. An undecided hand-over stays undecided.
+    pub fn stop(&self) {
+        self.parameters.cancel();
+        self.waiting.end();
+        self.join();
+    }
+
+    /// The limits of migrations.
+    #[must_use]
+    pub fn limits(&self) -> MigrationParameters {
+        let downtime_limit = self.parameters.downtime_limit().as_millis();
+        MigrationParameters {
+            downtime_limit: u64::try_from(downtime_limit).unwrap_or(u64::MAX),
+            max_bandwidth: self.parameters.max_bandwidth(),
+        }
+    }
+
+    /// Changes the limits, of a migration that runs too.
+    pub fn set_limits(&self, limits: MigrationParameters) {
+        self.parameters.set_downtime_limit(Duration::from_millis(limits.downtime_limit));
+        self.parameters.set_max_bandwidth(limits.max_bandwidth);
+    }
+}
+
+fn statistics(vmm: &Vmm) -> Arc<Statistics> {
+    let events = Arc::clone(&vmm.events);
+    Arc::new(Statistics::with_listener(move |status: Status| {
+        if let Some(status) = report::qmp_status(status) {
+            events.emit(Event::Migration { status });
+        }
+    }))
+}

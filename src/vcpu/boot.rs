@@ -19,7 +19,7 @@ const DATA_SELECTOR: u16 = 0x18;
 const TASK_SELECTOR: u16 = 0x20;
 
 /// Which convention a kernel is entered by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum BootProtocol {
     /// Xen's PVH: 32-bit protected mode without paging, EBX = start info.
     Pvh,

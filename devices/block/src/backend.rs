@@ -120,6 +120,12 @@ pub trait Backend: Send + Sync + Debug {
     /// flight below the context's depth. Queued work reaches the kernel at the latest in [`IoContext::submit`].
     fn submit(&self, context: &mut IoContext, request: &Request<'_>);
 
+    /// Blocking: makes all acknowledged writes stable. Requests may be under way. Harmless for an image that is released.
+    ///
+    /// # Errors
+    /// The flush failed.
+    fn sync(&self) -> Result<(), crate::Error>;
+
     /// Blocking: makes all acknowledged writes stable, then gives up write access and the lock, so that another process can
     /// take them. Later requests fail with [`Failure::Released`] until [`Backend::acquire`]. The caller has no request in flight.
     ///

@@ -188,6 +188,10 @@ impl Backend for FaultImage {
         }
     }
 
+    fn sync(&self) -> Result<(), Error> {
+        self.inner.sync()
+    }
+
     fn release(&self) -> Result<(), Error> {
         self.inner.release()
     }

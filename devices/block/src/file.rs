@@ -119,6 +119,11 @@ impl Backend for FileImage {
         }
     }
 
+    fn sync(&self) -> Result<(), Error> {
+        let Some(file) = self.held.load_full().filter(|_| !self.options.read_only) else { return Ok(()) };
+        file.file.sync_data().map_err(|source| Error::Flush { path: self.path.clone(), source })
+    }
+
     fn release(&self) -> Result<(), Error> {
         let Some(file) = self.held.swap(None) else { return Ok(()) };
         // Requests hold the file: with one under way the lock must not go.

@@ -74,6 +74,10 @@ impl Backend for MemoryImage {
         context.complete(request.token, result);
     }
 
+    fn sync(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     fn release(&self) -> Result<(), Error> {
         self.released.store(true, Ordering::Release);
         Ok(())

@@ -44,6 +44,10 @@ impl Backend for NullImage {
         context.complete(request.token, result);
     }
 
+    fn sync(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     fn release(&self) -> Result<(), Error> {
         self.released.store(true, Ordering::Release);
         Ok(())

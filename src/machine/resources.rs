@@ -1,0 +1,131 @@
+//! What a virtual machine keeps over a reset of its guest: memory and images.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use block::{Backend, FileImage, FileOptions, MemoryImage, NullImage};
+use nvme::NamespaceConfig;
+
+use crate::config::{BackendSpec, ControllerSpec, MachineSpec, NamespaceSpec};
+use crate::memory::GuestRam;
+
+/// Memory and images of one virtual machine.
+///
+/// Images are opened to be looked at only; they are locked and written to from [`Resources::acquire_images`] to
+/// [`Resources::release_images`].
+pub struct Resources {
+    ram: GuestRam,
+    /// For each controller of the specification, in its order.
+    namespaces: Vec<Vec<NamespaceConfig>>,
+}
+
+impl Resources {
+    /// Makes the memory and looks at the images.
+    ///
+    /// # Errors
+    /// There is not enough memory, or an image is missing or cannot hold its namespace.
+    pub fn open(spec: &MachineSpec) -> anyhow::Result<Self> {
+        let blocks: Vec<(String, u64)> = spec
+            .controllers
+            .iter()
+            .flat_map(|controller| controller.namespaces.iter().map(|namespace| (&controller.serial, namespace)))
+            .filter_map(|(serial, namespace)| match namespace.backend {
+                BackendSpec::Memory { size_bytes } => Some((memory_block_name(serial, namespace.nsid), size_bytes)),
+                BackendSpec::File(_) | BackendSpec::Null { .. } => None,
+            })
+            .collect();
+        let ram = GuestRam::new(spec.memory_bytes, &blocks)?;
+        let open = |controller: &ControllerSpec| {
+            let namespaces = controller.namespaces.iter();
+            namespaces.map(|namespace| open_namespace(&controller.serial, namespace, &ram)).collect()
+        };
+        let namespaces = spec.controllers.iter().map(open).collect::<anyhow::Result<_>>()?;
+        Ok(Self { ram, namespaces })
+    }
+
+    /// The memory.
+    #[must_use]
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// The namespaces of controller `index`, by ascending identifier.
+    #[must_use]
+    pub fn namespaces(&self, index: usize) -> &[NamespaceConfig] {
+        self.namespaces.get(index).map_or(&[], Vec::as_slice)
+    }
+
+    /// Takes lock and access of every image, in the fixed order (controllers as declared, namespaces by identifier): all
+    /// or none. Harmless for images that are held.
+    ///
+    /// # Errors
+    /// Someone else holds one, or it is not what it was.
+    pub fn acquire_images(&self) -> Result<(), block::Error> {
+        for (index, image) in self.images().enumerate() {
+            if let Err(error) = image.acquire() {
+                for image in self.images().take(index) {
+                    // Nothing was written, so nothing can be lost.
+                    let _ = image.release();
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes every acknowledged write stable; the images stay held.
+    ///
+    /// # Errors
+    /// A flush failed.
+    pub fn sync_images(&self) -> Result<(), block::Error> {
+        self.images().try_for_each(|image| image.sync())
+    }
+
+    /// Gives up every image, in the fixed order.
+    ///
+    /// # Errors
+    /// A flush failed; that image and those after it are still held.
+    pub fn release_images(&self) -> Result<(), block::Error> {
+        self.images().try_for_each(|image| image.release())
+    }
+
+    fn images(&self) -> impl Iterator<Item = &Arc<dyn Backend>> {
+        self.namespaces.iter().flatten().map(|namespace| &namespace.backend)
+    }
+}
+
+/// Name of the RAM block that holds a memory namespace.
+fn memory_block_name(serial: &str, nsid: u32) -> String {
+    format!("namespace-{serial}-{nsid}")
+}
+
+fn open_namespace(serial: &str, spec: &NamespaceSpec, ram: &GuestRam) -> anyhow::Result<NamespaceConfig> {
+    let NamespaceSpec { nsid, block_bytes, read_only, .. } = *spec;
+    let backend: Arc<dyn Backend> = match &spec.backend {
+        BackendSpec::File(path) => {
+            let options = FileOptions { read_only, block_size_bytes: block_bytes, ..FileOptions::default() };
+            let image = FileImage::inspect(path, options)
+                .with_context(|| format!("cannot use {} as namespace {nsid} of {serial}", path.display()))?;
+            Arc::new(image)
+        }
+        BackendSpec::Memory { .. } => {
+            let name = memory_block_name(serial, nsid);
+            let block = ram.block(&name).with_context(|| format!("there is no RAM block {name}"))?;
+            let image = MemoryImage::new(Arc::clone(&block.mapping));
+            Arc::new(if read_only { image.read_only() } else { image })
+        }
+        BackendSpec::Null { size_bytes } => Arc::new(NullImage::new(*size_bytes)),
+    };
+    Ok(NamespaceConfig { nsid, block_bytes, backend })
+}
+
+/// The first image that is a file and may be written: the lease lies beside it.
+#[must_use]
+pub fn first_writable_file(controllers: &[ControllerSpec]) -> Option<&Path> {
+    let namespaces = controllers.iter().flat_map(|controller| &controller.namespaces);
+    namespaces.filter(|namespace| !namespace.read_only).find_map(|namespace| match &namespace.backend {
+        BackendSpec::File(path) => Some(path.as_path()),
+        BackendSpec::Memory { .. } | BackendSpec::Null { .. } => None,
+    })
+}

@@ -1,0 +1,109 @@
+//! The machine that arrives, as the migration engine sees it.
+
+use std::sync::Arc;
+
+use engine::{Description, DestinationFactory, DestinationMachine, MachineResult, RamBlock, RunState};
+use stream::{Expected, SectionSet};
+
+use super::{description, ram_blocks};
+use crate::kvm::GuestTime;
+use crate::machine::{Action, Machine, Resources};
+use crate::vmm::Vmm;
+
+/// Builds the configured machine for whoever comes.
+pub struct Factory {
+    vmm: Arc<Vmm>,
+    time: GuestTime,
+    /// The machine that was described, to be the one that is built.
+    machine: Option<Machine>,
+    /// Its memory.
+    blocks: Vec<stream::RamBlock>,
+}
+
+impl Factory {
+    /// For guests that come over a link or out of a file, which decides how their clocks go on.
+    #[must_use]
+    pub fn new(vmm: &Arc<Vmm>, time: GuestTime) -> Self {
+        Self { vmm: Arc::clone(vmm), time, machine: None, blocks: Vec::new() }
+    }
+
+    fn prepare(&mut self) -> anyhow::Result<Machine> {
+        if let Some(machine) = self.machine.take() {
+            return Ok(machine);
+        }
+        let resources = Arc::new(Resources::open(&self.vmm.spec)?);
+        let blocks = resources.ram().blocks().iter();
+        self.blocks = blocks.map(|block| stream::RamBlock::new(&block.name, block.length_bytes())).collect();
+        self.vmm.prepare_machine(resources)
+    }
+}
+
+impl DestinationFactory for Factory {
+    type Machine = Arrival;
+
+    fn expected(&self) -> Expected {
+        Machine::expected(&self.vmm.spec, self.blocks.clone())
+    }
+
+    fn description(&mut self) -> MachineResult<Description> {
+        // It is made now and kept: it costs nothing until memory arrives, and the guest finds it ready.
+        let machine = self.prepare()?;
+        let description = description::describe(&machine)?;
+        self.machine = Some(machine);
+        Ok(description)
+    }
+
+    fn build(&mut self, _: &Description) -> MachineResult<Arrival> {
+        let machine = self.prepare()?;
+        Ok(Arrival { vmm: Arc::clone(&self.vmm), time: self.time, machine: Some(machine) })
+    }
+}
+
+/// A machine whose guest is on its way.
+pub struct Arrival {
+    vmm: Arc<Vmm>,
+    time: GuestTime,
+    /// Until it starts; then it is the process's.
+    machine: Option<Machine>,
+}
+
+impl Arrival {
+    fn machine(&self) -> MachineResult<&Machine> {
+        self.machine.as_ref().ok_or_else(|| "the machine has been started already".into())
+    }
+}
+
+impl DestinationMachine for Arrival {
+    fn ram_blocks(&self) -> Vec<RamBlock> {
+        self.machine.as_ref().map(|machine| ram_blocks(machine.resources().ram())).unwrap_or_default()
+    }
+
+    fn load_devices(&mut self, sections: SectionSet) -> MachineResult<()> {
+        Ok(self.machine()?.load(sections, self.time)?)
+    }
+
+    fn take_image_locks(&mut self) -> MachineResult<()> {
+        Ok(self.machine()?.resources().acquire_images()?)
+    }
+
+    fn open_images(&mut self) -> MachineResult<()> {
+        // Harmless for what is held: it opens what is not, and checks size and identity.
+        Ok(self.machine()?.resources().acquire_images()?)
+    }
+
+    fn release_images(&mut self) {
+        if let Ok(machine) = self.machine()
+            && let Err(error) = machine.resources().release_images()
+        {
+            log::error!("cannot give the images back: {error}");
+        }
+    }
+
+    fn start(&mut self, state: RunState) -> MachineResult<()> {
+        let machine = self.machine.take().ok_or("the machine has been started already")?;
+        self.vmm.install(machine);
+        let running = state == RunState::Running;
+        self.vmm.act(Action::Arrive { running }, |machine| if running { machine.resume() } else { Ok(()) })?;
+        Ok(())
+    }
+}

@@ -1,0 +1,97 @@
+//! The engine's figures in the words of the control socket.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use engine::{PAGE_BYTES, Snapshot, Status};
+
+use super::{Migrations, lock};
+use crate::control::{FerryDowntime, FerryMigration, MigrationInfo, MigrationStatus, RamStats};
+use crate::vmm::Vmm;
+
+impl Migrations {
+    /// What `query-migrate` answers.
+    #[must_use]
+    pub fn info(&self, vmm: &Vmm) -> Option<MigrationInfo> {
+        let snapshot = lock(&self.current).as_ref()?.statistics.snapshot();
+        let mut info = MigrationInfo::new(qmp_status(snapshot.status)?);
+        info.blocked_reasons = vmm.machine().map(|machine| machine.migration_blockers()).unwrap_or_default();
+        info.total_time = Some(milliseconds(snapshot.elapsed));
+        if snapshot.total_bytes > 0 {
+            info.setup_time = Some(milliseconds(snapshot.setup));
+            info.ram = Some(ram_stats(&snapshot));
+        }
+        match snapshot.status {
+            Status::Active => info.expected_downtime = Some(milliseconds(snapshot.expected_downtime)),
+            Status::Completed => info.downtime = Some(milliseconds(snapshot.downtime.total)),
+            _ => {}
+        }
+        info.error_desc = snapshot.error;
+        Some(info)
+    }
+
+    /// The part of `x-ferry-status` about the latest migration.
+    #[must_use]
+    pub fn detail(&self) -> Option<FerryMigration> {
+        let current = lock(&self.current);
+        let current = current.as_ref()?;
+        let snapshot = current.statistics.snapshot();
+        let downtime = snapshot.downtime;
+        let microseconds = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        Some(FerryMigration {
+            phase: snapshot.status.name().to_owned(),
+            peer: current.peer.clone(),
+            rounds: snapshot.rounds,
+            in_flight_at_stop: current.in_flight_at_stop.load(Ordering::Relaxed),
+            downtime: (!downtime.total.is_zero()).then(|| FerryDowntime {
+                total: microseconds(downtime.total),
+                stop: microseconds(downtime.stop),
+                device_save: microseconds(downtime.device_save),
+                last_pass: microseconds(downtime.last_pass),
+                transfer: microseconds(downtime.transfer),
+                load: microseconds(downtime.load),
+                handover: microseconds(downtime.handover),
+                resume: microseconds(downtime.resume),
+            }),
+            detail: snapshot.handover_unknown.or(snapshot.error),
+        })
+    }
+}
+
+/// QMP knows no migration without a status.
+pub fn qmp_status(status: Status) -> Option<MigrationStatus> {
+    Some(match status {
+        Status::None => return None,
+        Status::Setup => MigrationStatus::Setup,
+        Status::Active => MigrationStatus::Active,
+        Status::Device => MigrationStatus::Device,
+        Status::Completed => MigrationStatus::Completed,
+        Status::Failed => MigrationStatus::Failed,
+        Status::Cancelling => MigrationStatus::Cancelling,
+        Status::Cancelled => MigrationStatus::Cancelled,
+    })
+}
+
+fn ram_stats(snapshot: &Snapshot) -> RamStats {
+    let pages_per_second = snapshot.bytes_per_second / PAGE_BYTES;
+    RamStats {
+        transferred: snapshot.transferred_bytes,
+        remaining: snapshot.remaining_bytes,
+        total: snapshot.total_bytes,
+        duplicate: snapshot.zero_pages,
+        normal: snapshot.normal_pages,
+        normal_bytes: snapshot.normal_pages.saturating_mul(PAGE_BYTES),
+        dirty_pages_rate: snapshot.dirty_pages_per_second,
+        mbps: snapshot.bytes_per_second as f64 * 8.0 / 1e6,
+        dirty_sync_count: snapshot.rounds.into(),
+        page_size: PAGE_BYTES,
+        pages_per_second,
+        precopy_bytes: snapshot.transferred_bytes.saturating_sub(snapshot.downtime_bytes),
+        downtime_bytes: snapshot.downtime_bytes,
+        ..RamStats::default()
+    }
+}
+
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,123 @@
+//! The machine that leaves, as the migration engine sees it.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, anyhow};
+use engine::{Description, MachineResult, PageBitmap, RamBlock, RunState, SaveFor, SourceMachine};
+use stream::DeviceSection;
+
+use super::{description, ram_blocks};
+use crate::dirty::DirtyTracker;
+use crate::machine::{Action, Machine, RunState as State};
+use crate::vmm::Vmm;
+
+/// Borrows the machine of a [`Vmm`] for one attempt.
+pub struct Source {
+    vmm: Arc<Vmm>,
+    machine: Arc<Machine>,
+    tracker: Option<DirtyTracker>,
+    /// Commands in flight when the stop began.
+    in_flight_at_stop: Arc<AtomicU32>,
+}
+
+impl Source {
+    /// `machine`, which is that of `vmm`. How many commands were in flight when the stop began goes to `in_flight_at_stop`.
+    pub fn new(vmm: &Arc<Vmm>, machine: Arc<Machine>, in_flight_at_stop: Arc<AtomicU32>) -> Self {
+        Self { vmm: Arc::clone(vmm), machine, tracker: None, in_flight_at_stop }
+    }
+}
+
+impl SourceMachine for Source {
+    fn description(&mut self) -> MachineResult<Description> {
+        Ok(description::describe(&self.machine)?)
+    }
+
+    fn blockers(&mut self) -> Vec<String> {
+        self.machine.migration_blockers()
+    }
+
+    fn ram_blocks(&self) -> Vec<RamBlock> {
+        ram_blocks(self.machine.resources().ram())
+    }
+
+    fn populated(&mut self, block: &RamBlock) -> MachineResult<Vec<Range<u64>>> {
+        let ram = self.machine.resources().ram();
+        let block = ram.block(&block.name).with_context(|| format!("there is no RAM block {}", block.name))?;
+        Ok(block.populated_ranges()?)
+    }
+
+    fn start_dirty_tracking(&mut self) -> MachineResult<()> {
+        self.tracker = Some(DirtyTracker::start(self.machine.vm(), self.machine.resources().ram())?);
+        Ok(())
+    }
+
+    fn collect_dirty(&mut self) -> MachineResult<Vec<PageBitmap>> {
+        let stopped = matches!(self.vmm.run_state(), State::FinishMigrate { .. });
+        let tracker = self.tracker.as_mut().context("no dirty pages are tracked")?;
+        Ok(if stopped { tracker.collect_stopped()? } else { tracker.collect()? })
+    }
+
+    fn stop_dirty_tracking(&mut self) {
+        self.tracker = None;
+    }
+
+    fn prepare_stop(&mut self) {
+        // What fails here fails again when the images are given up.
+        if let Err(error) = self.machine.resources().sync_images() {
+            log::warn!("writing back the images ahead of the stop: {error}");
+        }
+    }
+
+    fn stop(&mut self) -> MachineResult<RunState> {
+        let was_running = self.vmm.run_state().is_running();
+        let (_, in_flight) = self.vmm.act(Action::StopForMigration, |machine| {
+            let in_flight = if was_running { machine.pause()? } else { 0 };
+            // All vCPUs have stopped, so nothing comes after this look.
+            match self.vmm.guest_waits_for() {
+                None => Ok(in_flight),
+                Some(wish) => {
+                    if was_running {
+                        machine.resume()?;
+                    }
+                    Err(anyhow!("{wish} before it could move"))
+                }
+            }
+        })?;
+        self.in_flight_at_stop.store(in_flight, Ordering::Relaxed);
+        Ok(if was_running { RunState::Running } else { RunState::Paused })
+    }
+
+    fn save_devices(&mut self, purpose: SaveFor) -> MachineResult<Vec<DeviceSection>> {
+        Ok(self.machine.save(purpose)?)
+    }
+
+    fn quiesce_disks(&mut self) -> MachineResult<()> {
+        Ok(self.machine.resources().sync_images()?)
+    }
+
+    fn release_image_locks(&mut self) -> MachineResult<()> {
+        // What follows is the hand-over: from here on no command makes the guest run.
+        self.vmm.act(Action::HandOver, |machine| Ok(machine.resources().release_images()?))?;
+        Ok(())
+    }
+
+    fn reacquire_images(&mut self) -> MachineResult<()> {
+        Ok(self.machine.resources().acquire_images()?)
+    }
+
+    fn resume(&mut self, state: RunState) -> MachineResult<()> {
+        self.vmm.act(Action::TakeBack, |machine| match state {
+            RunState::Running => machine.resume(),
+            RunState::Paused => Ok(()),
+        })?;
+        Ok(())
+    }
+
+    fn finish(&mut self) {
+        if let Err(error) = self.vmm.act(Action::HandedOver, |_| Ok(())) {
+            log::error!("the guest has left, but: {error:#}");
+        }
+    }
+}

@@ -1,4 +1,0 @@
-//! (skeleton)
-pub fn run(_: &crate::cli::RunArguments) -> anyhow::Result<()> {
-    Ok(())
-}

@@ -1,0 +1,343 @@
+//! The process: one virtual machine, its run state, its owner, and whoever asks something of it.
+//!
+//! Requests come from the guest (vCPU threads), from signals, from control clients and from migrations, and meet here.
+//! What must happen at once (stop, continue) happens on the thread that asks, under the *transition* lock; what ends or
+//! rebuilds the machine is sent to the main thread, which alone creates and drops machines.
+//!
+//! Invariants:
+//! - vCPUs run only in [`RunState::Running`], and every change of the run state goes through [`RunState::next`].
+//! - A guest event is noted before its vCPU stops, so a migration that has stopped all vCPUs knows whether the guest asked
+//!   for its end: it then fails, and the event is served here. No event is lost between two processes.
+//! - Images are held and the lease says `owned` for as long as the machine could run here.
+
+mod operations;
+mod signals;
+
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, bail};
+use engine::lease::{Lease, Owner};
+
+use crate::cli::RunArguments;
+use crate::config::MachineSpec;
+use crate::console::Console;
+use crate::control::{Event, EventBus, Server, ShutdownCause};
+use crate::kvm::Host;
+use crate::machine::{Action, EventSink, GuestEvent, Machine, Refused, Resources, RunState};
+use crate::migrate::Migrations;
+
+/// What the main thread is asked to do.
+#[derive(Debug)]
+pub enum Request {
+    /// The guest did something that ends or rebuilds its machine. It is in [`Vmm::pending`].
+    GuestEvent,
+    /// End, because a signal said so.
+    Signal(i32),
+    /// End, because a client said so.
+    Quit,
+    /// A migration away has ended, well or not.
+    MigrationEnded,
+    /// The wait for an incoming guest has ended without one.
+    IncomingFailed(anyhow::Error),
+}
+
+/// The process.
+pub struct Vmm {
+    /// The machine that was asked for.
+    pub spec: MachineSpec,
+    /// KVM.
+    pub host: Host,
+    /// The guest's console.
+    pub console: Mutex<Console>,
+    /// Where events are told.
+    pub events: Arc<EventBus>,
+    /// Outgoing migrations.
+    pub migrations: Migrations,
+    /// The lease, while nobody works with it.
+    lease: Mutex<Option<Lease>>,
+    requests: Sender<Request>,
+    pending: Mutex<Option<GuestEvent>>,
+    /// Held while something changes the run state together with the vCPUs.
+    transition: Mutex<()>,
+    run_state: Mutex<RunState>,
+    machine: Mutex<Option<Arc<Machine>>>,
+    exit_when_migrated: bool,
+}
+
+/// Runs the virtual machine of `arguments` until it ends.
+///
+/// # Errors
+/// It cannot be built, a vCPU cannot go on, or no guest arrives.
+pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
+    let spec = arguments.machine()?;
+    let (vmm, requests) = Vmm::new(spec, arguments)?;
+    let server = arguments.api.as_deref().map(|path| Server::start(path, vmm.operations(), Arc::clone(&vmm.events)));
+    let _server = server.transpose()?;
+    signals::forward(vmm.requests.clone())?;
+    vmm.start_console()?;
+    match &arguments.incoming {
+        None => vmm.boot_first()?,
+        Some(uri) => vmm.migrations.expect(&vmm, uri)?,
+    }
+    let result = vmm.serve(&requests);
+    let ended = vmm.end();
+    result.and(ended)
+}
+
+impl Vmm {
+    fn new(spec: MachineSpec, arguments: &RunArguments) -> anyhow::Result<(Arc<Self>, Receiver<Request>)> {
+        let host = Host::open()?;
+        let console = Console::open(&spec.serial)?;
+        let lease = match &spec.lease {
+            Some(path) => Some(open_lease(path, &spec.name)?),
+            None => None,
+        };
+        let (requests, receiver) = channel();
+        let run_state = if arguments.incoming.is_some() { RunState::InMigrate } else { RunState::Prelaunch };
+        let vmm = Arc::new(Self {
+            spec,
+            host,
+            console: Mutex::new(console),
+            events: Arc::new(EventBus::new()),
+            migrations: Migrations::default(),
+            lease: Mutex::new(lease),
+            requests,
+            pending: Mutex::default(),
+            transition: Mutex::default(),
+            run_state: Mutex::new(run_state),
+            machine: Mutex::default(),
+            exit_when_migrated: arguments.exit_when_migrated,
+        });
+        Ok((vmm, receiver))
+    }
+
+    fn start_console(self: &Arc<Self>) -> anyhow::Result<()> {
+        let vmm = Arc::downgrade(self);
+        let type_in = move |bytes: &[u8]| {
+            if let Some(machine) = vmm.upgrade().and_then(|vmm| vmm.machine()) {
+                machine.type_in(bytes);
+            }
+        };
+        Ok(lock(&self.console).start_input(Arc::new(type_in))?)
+    }
+
+    /// The first boot: becomes the owner, builds the machine, starts it.
+    fn boot_first(self: &Arc<Self>) -> anyhow::Result<()> {
+        let resources = Arc::new(Resources::open(&self.spec)?);
+        resources.acquire_images()?;
+        if let Some(lease) = lock(&self.lease).as_mut() {
+            lease.claim()?;
+        }
+        self.boot(resources)?;
+        self.act(Action::Start, Machine::resume)?;
+        Ok(())
+    }
+
+    /// Boots the guest from its kernel, on memory and images that are there.
+    fn boot(self: &Arc<Self>, resources: Arc<Resources>) -> anyhow::Result<()> {
+        let machine = self.prepare_machine(resources)?;
+        machine.boot(&self.spec)?;
+        self.install(machine);
+        Ok(())
+    }
+
+    /// Makes everything that does not depend on the guest.
+    ///
+    /// # Errors
+    /// Those of [`Machine::prepare`].
+    pub fn prepare_machine(self: &Arc<Self>, resources: Arc<Resources>) -> anyhow::Result<Machine> {
+        let vmm = Arc::downgrade(self);
+        let sink: EventSink = Arc::new(move |event| {
+            if let Some(vmm) = vmm.upgrade() {
+                // The first event counts: what a guest does while it is being reset or switched off does not.
+                lock(&vmm.pending).get_or_insert(event);
+                // The main thread lives as long as the machine.
+                let _ = vmm.requests.send(Request::GuestEvent);
+            }
+        });
+        let console = lock(&self.console);
+        Machine::prepare(&self.spec, &self.host, resources, &console, &sink)
+    }
+
+    /// Makes `machine` the one that commands go to.
+    pub fn install(&self, machine: Machine) {
+        *lock(&self.machine) = Some(Arc::new(machine));
+    }
+
+    /// The machine, if there is one.
+    #[must_use]
+    pub fn machine(&self) -> Option<Arc<Machine>> {
+        lock(&self.machine).clone()
+    }
+
+    /// The run state now.
+    #[must_use]
+    pub fn run_state(&self) -> RunState {
+        *lock(&self.run_state)
+    }
+
+    /// What the guest asked for and has not got yet.
+    #[must_use]
+    pub fn guest_waits_for(&self) -> Option<&'static str> {
+        lock(&self.pending).as_ref().map(|event| match event {
+            GuestEvent::Reset => "the guest asked to be reset",
+            GuestEvent::PowerOff => "the guest asked to be powered off",
+            GuestEvent::Failed(_) => "a vCPU cannot go on",
+        })
+    }
+
+    /// Takes the lease out, to work with it.
+    #[must_use]
+    pub fn take_lease(&self) -> Option<Lease> {
+        lock(&self.lease).take()
+    }
+
+    /// Puts the lease back.
+    pub fn return_lease(&self, lease: Option<Lease>) {
+        *lock(&self.lease) = lease;
+    }
+
+    /// Asks the main thread for something.
+    pub fn request(&self, request: Request) {
+        // It lives until the process ends.
+        let _ = self.requests.send(request);
+    }
+
+    /// Changes the run state by `action`, and the machine by `effect`. If `effect` fails the state stays.
+    ///
+    /// # Errors
+    /// The action has no meaning now, there is no machine, or `effect` failed.
+    pub fn act<T>(
+        &self,
+        action: Action,
+        effect: impl FnOnce(&Machine) -> anyhow::Result<T>,
+    ) -> anyhow::Result<(RunState, T)> {
+        let _transition = lock(&self.transition);
+        let before = self.run_state();
+        let after = before.next(action)?;
+        let machine = self.machine().with_context(|| Refused { action, state: before }.to_string())?;
+        let value = effect(&machine)?;
+        *lock(&self.run_state) = after;
+        match (before.is_running(), after.is_running()) {
+            (true, false) => self.events.emit(Event::Stop),
+            (false, true) => self.events.emit(Event::Resume),
+            _ => {}
+        }
+        Ok((after, value))
+    }
+
+    /// The main thread, until the process is to end.
+    fn serve(self: &Arc<Self>, requests: &Receiver<Request>) -> anyhow::Result<()> {
+        for request in requests {
+            match request {
+                Request::GuestEvent => {
+                    if let Some(reason) = self.serve_guest_event()? {
+                        return self.shut_down(reason);
+                    }
+                }
+                Request::Signal(_) => return self.shut_down(ShutdownCause::HostSignal),
+                Request::Quit => return self.shut_down(ShutdownCause::HostQmpQuit),
+                Request::MigrationEnded => {
+                    self.migrations.join();
+                    if self.run_state() == RunState::PostMigrate {
+                        *lock(&self.machine) = None;
+                        if self.exit_when_migrated {
+                            return Ok(());
+                        }
+                    } else if let Some(reason) = self.serve_guest_event()? {
+                        return self.shut_down(reason);
+                    }
+                }
+                Request::IncomingFailed(error) => {
+                    self.migrations.join();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what the guest asked for. A migration that is under way is cancelled, and the event is served when it has given the
+    /// machine back. Returns why the machine has ended, if it has.
+    fn serve_guest_event(self: &Arc<Self>) -> anyhow::Result<Option<ShutdownCause>> {
+        if self.migrations.cancel() {
+            return Ok(None);
+        }
+        let Some(event) = lock(&self.pending).take() else { return Ok(None) };
+        match event {
+            GuestEvent::Reset => {
+                self.reset().context("cannot reset the guest")?;
+                Ok(None)
+            }
+            GuestEvent::PowerOff => {
+                self.act(Action::PowerOff, Machine::pause)?;
+                Ok(Some(ShutdownCause::GuestShutdown))
+            }
+            GuestEvent::Failed(error) => {
+                self.act(Action::Fail, |_| Ok(()))?;
+                self.events.emit(Event::Shutdown { reason: ShutdownCause::HostError });
+                Err(error)
+            }
+        }
+    }
+
+    /// Drops the machine and boots a new one on the same memory and images, which stay held.
+    fn reset(self: &Arc<Self>) -> anyhow::Result<()> {
+        let (state, resources) = self.act(Action::Reset, |machine| {
+            machine.pause()?;
+            Ok(Arc::clone(machine.resources()))
+        })?;
+        *lock(&self.machine) = None;
+        // What the guest did between its request and now belongs to the life before.
+        *lock(&self.pending) = None;
+        self.boot(resources)?;
+        let machine = self.machine().context("the machine was just built")?;
+        if state.is_running() { machine.resume() } else { Ok(()) }
+    }
+
+    fn shut_down(&self, reason: ShutdownCause) -> anyhow::Result<()> {
+        self.events.emit(Event::Shutdown { reason });
+        Ok(())
+    }
+
+    /// Stops what runs, makes the images stable, and gives up images and lease. A guest that may be elsewhere is left alone.
+    fn end(&self) -> anyhow::Result<()> {
+        self.migrations.stop();
+        let owned = matches!(
+            self.run_state(),
+            RunState::Running | RunState::Paused | RunState::Prelaunch | RunState::Shutdown | RunState::InternalError
+        );
+        let Some(machine) = self.machine() else { return Ok(()) };
+        if !owned {
+            return Ok(());
+        }
+        machine.pause().context("cannot stop the guest")?;
+        machine.resources().release_images().context("cannot make the images stable")?;
+        if let Some(lease) = lock(&self.lease).as_mut() {
+            lease.release()?;
+        }
+        Ok(())
+    }
+}
+
+fn open_lease(path: &PathBuf, name: &str) -> anyhow::Result<Lease> {
+    use std::os::unix::fs::FileTypeExt;
+    let image = path.with_extension("");
+    if let Ok(metadata) = std::fs::metadata(&image)
+        && metadata.file_type().is_block_device()
+        && path.as_os_str().as_encoded_bytes().ends_with(b".ferry-lease")
+    {
+        bail!(
+            "{} is a block device: say with --lease PATH where the record is kept that decides who owns the guest",
+            image.display()
+        );
+    }
+    Ok(Lease::open(path, Owner::this_process(name)?)?)
+}
+
+/// A lock whose holder panicked is still good: every value here is replaced as a whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,114 @@
+//! What control clients may ask, answered by the process.
+
+use std::sync::Arc;
+
+use super::{Request, Vmm};
+use crate::control::{
+    FerryLease, FerryOwnership, FerryStatus, MigrationInfo, MigrationParameters, Operations, Refusal,
+    RunState as QmpRunState,
+};
+use crate::machine::{Action, Machine, RunState};
+
+impl Vmm {
+    /// The process as the control socket sees it.
+    #[must_use]
+    pub fn operations(self: &Arc<Self>) -> Arc<dyn Operations> {
+        Arc::new(Control(Arc::clone(self)))
+    }
+}
+
+struct Control(Arc<Vmm>);
+
+/// The whole chain in one sentence.
+fn refusal(error: &anyhow::Error) -> Refusal {
+    Refusal(format!("{error:#}"))
+}
+
+fn qmp_run_state(state: RunState) -> QmpRunState {
+    match state {
+        RunState::Prelaunch => QmpRunState::Prelaunch,
+        RunState::InMigrate => QmpRunState::Inmigrate,
+        RunState::Running => QmpRunState::Running,
+        RunState::Paused => QmpRunState::Paused,
+        RunState::FinishMigrate { .. } => QmpRunState::FinishMigrate,
+        RunState::HandoverUnknown { .. } | RunState::PostMigrate => QmpRunState::Postmigrate,
+        RunState::Shutdown => QmpRunState::Shutdown,
+        RunState::InternalError => QmpRunState::InternalError,
+    }
+}
+
+fn ownership(state: RunState) -> FerryOwnership {
+    match state {
+        RunState::InMigrate => FerryOwnership::Incoming,
+        RunState::HandoverUnknown { .. } => FerryOwnership::HandoverUnknown,
+        RunState::PostMigrate => FerryOwnership::GivenAway,
+        RunState::Prelaunch
+        | RunState::Running
+        | RunState::Paused
+        | RunState::FinishMigrate { .. }
+        | RunState::Shutdown
+        | RunState::InternalError => FerryOwnership::Owned,
+    }
+}
+
+impl Operations for Control {
+    fn run_state(&self) -> QmpRunState {
+        qmp_run_state(self.0.run_state())
+    }
+
+    fn stop(&self) -> Result<(), Refusal> {
+        let was_running = self.0.run_state().is_running();
+        let effect = |machine: &Machine| if was_running { machine.pause().map(drop) } else { Ok(()) };
+        self.0.act(Action::Stop, effect).map(drop).map_err(|error| refusal(&error))
+    }
+
+    fn cont(&self) -> Result<(), Refusal> {
+        self.0.act(Action::Continue, Machine::resume).map(drop).map_err(|error| refusal(&error))
+    }
+
+    fn quit(&self) {
+        self.0.request(Request::Quit);
+    }
+
+    fn migrate(&self, uri: &str) -> Result<(), Refusal> {
+        self.0.migrations.start(&self.0, uri).map_err(|error| refusal(&error))
+    }
+
+    fn migrate_cancel(&self) -> Result<(), Refusal> {
+        self.0.migrations.cancel();
+        Ok(())
+    }
+
+    fn migration(&self) -> Option<MigrationInfo> {
+        self.0.migrations.info(&self.0)
+    }
+
+    fn migration_parameters(&self) -> MigrationParameters {
+        self.0.migrations.limits()
+    }
+
+    fn set_migration_parameters(&self, parameters: MigrationParameters) {
+        self.0.migrations.set_limits(parameters);
+    }
+
+    fn ferry_status(&self) -> FerryStatus {
+        let state = self.0.run_state();
+        let lease = super::lock(&self.0.lease).as_ref().and_then(|lease| {
+            let record = lease.read().ok()??;
+            Some(FerryLease {
+                path: lease.path().display().to_string(),
+                state: record.state.to_string(),
+                generation: record.generation,
+                owner: record.owner.to_string(),
+            })
+        });
+        FerryStatus {
+            name: self.0.spec.name.clone(),
+            process_id: std::process::id(),
+            status: qmp_run_state(state),
+            ownership: ownership(state),
+            lease,
+            migration: self.0.migrations.detail(),
+        }
+    }
+}
