@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::vcpu::BootProtocol;
 use crate::config::{Config, MachineSpec, NamespaceOption, NvmeOption, SerialOutput, Tables};
+use crate::vcpu::BootProtocol;
 
 /// Run a virtual machine, or wait for one to arrive.
 ///

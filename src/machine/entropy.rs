@@ -33,8 +33,12 @@ impl EntropyDevice {
         let interrupts = MsixFunction::new(router, VECTORS)?;
         let wake_up = WakeUp::new()?;
         let notify = Box::new(Notify(wake_up.clone()));
-        let device =
-            VirtioPci::new(Box::new(Rng::new(HostEntropy)), memory.clone(), notify, Arc::clone(&interrupts) as _)?;
+        let device = VirtioPci::new(
+            Box::new(Rng::new(HostEntropy)),
+            memory.clone(),
+            notify,
+            Arc::clone(&interrupts) as _,
+        )?;
         Ok(Self { device, interrupts, wake_up })
     }
 

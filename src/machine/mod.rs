@@ -94,7 +94,14 @@ impl Machine {
             .iter()
             .enumerate()
             .map(|(index, spec_of_disk)| {
-                Disk::prepare(spec_of_disk, resources.namespaces(index), spec.io_threads, memory, &vm, &router)
+                Disk::prepare(
+                    spec_of_disk,
+                    resources.namespaces(index),
+                    spec.io_threads,
+                    memory,
+                    &vm,
+                    &router,
+                )
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         let entropy = EntropyDevice::new(memory, &router)?;

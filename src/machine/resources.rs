@@ -29,9 +29,13 @@ impl Resources {
         let blocks: Vec<(String, u64)> = spec
             .controllers
             .iter()
-            .flat_map(|controller| controller.namespaces.iter().map(|namespace| (&controller.serial, namespace)))
+            .flat_map(|controller| {
+                controller.namespaces.iter().map(|namespace| (&controller.serial, namespace))
+            })
             .filter_map(|(serial, namespace)| match namespace.backend {
-                BackendSpec::Memory { size_bytes } => Some((memory_block_name(serial, namespace.nsid), size_bytes)),
+                BackendSpec::Memory { size_bytes } => {
+                    Some((memory_block_name(serial, namespace.nsid), size_bytes))
+                }
                 BackendSpec::File(_) | BackendSpec::Null { .. } => None,
             })
             .collect();

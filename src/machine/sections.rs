@@ -1,7 +1,5 @@
 //! The machine's state as sections of a stream: which there are, in which order they are read and set.
 
-use std::sync::Arc;
-
 use anyhow::{Context, ensure};
 use engine::SaveFor;
 use nvme::NvmeState;
@@ -14,7 +12,12 @@ use crate::config::MachineSpec;
 use crate::kvm::{ClockState, GuestTime, HostTime, IrqchipState, PitState};
 use crate::vcpu::VcpuState;
 
-fn section<T: VmState>(purpose: SaveFor, name: impl Into<String>, instance_id: u32, state: &T) -> DeviceSection {
+fn section<T: VmState>(
+    purpose: SaveFor,
+    name: impl Into<String>,
+    instance_id: u32,
+    state: &T,
+) -> DeviceSection {
     match purpose {
         SaveFor::Connection => DeviceSection::save_bare(name, instance_id, state),
         SaveFor::File => DeviceSection::save(name, instance_id, state),
@@ -109,8 +112,9 @@ impl Machine {
             .collect::<Result<Vec<NvmeState>, _>>()?;
         let irqchip = set.take("irqchip", 0)?;
         let pit = set.take("pit", 0)?;
-        let vcpus =
-            (0..self.vcpus.count()).map(|vcpu| set.take("cpu", vcpu)).collect::<Result<Vec<VcpuState>, _>>()?;
+        let vcpus = (0..self.vcpus.count())
+            .map(|vcpu| set.take("cpu", vcpu))
+            .collect::<Result<Vec<VcpuState>, _>>()?;
         let clock: ClockState = set.take("clock", 0)?;
         let tsc_khz = self.vcpus.tsc_khz()?;
         ensure!(

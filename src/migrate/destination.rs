@@ -103,7 +103,8 @@ impl DestinationMachine for Arrival {
         let machine = self.machine.take().ok_or("the machine has been started already")?;
         self.vmm.install(machine);
         let running = state == RunState::Running;
-        self.vmm.act(Action::Arrive { running }, |machine| if running { machine.resume() } else { Ok(()) })?;
+        self.vmm
+            .act(Action::Arrive { running }, |machine| if running { machine.resume() } else { Ok(()) })?;
         Ok(())
     }
 }

@@ -126,7 +126,8 @@ impl Migrations {
                 vmm.request(Request::MigrationEnded);
             }
         })?;
-        *current = Some(Current { statistics, peer, outgoing: true, in_flight_at_stop, thread: Some(thread) });
+        *current =
+            Some(Current { statistics, peer, outgoing: true, in_flight_at_stop, thread: Some(thread) });
         Ok(())
     }
 
@@ -166,7 +167,8 @@ impl Migrations {
             let (vmm, uri, statistics) = (Arc::clone(vmm), uri.clone(), Arc::clone(&statistics));
             move || {
                 let mut lease = vmm.take_lease();
-                let result = vmm.migrations.receive(&vmm, lease.as_mut(), &uri, listener.as_ref(), &statistics);
+                let result =
+                    vmm.migrations.receive(&vmm, lease.as_mut(), &uri, listener.as_ref(), &statistics);
                 vmm.return_lease(lease);
                 if let Err(error) = result {
                     vmm.request(Request::IncomingFailed(error));
@@ -192,7 +194,8 @@ impl Migrations {
         let Some(listener) = listener else {
             bail!("restoring {uri} is not possible yet");
         };
-        let Some(mut arrived) = destination.receive(&mut Factory::new(vmm, GuestTime::Live), listener)? else {
+        let Some(mut arrived) = destination.receive(&mut Factory::new(vmm, GuestTime::Live), listener)?
+        else {
             return Ok(());
         };
         if let Some(error) = arrived.error.take() {

@@ -44,7 +44,8 @@ impl SourceMachine for Source {
 
     fn populated(&mut self, block: &RamBlock) -> MachineResult<Vec<Range<u64>>> {
         let ram = self.machine.resources().ram();
-        let block = ram.block(&block.name).with_context(|| format!("there is no RAM block {}", block.name))?;
+        let block =
+            ram.block(&block.name).with_context(|| format!("there is no RAM block {}", block.name))?;
         Ok(block.populated_ranges()?)
     }
 

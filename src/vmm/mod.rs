@@ -73,7 +73,8 @@ pub struct Vmm {
 pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let spec = arguments.machine()?;
     let (vmm, requests) = Vmm::new(spec, arguments)?;
-    let server = arguments.api.as_deref().map(|path| Server::start(path, vmm.operations(), Arc::clone(&vmm.events)));
+    let server =
+        arguments.api.as_deref().map(|path| Server::start(path, vmm.operations(), Arc::clone(&vmm.events)));
     let _server = server.transpose()?;
     signals::forward(vmm.requests.clone())?;
     vmm.start_console()?;
@@ -307,7 +308,11 @@ impl Vmm {
         self.migrations.stop();
         let owned = matches!(
             self.run_state(),
-            RunState::Running | RunState::Paused | RunState::Prelaunch | RunState::Shutdown | RunState::InternalError
+            RunState::Running
+                | RunState::Paused
+                | RunState::Prelaunch
+                | RunState::Shutdown
+                | RunState::InternalError
         );
         let Some(machine) = self.machine() else { return Ok(()) };
         if !owned {
