@@ -8,8 +8,10 @@ use super::{Error, Vm};
 
 /// A counter counts down from at most 65536.
 const COUNT_MAX: u32 = 0x1_0000;
-/// Modes of the 8254.
-const MODE_MAX: u8 = 5;
+/// Counter modes that three bits can say; the 8254 reads 6 and 7 as 2 and 3.
+const MODE_MAX: u8 = 7;
+/// The mode of a counter that was never programmed.
+const MODE_UNSET: u8 = 0xff;
 /// Read and write states of KVM's model: none, low byte, high byte, both in two steps.
 const ACCESS_STATE_MAX: u8 = 4;
 /// Read/write modes of a channel.
@@ -83,7 +85,7 @@ impl PitChannelState {
             ("read_state", self.read_state.into(), ACCESS_STATE_MAX.into()),
             ("write_state", self.write_state.into(), ACCESS_STATE_MAX.into()),
             ("rw_mode", self.rw_mode.into(), ACCESS_MODE_MAX.into()),
-            ("mode", self.mode.into(), MODE_MAX.into()),
+            ("mode", if self.mode == MODE_UNSET { 0 } else { self.mode.into() }, MODE_MAX.into()),
             ("bcd", self.bcd.into(), 1),
             ("gate", self.gate.into(), 1),
         ];
@@ -186,11 +188,13 @@ mod tests {
             ("read_state", |s| s.channels[0].read_state = 5),
             ("write_state", |s| s.channels[0].write_state = 5),
             ("rw_mode", |s| s.channels[0].rw_mode = 4),
-            ("mode", |s| s.channels[0].mode = 6),
+            ("mode", |s| s.channels[0].mode = 8),
             ("bcd", |s| s.channels[0].bcd = 2),
             ("gate", |s| s.channels[0].gate = 2),
             ("flags", |s| s.flags = 4),
         ];
+        // A counter that no guest has programmed is possible too.
+        vm.restore_pit(&before).unwrap();
         for (field, fault) in faults {
             let mut state = possible();
             fault(&mut state);

@@ -36,6 +36,9 @@ impl Backend for Witness {
         self.log.lock().unwrap().push((request.operation, request.offset_bytes, request.length_bytes));
         self.inner.submit(context, request);
     }
+    fn sync(&self) -> Result<(), block::Error> {
+        self.inner.sync()
+    }
     fn release(&self) -> Result<(), block::Error> {
         self.inner.release()
     }
