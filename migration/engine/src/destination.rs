@@ -250,7 +250,7 @@ impl<'a> Destination<'a> {
     }
 
     /// RAM and devices, until the source asks to load them.
-    fn place(&mut self, link: &mut Link, receiver: &mut Receiver) -> Result<Prepare, Error> {
+    fn place(&mut self, link: &mut Link, receiver: &mut Receiver<'_>) -> Result<Prepare, Error> {
         let doing = "receiving RAM and devices";
         let step = Step { doing, patience: self.patience.silence, cancel: Some(self.parameters) };
         loop {
@@ -271,7 +271,7 @@ impl<'a> Destination<'a> {
         &mut self,
         machine: &mut dyn DestinationMachine,
         link: &mut Link,
-        receiver: Receiver,
+        receiver: Receiver<'_>,
         prepare: &Prepare,
     ) -> Result<(), Error> {
         let start = Instant::now();

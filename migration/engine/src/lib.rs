@@ -16,6 +16,7 @@ mod converge;
 mod description;
 mod destination;
 mod error;
+mod file;
 mod handover;
 pub mod lease;
 mod link;
@@ -33,6 +34,7 @@ pub use converge::{Decision, Situation, converge};
 pub use description::Description;
 pub use destination::{Arrived, Destination};
 pub use error::Error;
+pub use file::{Restored, restore_from_file, suspend_to_file};
 pub use handover::Handover;
 pub use link::Dial;
 pub use machine::{

@@ -55,11 +55,11 @@ pub struct Text {
 
 impl From<&str> for Text {
     fn from(text: &str) -> Self {
-        let mut bytes = text.as_bytes().to_vec();
-        if bytes.len() > TEXT_MAX_BYTES {
-            bytes.truncate(text.floor_char_boundary(TEXT_MAX_BYTES));
+        let mut end = text.len().min(TEXT_MAX_BYTES);
+        while !text.is_char_boundary(end) {
+            end -= 1;
         }
-        Self { length: bytes.len() as u16, bytes }
+        Self { length: end as u16, bytes: text.as_bytes().get(..end).unwrap_or_default().to_vec() }
     }
 }
 
@@ -116,12 +116,13 @@ pub struct Hello {
     pub has_lease: bool,
     /// Which one.
     pub lease: Id,
-    properties: PropertyList,
+    description: Properties,
 }
 
+/// A [`Description`] as bytes carry it.
 #[derive(Clone, Debug, PartialEq, Eq, VmState)]
 #[vmstate(name = "properties", version = 1)]
-struct PropertyList {
+pub struct Properties {
     #[vmstate(list, max = PROPERTIES_MAX)]
     properties: Vec<Property>,
 }
@@ -137,10 +138,6 @@ impl Hello {
     /// A hello of this version.
     #[must_use]
     pub fn new(session: Id, lease: Option<Id>, description: &Description) -> Self {
-        let properties = description
-            .iter()
-            .map(|(name, value)| Property { name: name.into(), value: value.into() })
-            .collect();
         Self {
             session,
             features: 0,
@@ -148,24 +145,39 @@ impl Hello {
             page_bytes: crate::PAGE_BYTES as u32,
             has_lease: lease.is_some(),
             lease: lease.unwrap_or_default(),
-            properties: PropertyList { properties },
+            description: Properties::from(description),
         }
     }
 
     /// The source's machine.
     #[must_use]
     pub fn description(&self) -> Description {
-        let mut description = Description::new();
-        for property in &self.properties.properties {
-            description.set(String::from(&property.name), String::from(&property.value));
-        }
-        description
+        Description::from(&self.description)
     }
 
     /// The guest's lease.
     #[must_use]
     pub fn lease(&self) -> Option<Id> {
         self.has_lease.then_some(self.lease)
+    }
+}
+
+impl From<&Description> for Properties {
+    fn from(description: &Description) -> Self {
+        let properties = description.iter();
+        let properties =
+            properties.map(|(name, value)| Property { name: name.into(), value: value.into() }).collect();
+        Self { properties }
+    }
+}
+
+impl From<&Properties> for Description {
+    fn from(properties: &Properties) -> Self {
+        let mut description = Self::new();
+        for property in &properties.properties {
+            description.set(String::from(&property.name), String::from(&property.value));
+        }
+        description
     }
 }
 
@@ -331,5 +343,51 @@ impl Message {
             Kind::Progress => Self::Progress(state(body)?),
             Kind::PageRequest | Kind::ChannelHello => return Err(format!("{kind:?} was not agreed on")),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_words_are_cut_and_control_characters_go() {
+        let text = Text::from("ö".repeat(3000).as_str());
+        assert_eq!(String::from(&text), "ö".repeat(2048));
+        let hostile = Text::from("a\u{1b}[31mb\nc");
+        assert_eq!(String::from(&hostile), "a [31mb c");
+        let reasons: Vec<_> = (0..1000).map(|n| n.to_string()).collect();
+        let sentences = Reasons::new(&reasons).sentences();
+        assert_eq!((sentences.len(), sentences.last().map(String::as_str)), (256, Some("and 745 more")));
+    }
+
+    #[test]
+    fn every_message_survives_and_every_cut_one_is_refused() {
+        let mut description = Description::new();
+        description.set("cpus", 2);
+        let reasons = Reasons::new(&["because"]);
+        let session = [7; 16];
+        for message in [
+            Message::Hello(Box::new(Hello::new(session, Some([8; 16]), &description))),
+            Message::Agree(Agree { instance: [9; 16], features: 0, channels: 1 }),
+            Message::Refuse(reasons.clone()),
+            Message::Prepare(Prepare { digest: 5, running: true }),
+            Message::Prepared(Prepared { digest: 5, load_ns: 6 }),
+            Message::Reject(reasons.clone()),
+            Message::Commit(Commit { session, generation: 3 }),
+            Message::Running(Running { session, running: false, resume_ns: 4 }),
+            Message::Never(Never { session, reason: "no".into() }),
+            Message::Query(Query { session, instance: [9; 16] }),
+            Message::Cancel(reasons),
+            Message::Progress(Progress { rounds: 3, ..Progress::default() }),
+        ] {
+            let (kind, body) = message.encode();
+            assert_eq!(Message::decode(kind, &body), Ok(message.clone()), "{}", message.name());
+            for cut in 0..body.len() {
+                assert!(Message::decode(kind, &body[..cut]).is_err(), "{} cut at {cut}", message.name());
+            }
+            assert!(Message::decode(kind, &[body.as_slice(), &[0]].concat()).is_err(), "{}", message.name());
+        }
+        assert!(Message::decode(Kind::ChannelHello, &[]).is_err());
     }
 }

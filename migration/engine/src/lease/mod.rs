@@ -303,8 +303,9 @@ impl Lease {
         self.leave()
     }
 
-    /// Source: decides an attempt that ended without an answer. A record that is still our offer, or that was returned to
-    /// us, becomes ours with a new generation, and a late COMMIT finds that. Safe to call again.
+    /// Source: decides an attempt that ended without an answer. A record that is still our offer, that was returned to us, or
+    /// that says we had put the guest into a file, becomes ours with a new generation, and a late COMMIT or restore finds
+    /// that. Safe to call again.
     ///
     /// # Errors
     /// The record cannot be read or written: then nothing is decided.
@@ -314,6 +315,8 @@ impl Lease {
         let back = match &record.state {
             State::Offered { session: s, .. } => s == session && self.is_ours(Some(&record)),
             State::Returned { session: s } => s == session,
+            // Suspending failed, though not in writing this.
+            State::InFile { .. } => self.present && self.is_ours(Some(&record)),
             State::Owned | State::Taken { .. } if self.is_ours(Some(&record)) => {
                 return Ok(Settlement::Ours { generation: record.generation });
             }

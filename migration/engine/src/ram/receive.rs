@@ -1,12 +1,15 @@
 //! A stream into guest memory.
 
-use stream::{Decoder, Event, Expected, SectionSet};
+use stream::{Decoder, DeviceSection, Event, Expected, SectionSet};
 use vm_memory::VolatileMemory;
 
 use crate::{Error, PAGE_BYTES, PageBitmap, RamBlock};
 
+/// Looks at each section as soon as it is there, before what follows it is read.
+type Inspect<'a> = Box<dyn FnMut(&DeviceSection) -> Result<(), Error> + 'a>;
+
 /// Places pages as they come, and collects the devices.
-pub(crate) struct Receiver {
+pub(crate) struct Receiver<'a> {
     decoder: Decoder,
     blocks: Vec<RamBlock>,
     /// What the stream calls block n, by its place in `blocks`.
@@ -15,6 +18,7 @@ pub(crate) struct Receiver {
     placed: Vec<PageBitmap>,
     sections: SectionSet,
     complete: bool,
+    inspect: Inspect<'a>,
     doing: &'static str,
 }
 
@@ -24,21 +28,21 @@ pub(crate) struct Received {
     pub digest: u64,
 }
 
-impl Receiver {
+impl<'a> Receiver<'a> {
     /// For a stream on a connection.
     pub fn live(expected: Expected, blocks: Vec<RamBlock>) -> Self {
-        Self::new(Decoder::live(expected), blocks, "receive RAM and devices")
+        Self::new(Decoder::live(expected), blocks, Box::new(|_| Ok(())), "receive RAM and devices")
     }
 
     /// For a file.
-    pub fn file(expected: Expected, blocks: Vec<RamBlock>) -> Self {
-        Self::new(Decoder::file(expected), blocks, "restore RAM and devices")
+    pub fn file(expected: Expected, blocks: Vec<RamBlock>, inspect: Inspect<'a>) -> Self {
+        Self::new(Decoder::file(expected), blocks, inspect, "restore RAM and devices")
     }
 
-    fn new(decoder: Decoder, blocks: Vec<RamBlock>, doing: &'static str) -> Self {
+    fn new(decoder: Decoder, blocks: Vec<RamBlock>, inspect: Inspect<'a>, doing: &'static str) -> Self {
         let placed = blocks.iter().map(|block| PageBitmap::for_bytes(block.length_bytes())).collect();
         let sections = SectionSet::default();
-        Self { decoder, blocks, order: Vec::new(), placed, sections, complete: false, doing }
+        Self { decoder, blocks, order: Vec::new(), placed, sections, complete: false, inspect, doing }
     }
 
     /// The next bytes of the stream.
@@ -93,7 +97,10 @@ impl Receiver {
                         slice.copy_from(&[0_u8; PAGE_BYTES as usize]);
                     }
                 }
-                Event::Device(section) => self.sections.insert(section).map_err(&failed)?,
+                Event::Device(section) => {
+                    (self.inspect)(&section)?;
+                    self.sections.insert(section).map_err(&failed)?;
+                }
                 Event::Command { kind, .. } => return Err(wrong(format!("command {kind} is not ours"))),
                 // The decoder repeats it as long as it is asked.
                 Event::End => {

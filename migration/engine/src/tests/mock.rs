@@ -20,13 +20,13 @@ use crate::{
 const BLOCKS: [(&str, u64, Range<u64>); 2] = [("ram.low", 600, 0..400), ("namespace", 40, 8..40)];
 
 /// What all processes share.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct World {
     state: Arc<Mutex<WorldState>>,
     folder: Arc<tempfile::TempDir>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct WorldState {
     /// Who runs the guest, by name.
     running: Vec<String>,
@@ -128,6 +128,7 @@ pub enum Trouble {
 }
 
 /// The part that source and destination have in common: a guest with RAM and a device.
+#[derive(Debug)]
 pub struct Guest {
     pub name: String,
     pub world: World,
@@ -239,6 +240,11 @@ impl Source {
         source
     }
 
+    /// A machine that arrived leaves again.
+    pub fn arrived(machine: Arriving) -> Self {
+        Self::of(machine.0)
+    }
+
     fn of(guest: Guest) -> Self {
         Self {
             guest,
@@ -275,7 +281,21 @@ impl SourceMachine for Source {
     fn populated(&mut self, block: &RamBlock) -> MachineResult<Vec<Range<u64>>> {
         self.guest.step("populated")?;
         let (_, _, pages) = BLOCKS.iter().find(|(name, _, _)| *name == block.name).unwrap();
-        Ok(vec![pages.start * PAGE_BYTES..pages.end * PAGE_BYTES])
+        let mut ranges = Vec::from([pages.start * PAGE_BYTES..pages.end * PAGE_BYTES]);
+        // What the guest wrote into holes since.
+        let mut page = vec![0; PAGE_BYTES as usize];
+        for start in (pages.end * PAGE_BYTES..block.length_bytes()).step_by(PAGE_BYTES as usize) {
+            block
+                .mapping
+                .as_volatile_slice()
+                .subslice(start as usize, page.len())
+                .unwrap()
+                .copy_to(&mut page);
+            if page.iter().any(|byte| *byte != 0) {
+                ranges.push(start..start + PAGE_BYTES);
+            }
+        }
+        Ok(ranges)
     }
 
     fn start_dirty_tracking(&mut self) -> MachineResult<()> {
@@ -368,13 +388,21 @@ pub struct Factory {
     pub name: String,
     pub trouble: Option<Trouble>,
     pub cpus: u32,
+    pub less_ram: bool,
     /// How many machines were built.
     pub built: u32,
 }
 
 impl Factory {
     pub fn new(world: &World, name: &str) -> Self {
-        Self { world: world.clone(), name: name.to_owned(), trouble: None, cpus: 2, built: 0 }
+        Self {
+            world: world.clone(),
+            name: name.to_owned(),
+            trouble: None,
+            cpus: 2,
+            less_ram: false,
+            built: 0,
+        }
     }
 }
 
@@ -384,6 +412,9 @@ impl DestinationFactory for Factory {
     fn description(&mut self) -> MachineResult<Description> {
         let mut description = Guest::new(&self.name, &self.world).description();
         description.set("cpus", self.cpus);
+        if self.less_ram {
+            description.remove("ram.namespace.length_bytes");
+        }
         Ok(description)
     }
 
@@ -402,6 +433,7 @@ impl DestinationFactory for Factory {
 }
 
 /// The machine that arrives.
+#[derive(Debug)]
 pub struct Arriving(pub Guest);
 
 impl DestinationMachine for Arriving {

@@ -1,32 +1,50 @@
 //! Whole migrations of a mock machine, in one process, on the real protocol, the real lease and real sockets.
 
+mod faults;
+mod file;
 mod migrate;
 mod mock;
 
-use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use transport::Connection;
 use transport::faulty::{self, Fault, Witness};
 
+use crate::lease::Lease;
 use crate::{
     Arrived, Context, Destination, Error, Outcome, Parameters, Patience, Statistics, migrate as move_out,
 };
 use mock::{Arriving, Factory, Source, World};
 
-/// Short where a test waits for the end of it, long where only a hang would see the end of it.
+/// Nothing is waited for that does not come, so these only end a hang.
 pub fn patience() -> Patience {
+    let long = Duration::from_secs(20);
     Patience {
-        connect: Duration::from_secs(10),
-        handshake: Duration::from_millis(500),
-        build: Duration::from_secs(10),
-        silence: Duration::from_millis(500),
-        prepare: Duration::from_millis(500),
-        answer: Duration::from_millis(500),
-        settle: Duration::from_millis(200),
+        connect: long,
+        handshake: long,
+        build: long,
+        silence: long,
+        prepare: long,
+        answer: long,
+        settle: long,
         retry: Duration::from_millis(5),
-        last_words: Duration::from_millis(200),
+        last_words: long,
+    }
+}
+
+/// For tests in which the end of a wait is what happens.
+pub fn impatience() -> Patience {
+    let short = Duration::from_millis(150);
+    Patience {
+        handshake: short,
+        silence: short,
+        prepare: short,
+        answer: short,
+        settle: short,
+        last_words: short,
+        ..patience()
     }
 }
 
@@ -45,7 +63,10 @@ pub struct Play {
     pub with_lease: bool,
     /// At the first link only.
     pub fault: Option<(End, u32, Fault)>,
-    pub parameters: Parameters,
+    pub parameters: Arc<Parameters>,
+    pub patience: Patience,
+    /// Instead of a handle on the world's lease.
+    pub destination_lease: Option<Lease>,
 }
 
 /// How it went.
@@ -68,20 +89,31 @@ impl Play {
             factory: Factory::new(world, "destination"),
             with_lease: true,
             fault: None,
-            parameters: Parameters::new(),
+            parameters: Arc::new(Parameters::new()),
+            patience: patience(),
+            destination_lease: None,
         }
     }
 
     /// Lets both sides run until both have ended.
     pub fn run(self) -> Ending {
-        let Self { world, mut source, mut factory, with_lease, mut fault, parameters } = self;
+        let Self {
+            world,
+            mut source,
+            mut factory,
+            with_lease,
+            mut fault,
+            parameters,
+            patience,
+            mut destination_lease,
+        } = self;
         let (links, arriving) = channel::<Connection>();
-        let (mut source_lease, mut destination_lease) = (None, None);
+        let mut source_lease = None;
         if with_lease {
             let mut lease = world.lease("source");
             lease.claim().unwrap();
             source_lease = Some(lease);
-            destination_lease = Some(world.lease("destination"));
+            destination_lease.get_or_insert_with(|| world.lease("destination"));
         }
         let (source_statistics, destination_statistics) = (Statistics::new(), Statistics::new());
         let witness: Mutex<Option<Witness>> = Mutex::default();
@@ -90,7 +122,7 @@ impl Play {
             let receiving = scope.spawn(move || {
                 let parameters = Parameters::new();
                 let lease = destination_lease.as_mut();
-                let mut destination = Destination::new(lease, statistics, patience(), &parameters).unwrap();
+                let mut destination = Destination::new(lease, statistics, patience, &parameters).unwrap();
                 let arrived = wait_for_guest(&mut destination, &mut factory, &arriving);
                 (arrived, destination_lease)
             });
@@ -109,8 +141,7 @@ impl Play {
                     send(&links, far)?;
                     Ok(near)
                 };
-                let mut context =
-                    Context { lease: source_lease.as_mut(), parameters, statistics, patience: patience() };
+                let mut context = Context { lease: source_lease.as_mut(), parameters, statistics, patience };
                 let outcome = move_out(&mut source, &mut dial, &mut context);
                 (outcome, source, source_lease)
             });

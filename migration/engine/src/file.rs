@@ -1,0 +1,392 @@
+//! A guest in a file: suspended into it, restored from it.
+//!
+//! The file is a stream as crate `stream` writes it, with QEMU's layout, digests and trailer. Its first section, `ferry`,
+//! says what machine it was and which generation of the lease it belongs to. The lease ties the file to the disks: it says
+//! `in-file` with the digest of exactly this file, until somebody takes the guest out, once.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use stream::DeviceSection;
+use vmstate::VmState;
+
+use crate::lease::{Id, Lease, Settlement, random_id, show_id};
+use crate::protocol::Properties;
+use crate::ram::{Receiver, Sender};
+use crate::source::{MACHINE, bring_back, report};
+use crate::{
+    Context, Description, DestinationFactory, DestinationMachine, Error, Outcome, PageBitmap, Parameters,
+    RunState, SaveFor, SourceMachine, Statistics, Status,
+};
+
+const SECTION: &str = "ferry";
+const DESCRIPTION_MAX_BYTES: usize = 1 << 20;
+/// Bytes that are written or read at a time.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// The first section of a file.
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "ferry", version = 1)]
+struct FileState {
+    /// Whether the guest was running.
+    running: bool,
+    has_lease: bool,
+    lease: [u8; 16],
+    /// Of the lease, when the guest went into the file.
+    generation: u64,
+    description_length: u32,
+    /// [`Properties`], saved.
+    #[vmstate(len = "description_length", max = DESCRIPTION_MAX_BYTES)]
+    description: Vec<u8>,
+}
+
+/// A guest that came out of a file. It is ours.
+#[derive(Debug)]
+pub struct Restored<M> {
+    /// It.
+    pub machine: M,
+    /// What it does: as it was, or paused if it could not be started.
+    pub state: RunState,
+    /// Why it could not be started.
+    pub error: Option<Error>,
+}
+
+/// Stops the guest and puts it into a file, which appears under its name only when it is whole. Afterwards it never runs
+/// here again; after a failure it runs as if nothing had happened.
+pub fn suspend_to_file(machine: &mut dyn SourceMachine, path: &Path, context: &mut Context<'_>) -> Outcome {
+    context.statistics.start();
+    let mut stopped = None;
+    let outcome = match suspend(machine, path, context, &mut stopped) {
+        Ok(()) => {
+            machine.finish();
+            Outcome::Completed { note: None }
+        }
+        Err(error) => {
+            // A write to the lease that failed may have reached the disk all the same.
+            let settled = match (stopped, context.lease.as_mut()) {
+                (Some(_), Some(lease)) => lease.settle(&Id::default()),
+                _ => Ok(Settlement::Ours { generation: 0 }),
+            };
+            let paused = match settled {
+                Ok(Settlement::Ours { .. }) => bring_back(machine, false, stopped.is_some(), stopped).err(),
+                Ok(Settlement::Theirs { record }) => Some(format!("the lease says {record}")),
+                Err(error) => Some(Error::from(error).chain()),
+            };
+            Outcome::Failed { error, paused }
+        }
+    };
+    report(&outcome, context.statistics);
+    outcome
+}
+
+fn suspend(
+    machine: &mut dyn SourceMachine,
+    path: &Path,
+    context: &mut Context<'_>,
+    stopped: &mut Option<RunState>,
+) -> Result<(), Error> {
+    let reasons = machine.blockers();
+    if !reasons.is_empty() {
+        return Err(Error::Blocked { reasons });
+    }
+    let description = machine.description().map_err(Error::machine("describe this machine"))?;
+    let record = match &context.lease {
+        Some(lease) => lease.read()?,
+        None => None,
+    };
+    let generation = record.as_ref().map_or(0, |record| record.generation);
+    // Before the guest stops: a path that cannot be written costs it nothing.
+    let mut draft = Draft::create(path)?;
+    let statistics = context.statistics;
+    statistics.set_status(Status::Active);
+
+    machine.prepare_stop();
+    let start = Instant::now();
+    let state = machine.stop().map_err(Error::machine("stop the guest"))?;
+    *stopped = Some(state);
+    statistics.set_status(Status::Device);
+    let stop = start.elapsed();
+    let sections = machine.save_devices(SaveFor::File).map_err(Error::machine("save the devices"))?;
+    let device_save = start.elapsed() - stop;
+    let first = FileState {
+        running: state == RunState::Running,
+        has_lease: record.is_some(),
+        lease: record.as_ref().map_or_else(Id::default, |record| record.lease),
+        generation,
+        description_length: 0,
+        description: vmstate::to_bytes(&Properties::from(&description)),
+    };
+    let digest = write(machine, &mut draft, context, &first, &sections)?;
+    machine.quiesce_disks().map_err(Error::machine("make the images stable"))?;
+    statistics.update(|s| {
+        s.downtime.stop = stop;
+        s.downtime.device_save = device_save;
+        s.downtime.last_pass = start.elapsed() - stop - device_save;
+    });
+
+    // From here on it is too late to cancel.
+    if !context.parameters.commit() {
+        return Err(Error::Cancelled);
+    }
+    let published = draft.publish()?;
+    if let Some(lease) = &mut context.lease {
+        // The point of no return: a file that the lease does not know cannot be restored.
+        lease.suspend(generation, digest)?;
+    }
+    published.keep();
+    statistics.update(|s| s.downtime.total = start.elapsed());
+    if let Err(source) = machine.release_image_locks() {
+        // They end with the process at the latest, and the guest is in the file.
+        log::warn!("{}", Error::Machine { doing: "release the image locks", source }.chain());
+    }
+    Ok(())
+}
+
+/// The contents of the file, on stable storage. Returns the digest.
+fn write(
+    machine: &mut dyn SourceMachine,
+    draft: &mut Draft,
+    context: &Context<'_>,
+    first: &FileState,
+    sections: &[DeviceSection],
+) -> Result<u64, Error> {
+    let blocks = machine.ram_blocks();
+    let mut pages = Vec::with_capacity(blocks.len());
+    for block in &blocks {
+        let ranges = machine.populated(block).map_err(Error::machine("find the holes of guest memory"))?;
+        let mut bitmap = PageBitmap::for_bytes(block.length_bytes());
+        ranges.into_iter().for_each(|range| bitmap.set_bytes(range));
+        pages.push(bitmap);
+    }
+    let statistics = context.statistics;
+    statistics.update(|s| {
+        s.rounds = 1;
+        s.total_bytes = blocks.iter().map(|block| block.length_bytes()).sum();
+        s.remaining_bytes = pages.iter().map(PageBitmap::count).sum::<u64>() * crate::PAGE_BYTES;
+    });
+    let out = FileSink { draft, parameters: context.parameters, statistics };
+    let out = BufWriter::with_capacity(PIECE_BYTES, out);
+    let writing = Sender::start(out, MACHINE, &blocks, statistics, "write the file");
+    let mut writing = writing?;
+    writing.device(&DeviceSection::save(SECTION, 0, first))?;
+    writing.last_round(&pages)?;
+    sections.iter().try_for_each(|section| writing.device(section))?;
+    let (out, digest) = writing.finish_file()?;
+    // `finish_file` has flushed it.
+    drop(out);
+    draft.file.sync_all().map_err(draft.failed("sync"))?;
+    Ok(digest)
+}
+
+/// Counts what goes into the file, and hears the user's wish.
+struct FileSink<'a> {
+    draft: &'a mut Draft,
+    parameters: &'a Parameters,
+    statistics: &'a Statistics,
+}
+
+impl Write for FileSink<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.parameters.cancelled() {
+            return Err(io::Error::other(Error::Cancelled));
+        }
+        let count = self.draft.file.write(bytes)?;
+        self.statistics.update(|s| s.transferred_bytes += count as u64);
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A file under a name that nobody looks for; dropped, it is removed.
+struct Draft {
+    file: File,
+    draft: PathBuf,
+    path: PathBuf,
+    published: bool,
+    kept: bool,
+}
+
+impl Draft {
+    fn create(path: &Path) -> Result<Self, Error> {
+        let failed = |doing| {
+            let path = path.display().to_string();
+            move |source: io::Error| Error::File { doing, path, source: source.into() }
+        };
+        let id = random_id().map_err(failed("name a draft of"))?;
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(format!(".{}.draft", show_id(&id)));
+        let draft = path.with_file_name(name);
+        let mut options = OpenOptions::new();
+        let file = options.write(true).create_new(true).mode(0o600).open(&draft).map_err(failed("create"))?;
+        Ok(Self { file, draft, path: path.to_owned(), published: false, kept: false })
+    }
+
+    /// Gives the file its name. It is removed again unless it is kept.
+    fn publish(mut self) -> Result<Self, Error> {
+        fs::rename(&self.draft, &self.path).map_err(self.failed("rename the draft of"))?;
+        self.published = true;
+        let folder = match self.path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let synced = File::open(folder).and_then(|folder| folder.sync_all());
+        synced.map_err(self.failed("sync the folder of"))?;
+        Ok(self)
+    }
+
+    fn keep(mut self) {
+        self.kept = true;
+    }
+
+    fn failed(&self, doing: &'static str) -> impl Fn(io::Error) -> Error + use<> {
+        let path = self.path.display().to_string();
+        move |source| Error::File { doing, path: path.clone(), source: source.into() }
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if !self.kept {
+            let _gone_already = fs::remove_file(if self.published { &self.path } else { &self.draft });
+        }
+    }
+}
+
+/// Builds the machine of a file and starts the guest: after everything was read and verified, and only if the lease says
+/// that the guest is in exactly this file. `lease` is opened, not claimed.
+///
+/// # Errors
+/// The file is damaged, of another machine, or its guest has been somewhere else since. Nothing has run, and the file and
+/// the lease are as before.
+pub fn restore_from_file<F: DestinationFactory>(
+    factory: &mut F,
+    path: &Path,
+    lease: Option<&mut Lease>,
+    parameters: &Parameters,
+    statistics: &Statistics,
+) -> Result<Restored<F::Machine>, Error> {
+    statistics.start();
+    let result = restore(factory, path, lease, parameters, statistics);
+    match &result {
+        Ok(_) => statistics.set_status(Status::Completed),
+        Err(error) => statistics.fail(&error.chain()),
+    }
+    result
+}
+
+fn restore<F: DestinationFactory>(
+    factory: &mut F,
+    path: &Path,
+    lease: Option<&mut Lease>,
+    parameters: &Parameters,
+    statistics: &Statistics,
+) -> Result<Restored<F::Machine>, Error> {
+    let failed = |doing| {
+        let path = path.display().to_string();
+        move |source: io::Error| Error::File { doing, path, source: source.into() }
+    };
+    let mut file = File::open(path).map_err(failed("open"))?;
+    let own = factory.description().map_err(Error::machine("describe this machine"))?;
+    let expected = factory.expected().section::<FileState>(SECTION, 0);
+    let mut machine = factory.build(&own).map_err(Error::machine("build the machine"))?;
+    statistics.set_status(Status::Active);
+    let blocks = machine.ram_blocks();
+    statistics.update(|s| s.total_bytes = blocks.iter().map(|block| block.length_bytes()).sum());
+
+    let mut first = None;
+    let inspect = |section: &DeviceSection| {
+        if section.name == SECTION {
+            let state: FileState = section.load().map_err(Error::stream("read the file"))?;
+            check_machine(factory, &state, &own)?;
+            first = Some(state);
+        }
+        Ok(())
+    };
+    let mut receiver = Receiver::file(expected, blocks, Box::new(inspect));
+    let mut piece = vec![0; PIECE_BYTES];
+    loop {
+        if parameters.cancelled() {
+            return Err(Error::Cancelled);
+        }
+        match file.read(&mut piece) {
+            Ok(0) => break,
+            Ok(count) => receiver.feed(piece.get(..count).unwrap_or_default())?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(failed("read")(error)),
+        }
+    }
+    let mut received = receiver.finish()?;
+    let first = first.ok_or_else(|| Error::Protocol {
+        doing: "reading the file",
+        reason: format!("it has no section {SECTION:?}"),
+    })?;
+    // The devices take the rest.
+    let _the_first: FileState = received.sections.take(SECTION, 0).map_err(Error::stream("read the file"))?;
+    let start = Instant::now();
+    machine.load_devices(received.sections).map_err(Error::machine("load the devices"))?;
+    statistics.update(|s| s.downtime.load = start.elapsed());
+
+    if !parameters.commit() {
+        return Err(Error::Cancelled);
+    }
+    if let Err(error) = take(&mut machine, lease, &first, received.digest) {
+        machine.release_images();
+        return Err(error);
+    }
+    let state = RunState::from(first.running);
+    Ok(match machine.start(state) {
+        Ok(()) => Restored { machine, state, error: None },
+        Err(source) => {
+            let error = Error::Machine { doing: "start the guest", source };
+            Restored { machine, state: RunState::Paused, error: Some(error) }
+        }
+    })
+}
+
+/// Every reason why the guest of the file cannot run here.
+fn check_machine<F: DestinationFactory>(
+    factory: &mut F,
+    first: &FileState,
+    own: &Description,
+) -> Result<(), Error> {
+    let properties: Properties =
+        vmstate::from_bytes(&first.description, 1).map_err(|error| Error::Protocol {
+            doing: "reading the description of the machine in the file",
+            reason: error.to_string(),
+        })?;
+    let reasons = factory.differences(&Description::from(&properties), own);
+    if reasons.is_empty() { Ok(()) } else { Err(Error::Refused { reasons }) }
+}
+
+/// Makes the guest ours. The lease comes last: once it has moved on, the file is worth nothing.
+fn take(
+    machine: &mut dyn DestinationMachine,
+    lease: Option<&mut Lease>,
+    first: &FileState,
+    digest: u64,
+) -> Result<(), Error> {
+    machine.take_image_locks().map_err(Error::machine("take the image locks"))?;
+    machine.open_images().map_err(Error::machine("open the images"))?;
+    match (lease, first.has_lease) {
+        (Some(lease), true) => {
+            lease.claim_file(&first.lease, first.generation, digest)?;
+            Ok(())
+        }
+        (None, false) => Ok(()),
+        (Some(lease), false) => Err(Error::Refused {
+            reasons: vec![format!(
+                "lease: this machine has {}, the file was written without one",
+                lease.path().display()
+            )],
+        }),
+        (None, true) => Err(Error::Refused {
+            reasons: vec!["lease: the file belongs to one, this machine was started without".to_owned()],
+        }),
+    }
+}

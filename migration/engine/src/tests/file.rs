@@ -1,0 +1,188 @@
+//! Into a file and out of it, and what must keep a guest in its file.
+
+use std::path::Path;
+
+use super::mock::{Arriving, Factory, Source, Trouble, World};
+use super::patience;
+use crate::lease::{Lease, State};
+use crate::{
+    Context, Error, Outcome, Parameters, Restored, RunState, Snapshot, Statistics, restore_from_file,
+    suspend_to_file,
+};
+
+fn suspend(source: &mut Source, path: &Path, lease: Option<&mut Lease>) -> (Outcome, Snapshot) {
+    let (parameters, statistics) = (Parameters::new(), Statistics::new());
+    let mut context =
+        Context { lease, parameters: &parameters, statistics: &statistics, patience: patience() };
+    (suspend_to_file(source, path, &mut context), statistics.snapshot())
+}
+
+fn restore(world: &World, path: &Path, lease: Option<&mut Lease>) -> Result<Restored<Arriving>, Error> {
+    let (parameters, statistics) = (Parameters::new(), Statistics::new());
+    restore_from_file(&mut Factory::new(world, "restored"), path, lease, &parameters, &statistics)
+}
+
+/// A guest in a file, and the machine that put it there.
+fn suspended(world: &World) -> (Source, std::path::PathBuf) {
+    let path = world.path("guest");
+    let mut source = Source::new(world, "source");
+    let mut lease = world.lease("source");
+    lease.claim().unwrap();
+    let (outcome, _) = suspend(&mut source, &path, Some(&mut lease));
+    assert!(matches!(outcome, Outcome::Completed { .. }), "{outcome:?}");
+    (source, path)
+}
+
+fn files(world: &World) -> Vec<String> {
+    let folder = std::fs::read_dir(world.path("")).unwrap();
+    let mut names: Vec<_> = folder.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_guest_comes_out_as_it_went_in_once() {
+    let world = World::new();
+    let (source, path) = suspended(&world);
+    assert!(source.finished);
+    assert_eq!((world.running(), world.image_holder()), (vec![], None));
+    assert_eq!(files(&world), ["guest", "lease"]);
+    let mut lease = world.lease("restored");
+    assert!(matches!(lease.read().unwrap().unwrap().state, State::InFile { .. }));
+
+    let restored = restore(&world, &path, Some(&mut lease)).unwrap();
+    assert!(restored.error.is_none());
+    assert_eq!(restored.state, RunState::Running);
+    assert!(restored.machine.0.contents() == source.guest.contents());
+    assert_eq!(restored.machine.0.device, source.guest.device);
+    assert_eq!(world.running(), ["restored"]);
+    assert_eq!(lease.read().unwrap().unwrap().generation, 2);
+
+    // The guest goes on and ends; its file is of the past.
+    drop(restored);
+    drop(lease);
+    let error = restore(&world, &path, Some(&mut world.lease("again"))).unwrap_err().chain();
+    assert!(error.contains("written at generation 1") && error.contains("says generation 2"), "{error}");
+    world.assert_sound("restored once");
+    assert_eq!(world.running(), [""; 0]);
+}
+
+#[test]
+fn a_file_is_refused_where_the_disks_have_moved_on() {
+    let world = World::new();
+    let (_source, path) = suspended(&world);
+    let mut other = world.lease("other");
+    other.claim().unwrap();
+    let error = restore(&world, &path, Some(&mut world.lease("restored"))).unwrap_err().chain();
+    assert!(error.contains("held") && error.contains("VM \"other\""), "{error}");
+    other.release().unwrap();
+    let error = restore(&world, &path, Some(&mut world.lease("restored"))).unwrap_err().chain();
+    assert!(error.contains("generation 1") && error.contains("generation 2, released"), "{error}");
+    assert_eq!(world.running(), [""; 0]);
+}
+
+#[test]
+fn a_paused_guest_stays_paused_and_a_leaseless_one_needs_none() {
+    let world = World::new();
+    let path = world.path("guest");
+    let mut source = Source::new(&world, "source");
+    source.pause();
+    assert!(matches!(suspend(&mut source, &path, None).0, Outcome::Completed { .. }));
+    let error = restore(&world, &path, Some(&mut world.lease("x"))).unwrap_err().chain();
+    assert!(error.contains("written without one"), "{error}");
+    let restored = restore(&world, &path, None).unwrap();
+    assert_eq!(restored.state, RunState::Paused);
+    assert_eq!(world.running(), [""; 0]);
+}
+
+#[test]
+fn a_damaged_file_never_runs_and_costs_nothing() {
+    let world = World::new();
+    let (_source, path) = suspended(&world);
+    let whole = std::fs::read(&path).unwrap();
+    let damaged = world.path("damaged");
+    let refused = |bytes: &[u8], what: &str| {
+        std::fs::write(&damaged, bytes).unwrap();
+        let mut lease = world.lease("restored");
+        let error = restore(&world, &damaged, Some(&mut lease)).expect_err(what);
+        assert!(!error.chain().is_empty());
+        assert!(matches!(lease.read().unwrap().unwrap().state, State::InFile { .. }), "{what}");
+        assert_eq!((world.running(), world.image_holder()), (vec![], None), "{what}");
+    };
+    for cut in (0..whole.len()).step_by(whole.len() / 20).chain([1, 8, 40]) {
+        refused(&whole[..cut], &format!("cut at {cut}"));
+    }
+    // The trailer is for people and foreign tools; everything before it is covered by a digest.
+    let trailer = whole.iter().rposition(|byte| *byte == 0).unwrap() - 8;
+    for at in (0..trailer).step_by(trailer / 30) {
+        let mut flipped = whole.clone();
+        flipped[at] ^= 0x10;
+        refused(&flipped, &format!("flipped at {at}"));
+    }
+    refused(&[whole.as_slice(), b"more"].concat(), "longer");
+    restore(&world, &path, Some(&mut world.lease("restored"))).unwrap();
+}
+
+#[test]
+fn another_machine_is_told_every_reason() {
+    let world = World::new();
+    let (_source, path) = suspended(&world);
+    let (parameters, statistics) = (Parameters::new(), Statistics::new());
+    let mut factory = Factory::new(&world, "restored");
+    factory.cpus = 4;
+    factory.less_ram = true;
+    let mut lease = world.lease("restored");
+    let error =
+        restore_from_file(&mut factory, &path, Some(&mut lease), &parameters, &statistics).unwrap_err();
+    let Error::Refused { reasons } = &error else { panic!("{error:?}") };
+    assert_eq!(reasons.len(), 2, "{reasons:?}");
+    assert_eq!(statistics.snapshot().error, Some(error.chain()));
+}
+
+#[test]
+fn a_suspend_that_fails_leaves_the_guest_running_and_no_file() {
+    for step in ["describe", "stop", "save", "populated", "quiesce"] {
+        let world = World::new();
+        let mut source = Source::new(&world, "source");
+        source.guest.trouble = Some(Trouble::Fail(step));
+        let mut lease = world.lease("source");
+        lease.claim().unwrap();
+        let (outcome, statistics) = suspend(&mut source, &world.path("guest"), Some(&mut lease));
+        assert!(matches!(outcome, Outcome::Failed { paused: None, .. }), "{step}: {outcome:?}");
+        assert!(statistics.error.unwrap().contains(&format!("{step} fails")));
+        assert_eq!((world.running(), files(&world)), (vec!["source".to_owned()], vec!["lease".to_owned()]));
+        assert_eq!(lease.read().unwrap().unwrap().state, State::Owned);
+    }
+    let world = World::new();
+    let mut source = Source::new(&world, "source");
+    let (outcome, _) = suspend(&mut source, &world.path("no/such/folder"), None);
+    assert!(matches!(outcome, Outcome::Failed { error: Error::File { .. }, paused: None }), "{outcome:?}");
+    assert!(!world.log().iter().any(|entry| entry == "source: stop"), "the guest was not even stopped");
+}
+
+#[test]
+fn a_suspend_whose_lease_is_not_ours_leaves_no_file_and_no_guest() {
+    let world = World::new();
+    let mut source = Source::new(&world, "source");
+    world.lease("dead").claim().unwrap();
+    let mut lease = world.lease("source");
+    let (outcome, _) = suspend(&mut source, &world.path("guest"), Some(&mut lease));
+    let Outcome::Failed { error: Error::Lease(_), paused: Some(paused) } = &outcome else {
+        panic!("{outcome:?}")
+    };
+    assert!(paused.contains("VM \"dead\""), "{paused}");
+    assert_eq!(files(&world), ["lease"]);
+}
+
+#[test]
+fn a_cancelled_suspend_leaves_the_guest_running() {
+    let world = World::new();
+    let mut source = Source::new(&world, "source");
+    let (parameters, statistics) = (Parameters::new(), Statistics::new());
+    assert!(parameters.cancel());
+    let mut context =
+        Context { lease: None, parameters: &parameters, statistics: &statistics, patience: patience() };
+    let outcome = suspend_to_file(&mut source, &world.path("guest"), &mut context);
+    assert!(matches!(outcome, Outcome::Failed { error: Error::Cancelled, paused: None }), "{outcome:?}");
+    assert_eq!((world.running(), files(&world)), (vec!["source".to_owned()], vec![]));
+}
