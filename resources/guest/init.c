@@ -357,7 +357,7 @@ static u32 open_namespaces(void)
                 continue;
             }
             if (fd < 0)
-                continue;
+                break; /* Linux numbers a controller's namespaces without holes */
             seen++;
             must("size of a namespace", sys(SYS_IOCTL, fd, BLKGETSIZE64, &bytes, 0));
             if ((controller == 0 && number == 1) || bytes / PAGE < RAW_PAGES || namespace_count == MAX_NAMESPACES) {
