@@ -85,7 +85,7 @@ pub struct Config {
     pub namespaces: Vec<NamespaceOption>,
     /// Threads that serve each controller's queues.
     pub io_threads: u8,
-    /// The lease record, if not beside the first writable image.
+    /// The lease record, if it was named.
     pub lease: Option<PathBuf>,
     /// Whether the machine arrives by migration, so that it needs no kernel.
     pub incoming: bool,
@@ -116,7 +116,7 @@ pub struct MachineSpec {
     pub controllers: Vec<ControllerSpec>,
     /// Threads that serve each controller's queues.
     pub io_threads: u8,
-    /// The lease record; none means that ownership is not recorded.
+    /// The lease record, if it was named; otherwise it lies beside the first writable image.
     pub lease: Option<PathBuf>,
 }
 
@@ -144,7 +144,6 @@ impl TryFrom<Config> for MachineSpec {
             return refuse("--initrd needs --kernel".to_owned());
         }
         let controllers = controllers(config.nvme, config.namespaces)?;
-        let lease = config.lease.or_else(|| default_lease(&controllers));
         Ok(Self {
             name: config.name,
             cpus: config.cpus,
@@ -157,7 +156,7 @@ impl TryFrom<Config> for MachineSpec {
             serial: config.serial,
             controllers,
             io_threads: config.io_threads,
-            lease,
+            lease: config.lease,
         })
     }
 }
@@ -199,23 +198,6 @@ fn controllers(
     Ok(controllers)
 }
 
-/// `<first writable image>.ferry-lease`. A block device has no folder of its own to hold the record: it needs
-/// `--lease` by name, which the machine's builder checks when it opens the image.
-fn default_lease(controllers: &[ControllerSpec]) -> Option<PathBuf> {
-    let namespaces = controllers.iter().flat_map(|controller| &controller.namespaces);
-    namespaces
-        .filter(|namespace| !namespace.read_only)
-        .find_map(|namespace| match &namespace.backend {
-            super::BackendSpec::File(path) => Some(path),
-            _ => None,
-        })
-        .map(|path| {
-            let mut name = path.clone().into_os_string();
-            name.push(".ferry-lease");
-            name.into()
-        })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -247,7 +229,6 @@ mod tests {
         let spec = MachineSpec::try_from(config()).unwrap();
         let nsids: Vec<u32> = spec.controllers[0].namespaces.iter().map(|namespace| namespace.nsid).collect();
         assert_eq!(nsids, [2, 9]);
-        assert_eq!(spec.lease, Some("b.raw.ferry-lease".into()));
         assert_eq!(spec.memory_bytes, 128 << 20);
     }
 

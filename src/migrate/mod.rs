@@ -139,7 +139,7 @@ impl Migrations {
             Context { lease: lease.as_mut(), parameters: &self.parameters, statistics, patience };
         let mut dial = || Ok(uri.connect(patience.connect)?);
         let mut outcome = match uri {
-            Uri::File { .. } => return log::error!("suspending to a file is not possible yet"),
+            Uri::File { path, .. } => engine::suspend_to_file(source, path, &mut context),
             Uri::Unix(_) | Uri::Tcp { .. } => engine::migrate(source, &mut dial, &mut context),
         };
         while let Outcome::Unknown(handover) = outcome {
@@ -190,10 +190,14 @@ impl Migrations {
         listener: Option<&Listener>,
         statistics: &Statistics,
     ) -> anyhow::Result<()> {
+        if let Uri::File { path, .. } = uri {
+            let mut factory = Factory::new(vmm, GuestTime::File);
+            let restored =
+                engine::restore_from_file(&mut factory, path, lease, &self.parameters, statistics)?;
+            return restored.error.map_or(Ok(()), |error| Err(error.into()));
+        }
+        let listener = listener.context("a link has a listener")?;
         let mut destination = Destination::new(lease, statistics, Patience::default(), &self.parameters)?;
-        let Some(listener) = listener else {
-            bail!("restoring {uri} is not possible yet");
-        };
         let Some(mut arrived) = destination.receive(&mut Factory::new(vmm, GuestTime::Live), listener)?
         else {
             return Ok(());

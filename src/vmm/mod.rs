@@ -11,14 +11,14 @@
 //! - Images are held and the lease says `owned` for as long as the machine could run here.
 
 mod operations;
+mod ownership;
 mod signals;
 
-use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use anyhow::{Context, bail};
-use engine::lease::{Lease, Owner};
+use anyhow::Context;
+use engine::lease::Lease;
 
 use crate::cli::RunArguments;
 use crate::config::MachineSpec;
@@ -80,7 +80,10 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     vmm.start_console()?;
     match &arguments.incoming {
         None => vmm.boot_first()?,
-        Some(uri) => vmm.migrations.expect(&vmm, uri)?,
+        Some(uri) => {
+            vmm.return_lease(ownership::open_lease(&vmm.spec)?);
+            vmm.migrations.expect(&vmm, uri)?;
+        }
     }
     let result = vmm.serve(&requests);
     let ended = vmm.end();
@@ -91,10 +94,6 @@ impl Vmm {
     fn new(spec: MachineSpec, arguments: &RunArguments) -> anyhow::Result<(Arc<Self>, Receiver<Request>)> {
         let host = Host::open()?;
         let console = Console::open(&spec.serial)?;
-        let lease = match &spec.lease {
-            Some(path) => Some(open_lease(path, &spec.name)?),
-            None => None,
-        };
         let (requests, receiver) = channel();
         let run_state = if arguments.incoming.is_some() { RunState::InMigrate } else { RunState::Prelaunch };
         let vmm = Arc::new(Self {
@@ -103,7 +102,7 @@ impl Vmm {
             console: Mutex::new(console),
             events: Arc::new(EventBus::new()),
             migrations: Migrations::default(),
-            lease: Mutex::new(lease),
+            lease: Mutex::default(),
             requests,
             pending: Mutex::default(),
             transition: Mutex::default(),
@@ -127,13 +126,29 @@ impl Vmm {
     /// The first boot: becomes the owner, builds the machine, starts it.
     fn boot_first(self: &Arc<Self>) -> anyhow::Result<()> {
         let resources = Arc::new(Resources::open(&self.spec)?);
-        resources.acquire_images()?;
-        if let Some(lease) = lock(&self.lease).as_mut() {
+        self.with_holder(resources.acquire_images())?;
+        self.boot(resources)?;
+        // Last, so that a machine that cannot be built leaves no trace.
+        let mut lease = ownership::open_lease(&self.spec)?;
+        if let Some(lease) = &mut lease {
             lease.claim()?;
         }
-        self.boot(resources)?;
+        self.return_lease(lease);
         self.act(Action::Start, Machine::resume)?;
         Ok(())
+    }
+
+    /// A refused image lock does not say who has it; the lease record does.
+    fn with_holder(&self, result: Result<(), block::Error>) -> anyhow::Result<()> {
+        result.map_err(|error| {
+            let held = matches!(error, block::Error::Locked { .. });
+            let holder = held.then(|| ownership::holder(&self.spec)).flatten();
+            let error = anyhow::Error::new(error);
+            match holder {
+                Some(holder) => error.context(format!("the guest of this disk belongs to {holder}")),
+                None => error,
+            }
+        })
     }
 
     /// Boots the guest from its kernel, on memory and images that are there.
@@ -325,21 +340,6 @@ impl Vmm {
         }
         Ok(())
     }
-}
-
-fn open_lease(path: &PathBuf, name: &str) -> anyhow::Result<Lease> {
-    use std::os::unix::fs::FileTypeExt;
-    let image = path.with_extension("");
-    if let Ok(metadata) = std::fs::metadata(&image)
-        && metadata.file_type().is_block_device()
-        && path.as_os_str().as_encoded_bytes().ends_with(b".ferry-lease")
-    {
-        bail!(
-            "{} is a block device: say with --lease PATH where the record is kept that decides who owns the guest",
-            image.display()
-        );
-    }
-    Ok(Lease::open(path, Owner::this_process(name)?)?)
 }
 
 /// A lock whose holder panicked is still good: every value here is replaced as a whole.

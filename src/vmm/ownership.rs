@@ -1,0 +1,75 @@
+//! Who may run the guest: where the lease record lies, and what becomes of it at the start and the end.
+
+use std::ffi::OsString;
+use std::os::unix::fs::FileTypeExt;
+use std::path::PathBuf;
+
+use anyhow::{Context, ensure};
+use engine::lease::{Lease, Owner};
+
+use crate::config::MachineSpec;
+use crate::machine::first_writable_file;
+
+/// Opens the record that decides who owns the guest of `spec`, without claiming anything: the one that was named, or
+/// `<first writable image>.ferry-lease`. `None`: a machine that writes no file and names no record.
+///
+/// # Errors
+/// The record cannot be opened or made, or lies beside a block device.
+pub fn open_lease(spec: &MachineSpec) -> anyhow::Result<Option<Lease>> {
+    let Some(path) = lease_path(spec)? else { return Ok(None) };
+    let owner = Owner::this_process(&spec.name).context("cannot name this process in the lease record")?;
+    Ok(Some(Lease::open(&path, owner)?))
+}
+
+/// Whom the record of `spec` names, if there is one. Makes no file.
+#[must_use]
+pub fn holder(spec: &MachineSpec) -> Option<String> {
+    let path = lease_path(spec).ok()?.filter(|path| path.exists())?;
+    let lease = Lease::open(&path, Owner::this_process(&spec.name).ok()?).ok()?;
+    lease.read().ok()?.map(|record| record.owner.to_string())
+}
+
+fn lease_path(spec: &MachineSpec) -> anyhow::Result<Option<PathBuf>> {
+    if let Some(path) = &spec.lease {
+        return Ok(Some(path.clone()));
+    }
+    let Some(image) = first_writable_file(&spec.controllers) else { return Ok(None) };
+    let is_block_device =
+        std::fs::metadata(image).is_ok_and(|metadata| metadata.file_type().is_block_device());
+    ensure!(
+        !is_block_device,
+        "{} is a block device: say with --lease PATH where the record is kept that decides who owns the guest",
+        image.display()
+    );
+    let mut name = OsString::from(image);
+    name.push(".ferry-lease");
+    Ok(Some(name.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Arguments, Command};
+    use clap::Parser;
+
+    fn spec(flags: &[&str]) -> MachineSpec {
+        let line = ["ferry", "run", "--kernel", "vmlinux"].iter().chain(flags);
+        let Command::Run(arguments) = Arguments::parse_from(line).command else { panic!("it is run") };
+        arguments.machine().unwrap()
+    }
+
+    #[test]
+    fn the_record_lies_beside_the_first_writable_image_unless_it_is_named() {
+        assert_eq!(lease_path(&spec(&[])).unwrap(), None);
+        let disks = ["--nvme", "path=a.raw,serial=a,ro", "--nvme", "path=b.raw,serial=b"];
+        assert_eq!(lease_path(&spec(&disks)).unwrap(), Some("b.raw.ferry-lease".into()));
+        let named = spec(&[&disks[..], &["--lease", "record"]].concat());
+        assert_eq!(lease_path(&named).unwrap(), Some("record".into()));
+    }
+
+    #[test]
+    fn a_machine_without_images_has_no_record() {
+        let disks = ["--nvme", "serial=a", "--ns", "controller=a,nsid=1,backend=memory,size=1M"];
+        assert!(open_lease(&spec(&disks)).unwrap().is_none());
+    }
+}
