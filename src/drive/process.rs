@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::retry_on_intr;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::time::Timespec;
 
@@ -142,16 +143,35 @@ impl Process {
         Ok(self.child.try_wait()?.is_some())
     }
 
+    /// Waits for `time`, to look again at something that no event tells.
+    ///
+    /// # Errors
+    /// It has ended, so there is nothing more to look at; with the end of its console and log.
+    pub fn pause(&mut self, time: Duration) -> anyhow::Result<()> {
+        match self.poll_end(time)? {
+            None => Ok(()),
+            Some(exit) => bail!(self.describe(&format!("{exit} ended"))),
+        }
+    }
+
     /// Waits for its end.
     ///
     /// # Errors
     /// It has not ended in time; with the end of its console and log.
     pub fn wait(&mut self, timeout: Duration) -> anyhow::Result<Exit> {
-        let timeout_spec = Timespec::try_from(timeout).context("a time that fits")?;
+        match self.poll_end(timeout)? {
+            None => bail!(self.describe(&format!("waited {timeout:?} in vain for the end of"))),
+            Some(exit) => Ok(exit),
+        }
+    }
+
+    /// How it ended, if it does so in time.
+    fn poll_end(&mut self, timeout: Duration) -> anyhow::Result<Option<Exit>> {
+        let timeout = Timespec::try_from(timeout).context("a time that fits")?;
         let mut events = [PollFd::new(&self.descriptor, PollFlags::IN)];
-        match poll(&mut events, Some(&timeout_spec)) {
-            Ok(0) => bail!(self.describe(&format!("waited {timeout:?} in vain for the end of"))),
-            Ok(_) => Ok(Exit(self.child.wait()?)),
+        match retry_on_intr(|| poll(&mut events, Some(&timeout))) {
+            Ok(0) => Ok(None),
+            Ok(_) => Ok(Some(Exit(self.child.wait()?))),
             Err(error) => Err(error).context("cannot wait for a process"),
         }
     }
