@@ -14,7 +14,6 @@ use nvme_spec::Status;
 use nvme_spec::event::Event;
 use nvme_spec::log::ErrorEntry;
 
-use crate::doorbell::Buffers as DoorbellBuffers;
 use crate::doorbell::MemoryGone;
 use crate::namespace::{self, NamespaceTable};
 use crate::prp::PrpWalker;
@@ -74,7 +73,6 @@ pub(crate) struct Worker {
     pub sqs: Vec<Option<SubmissionQueue>>,
     pub namespaces: NamespaceTable,
     pub walker: PrpWalker,
-    pub buffers: Option<DoorbellBuffers>,
     pub counters: Counters,
     /// Admin tokens of what ended, for worker 0.
     pub admin_ended: Vec<(u32, Status)>,
@@ -107,7 +105,6 @@ impl Worker {
             sqs: Vec::new(),
             namespaces,
             walker: PrpWalker::new(u64::from(crate::config::MIN_PAGE_BYTES)),
-            buffers: None,
             counters: Counters::default(),
             admin_ended: Vec::new(),
             slots: (0..depth).map(slot).collect(),
@@ -417,7 +414,6 @@ impl Worker {
             shared.doorbells.close_cq(queue.id);
         }
         self.listed.clear();
-        self.buffers = None;
         for slot in self.slots.iter_mut().filter(|slot| slot.owner != Owner::Nobody) {
             slot.owner = Owner::Orphan;
         }

@@ -7,6 +7,7 @@ use block::{
 };
 use nvme_spec::opcode::{self, admin, nvm};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, log};
+use vm_memory::GuestMemoryBackend;
 
 use super::driver::{Guest, MEMORY_BYTES, memory_image, namespace, transfer};
 use crate::{ControllerConfig, NamespaceConfig};
@@ -415,4 +416,36 @@ fn counters_count_units_and_commands() {
     guest.migrate(2);
     guest.io(1, transfer(nvm::READ, 1, 0, 1, page)).unwrap();
     assert_eq!(smart(&mut guest).host_read_commands, 2, "counters travel");
+}
+
+#[test]
+fn every_page_that_the_controller_changes_is_marked_dirty() {
+    let mut guest = ready(vec![namespace(1, 4096)]);
+    guest.use_shadow_doorbells();
+    guest.create_pair(2, 16);
+    let pages = guest.pages(5);
+    guest.write_bytes(pages, &[7; 8192]);
+    guest.io(2, transfer(nvm::WRITE, 1, 0, 16, pages)).unwrap();
+    let log = SubmissionEntry {
+        opcode: admin::GET_LOG_PAGE,
+        prp1: pages + 8192,
+        cdw10: 127 << 16 | 2,
+        ..SubmissionEntry::default()
+    };
+    guest.push(0, log);
+    guest.push(2, transfer(nvm::READ, 1, 0, 16, pages + 3 * 4096));
+    guest.ring(0);
+    guest.ring(2);
+    let before = guest.read_bytes(0, MEMORY_BYTES);
+    let region = guest.memory.iter().next().unwrap();
+    region.bitmap().reset();
+    guest.run();
+    let after = guest.read_bytes(0, MEMORY_BYTES);
+    let changed = before.chunks(4096).zip(after.chunks(4096)).enumerate();
+    let changed: Vec<usize> = changed.filter(|(_, (b, a))| b != a).map(|(page, _)| page).collect();
+    // Log, two pages of data, admin and I/O completion queue, shadow of the admin queue, event indexes.
+    assert_eq!(changed.len(), 7);
+    for page in changed {
+        assert!(region.bitmap().is_addr_set(page * 4096), "page {page} was changed and is not marked");
+    }
 }
