@@ -25,6 +25,7 @@ Examples:
       --ns controller=c0,nsid=1,backend=file,path=a.raw \\
       --ns controller=c0,nsid=5,backend=memory,size=64M,lba=4096 \\
       --ns controller=c0,nsid=9,backend=file,path=b.raw,ro")]
+#[allow(rustdoc::broken_intra_doc_links, reason = "brackets of optional parts, as --help shows them")]
 pub struct RunArguments {
     /// Name of the virtual machine, for messages and the lease record.
     #[arg(long, default_value = "ferry", value_name = "NAME")]

@@ -23,7 +23,7 @@ pub enum Event<'a> {
         block: usize,
         /// In the block, in bytes; a multiple of the page size.
         offset: u64,
-        /// [`PAGE_BYTES`] of them.
+        /// [`PAGE_BYTES`](crate::PAGE_BYTES) of them.
         bytes: &'a [u8],
     },
     /// A page of RAM that holds nothing but zeros.

@@ -3,7 +3,7 @@
 //! A device keeps its saved state apart from itself, as a struct that derives [`VmState`]. Saving builds that struct from the
 //! paused device and writes it; loading reads it and hands it to the device's checking constructor. This crate is the middle: it
 //! turns the struct into bytes and bytes into the struct, says what the bytes mean ([`describe`]) and what the type can hold
-//! ([`schema`]). The `stream` crate puts the bytes into sections.
+//! ([`schema()`]). The `stream` crate puts the bytes into sections.
 //!
 //! ```
 //! use vmstate::{Slots, VmState};
