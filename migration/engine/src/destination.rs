@@ -110,8 +110,8 @@ impl<'a> Destination<'a> {
                 self.statistics.start();
                 match self.attempt(factory, &mut link, &hello) {
                     Ok(mut arrived) => {
-                        arrived.acknowledged = self.acknowledged(&mut link, &arrived.running);
                         self.statistics.set_status(Status::Completed);
+                        arrived.acknowledged = self.acknowledged(&mut link, &arrived.running);
                         link.close(self.patience.last_words);
                         Some(arrived)
                     }

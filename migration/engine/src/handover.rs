@@ -157,6 +157,7 @@ impl Handover {
             log::warn!("{}", Error::from(error).chain());
         }
         machine.finish();
+        context.statistics.set_status(Status::Completed);
         Outcome::Completed { note }
     }
 }

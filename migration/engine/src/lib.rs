@@ -1,13 +1,34 @@
 //! Moving a running guest from one process to another, or into a file and back.
 //!
 //! The engine knows phases, deadlines, rounds of dirty pages and who owns the guest. It knows no KVM and no device: the
-//! process answers for its machine through [`SourceMachine`], [`DestinationFactory`] and [`DestinationMachine`].
+//! process answers for its machine through [`SourceMachine`] on one side, [`DestinationFactory`] and [`DestinationMachine`]
+//! on the other. It makes no thread: [`migrate`] and [`Destination::receive`] run on the caller's migration thread, and other
+//! threads watch [`Statistics`] and turn [`Parameters`].
+//!
+//! ```text
+//! source.rs       hello --------------------------> destination.rs   checks, builds
+//!                       <-------------------------- agree
+//!                 rounds of RAM (ram/send, sink) -> (ram/receive)    places
+//!                 stop, last pages, devices ------> loads
+//!                 PREPARE ------------------------>
+//!                       <-------------------------- PREPARED
+//!                 lease := offered, COMMIT -------> lease := taken, starts
+//! handover.rs           <-------------------------- RUNNING | NEVER, or nothing: ask again, settle by the lease
+//! ```
+//!
+//! - [`lease`]: the record that alone decides who runs the guest.
+//! - [`converge`]: when to stop, a pure function.
+//! - [`protocol`]: the messages; `link` gives each a deadline.
+//! - [`suspend_to_file`] and [`restore_from_file`]: the same guest in a file.
 //!
 //! Invariants: before the first byte of COMMIT any failure leaves the source running as if nothing had happened; from
-//! there on the source runs again only if the [`lease`] says that it may, and the destination runs only if the lease
-//! offered it exactly this session and generation. Every step has a deadline; nothing that the peer sends is believed.
+//! there on the source runs again only if the lease says that it may (or, without a lease, the destination swore never
+//! to), and the destination runs only if the lease offered it exactly this session and generation. Every step has a
+//! deadline. What the peer or a file says is believed only after it was checked, and costs no more memory than its stated
+//! maximum. Both sides report the same cause.
 //!
-//! Absent: postcopy, several channels, TLS, storage migration, handover of descriptors. The hello has room for them.
+//! Absent: postcopy, several channels, compression, TLS, storage migration, handover of descriptors, the operator's word in
+//! an undecided handover. The hello has room for them.
 #![forbid(unsafe_code)]
 
 mod bandwidth;

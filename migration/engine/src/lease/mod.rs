@@ -144,11 +144,23 @@ impl Lease {
     /// # Errors
     /// The file cannot be opened for writing, or is something else.
     pub fn open(path: &Path, owner: Owner) -> Result<Self, Error> {
+        Self::open_with(path, owner, true)
+    }
+
+    /// Opens a file that is there, as a destination does: a wrong path leaves nothing behind.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), or there is no such file.
+    pub fn open_existing(path: &Path, owner: Owner) -> Result<Self, Error> {
+        Self::open_with(path, owner, false)
+    }
+
+    fn open_with(path: &Path, owner: Owner, create: bool) -> Result<Self, Error> {
         let failed = |action| move |source| Error::Io { path: path.to_owned(), action, source };
         let file = OpenOptions::new()
             .read(true)
             .write(true)
-            .create(true)
+            .create(create)
             .truncate(false)
             .mode(0o600)
             .custom_flags(libc::O_NONBLOCK)

@@ -172,6 +172,16 @@ fn a_file_that_is_no_lease_is_left_alone() {
 }
 
 #[test]
+fn a_destination_makes_no_file() {
+    let fixture = Fixture::new();
+    let owner = || Owner::this_process("vm").unwrap();
+    assert!(matches!(Lease::open_existing(&fixture.path, owner()), Err(Error::Io { .. })));
+    assert!(!fixture.path.exists());
+    fixture.process("vm").claim().unwrap();
+    assert!(Lease::open_existing(&fixture.path, owner()).unwrap().read().unwrap().is_some());
+}
+
+#[test]
 fn a_crash_before_the_first_record_leaves_a_usable_file() {
     let fixture = Fixture::new();
     std::fs::write(&fixture.path, [0; 2 * SLOT_BYTES]).unwrap();

@@ -281,7 +281,7 @@ impl SourceMachine for Source {
     fn populated(&mut self, block: &RamBlock) -> MachineResult<Vec<Range<u64>>> {
         self.guest.step("populated")?;
         let (_, _, pages) = BLOCKS.iter().find(|(name, _, _)| *name == block.name).unwrap();
-        let mut ranges = Vec::from([pages.start * PAGE_BYTES..pages.end * PAGE_BYTES]);
+        let mut ranges: Vec<_> = std::iter::once(pages.start * PAGE_BYTES..pages.end * PAGE_BYTES).collect();
         // What the guest wrote into holes since.
         let mut page = vec![0; PAGE_BYTES as usize];
         for start in (pages.end * PAGE_BYTES..block.length_bytes()).step_by(PAGE_BYTES as usize) {
