@@ -6,12 +6,12 @@
 use std::fs::OpenOptions;
 use std::io::{self, ErrorKind, IsTerminal, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
 use rustix::termios::{self, LocalModes, OptionalActions, Termios};
+use transport::PrivateSocket;
 
 use crate::config::SerialOutput;
 
@@ -29,7 +29,7 @@ pub struct Console {
 enum Kind {
     Stdio { terminal: Option<Termios> },
     Plain(Option<std::fs::File>),
-    Unix { listener: UnixListener, path: PathBuf, client: Arc<Mutex<Option<UnixStream>>> },
+    Unix { listener: PrivateSocket, client: Arc<Mutex<Option<UnixStream>>> },
 }
 
 impl Console {
@@ -48,9 +48,8 @@ impl Console {
                 ))
             }
             SerialOutput::Unix(path) => {
-                let listener = bind(path)
-                    .with_context(|| format!("cannot make the console socket {}", path.display()))?;
-                Kind::Unix { listener, path: path.clone(), client: Arc::default() }
+                let listener = PrivateSocket::bind(path).context("cannot make the console socket")?;
+                Kind::Unix { listener, client: Arc::default() }
             }
         };
         Ok(Self { kind })
@@ -83,7 +82,7 @@ impl Console {
                 }
                 spawn("console-input", move || pass_on(io::stdin(), &input))?;
             }
-            Kind::Unix { listener, client, .. } => {
+            Kind::Unix { listener, client } => {
                 let (listener, client) = (listener.try_clone()?, Arc::clone(client));
                 spawn("console-input", move || serve_clients(&listener, &client, &input))?;
             }
@@ -94,31 +93,9 @@ impl Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
-        match &self.kind {
-            Kind::Stdio { terminal: Some(before) } => {
-                let _ = termios::tcsetattr(io::stdin(), OptionalActions::Now, before);
-            }
-            Kind::Unix { path, .. } => {
-                let _ = std::fs::remove_file(path);
-            }
-            Kind::Stdio { terminal: None } | Kind::Plain(_) => {}
+        if let Kind::Stdio { terminal: Some(before) } = &self.kind {
+            let _ = termios::tcsetattr(io::stdin(), OptionalActions::Now, before);
         }
-    }
-}
-
-/// Binds a socket; a socket file that nobody listens on any more is replaced.
-fn bind(path: &Path) -> io::Result<UnixListener> {
-    match UnixListener::bind(path) {
-        Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            let stale =
-                matches!(UnixStream::connect(path), Err(e) if e.kind() == ErrorKind::ConnectionRefused);
-            if !stale {
-                return Err(error);
-            }
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)
-        }
-        result => result,
     }
 }
 

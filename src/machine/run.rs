@@ -53,7 +53,10 @@ pub enum Action {
     /// The migration stops the guest for its last pass.
     StopForMigration,
     /// The migration failed before the hand-over, or the lease gave the guest back.
-    TakeBack,
+    TakeBack {
+        /// Whether it goes on; it stays paused if its images cannot be had back.
+        running: bool,
+    },
     /// The first byte of the hand-over is about to be sent.
     HandOver,
     /// The destination runs the guest (or holds it paused).
@@ -97,11 +100,12 @@ impl RunState {
             (S::Running, A::StopForMigration) => Ok(S::FinishMigrate { was_running: true }),
             (S::Paused, A::StopForMigration) => Ok(S::FinishMigrate { was_running: false }),
             (S::FinishMigrate { was_running }, A::HandOver) => Ok(S::HandoverUnknown { was_running }),
-            (S::FinishMigrate { was_running } | S::HandoverUnknown { was_running }, A::TakeBack) => {
-                Ok(if was_running { S::Running } else { S::Paused })
-            }
-            // A failure before the stop has nothing to take back.
-            (S::Running | S::Paused, A::TakeBack) => Ok(self),
+            (
+                S::FinishMigrate { was_running } | S::HandoverUnknown { was_running },
+                A::TakeBack { running },
+            ) => Ok(if was_running && running { S::Running } else { S::Paused }),
+            // A failure before the stop has nothing to take back, and what was given back paused stays so.
+            (S::Running | S::Paused, A::TakeBack { .. }) => Ok(self),
             (S::HandoverUnknown { .. }, A::HandedOver) => Ok(S::PostMigrate),
 
             (S::InMigrate, A::Arrive { running }) => Ok(if running { S::Running } else { S::Paused }),
@@ -159,7 +163,7 @@ impl Action {
             Self::Fail => "report a failure",
             Self::BeginMigration => "migrate",
             Self::StopForMigration => "stop for the migration",
-            Self::TakeBack => "take the guest back",
+            Self::TakeBack { .. } => "take the guest back",
             Self::HandOver => "hand the guest over",
             Self::HandedOver => "finish the hand-over",
             Self::Arrive { .. } => "take over an incoming guest",
@@ -184,7 +188,7 @@ mod tests {
         RunState::Shutdown,
         RunState::InternalError,
     ];
-    const ACTIONS: [Action; 13] = [
+    const ACTIONS: [Action; 14] = [
         Action::Start,
         Action::Stop,
         Action::Continue,
@@ -193,7 +197,8 @@ mod tests {
         Action::Fail,
         Action::BeginMigration,
         Action::StopForMigration,
-        Action::TakeBack,
+        Action::TakeBack { running: true },
+        Action::TakeBack { running: false },
         Action::HandOver,
         Action::HandedOver,
         Action::Arrive { running: true },
@@ -215,7 +220,7 @@ mod tests {
                 if state.next(action).is_ok_and(owned) {
                     let by_protocol = matches!(
                         (state, action),
-                        (RunState::HandoverUnknown { .. }, Action::TakeBack)
+                        (RunState::HandoverUnknown { .. }, Action::TakeBack { .. })
                             | (RunState::InMigrate, Action::Arrive { .. })
                     );
                     assert!(by_protocol, "{action:?} revives {state:?}");
@@ -227,10 +232,12 @@ mod tests {
     #[test]
     fn the_run_state_travels_through_a_failed_migration() {
         for (start, end) in [(RunState::Running, RunState::Running), (RunState::Paused, RunState::Paused)] {
-            let actions =
-                [Action::BeginMigration, Action::StopForMigration, Action::HandOver, Action::TakeBack];
-            let state = actions.into_iter().try_fold(start, RunState::next).unwrap();
-            assert_eq!(state, end);
+            for (running, end) in [(true, end), (false, RunState::Paused)] {
+                let back = Action::TakeBack { running };
+                let actions = [Action::BeginMigration, Action::StopForMigration, Action::HandOver, back];
+                let state = actions.into_iter().try_fold(start, RunState::next).unwrap();
+                assert_eq!(state, end);
+            }
         }
     }
 

@@ -114,6 +114,7 @@ impl Migrations {
         let machine = vmm.machine().context("there is no machine to migrate")?;
         let blockers = machine.migration_blockers();
         ensure!(blockers.is_empty(), "this machine cannot move: {}", blockers.join("; "));
+        self.parameters.begin();
         let in_flight_at_stop = Arc::new(AtomicU32::new(0));
         let mut source = Source::new(vmm, machine, Arc::clone(&in_flight_at_stop));
         let statistics = statistics(vmm);

@@ -105,14 +105,19 @@ impl SourceMachine for Source {
     }
 
     fn reacquire_images(&mut self) -> MachineResult<()> {
-        Ok(self.machine.resources().acquire_images()?)
+        self.machine.resources().acquire_images().map_err(|error| {
+            // It is ours and stays paused; `cont` tries again.
+            if let Err(refused) = self.vmm.act(Action::TakeBack { running: false }, |_| Ok(())) {
+                log::error!("{refused:#}");
+            }
+            error.into()
+        })
     }
 
     fn resume(&mut self, state: RunState) -> MachineResult<()> {
-        self.vmm.act(Action::TakeBack, |machine| match state {
-            RunState::Running => machine.resume(),
-            RunState::Paused => Ok(()),
-        })?;
+        let running = state == RunState::Running;
+        let resume = |machine: &Machine| if running { machine.resume() } else { Ok(()) };
+        self.vmm.act(Action::TakeBack { running }, resume)?;
         Ok(())
     }
 

@@ -16,6 +16,7 @@ mod signals;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::Context;
 use engine::lease::Lease;
@@ -27,6 +28,9 @@ use crate::control::{Event, EventBus, Server, ShutdownCause};
 use crate::kvm::Host;
 use crate::machine::{Action, EventSink, GuestEvent, Machine, Refused, Resources, RunState};
 use crate::migrate::Migrations;
+
+/// How long clients may still ask how the guest has left, before the process ends.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// What the main thread is asked to do.
 #[derive(Debug)]
@@ -75,18 +79,23 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let (vmm, requests) = Vmm::new(spec, arguments)?;
     let server =
         arguments.api.as_deref().map(|path| Server::start(path, vmm.operations(), Arc::clone(&vmm.events)));
-    let _server = server.transpose()?;
+    let server = server.transpose()?;
     signals::forward(vmm.requests.clone())?;
     vmm.start_console()?;
     match &arguments.incoming {
         None => vmm.boot_first()?,
         Some(uri) => {
-            vmm.return_lease(ownership::open_lease(&vmm.spec)?);
+            vmm.return_lease(ownership::open_existing_lease(&vmm.spec)?);
             vmm.migrations.expect(&vmm, uri)?;
         }
     }
     let result = vmm.serve(&requests);
     let ended = vmm.end();
+    if let Some(server) = &server
+        && vmm.run_state() == RunState::PostMigrate
+    {
+        server.wait_for_clients_to_leave(LAST_WORDS);
+    }
     result.and(ended)
 }
 

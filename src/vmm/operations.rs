@@ -63,7 +63,12 @@ impl Operations for Control {
     }
 
     fn cont(&self) -> Result<(), Refusal> {
-        self.0.act(Action::Continue, Machine::resume).map(drop).map_err(|error| refusal(&error))
+        let effect = |machine: &Machine| {
+            // A failed migration may have left it without its images, because someone else held them.
+            machine.resources().acquire_images()?;
+            machine.resume()
+        };
+        self.0.act(Action::Continue, effect).map(drop).map_err(|error| refusal(&error))
     }
 
     fn quit(&self) {

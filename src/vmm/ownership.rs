@@ -17,16 +17,26 @@ use crate::machine::first_writable_file;
 /// The record cannot be opened or made, or lies beside a block device.
 pub fn open_lease(spec: &MachineSpec) -> anyhow::Result<Option<Lease>> {
     let Some(path) = lease_path(spec)? else { return Ok(None) };
-    let owner = Owner::this_process(&spec.name).context("cannot name this process in the lease record")?;
-    Ok(Some(Lease::open(&path, owner)?))
+    Ok(Some(Lease::open(&path, owner(spec)?)?))
+}
+
+/// As [`open_lease`], for a guest that arrives: its record is there already, and a wrong path makes no new one.
+///
+/// # Errors
+/// As [`open_lease`], or there is no such record.
+pub fn open_existing_lease(spec: &MachineSpec) -> anyhow::Result<Option<Lease>> {
+    let Some(path) = lease_path(spec)? else { return Ok(None) };
+    Ok(Some(Lease::open_existing(&path, owner(spec)?)?))
+}
+
+fn owner(spec: &MachineSpec) -> anyhow::Result<Owner> {
+    Owner::this_process(&spec.name).context("cannot name this process in the lease record")
 }
 
 /// Whom the record of `spec` names, if there is one. Makes no file.
 #[must_use]
 pub fn holder(spec: &MachineSpec) -> Option<String> {
-    let path = lease_path(spec).ok()?.filter(|path| path.exists())?;
-    let lease = Lease::open(&path, Owner::this_process(&spec.name).ok()?).ok()?;
-    lease.read().ok()?.map(|record| record.owner.to_string())
+    open_existing_lease(spec).ok()??.read().ok()?.map(|record| record.owner.to_string())
 }
 
 fn lease_path(spec: &MachineSpec) -> anyhow::Result<Option<PathBuf>> {
