@@ -12,6 +12,8 @@
 //! 5. `migrate` starts a thread that runs the engine (crate `engine`) on this machine ([`mod@migrate`], [`dirty`]), until the
 //!    guest runs elsewhere; there, `ferry run --incoming` has prepared the same machine and fills it.
 //!
+//! [`demo`] and [`mod@bench`] are users of all that: they run `ferry` processes through [`drive`], and look at the guests.
+//!
 //! # Invariants
 //!
 //! - vCPUs run in one run state only, and [`RunState::next`](machine::RunState::next) is the only way into it.
@@ -23,11 +25,13 @@
 //! Firmware, hotplug, networking, nested virtualisation, other architectures than x86-64.
 #![deny(unsafe_code)]
 
+pub mod bench;
 pub mod boot;
 pub mod cli;
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod demo;
 pub mod dirty;
 pub mod drive;
 pub mod io_thread;

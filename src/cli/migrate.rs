@@ -105,21 +105,21 @@ fn absolute(uri: &Uri) -> anyhow::Result<Uri> {
 }
 
 /// A bar on a terminal, lines elsewhere; both on standard error.
-struct Display {
+pub(super) struct Display {
     bar: ProgressBar,
     lines: bool,
     written: Option<(MigrationStatus, Instant)>,
 }
 
 impl Display {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let lines = !std::io::stderr().is_terminal();
         let target = if lines { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
         let bar = ProgressBar::with_draw_target(None, target);
         Self { bar, lines, written: None }
     }
 
-    fn show(&mut self, info: &MigrationInfo) {
+    pub(super) fn show(&mut self, info: &MigrationInfo) {
         let text = progress(info);
         if self.lines {
             let due = |(status, at): (MigrationStatus, Instant)| {
@@ -144,7 +144,7 @@ impl Display {
         self.bar.tick();
     }
 
-    fn end(&self) {
+    pub(super) fn end(&self) {
         self.bar.finish_and_clear();
     }
 }

@@ -1,12 +1,16 @@
 //! The command line: what can be typed, and which part of ferry answers.
 
+mod bench;
 mod control;
+mod demo;
 mod migrate;
 mod run;
 
 use clap::{Parser, Subcommand};
 
+pub use bench::BenchArguments;
 pub use control::ControlArguments;
+pub use demo::DemoArguments;
 pub use migrate::MigrateArguments;
 pub use run::RunArguments;
 
@@ -34,6 +38,10 @@ pub enum Command {
     Cont(ControlArguments),
     /// End a machine.
     Quit(ControlArguments),
+    /// Show a guest that checks all its data move between two real processes.
+    Demo(DemoArguments),
+    /// Measure, and say on which host.
+    Bench(BenchArguments),
 }
 
 impl Command {
@@ -49,6 +57,8 @@ impl Command {
             Self::Stop(arguments) => arguments.stop(),
             Self::Cont(arguments) => arguments.cont(),
             Self::Quit(arguments) => arguments.quit(),
+            Self::Demo(arguments) => arguments.execute(),
+            Self::Bench(arguments) => arguments.execute(),
         }
     }
 }

@@ -92,6 +92,27 @@ pub fn history(process: &Process) -> Vec<Counters> {
     process.console.all().iter().filter_map(|line| Counters::from_line(&Line::parse(line))).collect()
 }
 
+/// The time that the guest did not see pass, by its own clock, when it moved: microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Gap {
+    /// The largest gap in the time stamp counter between the last line of the source and the first of the destination.
+    pub largest: u64,
+    /// The largest gap in any line before: what the host does to a guest that does not move.
+    pub before: u64,
+    /// What the move added.
+    pub added: u64,
+}
+
+impl Gap {
+    /// From the lines `before` the move and the first line `after` it.
+    #[must_use]
+    pub fn new(before: &[Counters], after: &Counters) -> Self {
+        let (largest, before) = (after.gap_us, before.iter().map(|line| line.gap_us).max().unwrap_or(0));
+        Self { largest, before, added: largest.saturating_sub(before) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -116,6 +137,15 @@ mod tests {
         assert_eq!(history(&process), [few, many, many]);
         let error = reader.wait_for_done(&process).unwrap_err().to_string();
         assert!(error.contains("waited"), "{error}");
+    }
+
+    #[test]
+    fn the_gap_of_a_move_is_what_it_adds() {
+        let line = |gap_us| Counters { gap_us, ..Counters::default() };
+        let gap = Gap::new(&[line(200), line(900), line(300)], &line(15_000));
+        assert_eq!(gap, Gap { largest: 15_000, before: 900, added: 14_100 });
+        assert_eq!(Gap::new(&[line(2_000)], &line(1_500)).added, 0);
+        assert_eq!(Gap::new(&[], &line(7)).added, 7);
     }
 
     #[test]

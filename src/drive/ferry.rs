@@ -60,7 +60,8 @@ impl Ferry {
     /// # Errors
     /// It does not answer.
     pub fn status(&mut self) -> anyhow::Result<FerryStatus> {
-        self.control.query("x-ferry-status").with_context(|| self.process.describe("asked in vain"))
+        let answer = self.control.query("x-ferry-status");
+        answer.map_err(|error| self.process.blame("asked in vain:", &error.into()))
     }
 
     /// Runs a control command without arguments.
@@ -68,7 +69,8 @@ impl Ferry {
     /// # Errors
     /// It does not answer, or refuses.
     pub fn command(&mut self, command: &str) -> anyhow::Result<()> {
-        self.control.execute(command, json!({})).with_context(|| self.process.describe("no success with"))?;
+        let answer = self.control.execute(command, json!({}));
+        answer.map_err(|error| self.process.blame("no success with", &error.into()))?;
         Ok(())
     }
 
@@ -122,9 +124,8 @@ impl Ferry {
         request: &MigrateRequest,
         progress: impl FnMut(&MigrationInfo),
     ) -> anyhow::Result<Finished> {
-        self.control
-            .migrate(request, &AtomicBool::new(false), progress)
-            .with_context(|| self.process.describe("could not migrate"))
+        let result = self.control.migrate(request, &AtomicBool::new(false), progress);
+        result.map_err(|error| self.process.blame("no migration from", &error.into()))
     }
 
     /// Migrates its guest to `destination` and returns when it is there, with the source's report.
@@ -141,8 +142,9 @@ impl Ferry {
             downtime_limit: None,
             max_bandwidth: None,
         };
-        let finished =
-            self.try_migrate(&request, progress).with_context(|| destination.describe("the destination:"))?;
+        let finished = self
+            .try_migrate(&request, progress)
+            .map_err(|error| destination.blame("the destination was", &error))?;
         ensure!(
             finished.info.status == MigrationStatus::Completed,
             "the guest did not move: {}\n{}\n{}",
@@ -199,7 +201,7 @@ fn connect(process: &mut Process, api: &Path) -> anyhow::Result<Client> {
         match Client::connect(api) {
             Ok(client) => return Ok(client),
             Err(error) if Instant::now() > deadline => {
-                return Err(error).with_context(|| process.describe("cannot control"));
+                return Err(process.blame("cannot control", &error.into()));
             }
             Err(_) => process.pause(GLANCE)?,
         }

@@ -61,6 +61,17 @@ impl Lines {
         }
     }
 
+    /// Whether the source has ended.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.lock().ended
+    }
+
+    /// Waits for the end of the source.
+    pub fn wait_for_end(&self, timeout: Duration) {
+        self.wait_for(self.count(), timeout, |_| None::<()>);
+    }
+
     /// Number of lines so far.
     #[must_use]
     pub fn count(&self) -> usize {

@@ -5,6 +5,7 @@
 //! Machine   the flags that the processes of one virtual machine share
 //! Ferry     one of those processes: where the guest boots, or where it is to arrive
 //! Process   any program: console, log, end
+//! Stage     a folder that goes away, and an end for all of them when someone presses Ctrl-C
 //! exerciser what the test guest says on a console
 //! ```
 //!
@@ -13,11 +14,15 @@
 
 pub mod exerciser;
 mod ferry;
+mod interruption;
 mod lines;
 mod machine;
 mod process;
+mod stage;
 
 pub use ferry::Ferry;
+pub use interruption::Interruption;
 pub use lines::Lines;
 pub use machine::Machine;
 pub use process::{Exit, Process};
+pub use stage::Stage;

@@ -17,6 +17,10 @@ use rustix::time::Timespec;
 
 use super::Lines;
 
+/// How long what a process has written may take to be read here after its end. A child that it left behind may keep its
+/// console open for ever.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// A running program. Its standard output is its console, its standard input what is typed there, its standard error its log.
 /// Dropping it ends the process.
 #[derive(Debug)]
@@ -123,6 +127,9 @@ impl Process {
         select: impl FnMut(&str) -> Option<T>,
     ) -> anyhow::Result<(T, usize)> {
         self.console.wait_for(from, timeout, select).ok_or_else(|| {
+            if self.console.has_ended() {
+                self.log.wait_for_end(LAST_WORDS);
+            }
             anyhow!(self.describe(&format!("waited up to {timeout:?} in vain for {what} from")))
         })
     }
@@ -133,6 +140,14 @@ impl Process {
     /// It has ended.
     pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
         pidfd_send_signal(&self.descriptor, signal).with_context(|| format!("cannot signal {}", self.name))
+    }
+
+    /// A handle of its own on the process, to signal it from elsewhere.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub(super) fn handle(&self) -> anyhow::Result<OwnedFd> {
+        self.descriptor.try_clone().with_context(|| format!("cannot hold {}", self.name))
     }
 
     /// Whether it has ended, without waiting.
@@ -171,9 +186,20 @@ impl Process {
         let mut events = [PollFd::new(&self.descriptor, PollFlags::IN)];
         match retry_on_intr(|| poll(&mut events, Some(&timeout))) {
             Ok(0) => Ok(None),
-            Ok(_) => Ok(Some(Exit(self.child.wait()?))),
+            Ok(_) => {
+                let exit = Exit(self.child.wait()?);
+                self.console.wait_for_end(LAST_WORDS);
+                self.log.wait_for_end(LAST_WORDS);
+                Ok(Some(exit))
+            }
             Err(error) => Err(error).context("cannot wait for a process"),
         }
+    }
+
+    /// The error that says why it is that `what` happened to this process, with the end of its console and log.
+    #[must_use]
+    pub fn blame(&self, what: &str, why: &anyhow::Error) -> anyhow::Error {
+        anyhow!("{why:#}\n{}", self.describe(what))
     }
 
     /// `what` this process, with the end of its console and log.

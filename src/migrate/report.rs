@@ -13,8 +13,14 @@ impl Migrations {
     /// What `query-migrate` answers.
     #[must_use]
     pub fn info(&self, vmm: &Vmm) -> Option<MigrationInfo> {
-        let snapshot = lock(&self.current).as_ref()?.statistics.snapshot();
-        let mut info = MigrationInfo::new(qmp_status(snapshot.status)?);
+        let current = lock(&self.current);
+        let current = current.as_ref()?;
+        let snapshot = current.statistics.snapshot();
+        let mut info = MigrationInfo::new(match qmp_status(snapshot.status) {
+            // Its thread has not come to say so yet.
+            None if current.outgoing => MigrationStatus::Setup,
+            status => status?,
+        });
         info.blocked_reasons = vmm.machine().map(|machine| machine.migration_blockers()).unwrap_or_default();
         info.total_time = Some(milliseconds(snapshot.elapsed));
         if snapshot.total_bytes > 0 {

@@ -1,0 +1,9 @@
+//! Measurements, repeated, with a reference from the same minutes and the host that they hold for.
+//!
+//! [`migrate`] moves a busy guest again and again; [`copy`] is what the host's own sockets and memory give at best;
+//! [`host`] says which host it was; [`spread`] is how repeated figures are summed up. Figures never decide a test.
+
+pub mod copy;
+pub mod host;
+pub mod migrate;
+pub mod spread;
