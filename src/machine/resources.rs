@@ -119,7 +119,10 @@ fn open_namespace(serial: &str, spec: &NamespaceSpec, ram: &GuestRam) -> anyhow:
             let image = MemoryImage::new(Arc::clone(&block.mapping));
             Arc::new(if read_only { image.read_only() } else { image })
         }
-        BackendSpec::Null { size_bytes } => Arc::new(NullImage::new(*size_bytes)),
+        BackendSpec::Null { size_bytes } => {
+            let image = NullImage::new(*size_bytes);
+            Arc::new(if read_only { image.read_only() } else { image })
+        }
     };
     Ok(NamespaceConfig { nsid, block_bytes, backend })
 }

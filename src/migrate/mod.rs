@@ -21,7 +21,7 @@ use anyhow::{Context as _, bail, ensure};
 use engine::{Context, Destination, Outcome, Parameters, Patience, RamBlock, Statistics, Status};
 use transport::{Listener, Uri};
 
-use crate::control::{Event, MigrationParameters};
+use crate::control::{Event, MigrationParameters, MigrationStatus};
 use crate::kvm::GuestTime;
 use crate::machine::Action;
 use crate::memory::GuestRam;
@@ -103,7 +103,9 @@ impl Migrations {
         let mut current = lock(&self.current);
         vmm.run_state().next(Action::BeginMigration)?;
         if let Some(before) = current.as_mut() {
-            if before.outgoing && before.is_active() {
+            let ended = report::qmp_status(before.statistics.snapshot().status)
+                .is_some_and(MigrationStatus::is_final);
+            if before.outgoing && before.is_active() && !ended {
                 bail!("a migration to {} runs already", before.peer);
             }
             // A guest that is ours and goes on: whoever sent it and does not know learns it from the lease.
@@ -111,6 +113,8 @@ impl Migrations {
             before.thread.take().map(JoinHandle::join);
         }
         self.waiting.ended.store(false, Ordering::SeqCst);
+        // Here and not on its thread: a cancel that follows on the command must not be lost.
+        self.parameters.begin();
         let machine = vmm.machine().context("there is no machine to migrate")?;
         let blockers = machine.migration_blockers();
         ensure!(blockers.is_empty(), "this machine cannot move: {}", blockers.join("; "));

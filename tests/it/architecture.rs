@@ -39,7 +39,7 @@ const MAY_KNOW: [(&str, &[&str]); 15] = [
             "vmstate",
         ],
     ),
-    ("support", &["exerciser", "ferry"]),
+    ("support", &["exerciser", "ferry", "stream"]),
 ];
 
 /// Files and folders that may hold `unsafe`.

@@ -10,6 +10,7 @@ use crate::{Backend, Error, Failure, Identity, IoContext, Operation, Request};
 #[derive(Debug)]
 pub struct NullImage {
     capacity_bytes: u64,
+    read_only: bool,
     released: AtomicBool,
 }
 
@@ -17,7 +18,13 @@ impl NullImage {
     /// An image that says it has `capacity_bytes`.
     #[must_use]
     pub fn new(capacity_bytes: u64) -> Self {
-        Self { capacity_bytes, released: AtomicBool::new(false) }
+        Self { capacity_bytes, read_only: false, released: AtomicBool::new(false) }
+    }
+
+    /// Refuses writes.
+    #[must_use]
+    pub fn read_only(self) -> Self {
+        Self { read_only: true, ..self }
     }
 
     fn serve(&self, context: &IoContext, request: &Request<'_>) -> Result<(), Failure> {
@@ -36,7 +43,7 @@ impl NullImage {
 
 impl Backend for NullImage {
     fn identity(&self) -> Identity {
-        Identity { kind: "null", capacity_bytes: self.capacity_bytes, read_only: false }
+        Identity { kind: "null", capacity_bytes: self.capacity_bytes, read_only: self.read_only }
     }
 
     fn submit(&self, context: &mut IoContext, request: &Request<'_>) {

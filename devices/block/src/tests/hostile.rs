@@ -76,9 +76,10 @@ fn read_only_images_refuse_every_kind_of_write() {
     on_both_engines(2, |context| {
         let file = temporary_file(MIB);
         let options = FileOptions { read_only: true, ..FileOptions::default() };
-        let images: [Box<dyn Backend>; 2] = [
+        let images: [Box<dyn Backend>; 3] = [
             Box::new(FileImage::open(file.path(), options).unwrap()),
             Box::new(MemoryImage::new(mapping(MIB)).read_only()),
+            Box::new(NullImage::new(MIB).read_only()),
         ];
         for image in images {
             assert!(image.identity().read_only);

@@ -1,0 +1,40 @@
+//! The machines that most tests run the exerciser on.
+
+use engine::lease::{Lease, Owner, Record};
+use support::{Machine, TestBed};
+
+/// The image of the exerciser.
+pub const EXERCISER: &str = env!("FERRY_EXERCISER");
+
+/// What an exerciser does that is to be migrated: four queues kept full, and memory that changes all the time.
+pub const BUSY: &str = "queues=4 inflight=32 ram=64M dirty=20M";
+
+const MIB: u64 = 1 << 20;
+
+/// A bed for the program under test.
+pub fn bed() -> TestBed {
+    TestBed::new(env!("CARGO_BIN_EXE_ferry"))
+}
+
+/// One controller with one image.
+pub fn one_disk(bed: &TestBed) -> Machine {
+    Machine::new("128M").controller("serial=d0,queues=8").image("d0", 1, &bed.image("a.img", 64 * MIB))
+}
+
+/// Two controllers, and namespaces of every kind with holes between them. What is null keeps nothing, so it is read-only, and
+/// the exerciser leaves it alone.
+pub fn many_disks(bed: &TestBed) -> Machine {
+    one_disk(bed)
+        .namespace("controller=d0,nsid=4,backend=memory,size=16M,lba=4096")
+        .namespace("controller=d0,nsid=9,backend=null,size=1G,ro")
+        .controller("serial=d1,queues=8,mdts=5")
+        .image("d1", 3, &bed.image("b.img", 32 * MIB))
+        .namespace("controller=d1,nsid=77,backend=memory,size=8M")
+}
+
+/// What the lease of these machines says.
+pub fn lease(bed: &TestBed) -> Record {
+    let reader = Owner::this_process("test").expect("randomness");
+    let lease = Lease::open(&bed.path("a.img.ferry-lease"), reader).expect("the lease can be read");
+    lease.read().expect("the lease can be read").expect("there is a record")
+}
