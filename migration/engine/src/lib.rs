@@ -17,7 +17,7 @@
 //! ```
 //!
 //! - [`lease`]: the record that alone decides who runs the guest.
-//! - [`converge`]: when to stop, a pure function.
+//! - [`converge()`]: when to stop, a pure function.
 //! - [`protocol`]: the messages; `link` gives each a deadline.
 //! - [`suspend_to_file`] and [`restore_from_file`]: the same guest in a file.
 //!
