@@ -168,6 +168,24 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_that_accepts_nobody_holds_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let uri = Uri::Unix(folder.path().join("socket"));
+        let listener = Listener::bind(&uri).unwrap();
+        let mut waiting = Vec::new();
+        let error = loop {
+            assert!(waiting.len() < 100, "the backlog has no end");
+            match uri.connect(Duration::from_millis(10)) {
+                Ok(connection) => waiting.push(connection),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, Error::TimedOut { .. }), "{error}");
+        assert!(matches!(Listener::bind(&uri), Err(Error::InUse { .. })));
+        drop(listener);
+    }
+
+    #[test]
     fn drop_leaves_a_socket_that_is_not_ours() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");

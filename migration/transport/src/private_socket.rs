@@ -6,12 +6,16 @@ use std::ops::Deref;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::{Error, Uri};
 
 const BACKLOG: i32 = 8;
+/// How long an answer may take at a socket that someone else may be listening on.
+const KNOCK: Duration = Duration::from_millis(100);
 
 /// The socket; dropping it removes its file.
 #[derive(Debug)]
@@ -80,11 +84,24 @@ fn remove_stale(uri: &Uri, path: &Path) -> Result<(), Error> {
     if !fs::symlink_metadata(path).map_err(failed)?.file_type().is_socket() {
         return Err(Error::NotASocket { uri: uri.to_string() });
     }
-    match UnixStream::connect(path) {
+    match connect_unix(path, KNOCK) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(failed)
         }
         // It answered, or it may be alive.
         Ok(_) | Err(_) => Err(Error::InUse { uri: uri.to_string() }),
     }
+}
+
+/// Connects to the socket at `path`. A peer that accepts nobody fills its backlog, and the next one would wait for ever:
+/// after `timeout` this fails with [`io::ErrorKind::WouldBlock`].
+pub(crate) fn connect_unix(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    // unix(7) does not say it, but connecting counts as sending (unix_stream_connect asks for the send timeout).
+    set_socket_timeout(&socket, Timeout::Send, Some(timeout))?;
+    rustix::net::connect(&socket, &address)?;
+    set_socket_timeout(&socket, Timeout::Send, None)?;
+    Ok(UnixStream::from(socket))
 }

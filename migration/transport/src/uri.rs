@@ -2,11 +2,11 @@
 
 use std::fmt;
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::private_socket::connect_unix;
 use crate::{Connection, Error};
 
 /// `sun_path` holds 108 bytes, the last of them NUL.
@@ -110,8 +110,10 @@ impl Uri {
         let failed = |source| Error::Connect { uri: self.to_string(), source };
         match self {
             Self::Unix(path) => {
-                // A Unix connect waits only while the peer's backlog is full; it has no time limit of its own.
-                let stream = UnixStream::connect(path).map_err(failed)?;
+                let stream = connect_unix(path, timeout).map_err(|source| match source.kind() {
+                    std::io::ErrorKind::WouldBlock => Error::TimedOut { uri: self.to_string(), timeout },
+                    _ => failed(source),
+                })?;
                 Connection::from_unix(stream, self.to_string())
             }
             Self::Tcp { .. } => {
