@@ -117,6 +117,7 @@ impl<'a> Destination<'a> {
                     }
                     Err(error) => {
                         self.fence(hello.session);
+                        self.parameters.reopen();
                         let error = self.farewell(link, error, hello.session);
                         log::warn!("no guest from {peer}: {}", error.chain());
                         self.statistics.fail(&error.chain());
@@ -354,12 +355,13 @@ impl<'a> Destination<'a> {
         Ok((state, error, resume))
     }
 
-    /// Tells the source, as often as it asks; whether it knows.
+    /// Tells the source, as often as it asks within the patience for an answer; whether it knows.
     fn acknowledged(&mut self, link: &mut Link, running: &Running) -> bool {
         let doing = "telling the source that the guest runs";
         let step = Step { doing, patience: self.patience.last_words, cancel: None };
+        let end = Instant::now() + self.patience.answer;
         let mut sent = link.send(&Message::Running(running.clone()), step);
-        while sent.is_ok() {
+        while sent.is_ok() && Instant::now() < end {
             sent = match link.receive(step) {
                 Ok(Message::Progress(progress)) => {
                     self.statistics.told(&progress);

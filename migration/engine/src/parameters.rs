@@ -1,6 +1,6 @@
 //! What the user may change while a migration runs.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Limits and the wish to cancel, shared between the control socket and the migration thread.
@@ -11,6 +11,8 @@ pub struct Parameters {
     rounds_limit: AtomicU64,
     /// [`OPEN`], [`CANCELLED`] or [`COMMITTED`]; the first to leave `OPEN` wins.
     end: AtomicU8,
+    /// The end was asked for, in time or not.
+    wished: AtomicBool,
 }
 
 const OPEN: u8 = 0;
@@ -25,6 +27,7 @@ impl Default for Parameters {
             max_bandwidth: AtomicU64::new(0),
             rounds_limit: AtomicU64::new(0),
             end: AtomicU8::new(OPEN),
+            wished: AtomicBool::new(false),
         }
     }
 }
@@ -75,6 +78,8 @@ impl Parameters {
 
     /// Asks for the end of the migration. `false`: too late, COMMIT is on its way, and the answer decides.
     pub fn cancel(&self) -> bool {
+        // First the wish: whoever opens again looks for it afterwards, so one of the two sees the other.
+        self.wished.store(true, Ordering::SeqCst);
         self.leave_open(CANCELLED)
     }
 
@@ -93,7 +98,16 @@ impl Parameters {
     /// A new attempt: neither cancelled nor committed. Called by whoever accepts the user's command, so that a cancel that
     /// comes before the migration thread runs is not lost.
     pub fn begin(&self) {
+        self.wished.store(false, Ordering::SeqCst);
         self.end.store(OPEN, Ordering::SeqCst);
+    }
+
+    /// The point of no return led nowhere, and the waiting goes on. A cancel that came too late for it counts now.
+    pub(crate) fn reopen(&self) {
+        self.end.store(OPEN, Ordering::SeqCst);
+        if self.wished.load(Ordering::SeqCst) {
+            self.leave_open(CANCELLED);
+        }
     }
 
     /// The point of no return; `false` if a cancel came first.
@@ -123,5 +137,7 @@ mod tests {
         assert!(parameters.commit());
         assert!(!parameters.cancel());
         assert!(!parameters.cancelled());
+        parameters.reopen();
+        assert!(parameters.cancelled(), "it came too late for that attempt, not for the next");
     }
 }

@@ -420,3 +420,58 @@ fn a_destination_that_failed_hears_the_next_source() {
     });
     assert!(arrived.is_some());
 }
+
+/// The destination has passed the point of no return once, for nothing: it can be ended all the same.
+#[test]
+fn a_destination_that_could_not_take_a_guest_can_still_be_ended() {
+    let world = World::new();
+    let mut lease = world.lease("source");
+    lease.claim().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let uri = transport::Uri::Unix(folder.path().join("socket"));
+    let listener = transport::Listener::bind(&uri).unwrap();
+    let (statistics, parameters) = (Statistics::new(), Parameters::new());
+    let (ended, end) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut own = world.lease("destination");
+            let mut factory = Factory::new(&world, "destination");
+            let mut destination =
+                Destination::new(Some(&mut own), &statistics, patience(), &parameters).unwrap();
+            ended.send(destination.receive(&mut factory, &listener).unwrap().is_none()).unwrap();
+        });
+        let mut link = Link::new(uri.connect(patience().connect).unwrap()).unwrap();
+        link.greet(step()).unwrap();
+        prepared(&mut link, &world, [1; 16], 0).unwrap();
+        // The lease offers nothing.
+        link.send(&Message::Commit(Commit { session: [1; 16], generation: 1 }), step()).unwrap();
+        assert!(matches!(link.receive(step()).unwrap(), Message::Never(_)));
+        drop(link);
+        parameters.cancel();
+        let ended = end.recv_timeout(patience().answer);
+        // The thread must end, whatever the result is.
+        parameters.begin();
+        parameters.cancel();
+        assert_eq!(ended, Ok(true));
+    });
+}
+
+#[test]
+fn a_source_that_never_stops_asking_does_not_hold_the_destination() {
+    let world = World::new();
+    let mut lease = world.lease("source");
+    lease.claim().unwrap();
+    let session = [1; 16];
+    let patience = Patience { answer: impatience().answer, ..patience() };
+    let arrived = with_destination(&world, patience, |connect| {
+        let mut link = connect();
+        prepared(&mut link, &world, session, 0).unwrap();
+        let generation = lease.offer(&session, "destination").unwrap();
+        let commit = Message::Commit(Commit { session, generation });
+        let start = std::time::Instant::now();
+        while link.send(&commit, step()).is_ok() && link.receive(step()).is_ok() {
+            assert!(start.elapsed() < patience.silence, "it answers for ever");
+        }
+    });
+    assert!(!arrived.unwrap().acknowledged);
+}
