@@ -6,10 +6,7 @@ use crate::bench::migrate::{self, Plan, Transport};
 use crate::config;
 use crate::drive::Stage;
 
-/// Measure, and say on which host.
-///
-/// Every figure comes from repeated runs, with the median and the spread, and with a reference that was measured
-/// between them: a busy host shows in both.
+/// What to measure. Its help stands at [`super::Command::Bench`].
 #[derive(Clone, Debug, Args)]
 pub struct BenchArguments {
     /// What to measure.
@@ -21,15 +18,15 @@ pub struct BenchArguments {
 #[derive(Clone, Debug, Subcommand)]
 pub enum Benchmark {
     /// Migrate a guest with a busy NVMe queue and filled RAM, again and again.
+    ///
+    /// One guest moves from process to process; each run says how long the guest stood still (by the host's clock, which
+    /// is split into its parts, and by the guest's own), how long the whole migration took, and how its throughput
+    /// compares with a plain copy of as many bytes through a Unix socket pair. The guest verifies its disk all the time, and
+    /// disk and RAM at the end. Needs memory for the guest four times over.
     Migrate(MigrateBenchmark),
 }
 
-/// Migrate a guest with a busy NVMe queue and filled RAM, again and again.
-///
-/// One guest moves from process to process; each run says how long the guest stood still (by the host's clock, which
-/// is split into its parts, and by the guest's own), how long the whole migration took, and how its throughput
-/// compares with a plain copy of as many bytes through a Unix socket pair. The guest verifies its disk all the time, and
-/// disk and RAM at the end. Needs memory for the guest four times over.
+/// How often, and which guest. Its help stands at [`Benchmark::Migrate`].
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:

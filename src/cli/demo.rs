@@ -10,11 +10,7 @@ use crate::control::MigrationInfo;
 use crate::demo::{self, Audience};
 use crate::drive::Stage;
 
-/// Show a guest that checks all its data move between two real processes.
-///
-/// Boots a test guest with several NVMe namespaces in one `ferry run`, migrates it to a second one while its disk
-/// commands are in flight, and prints what that cost and what the guest verified before and after. Ends with an error
-/// if the guest finds a single byte wrong. Needs /dev/kvm; leaves nothing behind.
+/// What to show, and what to leave. Its help stands at [`super::Command::Demo`].
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:

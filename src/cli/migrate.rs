@@ -22,9 +22,7 @@ const INTERRUPTED: i32 = 130;
 /// How often a line is written where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Migrate a running machine and wait until it has moved.
-///
-/// Ctrl-C cancels: the guest then goes on where it is. A second Ctrl-C only stops watching.
+/// Which machine moves where. Its help stands at [`super::Command::Migrate`].
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:

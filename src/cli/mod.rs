@@ -27,8 +27,13 @@ pub struct Arguments {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run a virtual machine, or wait for one to arrive.
+    ///
+    /// A guest that boots here needs --kernel. A guest that arrives needs --incoming, and otherwise the flags that the
+    /// source was started with: the two machines are compared before any memory moves.
     Run(Box<RunArguments>),
     /// Migrate a running machine and wait until it has moved.
+    ///
+    /// Ctrl-C cancels: the guest then goes on where it is. A second Ctrl-C only stops watching.
     Migrate(MigrateArguments),
     /// Say what a machine does and who owns its guest.
     Status(ControlArguments),
@@ -39,8 +44,15 @@ pub enum Command {
     /// End a machine.
     Quit(ControlArguments),
     /// Show a guest that checks all its data move between two real processes.
+    ///
+    /// Boots a test guest with several NVMe namespaces in one `ferry run`, migrates it to a second one while its disk
+    /// commands are in flight, and prints what that cost and what the guest verified before and after. Ends with an
+    /// error if the guest finds a single byte wrong. Needs /dev/kvm; leaves nothing behind.
     Demo(DemoArguments),
     /// Measure, and say on which host.
+    ///
+    /// Every figure comes from repeated runs, with the median and the spread, and with a reference that was measured
+    /// between them: a busy host shows in both.
     Bench(BenchArguments),
 }
 

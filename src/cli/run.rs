@@ -7,10 +7,7 @@ use clap::Args;
 use crate::config::{Config, MachineSpec, NamespaceOption, NvmeOption, SerialOutput, Tables};
 use crate::vcpu::BootProtocol;
 
-/// Run a virtual machine, or wait for one to arrive.
-///
-/// A guest that boots here needs --kernel. A guest that arrives needs --incoming, and otherwise the flags that the source was
-/// started with: the two machines are compared before any memory moves.
+/// The machine to run. Its help stands at [`super::Command::Run`].
 #[derive(Clone, Debug, Args)]
 #[command(after_help = "\
 Examples:

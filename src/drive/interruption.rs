@@ -71,3 +71,24 @@ fn end(process: &OwnedFd) {
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_process_that_is_covered_too_late_is_ended() {
+        let sleeper = || Process::spawn("sleeper", Path::new("/bin/sleep"), ["1000"]).unwrap();
+        let interruption = Interruption(Arc::default());
+        let (mut early, mut late) = (sleeper(), sleeper());
+        interruption.cover(&early).unwrap();
+        assert!(!early.has_ended().unwrap());
+        lock(&interruption.0).signal = Some(SIGINT);
+        interruption.cover(&late).unwrap();
+        assert_eq!(late.wait(Duration::from_secs(30)).unwrap().to_string(), "signal 9");
+        assert_eq!(interruption.signal(), Some(SIGINT));
+    }
+}

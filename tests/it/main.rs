@@ -2,6 +2,7 @@
 
 mod alone;
 mod architecture;
+mod demo;
 mod guest;
 mod migrate;
 mod mistakes;
