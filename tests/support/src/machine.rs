@@ -49,10 +49,13 @@ impl Machine {
         self.namespace(&format!("controller={controller},nsid={nsid},backend=file,path={}", path.display()))
     }
 
-    /// Boots `kernel` on it, in a process called `name`.
+    /// Boots `kernel` on it, in a process called `name`; returns when the guest has started.
     #[must_use]
     pub fn boot(&self, bed: &TestBed, name: &str, kernel: &str, cmdline: &str) -> Vm {
-        Vm::start(bed, name, self.clone().flag("--kernel", kernel).flag("--cmdline", cmdline).flags)
+        let flags = self.clone().flag("--kernel", kernel).flag("--cmdline", cmdline).flags;
+        let mut vm = Vm::start(bed, name, flags);
+        vm.wait_until_it_started();
+        vm
     }
 
     /// Lets it wait for a guest from `uri`, and waits until it does.

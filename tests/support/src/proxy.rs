@@ -3,6 +3,7 @@
 //! It understands no more of the traffic than where a frame ends and of which kind it is. The first frame of the chosen kind
 //! is held until the test says what becomes of it, so that every fault happens at a known point of the protocol.
 
+use std::convert::Infallible;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -44,7 +45,8 @@ pub struct Held {
     body: Vec<u8>,
     from: UnixStream,
     to: UnixStream,
-    goes_on: Sender<()>,
+    /// Its end ends the thread that found the frame.
+    _until: Sender<()>,
 }
 
 impl Proxy {
@@ -103,16 +105,10 @@ impl Proxy {
 }
 
 impl Held {
-    /// Sends the frame on, and everything after it.
-    pub fn pass(self) {
-        self.write();
-        let _ = self.goes_on.send(());
-    }
-
-    /// Sends the frame on, and cuts the connection then: whoever got it has no way to answer.
-    pub fn pass_and_cut(self) {
-        self.write();
-        self.cut();
+    /// Sends the frame on. The link stays as it is until the frame is dropped, which cuts it.
+    pub fn deliver(&self) {
+        let Self { header, body, to, .. } = self;
+        frame::write(&mut &*to, header.kind, header.flags, body).expect("the receiver takes it");
     }
 
     /// Loses the frame and the connection.
@@ -123,14 +119,9 @@ impl Held {
         }
     }
 
-    /// Cuts off whoever sent the frame. The other side notices nothing, until the frame is passed or dropped.
+    /// Cuts off whoever sent the frame. The other side notices nothing until the frame is dropped.
     pub fn cut_sender(&self) {
         let _ = self.from.shutdown(Shutdown::Both);
-    }
-
-    fn write(&self) {
-        let Self { header, body, to, .. } = self;
-        frame::write(&mut &*to, header.kind, header.flags, body).expect("the receiver takes it");
     }
 }
 
@@ -144,17 +135,17 @@ impl Shared {
         for (from, to) in ways {
             let shared = Arc::clone(self);
             std::thread::spawn(move || {
-                if shared.forward(&from, &to).is_none() {
-                    for end in [&from, &to] {
-                        let _ = end.shutdown(Shutdown::Both);
-                    }
+                shared.forward(&from, &to);
+                for end in [&from, &to] {
+                    // It may be gone already.
+                    let _ = end.shutdown(Shutdown::Both);
                 }
             });
         }
     }
 
-    /// Carries one direction. `Some`: only this direction ends, the other is left alone.
-    fn forward(&self, mut from: &UnixStream, mut to: &UnixStream) -> Option<()> {
+    /// Carries one direction, until `None`: it ends, or was cut.
+    fn forward(&self, mut from: &UnixStream, mut to: &UnixStream) -> Option<Infallible> {
         let mut preamble = [0; HEADER_BYTES];
         from.read_exact(&mut preamble).ok()?;
         to.write_all(&preamble).ok()?;
@@ -168,18 +159,18 @@ impl Shared {
                 frame::write(&mut to, header.kind, header.flags, &body).ok()?;
                 continue;
             };
-            let (goes_on, wait) = channel();
+            let (until, dropped) = channel::<()>();
             let held = Held {
                 header,
                 body: std::mem::take(&mut body),
                 from: from.try_clone().ok()?,
                 to: to.try_clone().ok()?,
-                goes_on,
+                _until: until,
             };
             hold.send(held).ok()?;
-            if wait.recv().is_err() {
-                return None;
-            }
+            // Nothing is ever sent.
+            let _ = dropped.recv();
+            return None;
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use exerciser::report::Counters;
 use ferry::control::{Client, FerryOwnership, FerryStatus, MigrationInfo, MigrationStatus, RunState};
 use ferry::drive::{Exit, Ferry};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, WaitOptions, waitpid};
 use serde_json::{Value, json};
 
 use crate::{Finding, TestBed, exerciser_line};
@@ -34,6 +34,11 @@ impl Vm {
             Ferry::start(bed.program(), name, &api, flags).unwrap_or_else(|error| panic!("{error:#}"));
         bed.remember(&process);
         Self { process, uri: None, seen: 0 }
+    }
+
+    pub(crate) fn wait_until_it_started(&mut self) {
+        let started = |status: FerryStatus| (status.status != RunState::Prelaunch).then_some(());
+        self.process.wait_until("a start", started).unwrap_or_else(|error| panic!("{error:#}"));
     }
 
     pub(crate) fn wait_until_it_listens(&mut self) {
@@ -198,6 +203,19 @@ impl Vm {
     /// Waits for the end of the process.
     pub fn exit(&mut self) -> Exit {
         self.process.wait(WATCHDOG).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Stops the process, as if its host had no time for it, and waits until all its threads stand still.
+    pub fn freeze(&self) {
+        self.process.signal(Signal::STOP).expect("it runs");
+        let id = Pid::from_raw(i32::try_from(self.process.id()).expect("a process number")).expect("not 0");
+        let status = waitpid(Some(id), WaitOptions::UNTRACED).expect("it is our child");
+        assert!(status.is_some_and(|(_, status)| status.stopped()), "it stands still");
+    }
+
+    /// Lets a frozen process go on.
+    pub fn thaw(&self) {
+        self.process.signal(Signal::CONT).expect("it is there");
     }
 
     /// Ends the process as a broken host would, and waits until it is gone.

@@ -1,0 +1,179 @@
+//! The hand-over, broken: who runs the guest is what the lease says, and it is one at most.
+
+use engine::lease::{Record, State};
+use ferry::control::{FerryOwnership, MigrationStatus, RunState};
+use serde_json::json;
+use stream::frame::Kind;
+use support::{Held, Machine, Proxy, TestBed, Vm, WATCHDOG};
+
+use crate::guest::{BUSY, EXERCISER, bed, lease, one_disk};
+
+/// A guest on its way, stopped at one frame of the hand-over.
+struct Handover {
+    bed: TestBed,
+    machine: Machine,
+    source: Vm,
+    destination: Vm,
+    proxy: Proxy,
+    held: Held,
+    /// Reads that the guest had verified before.
+    verified: u64,
+}
+
+impl Handover {
+    fn stopped_at(kind: Kind) -> Self {
+        let bed = bed();
+        let machine = one_disk(&bed);
+        let mut source = machine.boot(&bed, "source", EXERCISER, BUSY);
+        let path = bed.path("to");
+        let destination = machine.expect(&bed, "destination", &format!("unix:{}", path.display()));
+        let proxy = Proxy::new(&bed, "by", &path, kind);
+        let verified = source.verifies(0, 1000).verified;
+        source.migrate(proxy.uri());
+        let held = proxy.held();
+        Self { bed, machine, source, destination, proxy, held, verified }
+    }
+}
+
+fn is_waiting(vm: &mut Vm) -> bool {
+    let status = vm.status();
+    (status.ownership, status.status) == (FerryOwnership::Incoming, RunState::Inmigrate)
+}
+
+/// The guest of `vm` runs elsewhere, and no command changes that.
+fn has_given_away(vm: &mut Vm) {
+    let status = vm.status();
+    assert_eq!((status.ownership, status.status), (FerryOwnership::GivenAway, RunState::Postmigrate));
+    assert!(vm.refused("cont", json!({})).contains("lives elsewhere"));
+    assert!(vm.refused("migrate", json!({ "uri": "unix:/nowhere" })).contains("lives elsewhere"));
+}
+
+fn was_taken(record: &Record) -> bool {
+    record.generation == 2 && matches!(record.state, State::Taken { .. })
+}
+
+fn was_settled(record: &Record) -> bool {
+    (record.generation, &record.state) == (2, &State::Owned)
+}
+
+/// The guest of `source`, whose hand-over failed, moves to `destination` after all.
+fn second_attempt(source: &mut Vm, mut destination: Vm, verified: u64) {
+    source.migrate(destination.uri());
+    source.migrated();
+    has_given_away(source);
+    destination.verifies(verified, 1000);
+    destination.finish();
+}
+
+#[test]
+fn a_commit_that_is_lost_gives_the_guest_back_and_comes_too_late() {
+    let Handover { bed, mut source, mut destination, proxy, held, verified, .. } =
+        Handover::stopped_at(Kind::Commit);
+    let status = source.status();
+    assert_eq!((status.ownership, status.status), (FerryOwnership::HandoverUnknown, RunState::Postmigrate));
+    assert!(source.refused("cont", json!({})).contains("must not run twice"));
+    source.wait_for_migration("the hand-over", |info| info.status == MigrationStatus::Device);
+    assert!(matches!(lease(&bed).state, State::Offered { .. }));
+
+    proxy.refuse_more();
+    held.cut_sender();
+    source.not_migrated();
+    assert!(source.owns_a_running_guest());
+    assert!(was_settled(&lease(&bed)), "{}", lease(&bed));
+    let verified = source.verifies(verified, 1000).verified;
+
+    held.deliver();
+    assert!(proxy.saw(Kind::Never, WATCHDOG), "a COMMIT that is too late is answered with NEVER");
+    drop(held);
+    assert!(is_waiting(&mut destination));
+    second_attempt(&mut source, destination, verified);
+}
+
+#[test]
+fn a_destination_that_stood_still_finds_that_the_guest_was_taken_back() {
+    let Handover { bed, mut source, mut destination, proxy, held, verified, .. } =
+        Handover::stopped_at(Kind::Commit);
+    destination.freeze();
+    held.deliver();
+    proxy.refuse_more();
+    held.cut_sender();
+    source.not_migrated();
+    assert!(source.owns_a_running_guest());
+    assert!(was_settled(&lease(&bed)), "{}", lease(&bed));
+    destination.thaw();
+    assert!(proxy.saw(Kind::Never, WATCHDOG));
+    drop(held);
+    assert!(is_waiting(&mut destination));
+    let verified = source.verifies(verified, 1000).verified;
+    second_attempt(&mut source, destination, verified);
+}
+
+#[test]
+fn a_destination_killed_before_it_took_the_guest_leaves_it_at_the_source() {
+    let Handover { bed, machine, mut source, destination, held, verified, .. } =
+        Handover::stopped_at(Kind::Commit);
+    destination.kill();
+    held.cut();
+    source.not_migrated();
+    assert!(source.owns_a_running_guest());
+    assert!(was_settled(&lease(&bed)), "{}", lease(&bed));
+    let verified = source.verifies(verified, 1000).verified;
+    let other = machine.expect(&bed, "other", &format!("unix:{}", bed.path("other").display()));
+    second_attempt(&mut source, other, verified);
+}
+
+#[test]
+fn an_answer_that_is_lost_is_asked_for_again() {
+    let Handover { bed, mut source, mut destination, proxy, held, verified, .. } =
+        Handover::stopped_at(Kind::Running);
+    assert!(!proxy.saw(Kind::Query, std::time::Duration::ZERO));
+    held.cut();
+    source.migrated();
+    assert!(proxy.saw(Kind::Query, std::time::Duration::ZERO));
+    has_given_away(&mut source);
+    assert!(was_taken(&lease(&bed)), "{}", lease(&bed));
+    destination.verifies(verified, 1000);
+    destination.finish();
+}
+
+#[test]
+fn a_destination_killed_after_it_took_the_guest_keeps_it() {
+    let Handover { bed, machine, mut source, destination, held, .. } = Handover::stopped_at(Kind::Running);
+    destination.kill();
+    held.cut();
+    source.migrated();
+    has_given_away(&mut source);
+    assert!(was_taken(&lease(&bed)), "{}", lease(&bed));
+    // It died with the guest; a new start is a new generation.
+    let mut again = machine.boot(&bed, "again", EXERCISER, BUSY);
+    again.verifies(0, 1000);
+    assert_eq!(lease(&bed).generation, 3);
+    has_given_away(&mut source);
+    again.finish();
+}
+
+#[test]
+fn a_source_killed_after_the_destination_took_the_guest_is_not_missed() {
+    let Handover { bed, source, mut destination, held, verified, .. } = Handover::stopped_at(Kind::Running);
+    source.kill();
+    held.cut();
+    destination.verifies(verified, 1000);
+    assert!(destination.owns_a_running_guest());
+    assert!(was_taken(&lease(&bed)), "{}", lease(&bed));
+    destination.finish();
+}
+
+#[test]
+fn a_source_killed_before_its_commit_arrived_leaves_a_guest_that_runs_nowhere() {
+    let Handover { bed, machine, source, mut destination, held, .. } = Handover::stopped_at(Kind::Commit);
+    source.kill();
+    held.cut();
+    destination.wait_for_migration("the failure", |info| info.status == MigrationStatus::Failed);
+    assert!(is_waiting(&mut destination));
+    let record = lease(&bed);
+    assert!(record.generation == 1 && matches!(record.state, State::Offered { .. }), "{record}");
+    let mut again = machine.boot(&bed, "again", EXERCISER, BUSY);
+    let verified = again.verifies(0, 1000).verified;
+    assert!(was_settled(&lease(&bed)), "{}", lease(&bed));
+    second_attempt(&mut again, destination, verified);
+}

@@ -1,0 +1,63 @@
+//! Processes that die before the hand-over: the guest stays where it was, or can be started again, and moves another time.
+
+use engine::lease::State;
+use ferry::control::{FerryOwnership, MigrationStatus, RunState};
+use stream::frame::Kind;
+use support::Proxy;
+
+use crate::guest::{BUSY, EXERCISER, bed, lease, one_disk};
+
+#[test]
+fn a_destination_killed_before_commit_leaves_the_guest_at_the_source() {
+    let bed = bed();
+    let machine = one_disk(&bed);
+    let mut source = machine.boot(&bed, "source", EXERCISER, BUSY);
+    let mut verified = source.verifies(0, 1000).verified;
+    for kind in [Kind::Hello, Kind::Agree, Kind::Stream, Kind::Prepare, Kind::Prepared] {
+        let path = bed.path(&format!("to-{kind:?}"));
+        let name = format!("killed-at-{kind:?}");
+        let destination = machine.expect(&bed, &name, &format!("unix:{}", path.display()));
+        let proxy = Proxy::new(&bed, &format!("by-{kind:?}"), &path, kind);
+        source.migrate(proxy.uri());
+        let held = proxy.held();
+        destination.kill();
+        held.cut();
+        let reason = source.not_migrated();
+        assert!(source.owns_a_running_guest(), "{kind:?}: {reason}");
+        let record = lease(&bed);
+        assert_eq!((record.generation, &record.state), (1, &State::Owned), "{kind:?}: {record}");
+        verified = source.verifies(verified, 200).verified;
+    }
+    let mut destination = machine.expect(&bed, "destination", &format!("unix:{}", bed.path("to").display()));
+    source.migrate(destination.uri());
+    source.migrated();
+    destination.verifies(verified, 1000);
+    destination.finish();
+}
+
+#[test]
+fn a_source_killed_while_memory_moves_leaves_nothing_at_the_destination() {
+    let bed = bed();
+    let machine = one_disk(&bed);
+    let mut source = machine.boot(&bed, "source", EXERCISER, BUSY);
+    source.verifies(0, 1000);
+    let path = bed.path("to");
+    let mut destination = machine.expect(&bed, "destination", &format!("unix:{}", path.display()));
+    let proxy = Proxy::new(&bed, "by", &path, Kind::Stream);
+    source.migrate(proxy.uri());
+    let held = proxy.held();
+    source.kill();
+    held.cut();
+    destination.wait_for_migration("the failure", |info| info.status == MigrationStatus::Failed);
+    let status = destination.status();
+    assert_eq!((status.ownership, status.status), (FerryOwnership::Incoming, RunState::Inmigrate));
+
+    // Whoever starts the machine again finds that its owner is gone, and the destination still listens.
+    let mut again = machine.boot(&bed, "again", EXERCISER, BUSY);
+    let verified = again.verifies(0, 1000).verified;
+    assert_eq!(lease(&bed).generation, 2);
+    again.migrate(destination.uri());
+    again.migrated();
+    destination.verifies(verified, 1000);
+    destination.finish();
+}

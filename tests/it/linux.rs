@@ -1,0 +1,99 @@
+//! The Linux test guest: two processors, ext4 on one namespace, blocks on two more, checked by its own init.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::json;
+use support::{Machine, TestBed, Vm};
+
+use crate::guest::bed;
+
+/// Linux is slow where ring 0 is interpreted: it boots in 10 s there, and checks some ten blocks a second.
+const WATCHDOG: Duration = Duration::from_secs(180);
+/// Blocks that it must have verified between two moves.
+const ENOUGH: u64 = 64;
+/// Takes nothing that a host without VMX and SVM lacks; harmless elsewhere.
+const CMDLINE: &str = "console=ttyS0 panic=-1 tsc=reliable no_timer_check mitigations=off random.trust_cpu=1 reboot=k \
+    noxsave clearcpuid=smap,smep,popcnt,rdtscp,erms,fsrm,rdpid rodata=off quiet noreplace-smp percpu_alloc=page \
+    ferry.namespaces=3";
+
+/// The folder with kernel and initial RAM disk; `tests/run` has built it, so that this only finds it.
+fn guest_folder() -> PathBuf {
+    let build = Path::new(env!("CARGO_MANIFEST_DIR")).join("resources/guest/build");
+    let output = Command::new(build).arg("fast").output().expect("the guest's build script starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    PathBuf::from(String::from_utf8_lossy(&output.stdout).trim_end())
+}
+
+fn machine(bed: &TestBed) -> Machine {
+    let image = bed.image("ext4.img", 64 << 20);
+    // It is where only root's PATH leads.
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    let made = Command::new("mke2fs").env("PATH", path).args(["-q", "-t", "ext4"]).arg(&image).status();
+    assert!(made.expect("mke2fs starts").success());
+    Machine::new("128M")
+        .flag("--cpus", "2")
+        .flag("--tables", "mp")
+        .controller("serial=d0,queues=8")
+        .image("d0", 1, &image)
+        .namespace("controller=d0,nsid=3,backend=memory,size=16M,lba=4096")
+        .namespace("controller=d0,nsid=7,backend=memory,size=16M")
+}
+
+/// What the init says on one console.
+struct Guest {
+    next: usize,
+}
+
+impl Guest {
+    fn wait<T>(&mut self, vm: &Vm, what: &str, mut select: impl FnMut(&str) -> Option<T>) -> T {
+        let line = |line: &str| {
+            let said = line.strip_prefix("guest: ")?;
+            assert!(!said.starts_with("ERROR"), "{}", vm.process.describe(said));
+            select(said)
+        };
+        let found = vm.process.wait_for_line(what, self.next, WATCHDOG, line);
+        let (value, next) = found.unwrap_or_else(|error| panic!("{error}"));
+        self.next = next;
+        value
+    }
+
+    fn says(&mut self, vm: &Vm, expected: &str) {
+        self.wait(vm, expected, |said| (said == expected).then_some(()));
+    }
+
+    fn verifies(&mut self, vm: &Vm, least: u64) -> u64 {
+        self.wait(vm, &format!("{least} verified blocks"), |said| {
+            said.strip_prefix("verified ")?.parse().ok().filter(|&count: &u64| count >= least)
+        })
+    }
+}
+
+#[test]
+fn linux_moves_with_its_disks_busy_over_unix_and_tcp() {
+    let bed = bed();
+    let folder = guest_folder();
+    let file = |name: &str| folder.join(name).display().to_string();
+    let machine = machine(&bed);
+    let booted = machine.clone().flag("--initrd", file("initramfs.cpio"));
+    let mut here = booted.boot(&bed, "boots", &file("vmlinux"), CMDLINE);
+    let mut guest = Guest { next: 0 };
+    guest.says(&here, "mounted");
+    guest.says(&here, "namespaces 2");
+    let mut verified = guest.verifies(&here, ENOUGH);
+    let unix = format!("unix:{}", bed.path("move").display());
+    for (name, uri) in [("over-unix", unix.as_str()), ("over-tcp", "tcp:127.0.0.1:0")] {
+        let mut there = machine.expect(&bed, name, uri);
+        here.migrate(there.uri());
+        here.migrated();
+        here.execute("quit", json!({}));
+        assert_eq!(here.exit().code(), Some(0));
+        guest = Guest { next: 0 };
+        let arrived = guest.verifies(&there, verified);
+        verified = guest.verifies(&there, arrived + ENOUGH);
+        here = there;
+    }
+    here.execute("quit", json!({}));
+    assert_eq!(here.exit().code(), Some(0));
+}

@@ -1,0 +1,70 @@
+//! Guests in files: suspended, restored, and never restored twice.
+
+use std::fs;
+use std::path::Path;
+
+use engine::lease::State;
+use serde_json::json;
+use support::{Machine, TestBed, Vm, WATCHDOG};
+
+use crate::guest::{BUSY, EXERCISER, bed, lease, many_disks};
+
+fn restore(bed: &TestBed, machine: &Machine, name: &str, file: &Path) -> Vm {
+    Vm::start(
+        bed,
+        name,
+        machine.clone().flag("--incoming", format!("file:{}", file.display())).flags().to_vec(),
+    )
+}
+
+/// Tries to restore `file`, which must be refused; what is said.
+fn refused(bed: &TestBed, machine: &Machine, file: &Path) -> String {
+    let flags = machine.clone().flag("--incoming", format!("file:{}", file.display()));
+    let mut process = bed.ferry("refused", &[&["run".to_owned()], flags.flags()].concat());
+    let exit = process.wait(WATCHDOG).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(exit.code(), Some(1), "{}", process.describe("status of"));
+    let says = |line: &str| line.starts_with("ferry: ").then(|| line.to_owned());
+    process.log.wait_for(0, WATCHDOG, says).expect("a sentence").0
+}
+
+#[test]
+fn a_suspended_guest_goes_on_once() {
+    let bed = bed();
+    let machine = many_disks(&bed);
+    let options = format!("{BUSY} doorbells=shadow completion=msix events=2");
+    let mut vm = machine.boot(&bed, "before", EXERCISER, &options);
+    let before = vm.verifies(0, 1000);
+    let file = bed.path("suspended.ferry");
+    vm.migrate(&format!("file:{}", file.display()));
+    vm.migrated();
+    assert!(matches!(lease(&bed).state, State::InFile { .. }), "{}", lease(&bed));
+    assert!(vm.refused("cont", json!({})).contains("lives elsewhere"));
+    vm.execute("quit", json!({}));
+    assert_eq!(vm.exit().code(), Some(0));
+
+    // Files that are not what was written: nothing runs, and the lease still says where the guest is.
+    let whole = fs::read(&file).expect("the file can be read");
+    let broken = bed.path("broken.ferry");
+    for length in [whole.len() - 1, whole.len() / 2, 100, 0] {
+        fs::write(&broken, &whole[..length]).expect("a file can be written");
+        refused(&bed, &machine, &broken);
+    }
+    for offset in [whole.len() / 3, whole.len() - 200_000] {
+        let mut bytes = whole.clone();
+        bytes[offset] ^= 0x10;
+        fs::write(&broken, &bytes).expect("a file can be written");
+        refused(&bed, &machine, &broken);
+    }
+    assert!(matches!(lease(&bed).state, State::InFile { .. }), "{}", lease(&bed));
+
+    let mut after = restore(&bed, &machine, "after", &file);
+    let arrived = after.progress("the restored guest", |_| true);
+    assert!(arrived.verified >= before.verified);
+    after.verifies(arrived.verified, 1000);
+    assert_eq!(lease(&bed).generation, 2);
+    after.finish();
+
+    // The disks have moved on.
+    let sentence = refused(&bed, &machine, &file);
+    assert!(sentence.contains("generation 1") && sentence.contains("generation 2"), "{sentence}");
+}
