@@ -1,15 +1,11 @@
 //! A controller with its images, its threads and its doorbells.
-//!
-//! A disk is made in two steps, since a guest that arrives brings its controller's state late and its blackout must be
-//! short: [`Disk::prepare`] makes everything that takes time (io_urings, irqfds); the controller itself is built by
-//! [`Disk::create`] or [`Disk::restore`] and costs microseconds.
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use block::{Identity, IoContext};
 use bus::GuestMemory;
 use engine::Description;
@@ -28,21 +24,18 @@ const REQUESTS_PER_WORKER: u32 = 256;
 pub struct Disk {
     config: ControllerConfig,
     namespaces: Vec<NamespaceConfig>,
-    memory: GuestMemory,
-    /// One for each worker, until the controller takes them.
-    contexts: Mutex<Vec<IoContext>>,
     completions: Vec<EventFd>,
     interrupts: Arc<MsixFunction>,
     doorbells: Arc<Doorbells>,
-    controller: OnceLock<Arc<Controller>>,
+    controller: Arc<Controller>,
 }
 
 impl Disk {
-    /// Makes what the controller needs.
+    /// Builds the controller as a reset leaves it, with everything that takes time: io_urings, irqfds.
     ///
     /// # Errors
-    /// The process lacks descriptors, or KVM interrupt routes.
-    pub fn prepare(
+    /// The configuration does not make a controller; the process lacks descriptors, or KVM interrupt routes.
+    pub fn new(
         spec: &ControllerSpec,
         namespaces: &[NamespaceConfig],
         workers: u8,
@@ -63,16 +56,18 @@ impl Disk {
             .with_context(|| format!("cannot make the I/O queues of controller {serial}"))?;
         let completions =
             contexts.iter().map(|context| context.event_fd().try_clone()).collect::<io::Result<Vec<_>>>()?;
-        Ok(Self {
-            config,
-            namespaces: namespaces.to_vec(),
-            memory: memory.clone(),
-            contexts: Mutex::new(contexts),
-            completions,
-            interrupts: MsixFunction::new(router, spec.vectors)?,
-            doorbells: Doorbells::new(Arc::clone(vm), workers)?,
-            controller: OnceLock::new(),
-        })
+        let interrupts = MsixFunction::new(router, spec.vectors)?;
+        let doorbells = Doorbells::new(Arc::clone(vm), workers)?;
+        let controller = Controller::new(
+            config.clone(),
+            memory.clone(),
+            namespaces,
+            contexts,
+            Arc::clone(&interrupts) as _,
+            Arc::clone(&doorbells) as _,
+        )?;
+        let controller = Arc::new(controller);
+        Ok(Self { config, namespaces: namespaces.to_vec(), completions, interrupts, doorbells, controller })
     }
 
     /// The controller's serial number.
@@ -81,75 +76,40 @@ impl Disk {
         &self.config.serial
     }
 
-    /// Builds the controller as a reset leaves it.
+    /// Takes over a saved state. The controller is as it was built, and paused afterwards.
     ///
     /// # Errors
-    /// The configuration does not make a controller.
-    pub fn create(&self) -> anyhow::Result<()> {
-        let controller = Controller::new(
-            self.config.clone(),
-            self.memory.clone(),
-            &self.namespaces,
-            self.take_contexts(),
-            Arc::clone(&self.interrupts) as _,
-            Arc::clone(&self.doorbells) as _,
-        )?;
-        self.install(controller)
+    /// The state is not one of this controller, which is of no use then.
+    pub fn load(&self, state: &NvmeState) -> Result<(), nvme::Error> {
+        self.controller.load(state)?;
+        self.doorbells.place(&self.controller.bars());
+        Ok(())
     }
 
-    /// Builds the controller that was saved.
-    ///
-    /// # Errors
-    /// The state is not one of this controller; nothing runs then.
-    pub fn restore(&self, state: &NvmeState) -> anyhow::Result<()> {
-        let controller = Controller::restore(
-            state,
-            self.config.clone(),
-            self.memory.clone(),
-            &self.namespaces,
-            self.take_contexts(),
-            Arc::clone(&self.interrupts) as _,
-            Arc::clone(&self.doorbells) as _,
-        )?;
-        self.install(controller)
-    }
-
-    fn install(&self, controller: Controller) -> anyhow::Result<()> {
-        let controller = Arc::new(controller);
-        self.doorbells.place(&controller.bars());
-        self.controller.set(controller).map_err(|_| anyhow!("controller {} exists already", self.serial()))
-    }
-
-    fn take_contexts(&self) -> Vec<IoContext> {
-        std::mem::take(&mut *self.contexts.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// The controller, once it was built.
-    ///
-    /// # Errors
-    /// It was not.
-    pub fn controller(&self) -> anyhow::Result<&Arc<Controller>> {
-        self.controller.get().ok_or_else(|| anyhow!("controller {} has not been built yet", self.serial()))
+    /// The controller.
+    #[must_use]
+    pub fn controller(&self) -> &Arc<Controller> {
+        &self.controller
     }
 
     /// The controller as the PCI bus sees it.
-    ///
-    /// # Errors
-    /// It has not been built.
-    pub fn function(&self) -> anyhow::Result<Arc<dyn PciFunction>> {
-        let controller = Arc::clone(self.controller()?);
-        Ok(Arc::new(Function { controller, doorbells: Arc::clone(&self.doorbells) }))
+    #[must_use]
+    pub fn function(&self) -> Arc<dyn PciFunction> {
+        Arc::new(Function {
+            controller: Arc::clone(&self.controller),
+            doorbells: Arc::clone(&self.doorbells),
+        })
     }
 
     /// Gives worker `n` to thread `n`; there are as many threads as workers.
     ///
     /// # Errors
-    /// The controller has not been built, or a thread has ended.
-    pub fn serve(&self, threads: &[IoThread]) -> anyhow::Result<()> {
+    /// A thread has ended, or the process lacks descriptors.
+    pub fn serve(&self, threads: &[IoThread]) -> io::Result<()> {
         for (worker, ((thread, wake_up), completion)) in
             threads.iter().zip(&self.doorbells.wake_ups).zip(&self.completions).enumerate()
         {
-            let controller = Arc::clone(self.controller()?);
+            let controller = Arc::clone(&self.controller);
             let share = Share { controller, worker, completion: completion.try_clone()? };
             thread.add(Box::new(share), wake_up.clone())?;
         }

@@ -1,7 +1,7 @@
 //! The machine: its parts, how they are put together, and what they are doing.
 //!
-//! [`Machine::prepare`] makes everything that does not depend on the guest: KVM objects, vCPU threads, I/O threads,
-//! interrupts. Then the guest is either booted ([`Machine::boot`]) or taken over from a stream
+//! [`Machine::prepare`] makes everything that does not depend on the guest: KVM objects, vCPU threads, I/O threads, devices as a
+//! reset leaves them. Then the guest is either booted ([`Machine::boot`]) or taken over from a stream
 //! ([`Machine::load`]). A reset drops the machine and prepares a new one on the same [`Resources`].
 //!
 //! Locks are taken in this order, and none is held while a guest is waited for, except by [`Machine::pause`]:
@@ -63,7 +63,7 @@ pub struct Machine {
     /// Dropped first: nothing below is used by a vCPU any more.
     vcpus: VcpuManager,
     /// Dropped before the disks that they serve.
-    io_threads: Vec<IoThread>,
+    _io_threads: Vec<IoThread>,
     disks: Vec<Disk>,
     entropy: EntropyDevice,
     chipset: Chipset,
@@ -94,14 +94,7 @@ impl Machine {
             .iter()
             .enumerate()
             .map(|(index, spec_of_disk)| {
-                Disk::prepare(
-                    spec_of_disk,
-                    resources.namespaces(index),
-                    spec.io_threads,
-                    memory,
-                    &vm,
-                    &router,
-                )
+                Disk::new(spec_of_disk, resources.namespaces(index), spec.io_threads, memory, &vm, &router)
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         let entropy = EntropyDevice::new(memory, &router)?;
@@ -119,20 +112,22 @@ impl Machine {
                 }
             });
         });
+        chipset.root.insert(ENTROPY_SLOT, Arc::clone(entropy.device()) as _)?;
+        for (slot, disk) in (FIRST_DISK_SLOT..).zip(&disks) {
+            chipset.root.insert(slot, disk.function())?;
+            disk.serve(&io_threads)?;
+        }
+        entropy.serve(io_threads.first().context("a machine has an I/O thread")?)?;
         let vcpus = VcpuManager::new(host, &vm, spec.cpus.into(), &chipset.buses, &on_vcpu_event)?;
-        Ok(Self { vcpus, io_threads, disks, entropy, chipset, router, vm, resources })
+        Ok(Self { vcpus, _io_threads: io_threads, disks, entropy, chipset, router, vm, resources })
     }
 
-    /// Makes the devices as a reset leaves them and loads the kernel: a guest that can be resumed for the first time.
+    /// Gives the BARs their addresses and loads the kernel: a guest that can be resumed for the first time.
     ///
     /// # Errors
     /// The kernel or another file cannot be loaded.
     pub fn boot(&self, spec: &MachineSpec) -> anyhow::Result<()> {
         let kernel = spec.kernel.as_deref().context("there is no kernel to boot")?;
-        for disk in &self.disks {
-            disk.create()?;
-        }
-        self.plug_in()?;
         self.chipset.root.assign_bars(layout::PCI_WINDOW_START, layout::PCI_WINDOW_LENGTH_BYTES)?;
         let registers = boot::load(
             self.resources.ram().memory(),
@@ -145,23 +140,7 @@ impl Machine {
                 protocol: spec.boot_protocol,
             },
         )?;
-        self.vcpus.boot(registers)?;
-        self.serve()
-    }
-
-    /// Puts the functions on the bus.
-    fn plug_in(&self) -> anyhow::Result<()> {
-        self.chipset.root.insert(ENTROPY_SLOT, Arc::clone(self.entropy.device()) as _)?;
-        for (slot, disk) in (FIRST_DISK_SLOT..).zip(&self.disks) {
-            self.chipset.root.insert(slot, disk.function()?)?;
-        }
-        Ok(())
-    }
-
-    fn serve(&self) -> anyhow::Result<()> {
-        let first = self.io_threads.first().context("a machine has an I/O thread")?;
-        self.entropy.serve(first)?;
-        self.disks.iter().try_for_each(|disk| disk.serve(&self.io_threads))
+        Ok(self.vcpus.boot(registers)?)
     }
 
     /// Lets the guest run.
@@ -170,7 +149,7 @@ impl Machine {
     /// A vCPU thread does not answer.
     pub fn resume(&self) -> anyhow::Result<()> {
         for disk in self.disks.iter().rev() {
-            disk.controller()?.resume();
+            disk.controller().resume();
         }
         self.entropy.device().resume();
         Ok(self.vcpus.resume()?)
@@ -195,7 +174,7 @@ impl Machine {
         let deadline = Instant::now() + PAUSE_PATIENCE;
         let mut in_flight: u32 = 0;
         for disk in &self.disks {
-            let report = disk.controller()?.pause(deadline)?;
+            let report = disk.controller().pause(deadline)?;
             in_flight = in_flight.saturating_add(report.in_flight_at_start);
         }
         self.entropy.flush_interrupts()?;

@@ -83,7 +83,7 @@ impl Machine {
         ];
         sections.push(section(purpose, entropy_section(), 0, &self.entropy.device().save()));
         for (index, disk) in self.disks.iter().enumerate() {
-            sections.push(section(purpose, disk_section(index), 0, &disk.controller()?.save()));
+            sections.push(section(purpose, disk_section(index), 0, &disk.controller().save()));
         }
         sections.push(section(purpose, "irqchip", 0, &self.vm.save_irqchip()?));
         sections.push(section(purpose, "pit", 0, &self.vm.save_pit()?));
@@ -94,8 +94,7 @@ impl Machine {
         Ok(sections)
     }
 
-    /// Checks all sections, then builds the devices from them and sets the state of chips and vCPUs. Guest memory is
-    /// complete. Nothing runs yet.
+    /// Checks all sections, then sets the state of devices, chips and vCPUs. Guest memory is complete. Nothing runs yet.
     ///
     /// # Errors
     /// A section is missing, unknown or double, or its state is not one of this machine; says which. The machine is of no
@@ -125,11 +124,10 @@ impl Machine {
 
         let routes = self.router.hold();
         for (disk, state) in self.disks.iter().zip(&disks) {
-            disk.restore(state).with_context(|| format!("cannot restore controller {}", disk.serial()))?;
+            disk.load(state).with_context(|| format!("cannot load controller {}", disk.serial()))?;
         }
         self.entropy.restore(&entropy)?;
         routes.commit()?;
-        self.plug_in()?;
         self.vm.restore_irqchip(&irqchip)?;
         self.vm.restore_pit(&pit)?;
         // After the functions, whose BARs it maps; after the interrupt controllers, since a waiting serial interrupt is raised again.
@@ -141,6 +139,6 @@ impl Machine {
         let plan = clock.plan(&HostTime::now()?, time)?;
         self.vm.restore_clock(&plan)?;
         self.vcpus.restore_states(&vcpus, plan.tsc_shift)?;
-        self.serve()
+        Ok(())
     }
 }
