@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -147,6 +148,8 @@ struct Doorbells {
     vm: Arc<Vm>,
     wake_ups: Vec<WakeUp>,
     state: Mutex<DoorbellState>,
+    /// The log has spoken of KVM's refusal.
+    reported: AtomicBool,
 }
 
 #[derive(Default)]
@@ -160,7 +163,7 @@ struct DoorbellState {
 impl Doorbells {
     fn new(vm: Arc<Vm>, workers: u8) -> io::Result<Arc<Self>> {
         let wake_ups = (0..workers).map(|_| WakeUp::new()).collect::<io::Result<_>>()?;
-        Ok(Arc::new(Self { vm, wake_ups, state: Mutex::default() }))
+        Ok(Arc::new(Self { vm, wake_ups, state: Mutex::default(), reported: AtomicBool::default() }))
     }
 
     /// BAR 0 may have moved: so do the ioeventfds.
@@ -187,8 +190,11 @@ impl Doorbells {
         let result =
             if on { self.vm.add_doorbell(event, address) } else { self.vm.remove_doorbell(event, address) };
         if let Err(error) = result {
-            // The doorbell works all the same: its writes then leave the guest and arrive on a vCPU thread.
-            log::warn!("{error}");
+            // The doorbell works all the same: its writes then leave the guest and arrive on a vCPU thread. Said once: a
+            // guest that puts two controllers at one address could otherwise fill the log.
+            if !self.reported.swap(true, Ordering::Relaxed) {
+                log::warn!("{error}");
+            }
         }
     }
 

@@ -140,7 +140,8 @@ impl VirtioPci {
                 work.more
             }
             Err(error) => {
-                log::warn!("virtio device {} needs a reset: {error}", device.device_type());
+                // The guest can do this for ever, and is told by the status.
+                log::debug!("virtio device {} needs a reset: {error}", device.device_type());
                 registers.status |= status::NEEDS_RESET;
                 registers.isr |= regs::ISR_CONFIG;
                 self.endpoint.msix().trigger(registers.config_vector);
