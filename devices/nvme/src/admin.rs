@@ -15,7 +15,7 @@ use crate::doorbell::{Buffers, MemoryGone};
 use crate::namespace::NamespaceTable;
 use crate::prp::PrpWalker;
 use crate::queue::{CompletionQueue, Ended, Location, QueuePlace, SubmissionQueue};
-use crate::regs::{MPSMAX, Wanted};
+use crate::regs::{IOCQES, IOSQES, MPSMAX, Wanted};
 use crate::shared::{Shared, lock};
 use crate::smart::{Counters, Health};
 use crate::worker::{Owner, Worker, post_queue, refresh_head};
@@ -103,7 +103,7 @@ pub(crate) struct Admin {
     pub jobs: Vec<(u32, Job)>,
     next_job: u32,
     /// A job that found no free slot in worker 0.
-    waiting_job: Option<Job>,
+    pub waiting_job: Option<Job>,
     /// When a pause began that lasts; time is saved as it was then.
     pub paused_at: Option<Instant>,
     /// When the host must have sent Keep Alive.
@@ -284,7 +284,8 @@ impl Admin {
         let outcome = check_configuration(cc).and_then(|()| self.open_admin_queues(pool, cc, aqa, asq, acq));
         let mut registers = pool.shared.registers();
         if let Err(what) = outcome {
-            log::warn!("NVMe controller {:?} cannot be enabled: {what}", pool.shared.config.serial);
+            // The guest can do this for ever, and is told in CSTS.CFS.
+            log::debug!("NVMe controller {:?} cannot be enabled: {what}", pool.shared.config.serial);
             registers.csts = registers.csts.with_cfs(1).with_shst(0);
             self.phase = Phase::Failed;
             return;
@@ -418,7 +419,8 @@ impl Admin {
             shared.lanes[0].completed.fetch_add(u64::from(posted), Ordering::Relaxed);
         }
         let fetches = self.phase == Phase::Ready && !shared.is_paused();
-        Ok(fetches && !queues.cq.waiting && shared.doorbells.tail(0) != queues.sq.head)
+        queues.sq.set_tail(shared.doorbells.tail(0));
+        Ok(fetches && !queues.cq.waiting && !queues.sq.is_empty())
     }
 
     /// The next entry of the admin queue, if there is one and its completion has room; the inner `None` was aborted.
@@ -428,7 +430,7 @@ impl Admin {
         fetches: bool,
     ) -> Result<Option<Option<SubmissionEntry>>, MemoryGone> {
         let Some(queues) = self.queues.as_mut() else { return Ok(None) };
-        queues.sq.tail = shared.doorbells.tail(0);
+        queues.sq.set_tail(shared.doorbells.tail(0));
         if let Some(buffers) = self.buffers {
             // Drivers ring the admin queue by MMIO only; its shadow follows, and EventIdx asks for every ring.
             if queues.sq.published != Some(queues.sq.tail)
@@ -477,7 +479,7 @@ pub(crate) fn check_configuration(cc: Cc) -> Result<(), &'static str> {
         return Err("CC.AMS is not round robin");
     }
     // Both may be 0 until I/O queues are created.
-    if !matches!(cc.iosqes(), 0 | 6) || !matches!(cc.iocqes(), 0 | 4) {
+    if !matches!(cc.iosqes(), 0 | IOSQES) || !matches!(cc.iocqes(), 0 | IOCQES) {
         return Err("CC.IOSQES or CC.IOCQES is not the size of an entry");
     }
     Ok(())

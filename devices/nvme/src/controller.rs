@@ -9,7 +9,7 @@ use bus::GuestMemory;
 use pci::{Endpoint, MsixSink};
 
 use crate::Error;
-use crate::admin::{Admin, Pool};
+use crate::admin::{Admin, Phase, Pool};
 use crate::config::{ControllerConfig, NamespaceConfig};
 use crate::namespace;
 use crate::shared::{Host, Shared, lock};
@@ -92,19 +92,25 @@ impl Controller {
     /// as long as it says [`Progress::More`]. An index without a worker is idle.
     pub fn process(&self, index: usize) -> Progress {
         let Some(worker) = self.pool.workers.get(index) else { return Progress::Idle };
-        let mut more = false;
+        let (mut more, mut job_waits) = (false, false);
         if index == 0 {
-            more |= lock(&self.admin).process(&self.pool);
+            let mut admin = lock(&self.admin);
+            more |= admin.process(&self.pool);
+            job_waits = admin.waiting_job.is_some();
         }
         let mut worker = lock(worker);
         more |= worker.process(&self.pool.shared);
-        more |= index == 0 && !worker.admin_ended.is_empty();
+        // A job that waits for a slot is not called again by the end of the commands that had them all.
+        more |= index == 0 && (!worker.admin_ended.is_empty() || job_waits && worker.has_free_slot());
         if more { Progress::More } else { Progress::Idle }
     }
 
     /// When [`Controller::process`] of worker 0 must be called even if nothing wakes it (the keep alive timer).
     pub fn deadline(&self) -> Option<Instant> {
-        lock(&self.admin).keep_alive
+        let admin = lock(&self.admin);
+        // Elsewhere nobody looks at the timer: once it has run out, its thread would find no rest.
+        let runs = admin.phase == Phase::Ready && !self.pool.shared.is_paused();
+        admin.keep_alive.filter(|_| runs)
     }
 
     /// How many workers there are.

@@ -106,7 +106,7 @@ impl Doorbells {
         self.pairs.get(usize::from(queue)).is_some_and(|pair| pair.cq.load(Ordering::Acquire) as u32 != 0)
     }
 
-    /// The last tail written by MMIO.
+    /// The last tail written by MMIO. It may be no index of the queue: a write can cross the making of a smaller one.
     pub fn tail(&self, queue: u16) -> u32 {
         self.pairs[usize::from(queue)].tail.load(Ordering::Acquire)
     }

@@ -15,6 +15,11 @@ const SQ_ENTRY_SHIFT: u32 = 6;
 /// Bytes of a completion queue entry, a power of two.
 const CQ_ENTRY_SHIFT: u32 = 4;
 
+/// Aborted commands that a submission queue remembers until it comes to them; an abort of more is refused, as any may be.
+pub(crate) const MAX_ABORTED: usize = 256;
+/// Completions that may wait for their place before no more commands are begun that could add to them.
+const MAX_BACKLOG: usize = 256;
+
 /// Where the entries of a queue are. All of it was inside guest memory when the queue was made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Location {
@@ -82,7 +87,7 @@ impl Ring {
     }
 
     /// How far `to` is ahead of `from`.
-    fn distance(&self, from: u32, to: u32) -> u32 {
+    pub fn distance(&self, from: u32, to: u32) -> u32 {
         if to >= from { to - from } else { to + self.entries - from }
     }
 }
@@ -161,6 +166,15 @@ impl SubmissionQueue {
         self.head == self.tail
     }
 
+    /// Takes over the guest's `tail`. `false`: it is no index of the queue, and is ignored.
+    pub fn set_tail(&mut self, tail: u32) -> bool {
+        let possible = tail < self.ring.entries;
+        if possible {
+            self.tail = tail;
+        }
+        possible
+    }
+
     /// Takes the next entry, which must exist; `None` if it was aborted.
     pub fn fetch(&mut self, memory: &GuestMemory) -> Result<Option<SubmissionEntry>, MemoryGone> {
         let index = self.head;
@@ -178,6 +192,9 @@ impl SubmissionQueue {
 
     /// Looks for an unfetched command `cid` and marks it as aborted.
     pub fn abort(&mut self, memory: &GuestMemory, cid: u16) -> bool {
+        if self.aborted.len() == MAX_ABORTED {
+            return false;
+        }
         let mut index = self.head;
         while index != self.tail {
             let mut bytes = [0; SubmissionEntry::SIZE_BYTES];
@@ -256,6 +273,11 @@ impl CompletionQueue {
     /// Entries that the guest has not taken.
     pub fn unseen(&self) -> u32 {
         self.ring.distance(self.head, self.tail)
+    }
+
+    /// Nothing is to be added to the backlog but what is in flight.
+    pub fn is_congested(&self) -> bool {
+        self.waiting || self.backlog.len() >= MAX_BACKLOG
     }
 
     pub fn is_full(&self) -> bool {

@@ -11,6 +11,9 @@ use crate::config::ControllerConfig;
 const TIMEOUT_500_MS: u64 = 60;
 /// CAP.MPSMAX: pages of 64 KiB.
 pub(crate) const MPSMAX: u64 = 4;
+/// CC.IOSQES and CC.IOCQES as log2 of bytes: the only sizes of entries that there are.
+pub(crate) const IOSQES: u32 = 6;
+pub(crate) const IOCQES: u32 = 4;
 /// CAP.CSS: the NVM command set, also by CC.CSS = 110b.
 const COMMAND_SETS: u64 = 1 | 1 << 6;
 
@@ -145,8 +148,11 @@ impl Registers {
     fn write_cc(&mut self, value: Cc) -> bool {
         let before = self.cc;
         if before.en() == 1 && value.en() == 1 {
-            // Only the entry sizes and the shutdown notification may change while enabled.
-            self.cc = before.with_iosqes(value.iosqes()).with_iocqes(value.iocqes()).with_shn(value.shn());
+            // Only the entry sizes and the shutdown notification may change while enabled; and the sizes only to those that
+            // exist, since there may be queues ("operations that change the value ... produce undefined results").
+            let iosqes = if value.iosqes() == IOSQES { IOSQES } else { before.iosqes() };
+            let iocqes = if value.iocqes() == IOCQES { IOCQES } else { before.iocqes() };
+            self.cc = before.with_iosqes(iosqes).with_iocqes(iocqes).with_shn(value.shn());
         } else {
             self.cc = value;
         }

@@ -23,7 +23,7 @@ use crate::config::{ControllerConfig, NamespaceConfig};
 use crate::controller::Controller;
 use crate::doorbell::Buffers;
 use crate::inventory::{NamespaceShape, Shape};
-use crate::queue::{Ended, Location, QueuePlace};
+use crate::queue::{Ended, Location, MAX_ABORTED, QueuePlace};
 use crate::shared::{Host, lock};
 use crate::smart::Counters;
 use crate::state::{
@@ -182,7 +182,8 @@ fn check_registers(state: &RegistersState) -> Result<Phase, Error> {
             _ => refuse("registers.csts", csts.0, "it is ready but CC.EN is 0"),
         };
     }
-    if csts.rdy() == 0 && csts.cfs() == 0 {
+    // A shutdown that came before the enable was served ends so: not ready, and complete.
+    if csts.rdy() == 0 && csts.cfs() == 0 && csts.shst() == 0 {
         return refuse("registers.csts", csts.0, "it is neither ready nor failed but CC.EN is 1");
     }
     if csts.rdy() == 1 && check_configuration(cc).is_err() {
@@ -413,6 +414,9 @@ fn load_sq(
         }
     }
     let waiting = (saved.tail + saved.size - saved.head) % saved.size;
+    if saved.aborted.len() > MAX_ABORTED {
+        return refuse(at("aborted_count"), saved.aborted_count, "no queue remembers so many");
+    }
     for (count, &position) in saved.aborted.iter().enumerate() {
         let position = u32::from(position);
         let ahead = (position + saved.size - saved.head % saved.size) % saved.size;

@@ -143,19 +143,25 @@ fn namespaces_state(admin: &Admin) -> Slots<NamespaceState> {
 
 fn sq_state(shared: &Shared, queue: &SubmissionQueue) -> SubmissionQueueState {
     let (contiguous, pages) = pages(&queue.ring);
+    let rung = shared.doorbells.tail(queue.id);
+    // A shadow is in guest memory and travels there.
+    let tail = if queue.shadow.is_some() || rung >= queue.ring.entries { queue.tail } else { rung };
+    // A guest that has moved its tail back has taken aborted commands with it.
+    let waiting = queue.ring.distance(queue.head, tail);
+    let waits = |&position: &u16| queue.ring.distance(queue.head, position.into()) < waiting;
+    let aborted: Vec<_> = queue.aborted.iter().copied().filter(waits).collect();
     SubmissionQueueState {
         id: queue.id,
         cq_id: queue.cq_id,
         priority: queue.priority,
         size: queue.ring.entries,
         head: queue.head,
-        // A shadow is in guest memory and travels there.
-        tail: if queue.shadow.is_some() { queue.tail } else { shared.doorbells.tail(queue.id) },
+        tail,
         contiguous,
         page_count: pages.len() as u32,
         pages,
-        aborted_count: queue.aborted.len() as u32,
-        aborted: queue.aborted.clone(),
+        aborted_count: aborted.len() as u32,
+        aborted,
     }
 }
 

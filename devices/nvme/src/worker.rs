@@ -164,6 +164,11 @@ impl Worker {
         (self.slots.len() - self.free.len()) as u32
     }
 
+    /// Whether another command could be started.
+    pub fn has_free_slot(&self) -> bool {
+        !self.free.is_empty()
+    }
+
     /// One turn of every submission queue. `true`: some queue has entries left that could be fetched.
     fn fetch_round(&mut self, shared: &Shared) -> Result<bool, MemoryGone> {
         let mut more = false;
@@ -187,7 +192,7 @@ impl Worker {
             let cq = self.cqs.get(cq_index).and_then(Option::as_ref);
             // Of what is fetched, every completion finds its place in the queue or, once it is full, in the backlog: the
             // queue then waits with all the others that use it.
-            if cq.is_none_or(|cq| cq.waiting) {
+            if cq.is_none_or(CompletionQueue::is_congested) {
                 return Ok(false);
             }
             let Some(entry) = queue.fetch(&shared.memory)? else { continue };
@@ -209,9 +214,7 @@ impl Worker {
             Some(shadow) => shadow.load(&shared.memory)?,
             None => shared.doorbells.tail(queue.id),
         };
-        if tail < queue.ring.entries {
-            queue.tail = tail;
-        } else if shared.events().bad_doorbell(Event::INVALID_DOORBELL_VALUE, queue.id) {
+        if !queue.set_tail(tail) && shared.events().bad_doorbell(Event::INVALID_DOORBELL_VALUE, queue.id) {
             shared.host.wake(0);
         }
         Ok(())
@@ -376,11 +379,12 @@ impl Worker {
                     let offset = nvme_spec::regs::sq_tail_doorbell(queue.id);
                     shared.host.set_doorbell_event(offset, self.index, true);
                 }
-                let tail = shadow.load(&shared.memory)?;
-                more |= tail != queue.tail && tail < queue.ring.entries;
-            } else {
-                more |= shared.doorbells.tail(queue.id) != queue.tail;
             }
+            let tail = match queue.shadow {
+                Some(shadow) => shadow.load(&shared.memory)?,
+                None => shared.doorbells.tail(queue.id),
+            };
+            more |= tail != queue.tail && tail < queue.ring.entries;
             // Left over because there was no slot or no room in the completion queue, and now there is.
             let cq = self.cqs.get(usize::from(queue.cq_id) / shared.lanes.len()).and_then(Option::as_ref);
             let held = queue.deleting || self.free.is_empty() || cq.is_none_or(|cq| cq.waiting);

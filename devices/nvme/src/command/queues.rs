@@ -6,6 +6,7 @@ use nvme_spec::{Status, SubmissionEntry};
 use crate::admin::{Admin, Answer, PendingDelete, Pool};
 use crate::doorbell::{Buffers, MemoryGone};
 use crate::queue::{CompletionQueue, Ended, QueuePlace, SubmissionQueue};
+use crate::regs::{IOCQES, IOSQES};
 use crate::shared::Shared;
 use crate::worker::{Worker, close_sq};
 
@@ -212,7 +213,11 @@ impl Admin {
     /// "The host shall set CC.IOSQES and CC.IOCQES before it creates I/O queues" (Base 3.1.3.5).
     fn check_entry_sizes(&self, shared: &Shared) -> Result<(), Status> {
         let cc = shared.registers().cc;
-        if (cc.iosqes(), cc.iocqes()) == (6, 4) { Ok(()) } else { Err(Status::INVALID_FIELD.do_not_retry()) }
+        if (cc.iosqes(), cc.iocqes()) == (IOSQES, IOCQES) {
+            Ok(())
+        } else {
+            Err(Status::INVALID_FIELD.do_not_retry())
+        }
     }
 }
 

@@ -186,6 +186,7 @@ const CHANGES: &[(&str, Change, &str)] = &[
     ("SQ aborted, not waiting", |s| s.sq.get_mut(2).unwrap().aborted = vec![9], "sq[2].aborted"),
     ("SQ aborted, twice", |s| s.sq.get_mut(2).unwrap().aborted = vec![11, 11], "sq[2].aborted"),
     ("SQ aborted, beyond", |s| s.sq.get_mut(2).unwrap().aborted = vec![16], "sq[2].aborted"),
+    ("SQ aborted, too many", |s| s.sq.get_mut(2).unwrap().aborted = vec![11; 257], "sq[2].aborted_count"),
     ("shadow misaligned", |s| s.doorbell_buffers.shadow += 4, "doorbell_buffers.shadow"),
     ("event index outside", |s| s.doorbell_buffers.event_index = !0xfff, "doorbell_buffers.shadow"),
     ("buffers off but there", |s| s.doorbell_buffers.enabled = false, "doorbell_buffers.shadow"),

@@ -3,6 +3,7 @@
 mod admin;
 mod attack;
 mod driver;
+mod hostile;
 mod init;
 mod io;
 mod migrate;

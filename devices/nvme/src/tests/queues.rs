@@ -76,8 +76,14 @@ fn create_commands_check_everything() {
         guest.admin(delete(admin::DELETE_CQ, queue.into())).unwrap();
     }
     // Entry sizes are checked when queues are made, since they may be set after the enable.
+    guest.write32(regs::CC, 0);
+    guest.start_enable();
+    guest.write32(regs::CC, 0);
     guest.write32(regs::CC, 0x0040_0001);
+    guest.run();
     assert_eq!(guest.admin(create(admin::CREATE_CQ, 1, 8, base, 3)), Err(Status::INVALID_FIELD));
+    guest.write32(regs::CC, 0x0046_0001);
+    guest.admin(create(admin::CREATE_CQ, 1, 8, base, 3)).unwrap();
     let config = ControllerConfig { contiguous_queues: true, ..config() };
     let mut guest = Guest::ready(config, vec![]);
     assert_eq!(guest.admin(create(admin::CREATE_CQ, 1, 8, base, 2)), Err(Status::INVALID_FIELD), "CAP.CQR");
