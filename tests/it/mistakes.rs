@@ -70,9 +70,9 @@ fn a_guest_that_runs_keeps_others_from_its_image() {
     let before = vm.progress("the guest", |_| true);
     let sentence = mistake(&bed, &[machine.flags(), &words(&format!("--kernel {EXERCISER}"))].concat());
     assert!(sentence.contains("a.img"), "{sentence}");
-    let holder = format!("VM \"first\" (host ");
+    let holder = "VM \"first\" (host ";
     assert!(
-        sentence.contains(&holder) && sentence.contains(&format!("pid {}", vm.process.id())),
+        sentence.contains(holder) && sentence.contains(&format!("pid {}", vm.process.id())),
         "{sentence}"
     );
     vm.verifies(before.verified, 100);
