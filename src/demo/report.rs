@@ -112,7 +112,11 @@ impl fmt::Display for Report {
         row("downtime, host's clock", format!("{} ms", milliseconds(self.downtime.total)))?;
         row("", largest_parts(&self.downtime))?;
         if let Some(Gap { largest, before, added }) = self.guest_gap {
-            row("downtime, guest's clock", format!("{} ms", milliseconds(added)))?;
+            let value = match added {
+                0 => "hidden by what the host does to a guest that stays".to_owned(),
+                added => format!("{} ms", milliseconds(added)),
+            };
+            row("downtime, guest's clock", value)?;
             let (largest, before) = (milliseconds(largest), milliseconds(before));
             row("", format!("largest gap {largest}, less the largest before the move, {before}"))?;
         }
@@ -184,6 +188,8 @@ mod tests {
             "pages of RAM                      10          20",
         ];
         assert_eq!(lines, expected);
+        let busy = Report { guest_gap: Some(Gap { largest: 10_500, before: 20_000, added: 0 }), ..report };
+        assert!(busy.to_string().contains("guest's clock     hidden by what"), "{busy}");
     }
 
     #[test]
