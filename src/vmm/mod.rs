@@ -310,7 +310,7 @@ impl Vmm {
 
     /// Drops the machine and boots a new one on the same memory and images, which stay held.
     fn reset(self: &Arc<Self>) -> anyhow::Result<()> {
-        let (state, resources) = self.act(Action::Reset, |machine| {
+        let (_, resources) = self.act(Action::Reset, |machine| {
             machine.pause()?;
             Ok(Arc::clone(machine.resources()))
         })?;
@@ -319,7 +319,9 @@ impl Vmm {
         *lock(&self.pending) = None;
         self.boot(resources)?;
         let machine = self.machine().context("the machine was just built")?;
-        if state.is_running() { machine.resume() } else { Ok(()) }
+        // As it is now: a client may have stopped the guest since the machine was installed.
+        let _transition = lock(&self.transition);
+        if self.run_state().is_running() { machine.resume() } else { Ok(()) }
     }
 
     fn shut_down(&self, reason: ShutdownCause) -> anyhow::Result<()> {
@@ -342,6 +344,8 @@ impl Vmm {
         if !owned {
             return Ok(());
         }
+        // No client lets it go on while its images are given up.
+        let _transition = lock(&self.transition);
         machine.pause().context("cannot stop the guest")?;
         machine.resources().release_images().context("cannot make the images stable")?;
         if let Some(lease) = lock(&self.lease).as_mut() {
