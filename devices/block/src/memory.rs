@@ -57,8 +57,9 @@ impl MemoryImage {
                 }
                 position += guest.len();
             })?,
-            Operation::WriteZeroes { .. } | Operation::Discard => fill_with_zeroes(&image),
-            Operation::Flush => {}
+            Operation::WriteZeroes { .. } => fill_with_zeroes(&image),
+            // As before is a legal content; zeroes would cost time and dirty pages, without a bound if ranges overlap.
+            Operation::Discard | Operation::Flush => {}
         }
         Ok(())
     }

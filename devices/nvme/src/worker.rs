@@ -184,6 +184,10 @@ impl Worker {
     fn fetch_burst(&mut self, shared: &Shared, index: usize) -> Result<bool, MemoryGone> {
         self.refresh_tail(shared, index)?;
         for _ in 0..BURST {
+            // Looked at for each command: a backend that carries it out at once can take its time.
+            if !shared.may_fetch() {
+                return Ok(false);
+            }
             let Some(queue) = self.sqs[index].as_mut() else { return Ok(false) };
             if queue.is_empty() || queue.deleting || self.free.is_empty() {
                 return Ok(false);

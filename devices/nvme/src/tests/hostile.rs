@@ -1,14 +1,14 @@
 //! A guest that does what no driver does: the controller comes to rest, stays bounded, and can be saved and restored.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use block::{Fault, FaultControl, FaultImage, Target};
+use block::{Backend, Fault, FaultControl, FaultImage, Identity, IoContext, Request, Target};
 use nvme_spec::opcode::{admin, nvm};
 use nvme_spec::{Status, SubmissionEntry, regs};
 
 use super::driver::{Guest, PATIENCE, memory_image, namespace, transfer};
-use crate::{ControllerConfig, NamespaceConfig, Progress};
+use crate::{Controller, ControllerConfig, NamespaceConfig, Progress};
 
 fn config() -> ControllerConfig {
     ControllerConfig::new("HOSTILE")
@@ -184,4 +184,58 @@ fn a_doorbell_write_that_crosses_the_making_of_its_queue_leaves_nothing_behind()
     guest.migrate(2);
     let page = guest.pages(1);
     guest.io(1, transfer(nvm::READ, 1, 0, 1, page)).unwrap();
+}
+
+/// An image that carries out everything at once, while someone asks the controller to pause.
+#[derive(Debug)]
+struct PausedWhileBusy(Arc<dyn Backend>, OnceLock<Handle>);
+
+struct Handle(Arc<Controller>);
+
+impl std::fmt::Debug for Handle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("controller")
+    }
+}
+
+impl Backend for PausedWhileBusy {
+    fn identity(&self) -> Identity {
+        self.0.identity()
+    }
+
+    fn submit(&self, context: &mut IoContext, request: &Request<'_>) {
+        self.0.submit(context, request);
+        self.1.get().unwrap().0.begin_pause();
+    }
+
+    fn sync(&self) -> Result<(), block::Error> {
+        self.0.sync()
+    }
+
+    fn release(&self) -> Result<(), block::Error> {
+        self.0.release()
+    }
+
+    fn acquire(&self) -> Result<(), block::Error> {
+        self.0.acquire()
+    }
+}
+
+#[test]
+fn a_pause_waits_for_no_command_that_was_not_begun() {
+    let image = Arc::new(PausedWhileBusy(memory_image(32768), OnceLock::new()));
+    let backend = Arc::clone(&image) as _;
+    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    image.1.set(Handle(Arc::clone(&guest.controller))).unwrap();
+    guest.create_pair(1, 32);
+    let page = guest.pages(1);
+    for lba in 0..20 {
+        guest.push(1, transfer(nvm::READ, 1, lba, 1, page));
+    }
+    guest.ring(1);
+    for _ in 0..20 {
+        guest.run();
+        assert_eq!(guest.reap(1).len(), 1);
+        guest.controller.resume();
+    }
 }
