@@ -72,12 +72,13 @@ impl SourceMachine for Source {
     }
 
     fn stop(&mut self) -> MachineResult<RunState> {
-        let was_running = self.vmm.run_state().is_running();
-        let (_, in_flight) = self.vmm.act(Action::StopForMigration, |machine| {
+        let (_, (was_running, in_flight)) = self.vmm.act(Action::StopForMigration, |machine| {
+            // Not before: a client's stop or continue could come between the look and the action.
+            let was_running = self.vmm.run_state().is_running();
             let in_flight = if was_running { machine.pause()? } else { 0 };
             // All vCPUs have stopped, so nothing comes after this look.
             match self.vmm.guest_waits_for() {
-                None => Ok(in_flight),
+                None => Ok((was_running, in_flight)),
                 Some(wish) => {
                     if was_running {
                         machine.resume()?;

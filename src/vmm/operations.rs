@@ -57,8 +57,10 @@ impl Operations for Control {
     }
 
     fn stop(&self) -> Result<(), Refusal> {
-        let was_running = self.0.run_state().is_running();
-        let effect = |machine: &Machine| if was_running { machine.pause().map(drop) } else { Ok(()) };
+        // The state is looked at when nobody else can change it.
+        let effect = |machine: &Machine| {
+            if self.0.run_state().is_running() { machine.pause().map(drop) } else { Ok(()) }
+        };
         self.0.act(Action::Stop, effect).map(drop).map_err(|error| refusal(&error))
     }
 
