@@ -113,11 +113,10 @@ impl Migrations {
             before.thread.take().map(JoinHandle::join);
         }
         self.waiting.ended.store(false, Ordering::SeqCst);
-        // Here and not on its thread: a cancel that follows on the command must not be lost.
-        self.parameters.begin();
         let machine = vmm.machine().context("there is no machine to migrate")?;
         let blockers = machine.migration_blockers();
         ensure!(blockers.is_empty(), "this machine cannot move: {}", blockers.join("; "));
+        // Here and not on its thread: a cancel that follows on the command must not be lost.
         self.parameters.begin();
         let in_flight_at_stop = Arc::new(AtomicU32::new(0));
         let mut source = Source::new(vmm, machine, Arc::clone(&in_flight_at_stop));
