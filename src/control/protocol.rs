@@ -4,8 +4,8 @@ use serde_json::{Map, Value, json};
 
 use super::operations::Refusal;
 
-/// Most bytes of a request.
-pub const MAX_REQUEST_BYTES: usize = 1 << 20;
+/// Most bytes of a request. An answer may repeat it, and a queue of answers waits for each client.
+pub const MAX_REQUEST_BYTES: usize = 64 << 10;
 
 /// An answer that says no: QEMU's `error` member.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

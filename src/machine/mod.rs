@@ -161,8 +161,8 @@ impl Machine {
     /// # Errors
     /// A vCPU or a disk does not stop in time. What was stopped runs again.
     pub fn pause(&self) -> anyhow::Result<u32> {
-        self.vcpus.pause()?;
-        self.pause_devices().inspect_err(|_| {
+        let paused = self.vcpus.pause().map_err(anyhow::Error::new).and_then(|()| self.pause_devices());
+        paused.inspect_err(|_| {
             if let Err(error) = self.resume() {
                 log::error!("after a failed stop, the guest cannot run on: {error:#}");
             }

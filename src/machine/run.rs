@@ -106,7 +106,8 @@ impl RunState {
             ) => Ok(if was_running && running { S::Running } else { S::Paused }),
             // A failure before the stop has nothing to take back, and what was given back paused stays so.
             (S::Running | S::Paused, A::TakeBack { .. }) => Ok(self),
-            (S::HandoverUnknown { .. }, A::HandedOver) => Ok(S::PostMigrate),
+            // A guest that went into a file has left, even if its images could not be given up.
+            (S::FinishMigrate { .. } | S::HandoverUnknown { .. }, A::HandedOver) => Ok(S::PostMigrate),
 
             (S::InMigrate, A::Arrive { running }) => Ok(if running { S::Running } else { S::Paused }),
 

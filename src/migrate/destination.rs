@@ -101,10 +101,17 @@ impl DestinationMachine for Arrival {
 
     fn start(&mut self, state: RunState) -> MachineResult<()> {
         let machine = self.machine.take().ok_or("the machine has been started already")?;
-        self.vmm.install(machine);
         let running = state == RunState::Running;
-        self.vmm
-            .act(Action::Arrive { running }, |machine| if running { machine.resume() } else { Ok(()) })?;
+        let start = |machine: &Machine| if running { machine.resume() } else { Ok(()) };
+        self.vmm.install(machine, Action::Arrive { running }, start).map_err(|error| {
+            // It is ours all the same and stays paused; `cont` tries again.
+            let arrived =
+                self.vmm.act(Action::Arrive { running: false }, |machine| machine.pause().map(drop));
+            if let Err(error) = arrived {
+                log::error!("the guest is ours, but: {error:#}");
+            }
+            error
+        })?;
         Ok(())
     }
 }

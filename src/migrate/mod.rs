@@ -38,6 +38,8 @@ pub struct Migrations {
     parameters: Arc<Parameters>,
     current: Mutex<Option<Current>>,
     waiting: Waiting,
+    /// The process ends: no migration begins any more. Written with `current` locked.
+    closed: AtomicBool,
 }
 
 /// One migration, in one direction.
@@ -47,11 +49,14 @@ struct Current {
     outgoing: bool,
     in_flight_at_stop: Arc<AtomicU32>,
     thread: Option<JoinHandle<()>>,
+    /// The thread has given lease and machine back, and only has to say so.
+    ended: Arc<AtomicBool>,
 }
 
 impl Current {
     fn is_active(&self) -> bool {
-        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
+        let ended = self.ended.load(Ordering::SeqCst);
+        self.thread.as_ref().is_some_and(|thread| !ended && !thread.is_finished())
     }
 }
 
@@ -101,6 +106,7 @@ impl Migrations {
     pub fn start(&self, vmm: &Arc<Vmm>, uri: &str) -> anyhow::Result<()> {
         let uri = Uri::from_str(uri)?;
         let mut current = lock(&self.current);
+        ensure!(!self.closed.load(Ordering::SeqCst), "cannot migrate: the process is ending");
         vmm.run_state().next(Action::BeginMigration)?;
         if let Some(before) = current.as_mut() {
             let ended = report::qmp_status(before.statistics.snapshot().status)
@@ -113,6 +119,10 @@ impl Migrations {
             before.thread.take().map(JoinHandle::join);
         }
         self.waiting.ended.store(false, Ordering::SeqCst);
+        // First this, then the machine: what is noted is cleared only after the machine was replaced.
+        if let Some(wish) = vmm.guest_waits_for() {
+            bail!("cannot migrate: {wish}");
+        }
         let machine = vmm.machine().context("there is no machine to migrate")?;
         let blockers = machine.migration_blockers();
         ensure!(blockers.is_empty(), "this machine cannot move: {}", blockers.join("; "));
@@ -122,16 +132,18 @@ impl Migrations {
         let mut source = Source::new(vmm, machine, Arc::clone(&in_flight_at_stop));
         let statistics = statistics(vmm);
         let peer = uri.to_string();
+        let ended = Arc::new(AtomicBool::new(false));
         let thread = std::thread::Builder::new().name("migration".to_owned()).spawn({
-            let (vmm, statistics) = (Arc::clone(vmm), Arc::clone(&statistics));
+            let (vmm, statistics, ended) = (Arc::clone(vmm), Arc::clone(&statistics), Arc::clone(&ended));
             move || {
                 vmm.migrations.send(&vmm, &mut source, &uri, &statistics);
                 drop(source);
+                ended.store(true, Ordering::SeqCst);
                 vmm.request(Request::MigrationEnded);
             }
         })?;
-        *current =
-            Some(Current { statistics, peer, outgoing: true, in_flight_at_stop, thread: Some(thread) });
+        let thread = Some(thread);
+        *current = Some(Current { statistics, peer, outgoing: true, in_flight_at_stop, thread, ended });
         Ok(())
     }
 
@@ -179,9 +191,9 @@ impl Migrations {
                 }
             }
         })?;
-        let in_flight_at_stop = Arc::default();
+        let (in_flight_at_stop, ended, thread) = (Arc::default(), Arc::default(), Some(thread));
         *lock(&self.current) =
-            Some(Current { statistics, peer, outgoing: false, in_flight_at_stop, thread: Some(thread) });
+            Some(Current { statistics, peer, outgoing: false, in_flight_at_stop, thread, ended });
         Ok(())
     }
 
@@ -198,7 +210,13 @@ impl Migrations {
             let mut factory = Factory::new(vmm, GuestTime::File);
             let restored =
                 engine::restore_from_file(&mut factory, path, lease, &self.parameters, statistics)?;
-            return restored.error.map_or(Ok(()), |error| Err(error.into()));
+            if let Some(error) = restored.error {
+                log::error!(
+                    "the guest is restored but could not be started, and is paused: {}",
+                    error.chain()
+                );
+            }
+            return Ok(());
         }
         let listener = listener.context("a link has a listener")?;
         let mut destination = Destination::new(lease, statistics, Patience::default(), &self.parameters)?;
@@ -207,9 +225,13 @@ impl Migrations {
             return Ok(());
         };
         if let Some(error) = arrived.error.take() {
-            log::error!("the guest has arrived but could not be started, and is paused: {error}");
+            log::error!("the guest has arrived but could not be started, and is paused: {}", error.chain());
         }
-        Ok(destination.answer(&mut arrived, listener, &self.waiting.ended)?)
+        if let Err(error) = destination.answer(&mut arrived, listener, &self.waiting.ended) {
+            // The guest is here, and goes on.
+            log::warn!("the source may not know that its guest has arrived: {}", error.chain());
+        }
+        Ok(())
     }
 
     /// Asks an outgoing migration to end with the guest here. Says whether there is one.
@@ -222,17 +244,16 @@ impl Migrations {
         active
     }
 
-    /// Waits for the end of the migration thread, which has said that it ends.
-    pub fn join(&self) {
-        let thread = lock(&self.current).as_mut().and_then(|current| current.thread.take());
-        thread.map(JoinHandle::join);
-    }
-
     /// Ends whatever goes on, in order: the process is to end. An undecided hand-over stays undecided.
     pub fn stop(&self) {
-        self.parameters.cancel();
-        self.waiting.end();
-        self.join();
+        let thread = {
+            let mut current = lock(&self.current);
+            self.closed.store(true, Ordering::SeqCst);
+            self.parameters.cancel();
+            self.waiting.end();
+            current.as_mut().and_then(|current| current.thread.take())
+        };
+        thread.map(JoinHandle::join);
     }
 
     /// The limits of migrations.

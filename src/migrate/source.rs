@@ -27,6 +27,13 @@ impl Source {
     pub fn new(vmm: &Arc<Vmm>, machine: Arc<Machine>, in_flight_at_stop: Arc<AtomicU32>) -> Self {
         Self { vmm: Arc::clone(vmm), machine, tracker: None, in_flight_at_stop }
     }
+
+    /// The guest is ours again but cannot go on; `cont` tries again.
+    fn stay_paused(&self, effect: impl FnOnce(&Machine) -> anyhow::Result<()>) {
+        if let Err(error) = self.vmm.act(Action::TakeBack { running: false }, effect) {
+            log::error!("the guest is ours, but: {error:#}");
+        }
+    }
 }
 
 impl SourceMachine for Source {
@@ -107,10 +114,7 @@ impl SourceMachine for Source {
 
     fn reacquire_images(&mut self) -> MachineResult<()> {
         self.machine.resources().acquire_images().map_err(|error| {
-            // It is ours and stays paused; `cont` tries again.
-            if let Err(refused) = self.vmm.act(Action::TakeBack { running: false }, |_| Ok(())) {
-                log::error!("{refused:#}");
-            }
+            self.stay_paused(|_| Ok(()));
             error.into()
         })
     }
@@ -118,7 +122,10 @@ impl SourceMachine for Source {
     fn resume(&mut self, state: RunState) -> MachineResult<()> {
         let running = state == RunState::Running;
         let resume = |machine: &Machine| if running { machine.resume() } else { Ok(()) };
-        self.vmm.act(Action::TakeBack { running }, resume)?;
+        self.vmm.act(Action::TakeBack { running }, resume).map_err(|error| {
+            self.stay_paused(|machine| machine.pause().map(drop));
+            error
+        })?;
         Ok(())
     }
 

@@ -2,7 +2,8 @@
 //!
 //! Requests come from the guest (vCPU threads), from signals, from control clients and from migrations, and meet here.
 //! What must happen at once (stop, continue) happens on the thread that asks, under the *transition* lock; what ends or
-//! rebuilds the machine is sent to the main thread, which alone creates and drops machines.
+//! rebuilds the machine is sent to the main thread. Locks: migration (`migrate`), then transition, then the others, none
+//! of which is held while another is taken.
 //!
 //! Invariants:
 //! - vCPUs run only in [`RunState::Running`], and every change of the run state goes through [`RunState::next`].
@@ -13,6 +14,8 @@
 mod operations;
 mod ownership;
 mod signals;
+#[cfg(test)]
+mod tests;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -136,15 +139,14 @@ impl Vmm {
     fn boot_first(self: &Arc<Self>) -> anyhow::Result<()> {
         let resources = Arc::new(Resources::open(&self.spec)?);
         self.with_holder(resources.acquire_images())?;
-        self.boot(resources)?;
+        let machine = self.boot(resources)?;
         // Last, so that a machine that cannot be built leaves no trace.
         let mut lease = ownership::open_lease(&self.spec)?;
         if let Some(lease) = &mut lease {
             lease.claim()?;
         }
         self.return_lease(lease);
-        self.act(Action::Start, Machine::resume)?;
-        Ok(())
+        self.install(machine, Action::Start, Machine::resume)
     }
 
     /// A refused image lock does not say who has it; the lease record does.
@@ -160,12 +162,11 @@ impl Vmm {
         })
     }
 
-    /// Boots the guest from its kernel, on memory and images that are there.
-    fn boot(self: &Arc<Self>, resources: Arc<Resources>) -> anyhow::Result<()> {
+    /// A machine whose guest boots from its kernel, on memory and images that are there.
+    fn boot(self: &Arc<Self>, resources: Arc<Resources>) -> anyhow::Result<Machine> {
         let machine = self.prepare_machine(resources)?;
         machine.boot(&self.spec)?;
-        self.install(machine);
-        Ok(())
+        Ok(machine)
     }
 
     /// Makes everything that does not depend on the guest.
@@ -186,9 +187,20 @@ impl Vmm {
         Machine::prepare(&self.spec, &self.host, resources, &console, &sink)
     }
 
-    /// Makes `machine` the one that commands go to.
-    pub fn install(&self, machine: Machine) {
+    /// Makes `machine`, whose guest is ours by now, the one that commands go to, and takes the first `action` with it: no
+    /// command comes before.
+    ///
+    /// # Errors
+    /// As [`Self::act`]. The machine is there all the same.
+    pub fn install(
+        &self,
+        machine: Machine,
+        action: Action,
+        effect: impl FnOnce(&Machine) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let _transition = lock(&self.transition);
         *lock(&self.machine) = Some(Arc::new(machine));
+        self.change(action, effect).map(drop)
     }
 
     /// The machine, if there is one.
@@ -230,7 +242,8 @@ impl Vmm {
         let _ = self.requests.send(request);
     }
 
-    /// Changes the run state by `action`, and the machine by `effect`. If `effect` fails the state stays.
+    /// Changes the run state by `action`, and the machine by `effect`. If `effect` fails the state stays. What `effect`
+    /// does may depend on the run state, which nobody changes meanwhile; what was read before may be over.
     ///
     /// # Errors
     /// The action has no meaning now, there is no machine, or `effect` failed.
@@ -240,6 +253,15 @@ impl Vmm {
         effect: impl FnOnce(&Machine) -> anyhow::Result<T>,
     ) -> anyhow::Result<(RunState, T)> {
         let _transition = lock(&self.transition);
+        self.change(action, effect)
+    }
+
+    /// [`Self::act`] for who holds the transition lock.
+    fn change<T>(
+        &self,
+        action: Action,
+        effect: impl FnOnce(&Machine) -> anyhow::Result<T>,
+    ) -> anyhow::Result<(RunState, T)> {
         let before = self.run_state();
         let after = before.next(action)?;
         let machine = self.machine().with_context(|| Refused { action, state: before }.to_string())?;
@@ -265,7 +287,6 @@ impl Vmm {
                 Request::Signal(_) => return self.shut_down(ShutdownCause::HostSignal),
                 Request::Quit => return self.shut_down(ShutdownCause::HostQmpQuit),
                 Request::MigrationEnded => {
-                    self.migrations.join();
                     if self.run_state() == RunState::PostMigrate {
                         *lock(&self.machine) = None;
                         if self.exit_when_migrated {
@@ -275,10 +296,7 @@ impl Vmm {
                         return self.shut_down(reason);
                     }
                 }
-                Request::IncomingFailed(error) => {
-                    self.migrations.join();
-                    return Err(error);
-                }
+                Request::IncomingFailed(error) => return Err(error),
             }
         }
         Ok(())
@@ -290,7 +308,13 @@ impl Vmm {
         if self.migrations.cancel() {
             return Ok(None);
         }
-        let Some(event) = lock(&self.pending).take() else { return Ok(None) };
+        let mut pending = lock(&self.pending);
+        let Some(event) = pending.take() else { return Ok(None) };
+        if matches!(event, GuestEvent::Reset) {
+            // It stays noted until the machine has been replaced: no migration begins with the old one.
+            *pending = Some(GuestEvent::Reset);
+        }
+        drop(pending);
         match event {
             GuestEvent::Reset => {
                 self.reset().context("cannot reset the guest")?;
@@ -310,18 +334,21 @@ impl Vmm {
 
     /// Drops the machine and boots a new one on the same memory and images, which stay held.
     fn reset(self: &Arc<Self>) -> anyhow::Result<()> {
-        let (_, resources) = self.act(Action::Reset, |machine| {
+        // To the end: a command that came between would find a machine that is going or one that is not ready.
+        let _transition = lock(&self.transition);
+        let (state, resources) = self.change(Action::Reset, |machine| {
             machine.pause()?;
             Ok(Arc::clone(machine.resources()))
         })?;
         *lock(&self.machine) = None;
         // What the guest did between its request and now belongs to the life before.
         *lock(&self.pending) = None;
-        self.boot(resources)?;
-        let machine = self.machine().context("the machine was just built")?;
-        // As it is now: a client may have stopped the guest since the machine was installed.
-        let _transition = lock(&self.transition);
-        if self.run_state().is_running() { machine.resume() } else { Ok(()) }
+        let machine = self.boot(resources)?;
+        if state.is_running() {
+            machine.resume()?;
+        }
+        *lock(&self.machine) = Some(Arc::new(machine));
+        Ok(())
     }
 
     fn shut_down(&self, reason: ShutdownCause) -> anyhow::Result<()> {
@@ -332,8 +359,10 @@ impl Vmm {
     /// Stops what runs, makes the images stable, and gives up images and lease. A guest that may be elsewhere is left alone.
     fn end(&self) -> anyhow::Result<()> {
         self.migrations.stop();
+        let _transition = lock(&self.transition);
+        let state = self.run_state();
         let owned = matches!(
-            self.run_state(),
+            state,
             RunState::Running
                 | RunState::Paused
                 | RunState::Prelaunch
@@ -344,8 +373,10 @@ impl Vmm {
         if !owned {
             return Ok(());
         }
-        // No client lets it go on while its images are given up.
-        let _transition = lock(&self.transition);
+        // Clients may still ask: nothing makes the guest run again.
+        if let Ok(over) = state.next(Action::PowerOff) {
+            *lock(&self.run_state) = over;
+        }
         machine.pause().context("cannot stop the guest")?;
         machine.resources().release_images().context("cannot make the images stable")?;
         if let Some(lease) = lock(&self.lease).as_mut() {

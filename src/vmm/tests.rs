@@ -1,0 +1,46 @@
+//! What commands may do before there is a guest, while it waits for its reset, and at the end.
+
+use clap::Parser;
+
+use super::*;
+use crate::cli::{Arguments, Command};
+
+/// A process with a machine whose vCPUs were never started, but that counts as running.
+fn running() -> (Arc<Vmm>, Receiver<Request>) {
+    let (vmm, requests) = process();
+    let machine = vmm.prepare_machine(Arc::new(Resources::open(&vmm.spec).unwrap())).unwrap();
+    assert!(vmm.operations().cont().is_err(), "there is no machine that is ours yet");
+    vmm.install(machine, Action::Start, |_| Ok(())).unwrap();
+    assert_eq!(vmm.run_state(), RunState::Running);
+    (vmm, requests)
+}
+
+fn process() -> (Arc<Vmm>, Receiver<Request>) {
+    let line = ["ferry", "run", "--kernel", "vmlinux", "--memory", "16M", "--serial", "null"];
+    let Command::Run(arguments) = Arguments::parse_from(line).command else { panic!("it is run") };
+    Vmm::new(arguments.machine().unwrap(), &arguments).unwrap()
+}
+
+#[test]
+fn nothing_makes_a_guest_run_that_was_given_up() {
+    let (vmm, _requests) = running();
+    vmm.end().unwrap();
+    let client = vmm.operations();
+    assert!(client.cont().unwrap_err().0.contains("powered off"));
+    assert!(client.migrate("unix:/nowhere").unwrap_err().0.contains("the process is ending"));
+    assert_eq!(vmm.run_state(), RunState::Shutdown);
+}
+
+#[test]
+fn no_migration_begins_with_a_machine_that_is_to_be_replaced() {
+    let (vmm, requests) = running();
+    let client = vmm.operations();
+    *lock(&vmm.pending) = Some(GuestEvent::Reset);
+    assert!(client.migrate("unix:/nowhere").unwrap_err().0.contains("the guest asked to be reset"));
+    *lock(&vmm.pending) = None;
+    client.migrate("unix:/nowhere").unwrap();
+    assert!(matches!(requests.recv(), Ok(Request::MigrationEnded)));
+    // Said to have ended, it no longer stands in the way of what the guest asks for.
+    assert!(!vmm.migrations.cancel());
+    assert_eq!(vmm.run_state(), RunState::Running);
+}
