@@ -153,10 +153,12 @@ impl Vmm {
     fn with_holder(&self, result: Result<(), block::Error>) -> anyhow::Result<()> {
         result.map_err(|error| {
             let held = matches!(error, block::Error::Locked { .. });
-            let holder = held.then(|| ownership::holder(&self.spec)).flatten();
+            let holder = held.then(|| ownership::record(&self.spec)).flatten();
             let error = anyhow::Error::new(error);
             match holder {
-                Some(holder) => error.context(format!("the guest of this disk belongs to {holder}")),
+                Some((_, record)) => {
+                    error.context(format!("the guest of this disk belongs to {}", record.owner))
+                }
                 None => error,
             }
         })

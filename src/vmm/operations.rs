@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Request, Vmm};
+use super::{Request, Vmm, ownership};
 use crate::control::{
     FerryLease, FerryOwnership, FerryStatus, MigrationInfo, MigrationParameters, Operations, Refusal,
     RunState as QmpRunState,
@@ -37,7 +37,7 @@ fn qmp_run_state(state: RunState) -> QmpRunState {
     }
 }
 
-fn ownership(state: RunState) -> FerryOwnership {
+fn who_owns(state: RunState) -> FerryOwnership {
     match state {
         RunState::InMigrate => FerryOwnership::Incoming,
         RunState::HandoverUnknown { .. } => FerryOwnership::HandoverUnknown,
@@ -100,20 +100,17 @@ impl Operations for Control {
 
     fn ferry_status(&self) -> FerryStatus {
         let state = self.0.run_state();
-        let lease = super::lock(&self.0.lease).as_ref().and_then(|lease| {
-            let record = lease.read().ok()??;
-            Some(FerryLease {
-                path: lease.path().display().to_string(),
-                state: record.state.to_string(),
-                generation: record.generation,
-                owner: record.owner.to_string(),
-            })
+        let lease = ownership::record(&self.0.spec).map(|(path, record)| FerryLease {
+            path: path.display().to_string(),
+            state: record.state.to_string(),
+            generation: record.generation,
+            owner: record.owner.to_string(),
         });
         FerryStatus {
             name: self.0.spec.name.clone(),
             process_id: std::process::id(),
             status: qmp_run_state(state),
-            ownership: ownership(state),
+            ownership: who_owns(state),
             lease,
             migration: self.0.migrations.detail(),
         }

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
-use engine::lease::{Lease, Owner};
+use engine::lease::{Lease, Owner, Record};
 
 use crate::config::MachineSpec;
 use crate::machine::first_writable_file;
@@ -33,10 +33,12 @@ fn owner(spec: &MachineSpec) -> anyhow::Result<Owner> {
     Owner::this_process(&spec.name).context("cannot name this process in the lease record")
 }
 
-/// Whom the record of `spec` names, if there is one. Makes no file.
+/// What the record of `spec` says, and where it is, if there is one. Makes no file, and needs no lease: a migration may have it.
 #[must_use]
-pub fn holder(spec: &MachineSpec) -> Option<String> {
-    open_existing_lease(spec).ok()??.read().ok()?.map(|record| record.owner.to_string())
+pub fn record(spec: &MachineSpec) -> Option<(PathBuf, Record)> {
+    let lease = open_existing_lease(spec).ok()??;
+    let record = lease.read().ok()??;
+    Some((lease.path().to_owned(), record))
 }
 
 fn lease_path(spec: &MachineSpec) -> anyhow::Result<Option<PathBuf>> {

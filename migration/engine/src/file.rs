@@ -10,6 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use stream::DeviceSection;
 use vmstate::VmState;
 
@@ -218,6 +219,10 @@ impl Draft {
             let path = path.display().to_string();
             move |source: io::Error| Error::File { doing, path, source: source.into() }
         };
+        // Not over anything: it may be one of the guest's images, or the only copy of another guest.
+        if fs::symlink_metadata(path).is_ok() {
+            return Err(failed("write over")(io::ErrorKind::AlreadyExists.into()));
+        }
         let id = random_id().map_err(failed("name a draft of"))?;
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(format!(".{}.draft", show_id(&id)));
@@ -229,7 +234,8 @@ impl Draft {
 
     /// Gives the file its name. It is removed again unless it is kept.
     fn publish(mut self) -> Result<Self, Error> {
-        fs::rename(&self.draft, &self.path).map_err(self.failed("rename the draft of"))?;
+        renameat_with(CWD, &self.draft, CWD, &self.path, RenameFlags::NOREPLACE)
+            .map_err(|errno| self.failed("rename the draft of")(errno.into()))?;
         self.published = true;
         let folder = match self.path.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,

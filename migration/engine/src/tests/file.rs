@@ -41,6 +41,21 @@ fn files(world: &World) -> Vec<String> {
 }
 
 #[test]
+fn nothing_is_written_over() {
+    let world = World::new();
+    let path = world.path("image");
+    std::fs::write(&path, "precious").unwrap();
+    let mut source = Source::new(&world, "source");
+    let mut lease = world.lease("source");
+    lease.claim().unwrap();
+    let (outcome, _) = suspend(&mut source, &path, Some(&mut lease));
+    assert!(matches!(outcome, Outcome::Failed { paused: None, .. }), "{outcome:?}");
+    assert_eq!(world.running(), ["source"]);
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    assert_eq!(files(&world), ["image", "lease"]);
+}
+
+#[test]
 fn a_guest_comes_out_as_it_went_in_once() {
     let world = World::new();
     let (source, path) = suspended(&world);
