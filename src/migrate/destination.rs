@@ -103,14 +103,13 @@ impl DestinationMachine for Arrival {
         let machine = self.machine.take().ok_or("the machine has been started already")?;
         let running = state == RunState::Running;
         let start = |machine: &Machine| if running { machine.resume() } else { Ok(()) };
-        self.vmm.install(machine, Action::Arrive { running }, start).map_err(|error| {
+        self.vmm.install(machine, Action::Arrive { running }, start).inspect_err(|_| {
             // It is ours all the same and stays paused; `cont` tries again.
             let arrived =
                 self.vmm.act(Action::Arrive { running: false }, |machine| machine.pause().map(drop));
             if let Err(error) = arrived {
                 log::error!("the guest is ours, but: {error:#}");
             }
-            error
         })?;
         Ok(())
     }

@@ -122,9 +122,8 @@ impl SourceMachine for Source {
     fn resume(&mut self, state: RunState) -> MachineResult<()> {
         let running = state == RunState::Running;
         let resume = |machine: &Machine| if running { machine.resume() } else { Ok(()) };
-        self.vmm.act(Action::TakeBack { running }, resume).map_err(|error| {
+        self.vmm.act(Action::TakeBack { running }, resume).inspect_err(|_| {
             self.stay_paused(|machine| machine.pause().map(drop));
-            error
         })?;
         Ok(())
     }
