@@ -19,7 +19,7 @@ mod tests;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use engine::lease::Lease;
@@ -34,6 +34,10 @@ use crate::migrate::Migrations;
 
 /// How long clients may still ask how the guest has left, before the process ends.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How long the requests of a process that was killed may keep its images locked.
+const LAST_REQUESTS: Duration = Duration::from_secs(10);
+const LOCK_RETRY: Duration = Duration::from_millis(1);
 
 /// What the main thread is asked to do.
 #[derive(Debug)]
@@ -138,7 +142,7 @@ impl Vmm {
     /// The first boot: becomes the owner, builds the machine, starts it.
     fn boot_first(self: &Arc<Self>) -> anyhow::Result<()> {
         let resources = Arc::new(Resources::open(&self.spec)?);
-        self.with_holder(resources.acquire_images())?;
+        self.with_holder(self.acquire_images(&resources))?;
         let machine = self.boot(resources)?;
         // Last, so that a machine that cannot be built leaves no trace.
         let mut lease = ownership::open_lease(&self.spec)?;
@@ -147,6 +151,29 @@ impl Vmm {
         }
         self.return_lease(lease);
         self.install(machine, Action::Start, Machine::resume)
+    }
+
+    /// Takes the images. Those of an owner that was killed stay locked until the kernel has finished its requests: that is
+    /// waited for.
+    fn acquire_images(&self, resources: &Resources) -> Result<(), block::Error> {
+        let deadline = Instant::now() + LAST_REQUESTS;
+        let mut told = false;
+        loop {
+            let error = match resources.acquire_images() {
+                Err(error @ block::Error::Locked { .. }) => error,
+                result => return result,
+            };
+            if Instant::now() > deadline || !ownership::owner_is_gone(&self.spec) {
+                return Err(error);
+            }
+            if !told {
+                log::warn!(
+                    "{error}; the guest's owner is gone, so the end of its last requests is waited for"
+                );
+                told = true;
+            }
+            std::thread::sleep(LOCK_RETRY);
+        }
     }
 
     /// A refused image lock does not say who has it; the lease record does.

@@ -41,6 +41,13 @@ pub fn record(spec: &MachineSpec) -> Option<(PathBuf, Record)> {
     Some((lease.path().to_owned(), record))
 }
 
+/// Whether the owner that the record of `spec` names is gone, as far as its file system can tell.
+#[must_use]
+pub fn owner_is_gone(spec: &MachineSpec) -> bool {
+    let Ok(Some(lease)) = open_existing_lease(spec) else { return false };
+    lease.is_someone_present().is_ok_and(|present| !present)
+}
+
 fn lease_path(spec: &MachineSpec) -> anyhow::Result<Option<PathBuf>> {
     if let Some(path) = &spec.lease {
         return Ok(Some(path.clone()));

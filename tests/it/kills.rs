@@ -1,9 +1,10 @@
 //! Processes that die before the hand-over: the guest stays where it was, or can be started again, and moves another time.
 
+use block::{Backend, FileImage, FileOptions};
 use engine::lease::State;
 use ferry::control::{FerryOwnership, MigrationStatus, RunState};
 use stream::frame::Kind;
-use support::Proxy;
+use support::{Proxy, Vm, WATCHDOG};
 
 use crate::guest::{BUSY, EXERCISER, bed, lease, one_disk};
 
@@ -60,4 +61,22 @@ fn a_source_killed_while_memory_moves_leaves_nothing_at_the_destination() {
     again.migrated();
     destination.verifies(verified, 1000);
     destination.finish();
+}
+
+#[test]
+fn the_last_requests_of_an_owner_that_is_gone_are_waited_for() {
+    let bed = bed();
+    let machine = one_disk(&bed);
+    machine.boot(&bed, "first", EXERCISER, BUSY).finish();
+    // As the kernel holds the image of a process that was killed, until the process's requests have ended.
+    let requests = FileImage::open(bed.path("a.img"), FileOptions::default()).expect("nobody has the image");
+    let kernel = machine.flag("--kernel", EXERCISER).flag("--cmdline", BUSY);
+    let mut again = Vm::start(&bed, "again", kernel.flags().to_vec());
+    let waits = |line: &str| line.contains("its last requests is waited for").then_some(());
+    again.process.log.wait_for(0, WATCHDOG, waits).expect("it says that it waits");
+    assert_eq!(again.status().status, RunState::Prelaunch);
+    requests.release().expect("it can be released");
+    again.verifies(0, 100);
+    assert_eq!(lease(&bed).generation, 2);
+    again.finish();
 }

@@ -49,8 +49,8 @@ pub enum Error {
         /// `reading` or `writing`.
         access: &'static str,
     },
-    /// The file system cannot lock.
-    #[error("cannot lock image {}", path.display())]
+    /// The file system cannot set or clear locks.
+    #[error("cannot change the lock of image {}", path.display())]
     Lock {
         /// The image.
         path: PathBuf,

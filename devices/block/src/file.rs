@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -46,7 +45,8 @@ struct Stamp {
 /// An image in a file or on a block device, locked while it is held.
 ///
 /// The lock is an open file description lock over the whole file: a writer excludes everyone, readers exclude writers.
-/// It goes with the descriptor, so it ends with the process, however that ends.
+/// It goes with the descriptor, so it ends with the process, however that ends; and with a process that was killed it
+/// ends only when the kernel has finished the process's requests, so nothing of them arrives under the next holder.
 #[derive(Debug)]
 pub struct FileImage {
     path: PathBuf,
@@ -137,7 +137,9 @@ impl Backend for FileImage {
             self.held.store(Some(Arc::new(file)));
             return Err(Error::Flush { path: self.path.clone(), source });
         }
-        Ok(())
+        // Not by closing the file alone: the kernel lets go of a request's file some time after it has told of its end.
+        let unlocked = set_lock(&file.file, libc::F_UNLCK);
+        unlocked.map_err(|errno| Error::Lock { path: self.path.clone(), source: errno.into() })
     }
 
     fn acquire(&self) -> Result<(), Error> {
@@ -251,18 +253,18 @@ impl fmt::Display for Stamp {
 
 /// Locks all of the file, now or not at all.
 fn lock(file: &File, path: &Path, access: &'static str) -> Result<(), Error> {
-    let range = libc::flock {
-        l_type: if access == WRITING { libc::F_WRLCK } else { libc::F_RDLCK } as i16,
-        l_whence: libc::SEEK_SET as i16,
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&range)) {
-        Ok(_) => Ok(()),
+    match set_lock(file, if access == WRITING { libc::F_WRLCK } else { libc::F_RDLCK }) {
+        Ok(()) => Ok(()),
         Err(nix::Error::EAGAIN | nix::Error::EACCES) => Err(Error::Locked { path: path.to_owned(), access }),
-        Err(errno) => Err(Error::Lock { path: path.to_owned(), source: io::Error::from(errno) }),
+        Err(errno) => Err(Error::Lock { path: path.to_owned(), source: errno.into() }),
     }
+}
+
+/// Sets or clears the lock of an open file description over all of the file, without waiting.
+fn set_lock(file: &File, kind: i32) -> nix::Result<()> {
+    let range =
+        libc::flock { l_type: kind as i16, l_whence: libc::SEEK_SET as i16, l_start: 0, l_len: 0, l_pid: 0 };
+    fcntl(file, FcntlArg::F_OFD_SETLK(&range)).map(drop)
 }
 
 /// Turns direct I/O on if the file can do it in blocks of `block_size_bytes`.

@@ -54,6 +54,16 @@ fn looking_takes_no_lock() {
 }
 
 #[test]
+fn a_released_image_is_free_though_the_kernel_still_has_its_file() {
+    let file = temporary_file(MIB);
+    let held = open(&file).unwrap();
+    let description = held.held_file().unwrap().file().try_clone().unwrap();
+    held.release().unwrap();
+    open(&file).unwrap();
+    drop(description);
+}
+
+#[test]
 fn memory_images_are_released_too() {
     let mut context = IoContext::new(guest(), 1).unwrap();
     let images: [&dyn Backend; 2] = [&MemoryImage::new(mapping(MIB)), &crate::NullImage::new(MIB)];

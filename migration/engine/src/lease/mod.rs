@@ -194,6 +194,18 @@ impl Lease {
         Ok(self.locked()?.newest.clone().map(|(_, record)| record))
     }
 
+    /// Whether a process that may be the record's owner is there. Changes nothing; what it says may be over by the time
+    /// that it is read.
+    ///
+    /// # Errors
+    /// The file system cannot tell.
+    pub fn is_someone_present(&self) -> Result<bool, Error> {
+        let mut range = lock_of(libc::F_WRLCK, PRESENCE_RANGE);
+        fcntl(&self.file, FcntlArg::F_OFD_GETLK(&mut range))
+            .map_err(|errno| self.io("look for locks on it", errno.into()))?;
+        Ok(i32::from(range.l_type) != libc::F_UNLCK)
+    }
+
     /// At the start of a VM: makes us the owner, if nobody living is. Returns our generation, and what the record said
     /// before.
     ///
@@ -424,14 +436,8 @@ impl Lease {
     }
 
     /// Sets or clears a lock of this open file description; `false` if another one is in the way.
-    fn lock(&self, kind: i32, (start, length): (i64, i64)) -> Result<bool, Error> {
-        let range = libc::flock {
-            l_type: kind as i16,
-            l_whence: libc::SEEK_SET as i16,
-            l_start: start,
-            l_len: length,
-            l_pid: 0,
-        };
+    fn lock(&self, kind: i32, range: (i64, i64)) -> Result<bool, Error> {
+        let range = lock_of(kind, range);
         loop {
             match fcntl(&self.file, FcntlArg::F_OFD_SETLK(&range)) {
                 Ok(_) => return Ok(true),
@@ -490,6 +496,16 @@ impl Locked<'_> {
         self.newest = Some((sequence, record));
         self.next_slot = 1 - self.next_slot;
         Ok(())
+    }
+}
+
+fn lock_of(kind: i32, (start, length): (i64, i64)) -> libc::flock {
+    libc::flock {
+        l_type: kind as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: start,
+        l_len: length,
+        l_pid: 0,
     }
 }
 

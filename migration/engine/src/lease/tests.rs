@@ -33,11 +33,13 @@ fn a_living_owner_is_named_and_a_dead_one_replaced() {
     let mut first = fixture.process("first");
     assert_eq!(first.claim().unwrap(), (1, None));
     let mut second = fixture.process("second");
+    assert!(second.is_someone_present().unwrap());
     let error = second.claim().unwrap_err();
     assert!(matches!(error, Error::Held { .. }), "{error}");
     let text = error.to_string();
     assert!(text.contains("VM \"first\"") && text.contains(&format!("pid {}", std::process::id())), "{text}");
     drop(first);
+    assert!(!second.is_someone_present().unwrap());
     let (generation, previous) = second.claim().unwrap();
     assert_eq!((generation, previous.unwrap().owner.vm.as_str()), (2, "first"));
 }
