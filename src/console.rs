@@ -1,22 +1,29 @@
 //! Where the guest's serial console goes, and where its input comes from.
 //!
-//! The guest writes its console on a vCPU thread, so nothing here may block it for long: a Unix socket whose client does
-//! not read loses output after 100 ms of waiting and is disconnected; a file or a pipe is as fast as its other end.
+//! The guest writes its console on a vCPU thread, so nothing here may block it for long. Whoever does not read loses output
+//! after 100 ms of waiting: a terminal or a pipe gets what comes when it takes bytes again, a client of a Unix socket is
+//! disconnected.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, IsTerminal, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::termios::{self, LocalModes, OptionalActions, Termios};
+use rustix::time::Timespec;
 use transport::PrivateSocket;
 
 use crate::config::SerialOutput;
 
-/// How long a client may let the guest wait for room in its socket.
-const CLIENT_PATIENCE: Duration = Duration::from_millis(100);
+/// How long a reader may let the guest wait for room in its socket, pipe or terminal.
+const READER_PATIENCE: Duration = Duration::from_millis(100);
+
+/// As much as a pipe that can be written to takes at once (`PIPE_BUF`).
+const PIECE_BYTES: usize = 4096;
 
 /// What takes bytes that someone typed.
 pub type Input = Arc<dyn Fn(&[u8]) + Send + Sync>;
@@ -28,7 +35,7 @@ pub struct Console {
 
 enum Kind {
     Stdio { terminal: Option<Termios> },
-    Plain(Option<std::fs::File>),
+    Plain(Option<File>),
     Unix { listener: PrivateSocket, client: Arc<Mutex<Option<UnixStream>>> },
 }
 
@@ -61,9 +68,9 @@ impl Console {
     /// The process has no descriptors left.
     pub fn output(&self) -> io::Result<Box<dyn Write + Send>> {
         Ok(match &self.kind {
-            Kind::Stdio { .. } => Box::new(io::stdout()),
+            Kind::Stdio { .. } => Box::new(PatientWriter::new(rustix::io::dup(io::stdout())?)),
             Kind::Plain(None) => Box::new(io::sink()),
-            Kind::Plain(Some(file)) => Box::new(file.try_clone()?),
+            Kind::Plain(Some(file)) => Box::new(PatientWriter::new(file.try_clone()?)),
             Kind::Unix { client, .. } => Box::new(ClientWriter(Arc::clone(client))),
         })
     }
@@ -128,12 +135,58 @@ fn serve_clients(listener: &UnixListener, client: &Mutex<Option<UnixStream>>, in
     for stream in listener.incoming() {
         let Ok(stream) = stream else { return };
         let Ok(writer) = stream.try_clone() else { continue };
-        if writer.set_write_timeout(Some(CLIENT_PATIENCE)).is_err() {
+        if writer.set_write_timeout(Some(READER_PATIENCE)).is_err() {
             continue;
         }
         *client.lock().unwrap_or_else(PoisonError::into_inner) = Some(writer);
         pass_on(stream, input);
         *client.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// Writes to a file, pipe or terminal as long as it takes bytes; drops them while it does not.
+struct PatientWriter {
+    file: File,
+    /// Nothing was taken for [`READER_PATIENCE`], and nothing since.
+    stuck: bool,
+}
+
+impl PatientWriter {
+    fn new(file: impl Into<File>) -> Self {
+        Self { file: file.into(), stuck: false }
+    }
+
+    /// Whether a piece can be written without waiting any longer.
+    fn has_room(&mut self) -> io::Result<bool> {
+        // Who was waited for once is not waited for again: each byte of the guest's would take as long.
+        let patience = if self.stuck { Duration::ZERO } else { READER_PATIENCE };
+        let deadline = Instant::now() + patience;
+        loop {
+            let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now()));
+            let left = left.map_err(io::Error::other)?;
+            match poll(&mut [PollFd::new(&self.file, PollFlags::OUT)], Some(&left)) {
+                Err(Errno::INTR) => {}
+                ready => {
+                    // An error of the other end is ready too, and told by the write.
+                    let has_room = ready? > 0;
+                    self.stuck = !has_room;
+                    return Ok(has_room);
+                }
+            }
+        }
+    }
+}
+
+impl Write for PatientWriter {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        if !self.has_room()? {
+            return Ok(data.len());
+        }
+        self.file.write(&data[..data.len().min(PIECE_BYTES)])
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -159,6 +212,7 @@ impl Write for ClientWriter {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::OwnedFd;
     use std::sync::mpsc;
 
     use super::*;
@@ -184,6 +238,26 @@ mod tests {
         assert!(Console::open(&SerialOutput::Unix(path.clone())).is_err(), "the socket is in use");
         drop(console);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_loses_output_and_gets_what_comes_later() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let mut console = PatientWriter::new(OwnedFd::from(writer));
+        // More than any pipe holds; it returns, and never waits a second time.
+        for _ in 0..1000 {
+            console.write_all(&[b'x'; 10_000]).unwrap();
+        }
+        assert!(console.stuck);
+        let mut held = vec![0; 4 << 20];
+        let length = reader.read(&mut held).unwrap();
+        assert!(held[..length].iter().all(|byte| *byte == b'x'));
+        console.write_all(b"later").unwrap();
+        assert!(!console.stuck);
+        drop(console);
+        let mut rest = Vec::new();
+        reader.read_to_end(&mut rest).unwrap();
+        assert!(rest.ends_with(b"later"));
     }
 
     #[test]

@@ -88,6 +88,13 @@ pub struct ClockState {
     pub tsc_khz: u32,
 }
 
+/// Whether a guest that counted `saved_khz` goes on where `here_khz` is counted. KVM takes 250 parts in a million for the
+/// same: hosts of one model calibrate that differently at each boot. More needs scaling in hardware.
+#[must_use]
+pub fn is_same_tsc_frequency(saved_khz: u32, here_khz: u32) -> bool {
+    saved_khz.abs_diff(here_khz) <= here_khz / 4000
+}
+
 /// How to go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ClockPlan {
@@ -171,6 +178,15 @@ mod tests {
             realtime_nanos: 1_050_000_000,
             monotonic_nanos: 40_000_700,
             tsc: 3_000,
+        }
+    }
+
+    #[test]
+    fn frequencies_may_differ_by_how_they_were_measured() {
+        for (saved, same) in
+            [(2_000_000, true), (2_000_500, true), (1_999_500, true), (2_000_501, false), (0, false)]
+        {
+            assert_eq!(is_same_tsc_frequency(saved, 2_000_000), same, "{saved}");
         }
     }
 

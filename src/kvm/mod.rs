@@ -25,7 +25,7 @@ pub(crate) mod tsc_offset;
 mod vm;
 pub(crate) mod xsave;
 
-pub use clock::{ClockPlan, ClockState, GuestTime, HostTime};
+pub use clock::{ClockPlan, ClockState, GuestTime, HostTime, is_same_tsc_frequency};
 pub use error::Error;
 pub use host::Host;
 pub use irqchip::{IoApicState, IrqchipState, PicState};

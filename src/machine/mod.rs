@@ -39,6 +39,8 @@ pub use sections::schema_hashes;
 /// How long a stop waits for a controller's commands in flight. A disk that takes longer fails the migration, never the
 /// guest.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
+/// Property of the time stamp counter's frequency, in kHz.
+pub const TSC_KHZ: &str = "tsc_khz";
 /// The PCI slot of the entropy device; slot 0 is the host bridge.
 const ENTROPY_SLOT: u8 = 1;
 /// The PCI slot of the first disk.
@@ -161,12 +163,21 @@ impl Machine {
     /// # Errors
     /// A vCPU or a disk does not stop in time. What was stopped runs again.
     pub fn pause(&self) -> anyhow::Result<u32> {
-        let paused = self.vcpus.pause().map_err(anyhow::Error::new).and_then(|()| self.pause_devices());
-        paused.inspect_err(|_| {
+        self.halt().inspect_err(|_| {
             if let Err(error) = self.resume() {
                 log::error!("after a failed stop, the guest cannot run on: {error:#}");
             }
         })
+    }
+
+    /// As [`Machine::pause`], for a guest that is not to run on: what was stopped stays stopped, and another call waits for the
+    /// rest.
+    ///
+    /// # Errors
+    /// A vCPU or a disk does not stop in time.
+    pub fn halt(&self) -> anyhow::Result<u32> {
+        self.vcpus.pause()?;
+        self.pause_devices()
     }
 
     fn pause_devices(&self) -> anyhow::Result<u32> {
@@ -190,7 +201,7 @@ impl Machine {
     /// KVM does not tell.
     pub fn describe(&self, description: &mut Description) -> anyhow::Result<()> {
         description.set("cpus", self.vcpus.count());
-        description.set("tsc_khz", self.vcpus.tsc_khz()?);
+        description.set(TSC_KHZ, self.vcpus.tsc_khz()?);
         for (vcpu, leaves) in self.vcpus.cpuid().iter().enumerate() {
             for leaf in leaves {
                 let CpuidLeaf { function, index, eax, ebx, ecx, edx, .. } = leaf;

@@ -9,7 +9,7 @@ use vmstate::VmState;
 
 use super::{ENTROPY_SLOT, FIRST_DISK_SLOT, Machine};
 use crate::config::MachineSpec;
-use crate::kvm::{ClockState, GuestTime, HostTime, IrqchipState, PitState};
+use crate::kvm::{ClockState, GuestTime, HostTime, IrqchipState, PitState, is_same_tsc_frequency};
 use crate::vcpu::VcpuState;
 
 fn section<T: VmState>(
@@ -117,7 +117,7 @@ impl Machine {
         let clock: ClockState = set.take("clock", 0)?;
         let tsc_khz = self.vcpus.tsc_khz()?;
         ensure!(
-            clock.tsc_khz == tsc_khz,
+            is_same_tsc_frequency(clock.tsc_khz, tsc_khz),
             "the guest's time stamp counter runs at {} kHz, but at {tsc_khz} kHz here",
             clock.tsc_khz
         );

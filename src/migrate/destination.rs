@@ -53,6 +53,10 @@ impl DestinationFactory for Factory {
         Ok(description)
     }
 
+    fn differences(&mut self, source: &Description, own: &Description) -> Vec<String> {
+        description::differences(source, own)
+    }
+
     fn build(&mut self, _: &Description) -> MachineResult<Arrival> {
         let machine = self.prepare()?;
         Ok(Arrival { vmm: Arc::clone(&self.vmm), time: self.time, machine: Some(machine) })

@@ -10,7 +10,7 @@ use kvm_ioctls::VcpuFd;
 use super::state::{self, DebugRegisters, EventState, Registers, SystemRegisters, VcpuState};
 use super::{BootRegisters, cpuid, msr};
 use crate::kvm::run::{Exit, Kickable};
-use crate::kvm::{Error, tsc_offset, xsave};
+use crate::kvm::{Error, is_same_tsc_frequency, tsc_offset, xsave};
 
 /// Offset of the LINT1 entry in a local APIC's registers.
 const LVT_LINT1: usize = 0x360;
@@ -255,8 +255,7 @@ impl Vcpu {
             return Err(differences.join("; "));
         }
         let tsc_khz = self.fd().get_tsc_khz().map_err(|e| format!("cannot read the TSC frequency: {e}"))?;
-        // KVM itself takes 250 parts in a million for the same; more needs scaling in hardware.
-        if saved.tsc_khz.abs_diff(tsc_khz) > tsc_khz / 4000 {
+        if !is_same_tsc_frequency(saved.tsc_khz, tsc_khz) {
             return Err(format!("its TSC runs at {} kHz, this host's at {tsc_khz} kHz", saved.tsc_khz));
         }
         Ok(())

@@ -332,32 +332,37 @@ impl Vmm {
     }
 
     /// Does what the guest asked for. A migration that is under way is cancelled, and the event is served when it has given the
-    /// machine back. Returns why the machine has ended, if it has.
+    /// machine back; a disk that does not finish its commands is waited for, with the guest stopped. Returns why the machine
+    /// has ended, if it has.
     fn serve_guest_event(self: &Arc<Self>) -> anyhow::Result<Option<ShutdownCause>> {
         if self.migrations.cancel() {
             return Ok(None);
         }
-        let mut pending = lock(&self.pending);
-        let Some(event) = pending.take() else { return Ok(None) };
-        if matches!(event, GuestEvent::Reset) {
-            // It stays noted until the machine has been replaced: no migration begins with the old one.
-            *pending = Some(GuestEvent::Reset);
+        // It stays noted until it is served: no migration begins with a machine that is to go.
+        let asks_for_reset = match &*lock(&self.pending) {
+            None => return Ok(None),
+            Some(event) => matches!(event, GuestEvent::Reset),
+        };
+        if let Some(GuestEvent::Failed(error)) =
+            lock(&self.pending).take_if(|event| matches!(event, GuestEvent::Failed(_)))
+        {
+            self.act(Action::Fail, |_| Ok(()))?;
+            self.events.emit(Event::Shutdown { reason: ShutdownCause::HostError });
+            return Err(error);
         }
-        drop(pending);
-        match event {
-            GuestEvent::Reset => {
-                self.reset().context("cannot reset the guest")?;
+        let served = if asks_for_reset {
+            self.reset().context("cannot reset the guest").map(|()| None)
+        } else {
+            let off = self.act(Action::PowerOff, Machine::halt).context("cannot power the guest off");
+            off.map(|_| Some(ShutdownCause::GuestShutdown))
+        };
+        match served {
+            Err(error) if disk_is_busy(&error) => {
+                log::warn!("{error:#}; waiting for it");
+                self.request(Request::GuestEvent);
                 Ok(None)
             }
-            GuestEvent::PowerOff => {
-                self.act(Action::PowerOff, Machine::pause)?;
-                Ok(Some(ShutdownCause::GuestShutdown))
-            }
-            GuestEvent::Failed(error) => {
-                self.act(Action::Fail, |_| Ok(()))?;
-                self.events.emit(Event::Shutdown { reason: ShutdownCause::HostError });
-                Err(error)
-            }
+            served => served,
         }
     }
 
@@ -366,7 +371,7 @@ impl Vmm {
         // To the end: a command that came between would find a machine that is going or one that is not ready.
         let _transition = lock(&self.transition);
         let (state, resources) = self.change(Action::Reset, |machine| {
-            machine.pause()?;
+            machine.halt()?;
             Ok(Arc::clone(machine.resources()))
         })?;
         *lock(&self.machine) = None;
@@ -406,13 +411,18 @@ impl Vmm {
         if let Ok(over) = state.next(Action::PowerOff) {
             *lock(&self.run_state) = over;
         }
-        machine.pause().context("cannot stop the guest")?;
+        machine.halt().context("cannot stop the guest")?;
         machine.resources().release_images().context("cannot make the images stable")?;
         if let Some(lease) = lock(&self.lease).as_mut() {
             lease.release()?;
         }
         Ok(())
     }
+}
+
+/// Whether a stop failed only because an image takes its time.
+fn disk_is_busy(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(nvme::Error::PauseTimeout { .. }))
 }
 
 /// A lock whose holder panicked is still good: every value here is replaced as a whole.

@@ -44,3 +44,10 @@ fn no_migration_begins_with_a_machine_that_is_to_be_replaced() {
     assert!(!vmm.migrations.cancel());
     assert_eq!(vmm.run_state(), RunState::Running);
 }
+
+#[test]
+fn only_a_disk_that_takes_its_time_is_waited_for() {
+    let busy = anyhow::Error::new(nvme::Error::PauseTimeout { in_flight: 1 });
+    assert!(disk_is_busy(&busy.context("cannot reset the guest")));
+    assert!(!disk_is_busy(&anyhow::anyhow!("cannot reset the guest")));
+}

@@ -63,6 +63,9 @@ impl<E: Entropy> Rng<E> {
         let mut produced = 0;
         while let Some(chain) = queue.iter(memory)?.next() {
             let head = chain.head_index();
+            if head >= queue.size() {
+                return Err(QueueError::InvalidDescriptorIndex);
+            }
             let written = self.fill(chain, memory)?;
             queue.add_used(memory, head, written)?;
             work.used = true;
