@@ -69,6 +69,9 @@ pub struct RunArguments {
     /// Wait for a guest to arrive: unix:PATH, tcp:HOST:PORT, or file:PATH to restore a suspended one.
     #[arg(long, value_name = "URI")]
     pub incoming: Option<transport::Uri>,
+    /// Start the guest anew though it lies suspended in a file, which can then not be restored any more.
+    #[arg(long, conflicts_with = "incoming")]
+    pub discard_suspended: bool,
     /// End with status 0 once the guest has been migrated away.
     #[arg(long)]
     pub exit_when_migrated: bool,

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use block::{Backend, FileImage, FileOptions, MemoryImage, NullImage};
@@ -9,6 +10,9 @@ use nvme::NamespaceConfig;
 
 use crate::config::{BackendSpec, ControllerSpec, MachineSpec, NamespaceSpec};
 use crate::memory::GuestRam;
+
+/// Between two tries at an image that is locked.
+const LOCK_RETRY: Duration = Duration::from_millis(1);
 
 /// Memory and images of one virtual machine.
 ///
@@ -76,6 +80,28 @@ impl Resources {
             }
         }
         Ok(())
+    }
+
+    /// As [`Resources::acquire_images`], and tries again for `patience` while `wait` says so to the refusal.
+    ///
+    /// # Errors
+    /// As [`Resources::acquire_images`].
+    pub fn acquire_images_within(
+        &self,
+        patience: Duration,
+        mut wait: impl FnMut(&block::Error) -> bool,
+    ) -> Result<(), block::Error> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let error = match self.acquire_images() {
+                Err(error @ block::Error::Locked { .. }) => error,
+                result => return result,
+            };
+            if Instant::now() > deadline || !wait(&error) {
+                return Err(error);
+            }
+            std::thread::sleep(LOCK_RETRY);
+        }
     }
 
     /// Makes every acknowledged write stable; the images stay held.

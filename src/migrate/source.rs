@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use engine::{Description, MachineResult, PageBitmap, RamBlock, RunState, SaveFor, SourceMachine};
@@ -12,6 +13,9 @@ use super::{description, ram_blocks};
 use crate::dirty::DirtyTracker;
 use crate::machine::{Action, Machine, RunState as State};
 use crate::vmm::Vmm;
+
+/// How long a guest that comes back waits for images that someone else holds.
+const IMAGE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Borrows the machine of a [`Vmm`] for one attempt.
 pub struct Source {
@@ -113,7 +117,8 @@ impl SourceMachine for Source {
     }
 
     fn reacquire_images(&mut self) -> MachineResult<()> {
-        self.machine.resources().acquire_images().map_err(|error| {
+        // Whoever has them may only be looking: a guest that could run on is worth a moment.
+        self.machine.resources().acquire_images_within(IMAGE_PATIENCE, |_| true).map_err(|error| {
             self.stay_paused(|_| Ok(()));
             error.into()
         })

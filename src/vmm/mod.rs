@@ -19,7 +19,7 @@ mod tests;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
 use engine::lease::Lease;
@@ -37,7 +37,6 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How long the requests of a process that was killed may keep its images locked.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
-const LOCK_RETRY: Duration = Duration::from_millis(1);
 
 /// What the main thread is asked to do.
 #[derive(Debug)]
@@ -90,7 +89,7 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     signals::forward(vmm.requests.clone())?;
     vmm.start_console()?;
     match &arguments.incoming {
-        None => vmm.boot_first()?,
+        None => vmm.boot_first(arguments.discard_suspended)?,
         Some(uri) => {
             vmm.return_lease(ownership::open_existing_lease(&vmm.spec)?);
             vmm.migrations.expect(&vmm, uri)?;
@@ -140,14 +139,15 @@ impl Vmm {
     }
 
     /// The first boot: becomes the owner, builds the machine, starts it.
-    fn boot_first(self: &Arc<Self>) -> anyhow::Result<()> {
+    fn boot_first(self: &Arc<Self>, discard_suspended: bool) -> anyhow::Result<()> {
+        ownership::check(&self.spec, discard_suspended)?;
         let resources = Arc::new(Resources::open(&self.spec)?);
         self.with_holder(self.acquire_images(&resources))?;
         let machine = self.boot(resources)?;
         // Last, so that a machine that cannot be built leaves no trace.
         let mut lease = ownership::open_lease(&self.spec)?;
         if let Some(lease) = &mut lease {
-            lease.claim()?;
+            ownership::claim(lease, discard_suspended)?;
         }
         self.return_lease(lease);
         self.install(machine, Action::Start, Machine::resume)
@@ -156,24 +156,17 @@ impl Vmm {
     /// Takes the images. Those of an owner that was killed stay locked until the kernel has finished its requests: that is
     /// waited for.
     fn acquire_images(&self, resources: &Resources) -> Result<(), block::Error> {
-        let deadline = Instant::now() + LAST_REQUESTS;
         let mut told = false;
-        loop {
-            let error = match resources.acquire_images() {
-                Err(error @ block::Error::Locked { .. }) => error,
-                result => return result,
-            };
-            if Instant::now() > deadline || !ownership::owner_is_gone(&self.spec) {
-                return Err(error);
-            }
-            if !told {
+        resources.acquire_images_within(LAST_REQUESTS, |error| {
+            let wait = ownership::owner_is_gone(&self.spec);
+            if wait && !told {
                 log::warn!(
                     "{error}; the guest's owner is gone, so the end of its last requests is waited for"
                 );
                 told = true;
             }
-            std::thread::sleep(LOCK_RETRY);
-        }
+            wait
+        })
     }
 
     /// A refused image lock does not say who has it; the lease record does.

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
-use engine::lease::{Lease, Owner, Record};
+use engine::lease::{Error, Lease, Owner, Record};
 
 use crate::config::MachineSpec;
 use crate::machine::first_writable_file;
@@ -39,6 +39,40 @@ pub fn record(spec: &MachineSpec) -> Option<(PathBuf, Record)> {
     let lease = open_existing_lease(spec).ok()??;
     let record = lease.read().ok()??;
     Some((lease.path().to_owned(), record))
+}
+
+/// Refuses early what [`claim`] would refuse, without touching an image: who starts a machine that is in use, or on its way
+/// between two processes, disturbs nobody.
+///
+/// # Errors
+/// A living process owns the guest, or a file holds it and `discard_suspended` does not give that up.
+pub fn check(spec: &MachineSpec, discard_suspended: bool) -> anyhow::Result<()> {
+    // A record that cannot be opened is told of by `open_lease`.
+    let Ok(Some(lease)) = open_existing_lease(spec) else { return Ok(()) };
+    match lease.check_claim() {
+        Err(Error::Suspended { .. }) if discard_suspended => Ok(()),
+        result => result.map_err(explain),
+    }
+}
+
+/// Makes this process the owner of the guest, for a start from the beginning.
+///
+/// # Errors
+/// As [`check`], or the record cannot be written.
+pub fn claim(lease: &mut Lease, discard_suspended: bool) -> anyhow::Result<()> {
+    let claimed = if discard_suspended { lease.claim_anew() } else { lease.claim() };
+    claimed.map(drop).map_err(explain)
+}
+
+fn explain(error: Error) -> anyhow::Error {
+    let help = match &error {
+        Error::Held { record, .. } => format!("the guest of this disk belongs to {}", record.owner),
+        Error::Suspended { .. } => {
+            "restore it with --incoming file:PATH, or give it up with --discard-suspended".to_owned()
+        }
+        _ => return error.into(),
+    };
+    anyhow::Error::new(error).context(help)
 }
 
 /// Whether the owner that the record of `spec` names is gone, as far as its file system can tell.

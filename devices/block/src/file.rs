@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use arc_swap::ArcSwapOption;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -121,7 +123,7 @@ impl Backend for FileImage {
 
     fn sync(&self) -> Result<(), Error> {
         let Some(file) = self.held.load_full().filter(|_| !self.options.read_only) else { return Ok(()) };
-        file.file.sync_data().map_err(|source| Error::Flush { path: self.path.clone(), source })
+        file.sync().map_err(|source| Error::Flush { path: self.path.clone(), source })
     }
 
     fn release(&self) -> Result<(), Error> {
@@ -132,7 +134,7 @@ impl Backend for FileImage {
             Error::InUse { path: self.path.clone() }
         })?;
         if !self.options.read_only
-            && let Err(source) = file.file.sync_data()
+            && let Err(source) = file.sync()
         {
             self.held.store(Some(Arc::new(file)));
             return Err(Error::Flush { path: self.path.clone(), source });
@@ -161,7 +163,7 @@ impl Backend for FileImage {
             true => go_direct(&file, self.options.block_size_bytes),
             false => None,
         };
-        self.held.store(Some(Arc::new(OpenFile { file, alignment })));
+        self.held.store(Some(Arc::new(OpenFile::new(file, alignment))));
         Ok(())
     }
 }
@@ -181,13 +183,42 @@ pub(crate) struct OpenFile {
     file: File,
     /// `None`: through the page cache, where every alignment will do.
     alignment: Option<Alignment>,
+    /// Something was written since the last [`OpenFile::sync`].
+    written: AtomicBool,
 }
 
 impl OpenFile {
+    fn new(file: File, alignment: Option<Alignment>) -> Self {
+        // Whoever held it before may have left something.
+        Self { file, alignment, written: AtomicBool::new(true) }
+    }
+
+    /// Makes stable what was written and has ended; costs nothing if that was done already.
+    fn sync(&self) -> io::Result<()> {
+        // Before the call: what ends meanwhile may have come too late for it.
+        if !self.written.swap(false, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.file.sync_data().inspect_err(|_| self.note_write())
+    }
+
+    /// A request that writes has ended, or part of it may have arrived.
+    pub(crate) fn note_write(&self) {
+        // Looked at first: threads that all write would otherwise take the line from each other.
+        if !self.written.load(Ordering::Relaxed) {
+            self.written.store(true, Ordering::Release);
+        }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn is_synced(&self) -> bool {
+        !self.written.load(Ordering::Acquire)
+    }
+
     /// A file whose device takes blocks of `granule_bytes` only, whatever the file system under the test says.
     #[cfg(test)]
     pub(crate) fn with_granule(file: File, granule_bytes: u64) -> Self {
-        Self { file, alignment: Some(Alignment { memory_bytes: granule_bytes as usize, granule_bytes }) }
+        Self::new(file, Some(Alignment { memory_bytes: granule_bytes as usize, granule_bytes }))
     }
 
     /// The file.

@@ -344,7 +344,11 @@ impl Transfer {
         if self.operation == Operation::Read && self.source == Source::Guest {
             mark_dirty(memory, &self.ranges);
         }
-        self.file = None;
+        if let Some(file) = self.file.take()
+            && !matches!(self.operation, Operation::Read | Operation::Flush)
+        {
+            file.note_write();
+        }
         Progress::Done(result)
     }
 }

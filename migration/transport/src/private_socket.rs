@@ -1,12 +1,12 @@
 //! A listening Unix socket that only its owner can reach, and whose file goes away with it.
 
-use std::fs;
+use std::fs::{self, TryLockError};
 use std::io;
 use std::ops::Deref;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -16,6 +16,10 @@ use crate::{Error, Uri};
 const BACKLOG: i32 = 8;
 /// How long an answer may take at a socket that someone else may be listening on.
 const KNOCK: Duration = Duration::from_millis(100);
+
+/// How long another process may take to make its socket in the same folder.
+const FOLDER_PATIENCE: Duration = Duration::from_secs(2);
+const FOLDER_RETRY: Duration = Duration::from_millis(1);
 
 /// The socket; dropping it removes its file.
 #[derive(Debug)]
@@ -33,6 +37,8 @@ impl PrivateSocket {
         let uri = Uri::Unix(path.to_owned());
         let failed = |source: io::Error| Error::Listen { uri: uri.to_string(), source };
         let address = SocketAddrUnix::new(path).map_err(|errno| failed(errno.into()))?;
+        // Until it listens it looks like one that a dead process left: others wait so long before they look.
+        let _folder = lock_folder(path).map_err(failed)?;
         let socket =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
                 .map_err(|errno| failed(errno.into()))?;
@@ -79,6 +85,23 @@ impl Drop for SocketFile {
     }
 }
 
+/// Locks the folder of `path` against other processes that make a socket there.
+fn lock_folder(path: &Path) -> io::Result<fs::File> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let folder = fs::File::open(folder)?;
+    let deadline = Instant::now() + FOLDER_PATIENCE;
+    loop {
+        match folder.try_lock() {
+            Ok(()) => return Ok(folder),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(FOLDER_RETRY),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 fn remove_stale(uri: &Uri, path: &Path) -> Result<(), Error> {
     let failed = |source| Error::Listen { uri: uri.to_string(), source };
     if !fs::symlink_metadata(path).map_err(failed)?.file_type().is_socket() {
@@ -104,4 +127,34 @@ pub(crate) fn connect_unix(path: &Path, timeout: Duration) -> io::Result<UnixStr
     rustix::net::connect(&socket, &address)?;
     set_socket_timeout(&socket, Timeout::Send, None)?;
     Ok(UnixStream::from(socket))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+
+    /// Of two that start at one moment one listens, and can be reached for as long as it is there.
+    #[test]
+    fn of_many_that_start_at_once_one_listens() {
+        let folder = tempfile::tempdir().unwrap();
+        for round in 0..200 {
+            let path = folder.path().join(format!("{round}"));
+            if round % 2 == 1 {
+                drop(UnixListener::bind(&path).unwrap());
+            }
+            let barrier = Barrier::new(3);
+            let bind = || {
+                barrier.wait();
+                PrivateSocket::bind(&path)
+            };
+            let sockets: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..3).map(|_| scope.spawn(bind)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(sockets.iter().flatten().count(), 1, "round {round}: {sockets:?}");
+            connect_unix(&path, KNOCK).unwrap();
+        }
+    }
 }

@@ -64,6 +64,33 @@ fn a_released_image_is_free_though_the_kernel_still_has_its_file() {
 }
 
 #[test]
+fn an_image_is_synced_when_something_was_written_since() {
+    on_both_engines(1, |context| {
+        let file = temporary_file(MIB);
+        let image = open(&file).unwrap();
+        let is_synced = || image.held_file().unwrap().is_synced();
+        assert!(!is_synced(), "nobody knows what the holder before left");
+        image.sync().unwrap();
+        let write = Operation::Write { fua: false };
+        for (operation, wrote) in [
+            (Operation::Read, false),
+            (Operation::Flush, false),
+            (write, true),
+            (Operation::WriteZeroes { deallocate: false, fua: false }, true),
+            (Operation::Discard, true),
+        ] {
+            let ranges = [range(0, 512)];
+            let moves_data = matches!(operation, Operation::Read | Operation::Write { .. });
+            let length_bytes = if operation == Operation::Flush { 0 } else { 512 };
+            run(context, &image, operation, 0, length_bytes, &ranges[..usize::from(moves_data)]).unwrap();
+            assert_eq!(!is_synced(), wrote, "{operation:?}");
+            image.sync().unwrap();
+            assert!(is_synced());
+        }
+    });
+}
+
+#[test]
 fn memory_images_are_released_too() {
     let mut context = IoContext::new(guest(), 1).unwrap();
     let images: [&dyn Backend; 2] = [&MemoryImage::new(mapping(MIB)), &crate::NullImage::new(MIB)];

@@ -28,14 +28,14 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
-use record::SLOT_BYTES;
+use record::{FILE_BYTES, SLOT_BYTES, SLOT_STRIDE_BYTES};
 pub use record::{Id, Owner, Record, State, random_id, show_id};
 
 /// How long to wait for the record lock. Its holders do a few writes and, at a destination, take image locks.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 const LOCK_RETRY: Duration = Duration::from_millis(1);
 
-const RECORD_RANGE: (i64, i64) = (0, 2 * SLOT_BYTES as i64);
+const RECORD_RANGE: (i64, i64) = (0, FILE_BYTES as i64);
 /// Beyond the contents: locks need no bytes behind them.
 const PRESENCE_RANGE: (i64, i64) = (1 << 20, 1);
 
@@ -80,6 +80,14 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// Who holds it.
+        record: Box<Record>,
+    },
+    /// The guest lies in a file.
+    #[error("lease {path}: the guest lies suspended in a file: {record}")]
+    Suspended {
+        /// The lease.
+        path: PathBuf,
+        /// What it says.
         record: Box<Record>,
     },
     /// The record does not say what it must for this step.
@@ -206,13 +214,39 @@ impl Lease {
         Ok(i32::from(range.l_type) != libc::F_UNLCK)
     }
 
-    /// At the start of a VM: makes us the owner, if nobody living is. Returns our generation, and what the record said
-    /// before.
+    /// At the start of a VM: makes us the owner, if nobody living is, and no file holds the guest. Returns our generation, and
+    /// what the record said before.
+    ///
+    /// # Errors
+    /// [`Error::Held`] names the holder; [`Error::Suspended`].
+    pub fn claim(&mut self) -> Result<(u64, Option<Record>), Error> {
+        self.claim_if("start", |record| !record.is_some_and(Record::is_in_file)).map_err(
+            |error| match error {
+                Error::Moved { path, record, .. } => Error::Suspended { path, record },
+                error => error,
+            },
+        )
+    }
+
+    /// As [`Self::claim`], and gives up a guest that lies in a file: that cannot be restored any more.
     ///
     /// # Errors
     /// [`Error::Held`] names the holder.
-    pub fn claim(&mut self) -> Result<(u64, Option<Record>), Error> {
+    pub fn claim_anew(&mut self) -> Result<(u64, Option<Record>), Error> {
         self.claim_if("start", |_| true)
+    }
+
+    /// Whether [`Self::claim`] would be refused now, without changing anything.
+    ///
+    /// # Errors
+    /// Those of [`Self::claim`].
+    pub fn check_claim(&self) -> Result<(), Error> {
+        let (path, record) = (self.path.clone(), self.read()?.map(Box::new));
+        match record {
+            Some(record) if self.is_someone_present()? => Err(Error::Held { path, record }),
+            Some(record) if record.is_in_file() => Err(Error::Suspended { path, record }),
+            _ => Ok(()),
+        }
     }
 
     /// At the restore of a file: makes us the owner, if the guest is still in the file of this digest and generation.
@@ -412,7 +446,7 @@ impl Lease {
         let (mut whole, mut foreign, mut blank) = (false, false, true);
         for index in 0..2 {
             let mut slot = [0; SLOT_BYTES];
-            let offset = index * SLOT_BYTES as u64;
+            let offset = index * SLOT_STRIDE_BYTES as u64;
             let count = read_fully(&self.file, &mut slot, offset).map_err(|e| self.io("read it", e))?;
             let empty = slot[..count].iter().all(|byte| *byte == 0);
             blank &= empty;
@@ -427,7 +461,7 @@ impl Lease {
             }
         }
         // Blank: just made, by us or by someone who crashed before the first record.
-        let ours = length == 2 * SLOT_BYTES as u64;
+        let ours = length == FILE_BYTES as u64;
         if whole || length == 0 || (ours && blank) {
             return Ok(locked);
         }
@@ -474,14 +508,11 @@ impl Locked<'_> {
         let first = self.newest.is_none();
         if first {
             // Both copies have their blocks from the start: later writes change no metadata, and fsync is cheap.
-            self.lease
-                .file
-                .write_all_at(&[0; 2 * SLOT_BYTES], 0)
-                .map_err(|e| self.lease.io("write it", e))?;
+            self.lease.file.write_all_at(&[0; FILE_BYTES], 0).map_err(|e| self.lease.io("write it", e))?;
         }
         self.lease
             .file
-            .write_all_at(&record.to_slot(sequence), self.next_slot * SLOT_BYTES as u64)
+            .write_all_at(&record.to_slot(sequence), self.next_slot * SLOT_STRIDE_BYTES as u64)
             .map_err(|e| self.lease.io("write it", e))?;
         self.lease.file.sync_data().map_err(|e| self.lease.io("sync it", e))?;
         if first {

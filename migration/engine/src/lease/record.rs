@@ -29,6 +29,10 @@ pub fn show_id(id: &Id) -> String {
 
 /// Bytes of one of the two copies: a sector, which disks write whole.
 pub(super) const SLOT_BYTES: usize = 512;
+/// From one copy to the other: no sector, of whatever disk, holds both.
+pub(super) const SLOT_STRIDE_BYTES: usize = 4096;
+/// Of the file.
+pub(super) const FILE_BYTES: usize = 2 * SLOT_STRIDE_BYTES;
 const MAGIC: [u8; 8] = *b"FRRYLEAS";
 const VERSION: u32 = 1;
 
@@ -169,6 +173,10 @@ struct Slot {
 }
 
 impl Record {
+    pub(super) fn is_in_file(&self) -> bool {
+        matches!(self.state, State::InFile { .. })
+    }
+
     pub(super) fn to_slot(&self, sequence: u64) -> [u8; SLOT_BYTES] {
         let (session, peer, digest) = match &self.state {
             State::Offered { session, peer } => (*session, peer.as_str(), 0),

@@ -34,12 +34,14 @@ fn a_living_owner_is_named_and_a_dead_one_replaced() {
     assert_eq!(first.claim().unwrap(), (1, None));
     let mut second = fixture.process("second");
     assert!(second.is_someone_present().unwrap());
+    assert!(matches!(second.check_claim(), Err(Error::Held { .. })));
     let error = second.claim().unwrap_err();
     assert!(matches!(error, Error::Held { .. }), "{error}");
     let text = error.to_string();
     assert!(text.contains("VM \"first\"") && text.contains(&format!("pid {}", std::process::id())), "{text}");
     drop(first);
     assert!(!second.is_someone_present().unwrap());
+    second.check_claim().unwrap();
     let (generation, previous) = second.claim().unwrap();
     assert_eq!((generation, previous.unwrap().owner.vm.as_str()), (2, "first"));
 }
@@ -138,6 +140,25 @@ fn a_file_is_restored_once_and_only_onto_what_it_was_taken_from() {
 }
 
 #[test]
+fn a_guest_in_a_file_is_given_up_only_on_request() {
+    let fixture = Fixture::new();
+    let mut source = fixture.process("source");
+    let (generation, _) = source.claim().unwrap();
+    let lease = source.read().unwrap().unwrap().lease;
+    source.suspend(generation, 77).unwrap();
+    let before = source.read().unwrap();
+    let mut again = fixture.process("again");
+    for result in [again.check_claim(), again.claim().map(drop)] {
+        assert!(matches!(result, Err(Error::Suspended { record, .. }) if Some(&*record) == before.as_ref()));
+    }
+    assert_eq!(again.read().unwrap(), before);
+    assert_eq!(again.claim_anew().unwrap().0, generation + 1);
+    drop(again);
+    assert!(fixture.process("restored").claim_file(&lease, generation, 77).is_err());
+    assert_eq!(fixture.process("next").claim().unwrap().0, generation + 2);
+}
+
+#[test]
 fn a_torn_write_never_happened() {
     let fixture = Fixture::new();
     let mut source = fixture.process("source");
@@ -149,7 +170,8 @@ fn a_torn_write_never_happened() {
     // Sequence 1 lies in the first slot, 2 in the second; a crash leaves a prefix of the second.
     for cut in [1, 8, 100, 500] {
         let mut torn = old.clone();
-        torn[SLOT_BYTES..SLOT_BYTES + cut].copy_from_slice(&new[SLOT_BYTES..SLOT_BYTES + cut]);
+        let second = SLOT_STRIDE_BYTES..SLOT_STRIDE_BYTES + cut;
+        torn[second.clone()].copy_from_slice(&new[second]);
         std::fs::write(&fixture.path, &torn).unwrap();
         assert_eq!(source.read().unwrap(), before, "cut at {cut}");
     }
@@ -157,7 +179,7 @@ fn a_torn_write_never_happened() {
     assert!(matches!(source.read().unwrap().unwrap().state, State::Offered { .. }));
     let mut damaged = new.clone();
     damaged[20] ^= 1;
-    damaged[SLOT_BYTES + 20] ^= 1;
+    damaged[SLOT_STRIDE_BYTES + 20] ^= 1;
     std::fs::write(&fixture.path, &damaged).unwrap();
     assert!(matches!(source.settle(&SESSION), Err(Error::Damaged { .. })));
 }
@@ -165,7 +187,7 @@ fn a_torn_write_never_happened() {
 #[test]
 fn a_file_that_is_no_lease_is_left_alone() {
     let fixture = Fixture::new();
-    for contents in [vec![b'x'; 2 * SLOT_BYTES], vec![0; 4096], b"image".to_vec()] {
+    for contents in [vec![b'x'; FILE_BYTES], vec![0; 4096], b"image".to_vec()] {
         std::fs::write(&fixture.path, &contents).unwrap();
         let error = Lease::open(&fixture.path, Owner::this_process("vm").unwrap()).unwrap_err();
         assert!(matches!(error, Error::NotALease { .. }), "{error}");
@@ -186,7 +208,7 @@ fn a_destination_makes_no_file() {
 #[test]
 fn a_crash_before_the_first_record_leaves_a_usable_file() {
     let fixture = Fixture::new();
-    std::fs::write(&fixture.path, [0; 2 * SLOT_BYTES]).unwrap();
+    std::fs::write(&fixture.path, [0; FILE_BYTES]).unwrap();
     assert_eq!(fixture.process("vm").claim().unwrap(), (1, None));
 }
 

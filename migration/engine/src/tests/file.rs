@@ -87,7 +87,7 @@ fn a_file_is_refused_where_the_disks_have_moved_on() {
     let world = World::new();
     let (_source, path) = suspended(&world);
     let mut other = world.lease("other");
-    other.claim().unwrap();
+    other.claim_anew().unwrap();
     let error = restore(&world, &path, Some(&mut world.lease("restored"))).unwrap_err().chain();
     assert!(error.contains("held") && error.contains("VM \"other\""), "{error}");
     other.release().unwrap();
