@@ -7,6 +7,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind, IsTerminal, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,14 +29,15 @@ const PIECE_BYTES: usize = 4096;
 /// What takes bytes that someone typed.
 pub type Input = Arc<dyn Fn(&[u8]) + Send + Sync>;
 
-/// An open console. Dropping it restores the terminal and removes the socket file.
+/// An open console. Dropping it restores the terminal and removes the socket file, or a file that was made in vain.
 pub struct Console {
     kind: Kind,
 }
 
 enum Kind {
     Stdio { terminal: Option<Termios> },
-    Plain(Option<File>),
+    Null,
+    File { file: File, path: PathBuf, is_new: bool },
     Unix { listener: PrivateSocket, client: Arc<Mutex<Option<UnixStream>>> },
 }
 
@@ -46,13 +48,13 @@ impl Console {
     /// The file or socket cannot be made.
     pub fn open(output: &SerialOutput) -> anyhow::Result<Self> {
         let kind = match output {
-            SerialOutput::Null => Kind::Plain(None),
+            SerialOutput::Null => Kind::Null,
             SerialOutput::Stdio => Kind::Stdio { terminal: None },
             SerialOutput::File(path) => {
+                let is_new = !path.exists();
                 let file = OpenOptions::new().create(true).append(true).open(path);
-                Kind::Plain(Some(
-                    file.with_context(|| format!("cannot open {} for the console", path.display()))?,
-                ))
+                let file = file.with_context(|| format!("cannot open {} for the console", path.display()))?;
+                Kind::File { file, path: path.clone(), is_new }
             }
             SerialOutput::Unix(path) => {
                 let listener = PrivateSocket::bind(path).context("cannot make the console socket")?;
@@ -69,8 +71,8 @@ impl Console {
     pub fn output(&self) -> io::Result<Box<dyn Write + Send>> {
         Ok(match &self.kind {
             Kind::Stdio { .. } => Box::new(PatientWriter::new(rustix::io::dup(io::stdout())?)),
-            Kind::Plain(None) => Box::new(io::sink()),
-            Kind::Plain(Some(file)) => Box::new(PatientWriter::new(file.try_clone()?)),
+            Kind::Null => Box::new(io::sink()),
+            Kind::File { file, .. } => Box::new(PatientWriter::new(file.try_clone()?)),
             Kind::Unix { client, .. } => Box::new(ClientWriter(Arc::clone(client))),
         })
     }
@@ -82,7 +84,7 @@ impl Console {
     /// The thread cannot be started.
     pub fn start_input(&mut self, input: Input) -> io::Result<()> {
         match &mut self.kind {
-            Kind::Plain(_) => {}
+            Kind::Null | Kind::File { .. } => {}
             Kind::Stdio { terminal } => {
                 if io::stdin().is_terminal() {
                     *terminal = Some(unbuffered_terminal()?);
@@ -100,8 +102,15 @@ impl Console {
 
 impl Drop for Console {
     fn drop(&mut self) {
-        if let Kind::Stdio { terminal: Some(before) } = &self.kind {
-            let _ = termios::tcsetattr(io::stdin(), OptionalActions::Now, before);
+        match &self.kind {
+            Kind::Stdio { terminal: Some(before) } => {
+                let _ = termios::tcsetattr(io::stdin(), OptionalActions::Now, before);
+            }
+            // A machine that could not be built leaves nothing behind.
+            Kind::File { file, path, is_new: true } if file.metadata().is_ok_and(|file| file.len() == 0) => {
+                let _gone_already = std::fs::remove_file(path);
+            }
+            _ => {}
         }
     }
 }
@@ -271,7 +280,12 @@ mod tests {
             let console = Console::open(&SerialOutput::File(path.clone())).unwrap();
             console.output().unwrap().write_all(text.as_bytes()).unwrap();
         }
-        assert_eq!(std::fs::read_to_string(path).unwrap(), "one two");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "one two");
+        drop(Console::open(&SerialOutput::File(path.clone())).unwrap());
+        assert!(path.exists(), "what was there stays");
+        let path = folder.path().join("in vain");
+        drop(Console::open(&SerialOutput::File(path.clone())).unwrap());
+        assert!(!path.exists());
         assert!(Console::open(&SerialOutput::File("/no/such/folder/log".into())).is_err());
     }
 }

@@ -33,16 +33,16 @@ pub struct MigrateArguments {
     /// Control socket of the machine (its --api).
     #[arg(long, value_name = "PATH")]
     pub api: PathBuf,
-    /// Milliseconds that the guest may be stopped [the machine's default: 300].
+    /// Milliseconds that the guest may be stopped; holds for later migrations of this process too [at its start: 300].
     #[arg(long, value_name = "MS")]
     pub downtime_limit: Option<u64>,
-    /// Bytes a second, for example 200M; 0: no limit.
+    /// Bytes a second, for example 200M; holds for later migrations of this process too [at its start: 0, no limit].
     #[arg(long, value_name = "SIZE", value_parser = config::parse_size)]
     pub max_bandwidth: Option<u64>,
     /// Print the report in JSON.
     #[arg(long)]
     pub json: bool,
-    /// Where to: unix:PATH, tcp:HOST:PORT or file:PATH.
+    /// Where to: unix:PATH, tcp:HOST:PORT, or file:PATH[,layout=stream] to suspend the guest into a new file.
     #[arg(value_name = "URI")]
     pub uri: Uri,
 }
@@ -75,7 +75,7 @@ impl MigrateArguments {
                 Ok(())
             }
             MigrationStatus::Cancelled => {
-                bail!("the migration to {uri} was cancelled: the guest goes on where it was")
+                bail!("the migration to {uri} was cancelled: the guest was not moved")
             }
             _ => bail!("the migration to {uri} failed: {reason}"),
         }
@@ -177,7 +177,8 @@ fn summary(finished: &Finished) -> String {
         (None, None) => {}
     }
     if let Some(ram) = &info.ram {
-        parts.push(format!("{} rounds, {} sent", ram.dirty_sync_count, HumanBytes(ram.transferred)));
+        let rounds = if ram.dirty_sync_count == 1 { "round" } else { "rounds" };
+        parts.push(format!("{} {rounds}, {} sent", ram.dirty_sync_count, HumanBytes(ram.transferred)));
     }
     if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) }
 }

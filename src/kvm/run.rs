@@ -157,7 +157,8 @@ impl Kickable {
             _ => "an unknown error",
         };
         let count = (error.ndata as usize).min(error.data.len());
-        format!("internal error {} ({name}), data {:#x?}", error.suberror, &error.data[..count])
+        let data: Vec<_> = error.data[..count].iter().map(|word| format!("{word:#x}")).collect();
+        format!("internal error {} ({name}), data {}", error.suberror, data.join(" "))
     }
 }
 

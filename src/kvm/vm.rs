@@ -6,6 +6,7 @@ use bus::GuestMapping;
 use kvm_bindings as kvm;
 use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd, VmFd};
+use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Error, Host};
@@ -32,13 +33,23 @@ struct Slot {
     _mapping: Arc<GuestMapping>,
 }
 
+/// Makes a call again that a signal interrupted: KVM starts kernel threads for some, and waits for them.
+fn uninterrupted<T>(call: impl Fn() -> Result<T, errno::Error>) -> Result<T, errno::Error> {
+    loop {
+        match call() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result,
+        }
+    }
+}
+
 impl Vm {
     /// Creates a VM with PIC, I/O APIC, local APICs (one for each vCPU that follows) and PIT.
     ///
     /// # Errors
     /// [`Error::Call`], naming the step.
     pub fn new(host: &Host) -> Result<Arc<Self>, Error> {
-        let fd = host.fd().create_vm().map_err(Error::call("create a virtual machine"))?;
+        let fd = uninterrupted(|| host.fd().create_vm()).map_err(Error::call("create a virtual machine"))?;
         let tss = usize::try_from(layout::KVM_TSS_START).expect("the address map fits usize on x86-64");
         fd.set_tss_address(tss).map_err(Error::call("set the TSS address"))?;
         fd.create_irq_chip().map_err(Error::call("create the interrupt controllers"))?;
@@ -156,6 +167,7 @@ impl Vm {
     }
 
     pub(crate) fn create_vcpu(&self, index: u32) -> Result<VcpuFd, Error> {
-        self.fd.create_vcpu(index.into()).map_err(Error::call(format!("create vCPU {index}")))
+        uninterrupted(|| self.fd.create_vcpu(index.into()))
+            .map_err(Error::call(format!("create vCPU {index}")))
     }
 }

@@ -117,10 +117,11 @@ impl Disk {
         Ok(())
     }
 
-    /// What a destination must have too.
-    pub fn describe(&self, description: &mut Description) {
+    /// What a destination must have too, in this PCI slot.
+    pub fn describe(&self, slot: u8, description: &mut Description) {
         let ControllerConfig { serial, queue_pairs, vectors, mdts, .. } = &self.config;
         let controller = format!("nvme.{serial}");
+        description.set(format!("{controller}.slot"), slot);
         description.set(format!("{controller}.queues"), queue_pairs);
         description.set(format!("{controller}.msix"), vectors);
         description.set(format!("{controller}.mdts"), mdts);

@@ -105,12 +105,21 @@ impl Machine {
             .collect::<Result<Vec<_>, _>>()
             .context("cannot start the I/O threads")?;
         let events = Arc::clone(events);
+        let interprets = host.is_paravirtual();
         let on_vcpu_event: EventHandler = Arc::new(move |vcpu, event| {
             events(match event {
                 VcpuEvent::Reset => GuestEvent::Reset,
                 VcpuEvent::PowerOff => GuestEvent::PowerOff,
                 VcpuEvent::Failed(error) => {
-                    GuestEvent::Failed(anyhow::Error::new(error).context(format!("vCPU {vcpu} cannot go on")))
+                    let error = anyhow::Error::new(error).context(format!("vCPU {vcpu} has stopped"));
+                    GuestEvent::Failed(if interprets {
+                        error.context(
+                            "this host's KVM has no VMX or SVM and knows few instructions of kernels: the guest needs one \
+                             made for it, and its command line (see Limits in README.md)",
+                        )
+                    } else {
+                        error
+                    })
                 }
             });
         });
@@ -209,7 +218,9 @@ impl Machine {
                 description.set(format!("cpu.{vcpu}.cpuid.{function:08x}.{index:x}"), registers);
             }
         }
-        self.disks.iter().for_each(|disk| disk.describe(description));
+        for (slot, disk) in (FIRST_DISK_SLOT..).zip(&self.disks) {
+            disk.describe(slot, description);
+        }
         Ok(())
     }
 

@@ -1,10 +1,11 @@
 //! What a virtual machine keeps over a reset of its guest: memory and images.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use block::{Backend, FileImage, FileOptions, MemoryImage, NullImage};
 use nvme::NamespaceConfig;
 
@@ -43,6 +44,7 @@ impl Resources {
                 BackendSpec::File(_) | BackendSpec::Null { .. } => None,
             })
             .collect();
+        refuse_shared_images(spec)?;
         let ram = GuestRam::new(spec.memory_bytes, &blocks)?;
         let open = |controller: &ControllerSpec| {
             let namespaces = controller.namespaces.iter();
@@ -123,6 +125,28 @@ impl Resources {
     fn images(&self) -> impl Iterator<Item = &Arc<dyn Backend>> {
         self.namespaces.iter().flatten().map(|namespace| &namespace.backend)
     }
+}
+
+/// Refuses an image that two namespaces would hold, one of them to write: its lock would keep this very machine out.
+fn refuse_shared_images(spec: &MachineSpec) -> anyhow::Result<()> {
+    let mut seen: Vec<((u64, u64), &Path, bool)> = Vec::new();
+    for namespace in spec.controllers.iter().flat_map(|controller| &controller.namespaces) {
+        let BackendSpec::File(path) = &namespace.backend else { continue };
+        // One that cannot be looked at is told of when it is opened.
+        let Ok(found) = std::fs::metadata(path) else { continue };
+        let file = (found.dev(), found.ino());
+        let shared =
+            seen.iter().find(|(other, _, read_only)| *other == file && !(*read_only && namespace.read_only));
+        if let Some((_, other, _)) = shared {
+            bail!(
+                "{} and {} are one image: two namespaces can share it only if both are ro",
+                other.display(),
+                path.display()
+            );
+        }
+        seen.push((file, path, namespace.read_only));
+    }
+    Ok(())
 }
 
 /// Name of the RAM block that holds a memory namespace.

@@ -88,6 +88,12 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     let server = server.transpose()?;
     signals::forward(vmm.requests.clone())?;
     vmm.start_console()?;
+    if !ownership::has_lease(&vmm.spec)? {
+        log::warn!(
+            "there is no lease record: a migration that breaks at its very end needs an operator who knows where the guest is; \
+             name a file with --lease PATH to have that decided"
+        );
+    }
     match &arguments.incoming {
         None => vmm.boot_first(arguments.discard_suspended)?,
         Some(uri) => {
@@ -142,7 +148,7 @@ impl Vmm {
     fn boot_first(self: &Arc<Self>, discard_suspended: bool) -> anyhow::Result<()> {
         ownership::check(&self.spec, discard_suspended)?;
         let resources = Arc::new(Resources::open(&self.spec)?);
-        self.with_holder(self.acquire_images(&resources))?;
+        self.acquire_images(&resources)?;
         let machine = self.boot(resources)?;
         // Last, so that a machine that cannot be built leaves no trace.
         let mut lease = ownership::open_lease(&self.spec)?;
@@ -158,7 +164,7 @@ impl Vmm {
     fn acquire_images(&self, resources: &Resources) -> Result<(), block::Error> {
         let mut told = false;
         resources.acquire_images_within(LAST_REQUESTS, |error| {
-            let wait = ownership::owner_is_gone(&self.spec);
+            let wait = ownership::is_orphaned(&self.spec);
             if wait && !told {
                 log::warn!(
                     "{error}; the guest's owner is gone, so the end of its last requests is waited for"
@@ -166,21 +172,6 @@ impl Vmm {
                 told = true;
             }
             wait
-        })
-    }
-
-    /// A refused image lock does not say who has it; the lease record does.
-    fn with_holder(&self, result: Result<(), block::Error>) -> anyhow::Result<()> {
-        result.map_err(|error| {
-            let held = matches!(error, block::Error::Locked { .. });
-            let holder = held.then(|| ownership::record(&self.spec)).flatten();
-            let error = anyhow::Error::new(error);
-            match holder {
-                Some((_, record)) => {
-                    error.context(format!("the guest of this disk belongs to {}", record.owner))
-                }
-                None => error,
-            }
         })
     }
 

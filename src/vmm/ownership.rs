@@ -75,11 +75,19 @@ fn explain(error: Error) -> anyhow::Error {
     anyhow::Error::new(error).context(help)
 }
 
-/// Whether the owner that the record of `spec` names is gone, as far as its file system can tell.
+/// Whether the owner that the record of `spec` names ran the guest and is gone without a word, as far as can be told.
 #[must_use]
-pub fn owner_is_gone(spec: &MachineSpec) -> bool {
+pub fn is_orphaned(spec: &MachineSpec) -> bool {
     let Ok(Some(lease)) = open_existing_lease(spec) else { return false };
-    lease.is_someone_present().is_ok_and(|present| !present)
+    lease.is_orphaned().unwrap_or(false)
+}
+
+/// Whether a record decides who owns the guest of `spec`.
+///
+/// # Errors
+/// It would lie beside a block device.
+pub fn has_lease(spec: &MachineSpec) -> anyhow::Result<bool> {
+    Ok(lease_path(spec)?.is_some())
 }
 
 fn lease_path(spec: &MachineSpec) -> anyhow::Result<Option<PathBuf>> {

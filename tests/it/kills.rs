@@ -67,9 +67,16 @@ fn a_source_killed_while_memory_moves_leaves_nothing_at_the_destination() {
 fn the_last_requests_of_an_owner_that_is_gone_are_waited_for() {
     let bed = bed();
     let machine = one_disk(&bed);
-    machine.boot(&bed, "first", EXERCISER, BUSY).finish();
+    let mut first = machine.boot(&bed, "first", EXERCISER, BUSY);
+    first.verifies(0, 100);
+    first.kill();
     // As the kernel holds the image of a process that was killed, until the process's requests have ended.
-    let requests = FileImage::open(bed.path("a.img"), FileOptions::default()).expect("nobody has the image");
+    let requests = loop {
+        match FileImage::open(bed.path("a.img"), FileOptions::default()) {
+            Err(block::Error::Locked { .. }) => std::thread::yield_now(),
+            image => break image.expect("nobody has the image"),
+        }
+    };
     let kernel = machine.flag("--kernel", EXERCISER).flag("--cmdline", BUSY);
     let mut again = Vm::start(&bed, "again", kernel.flags().to_vec());
     let waits = |line: &str| line.contains("its last requests is waited for").then_some(());

@@ -32,12 +32,18 @@ fn what_cannot_be_run_is_refused_in_one_sentence() {
     let bed = bed();
     let missing = bed.path("missing").display().to_string();
     let none = one_disk(&bed);
+    let image = bed.path("a.img").display().to_string();
     let cases = [
         (words(&format!("--kernel {missing}")), missing.clone()),
         (words("--memory 64M"), "--kernel".to_owned()),
         (words(&format!("--kernel {EXERCISER} --memory 17M")), "--memory 17M".to_owned()),
         (words(&format!("--kernel {EXERCISER} --nvme path={missing},serial=s")), missing.clone()),
-        (words(&format!("--kernel {EXERCISER} --serial unix:{missing}/x")), missing),
+        (words(&format!("--kernel {EXERCISER} --serial unix:{missing}/x")), missing.clone()),
+        (words(&format!("--kernel {missing} --serial file:{}", bed.path("console").display())), missing),
+        (
+            words(&format!("--kernel {EXERCISER} --nvme path={image},serial=s --nvme path={image},serial=t")),
+            "are one image".to_owned(),
+        ),
     ];
     for (flags, expected) in cases {
         let sentence = mistake(&bed, &flags);

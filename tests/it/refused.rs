@@ -26,7 +26,8 @@ fn every_difference_is_told_on_both_sides_before_memory_moves() {
     for reason in [
         "nvme.d0.queues: the source has 8, the destination 4",
         "nvme.d0.ns.1.capacity_bytes: the source has 67108864, the destination 134217728",
-        "nvme.d0.ns.4.backend: the source has memory, the destination has no such thing",
+        "nvme.d0.ns.4: the source has backend=memory, capacity_bytes=16777216, lba=4096, ro=false, the destination has no such \
+         thing",
         "length_bytes: the source has 134217728, the destination 100663296",
     ] {
         assert!(at_the_source.contains(reason), "{reason} is not in: {at_the_source}");
@@ -38,6 +39,32 @@ fn every_difference_is_told_on_both_sides_before_memory_moves() {
     assert!(source.owns_a_running_guest());
     source.verifies(verified, 1000);
 
+    destination.execute("quit", json!({}));
+    assert_eq!(destination.exit().code(), Some(0));
+    source.finish();
+}
+
+#[test]
+fn controllers_in_another_order_are_another_machine() {
+    let bed = bed();
+    let namespace = |machine: Machine, serial: &str| {
+        machine
+            .controller(&format!("serial={serial},queues=2"))
+            .namespace(&format!("controller={serial},nsid=1,backend=memory,size=2M"))
+    };
+    let machine = |first: &str, second: &str| namespace(namespace(Machine::new("96M"), first), second);
+    let mut source = machine("a", "b").boot(&bed, "source", EXERCISER, "queues=1");
+    let mut destination =
+        machine("b", "a").expect(&bed, "destination", &format!("unix:{}", bed.path("to").display()));
+    source.migrate(destination.uri());
+    let info = source.end_of_migration();
+    let reason = info.error_desc.expect("a refusal says why");
+    assert!(reason.contains("nvme.a.slot: the source has 2, the destination 3"), "{reason}");
+    assert!(info.ram.is_none_or(|ram| ram.normal == 0), "no page was sent");
+    let says = |line: &str| line.contains("there is no lease record").then_some(());
+    for vm in [&source, &destination] {
+        vm.process.log.wait_for(0, support::WATCHDOG, says).expect("a machine without a lease says so");
+    }
     destination.execute("quit", json!({}));
     assert_eq!(destination.exit().code(), Some(0));
     source.finish();

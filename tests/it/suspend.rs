@@ -7,7 +7,7 @@ use engine::lease::State;
 use serde_json::json;
 use support::{Machine, TestBed, Vm, WATCHDOG};
 
-use crate::guest::{BUSY, EXERCISER, bed, lease, many_disks};
+use crate::guest::{BUSY, EXERCISER, bed, lease, many_disks, one_disk};
 
 fn restore(bed: &TestBed, machine: &Machine, name: &str, file: &Path) -> Vm {
     Vm::start(
@@ -19,8 +19,12 @@ fn restore(bed: &TestBed, machine: &Machine, name: &str, file: &Path) -> Vm {
 
 /// Tries to restore `file`, which must be refused; what is said.
 fn refused(bed: &TestBed, machine: &Machine, file: &Path) -> String {
-    let flags = machine.clone().flag("--incoming", format!("file:{}", file.display()));
-    let mut process = bed.ferry("refused", &[&["run".to_owned()], flags.flags()].concat());
+    refusal(bed, machine.clone().flag("--incoming", format!("file:{}", file.display())).flags())
+}
+
+/// Tries to run a machine of these flags, which must be refused; what is said.
+fn refusal(bed: &TestBed, flags: &[String]) -> String {
+    let mut process = bed.ferry("refused", &[&["run".to_owned()], flags].concat());
     let exit = process.wait(WATCHDOG).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(exit.code(), Some(1), "{}", process.describe("status of"));
     let says = |line: &str| line.starts_with("ferry: ").then(|| line.to_owned());
@@ -65,6 +69,31 @@ fn a_suspended_guest_goes_on_once() {
     after.finish();
 
     // The disks have moved on.
+    let sentence = refused(&bed, &machine, &file);
+    assert!(sentence.contains("generation 1") && sentence.contains("generation 2"), "{sentence}");
+}
+
+#[test]
+fn a_suspended_guest_is_given_up_only_on_request() {
+    let bed = bed();
+    let machine = one_disk(&bed);
+    let mut vm = machine.boot(&bed, "before", EXERCISER, BUSY);
+    vm.verifies(0, 1000);
+    let file = bed.path("suspended.ferry");
+    vm.migrate(&format!("file:{}", file.display()));
+    vm.migrated();
+    vm.execute("quit", json!({}));
+    assert_eq!(vm.exit().code(), Some(0));
+    let suspended = lease(&bed);
+
+    let kernel = machine.clone().flag("--kernel", EXERCISER).flag("--cmdline", BUSY);
+    let sentence = refusal(&bed, kernel.flags());
+    assert!(sentence.contains("--incoming") && sentence.contains("--discard-suspended"), "{sentence}");
+    assert_eq!(lease(&bed), suspended);
+
+    let mut anew = machine.clone().switch("--discard-suspended").boot(&bed, "anew", EXERCISER, BUSY);
+    anew.verifies(0, 100);
+    anew.finish();
     let sentence = refused(&bed, &machine, &file);
     assert!(sentence.contains("generation 1") && sentence.contains("generation 2"), "{sentence}");
 }

@@ -228,6 +228,8 @@ impl Options {
                 self.exit =
                     choice(value, &[("off", Exit::Off), ("reset", Exit::Reset), ("halt", Exit::Halt)])?
             }
+            // Where other guests write is no choice here.
+            "console" => {}
             _ => return Err("unknown word"),
         }
         Ok(())

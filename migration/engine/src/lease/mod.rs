@@ -202,12 +202,18 @@ impl Lease {
         Ok(self.locked()?.newest.clone().map(|(_, record)| record))
     }
 
-    /// Whether a process that may be the record's owner is there. Changes nothing; what it says may be over by the time
-    /// that it is read.
+    /// Whether the record's owner ran the guest and is gone without a word. Changes nothing; what it says may be over by the
+    /// time that it is read.
     ///
     /// # Errors
-    /// The file system cannot tell.
-    pub fn is_someone_present(&self) -> Result<bool, Error> {
+    /// The record cannot be read, or the file system cannot tell who is there.
+    pub fn is_orphaned(&self) -> Result<bool, Error> {
+        let ran = |record: Record| matches!(record.state, State::Owned | State::Taken { .. });
+        Ok(self.read()?.is_some_and(ran) && !self.is_someone_present()?)
+    }
+
+    /// Whether a process that may be the record's owner is there.
+    fn is_someone_present(&self) -> Result<bool, Error> {
         let mut range = lock_of(libc::F_WRLCK, PRESENCE_RANGE);
         fcntl(&self.file, FcntlArg::F_OFD_GETLK(&mut range))
             .map_err(|errno| self.io("look for locks on it", errno.into()))?;

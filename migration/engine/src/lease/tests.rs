@@ -33,14 +33,14 @@ fn a_living_owner_is_named_and_a_dead_one_replaced() {
     let mut first = fixture.process("first");
     assert_eq!(first.claim().unwrap(), (1, None));
     let mut second = fixture.process("second");
-    assert!(second.is_someone_present().unwrap());
+    assert!(!second.is_orphaned().unwrap());
     assert!(matches!(second.check_claim(), Err(Error::Held { .. })));
     let error = second.claim().unwrap_err();
     assert!(matches!(error, Error::Held { .. }), "{error}");
     let text = error.to_string();
     assert!(text.contains("VM \"first\"") && text.contains(&format!("pid {}", std::process::id())), "{text}");
     drop(first);
-    assert!(!second.is_someone_present().unwrap());
+    assert!(second.is_orphaned().unwrap());
     second.check_claim().unwrap();
     let (generation, previous) = second.claim().unwrap();
     assert_eq!((generation, previous.unwrap().owner.vm.as_str()), (2, "first"));
@@ -52,6 +52,9 @@ fn a_released_lease_is_free() {
     let mut first = fixture.process("first");
     first.claim().unwrap();
     first.release().unwrap();
+    drop(first);
+    let mut first = fixture.process("first");
+    assert!(!first.is_orphaned().unwrap());
     assert_eq!(fixture.process("second").claim().unwrap().0, 2);
     assert!(matches!(first.release(), Err(Error::Moved { .. })));
 }
