@@ -102,7 +102,7 @@ fn every_reason_of_a_refusal_is_told_before_ram_moves() {
         *reasons,
         [
             "cpus: the source has 2, the destination 4",
-            "ram.namespace.length_bytes: the source has 163840, the destination has no such thing",
+            "ram.namespace: the source has length_bytes=163840, the destination has no such thing",
         ]
     );
     assert_eq!(ending.source_statistics.error, ending.destination_statistics.error);
