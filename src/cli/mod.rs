@@ -36,12 +36,20 @@ pub enum Command {
     /// Ctrl-C cancels: the guest then goes on where it is. A second Ctrl-C only stops watching.
     Migrate(MigrateArguments),
     /// Say what a machine does and who owns its guest.
+    ///
+    /// Example: ferry status --api vm.sock
     Status(ControlArguments),
-    /// Stop the guest.
+    /// Pause the guest: its vCPUs and devices stand still until `ferry cont`.
+    ///
+    /// Commands in flight are finished first. Memory and process stay. Example: ferry stop --api vm.sock
     Stop(ControlArguments),
-    /// Let the guest go on.
+    /// Let a paused guest go on.
+    ///
+    /// Example: ferry cont --api vm.sock
     Cont(ControlArguments),
-    /// End a machine.
+    /// End a machine, as if its power were cut: the guest is not asked.
+    ///
+    /// Commands in flight are finished and images made stable first. Example: ferry quit --api vm.sock
     Quit(ControlArguments),
     /// Show a guest that checks all its data move between two real processes.
     ///

@@ -13,7 +13,9 @@ use crate::vcpu::BootProtocol;
 Examples:
   ferry run --memory 512M --kernel vmlinux --initrd initramfs.cpio \\
       --cmdline 'console=ttyS0' --nvme path=disk.raw,serial=disk0 --api vm.sock
-  ferry run --memory 512M --nvme path=disk.raw,serial=disk0 --api new.sock \\
+  # A destination has the same flags; its kernel is for the guest's next reset:
+  ferry run --memory 512M --kernel vmlinux --initrd initramfs.cpio \\
+      --cmdline 'console=ttyS0' --nvme path=disk.raw,serial=disk0 --api new.sock \\
       --incoming unix:/run/move.sock       # then, elsewhere:
   ferry migrate --api vm.sock unix:/run/move.sock
 
@@ -21,7 +23,9 @@ Examples:
   ferry run --kernel vmlinux --nvme serial=c0,queues=8 \\
       --ns controller=c0,nsid=1,backend=file,path=a.raw \\
       --ns controller=c0,nsid=5,backend=memory,size=64M,lba=4096 \\
-      --ns controller=c0,nsid=9,backend=file,path=b.raw,ro")]
+      --ns controller=c0,nsid=9,backend=file,path=b.raw,ro
+
+Ctrl-C and SIGTERM end the guest and the process; `ferry status|stop|cont|migrate|quit --api vm.sock` ask it for less.")]
 #[allow(rustdoc::broken_intra_doc_links, reason = "brackets of optional parts, as --help shows them")]
 pub struct RunArguments {
     /// Name of the virtual machine, for messages and the lease record.
@@ -33,7 +37,7 @@ pub struct RunArguments {
     /// RAM, for example 512M or 4G.
     #[arg(long, default_value = "256M", value_name = "SIZE")]
     pub memory: String,
-    /// Kernel to boot: an ELF vmlinux or a bzImage.
+    /// Kernel to boot, at the start and after resets: an ELF vmlinux or a bzImage.
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk.
@@ -72,6 +76,9 @@ pub struct RunArguments {
     /// Start the guest anew though it lies suspended in a file, which can then not be restored any more.
     #[arg(long, conflicts_with = "incoming")]
     pub discard_suspended: bool,
+    /// End with the process that started this one, however that ends.
+    #[arg(long)]
+    pub exit_with_parent: bool,
     /// End with status 0 once the guest has been migrated away.
     #[arg(long)]
     pub exit_when_migrated: bool,

@@ -53,12 +53,13 @@ impl Machine {
         Ok(ferry)
     }
 
-    /// Starts the process `name` with these flags besides those of the machine. Returns when it answers.
+    /// Starts the process `name` with these flags besides those of the machine. Returns when it answers. It ends with the
+    /// thread that calls this.
     ///
     /// # Errors
     /// It cannot be started, or ended before it answered.
     pub fn start(&self, name: &str, flags: impl IntoIterator<Item = OsString>) -> anyhow::Result<Ferry> {
-        let flags = self.flags.iter().cloned().chain(flags);
+        let flags = self.flags.iter().cloned().chain(flags).chain(["--exit-with-parent".into()]);
         Ferry::start(&self.program, name, &self.folder.join(format!("{name}.api")), flags)
     }
 }

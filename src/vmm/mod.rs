@@ -81,6 +81,9 @@ pub struct Vmm {
 /// # Errors
 /// It cannot be built, a vCPU cannot go on, or no guest arrives.
 pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
+    if arguments.exit_with_parent {
+        signals::end_with_parent()?;
+    }
     let spec = arguments.machine()?;
     let (vmm, requests) = Vmm::new(spec, arguments)?;
     let server =

@@ -2,7 +2,8 @@
 
 use std::sync::mpsc::Sender;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
+use rustix::process::Signal;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -24,5 +25,18 @@ pub fn forward(requests: Sender<Request>) -> anyhow::Result<()> {
             std::process::exit(128 + signal);
         }
     })?;
+    Ok(())
+}
+
+/// From here on the end of the process that started this one, or of its thread that did, is the end of this one.
+///
+/// # Errors
+/// The kernel cannot do it.
+pub fn end_with_parent() -> anyhow::Result<()> {
+    let parent = rustix::process::getppid();
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .context("cannot end with the parent process")?;
+    // It may have ended before: then someone else is the parent by now.
+    ensure!(rustix::process::getppid() == parent, "the parent process has ended");
     Ok(())
 }
