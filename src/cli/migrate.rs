@@ -158,7 +158,7 @@ fn progress(info: &MigrationInfo) -> String {
             HumanBytes(*remaining)
         );
     }
-    if let Some(expected) = info.expected_downtime {
+    if let Some(expected) = info.expected_downtime.filter(|expected| *expected > 0) {
         text += &format!(", would stop for {expected} ms");
     }
     text

@@ -93,7 +93,7 @@ pub struct Snapshot {
     pub rounds: u32,
     /// How fast the guest dirtied pages during the last round.
     pub dirty_pages_per_second: u64,
-    /// How fast the link was in the last round, in bytes a second.
+    /// How fast the link was in the last round, or is in the first, in bytes a second.
     pub bytes_per_second: u64,
     /// How long the guest would stand still if it were stopped now.
     pub expected_downtime: Duration,
@@ -147,6 +147,11 @@ impl Statistics {
             && !inner.ended
         {
             snapshot.elapsed = started.elapsed();
+        }
+        let sending = snapshot.elapsed.saturating_sub(snapshot.setup);
+        if snapshot.status == Status::Active && snapshot.bytes_per_second == 0 && !sending.is_zero() {
+            let bytes_per_second = snapshot.transferred_bytes as f64 / sending.as_secs_f64();
+            snapshot.bytes_per_second = bytes_per_second as u64;
         }
         snapshot
     }
@@ -254,5 +259,17 @@ mod tests {
         statistics.start();
         assert_eq!((statistics.snapshot().rounds, statistics.snapshot().error), (0, None));
         assert_eq!(*seen.lock().unwrap(), ["setup", "active", "failed", "setup"]);
+    }
+
+    #[test]
+    fn the_first_round_has_a_speed_before_its_end() {
+        let statistics = Statistics::new();
+        statistics.start();
+        statistics.update(|snapshot| snapshot.transferred_bytes = 1 << 40);
+        assert_eq!(statistics.snapshot().bytes_per_second, 0, "nothing is sent yet");
+        statistics.set_status(Status::Active);
+        assert!(statistics.snapshot().bytes_per_second > 0);
+        statistics.update(|snapshot| snapshot.bytes_per_second = 5);
+        assert_eq!(statistics.snapshot().bytes_per_second, 5);
     }
 }
