@@ -1,6 +1,6 @@
 //! A listening Unix socket that only its owner can reach, and whose file goes away with it.
 
-use std::fs::{self, TryLockError};
+use std::fs;
 use std::io;
 use std::ops::Deref;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
@@ -8,6 +8,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -43,7 +45,7 @@ impl PrivateSocket {
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)
                 .map_err(|errno| failed(errno.into()))?;
         if let Err(errno) = rustix::net::bind(&socket, &address) {
-            if errno != rustix::io::Errno::ADDRINUSE {
+            if errno != Errno::ADDRINUSE {
                 return Err(failed(errno.into()));
             }
             remove_stale(&uri, path)?;
@@ -94,10 +96,10 @@ fn lock_folder(path: &Path) -> io::Result<fs::File> {
     let folder = fs::File::open(folder)?;
     let deadline = Instant::now() + FOLDER_PATIENCE;
     loop {
-        match folder.try_lock() {
+        match flock(&folder, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(folder),
-            Err(TryLockError::WouldBlock) if Instant::now() < deadline => std::thread::sleep(FOLDER_RETRY),
-            Err(error) => return Err(error.into()),
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => std::thread::sleep(FOLDER_RETRY),
+            Err(errno) => return Err(errno.into()),
         }
     }
 }
