@@ -8,7 +8,7 @@ use crate::doorbell::{Buffers, MemoryGone};
 use crate::queue::{CompletionQueue, Ended, QueuePlace, SubmissionQueue};
 use crate::regs::{IOCQES, IOSQES};
 use crate::shared::Shared;
-use crate::worker::{Worker, close_sq};
+use crate::worker::{Worker, close_sq, refresh_head};
 
 impl Admin {
     /// Create I/O Completion Queue.
@@ -126,30 +126,43 @@ impl Admin {
         Ok(Answer::Later)
     }
 
-    /// Remembers the doorbell buffers and gives every queue its shadow, which starts at the queue's doorbell.
+    /// Remembers the doorbell buffers and gives every queue its shadow, which starts at the queue's doorbell. That is what the guest
+    /// wrote by MMIO, or to the shadow that the queue had before: what was written by MMIO has long been passed then.
     pub fn set_buffers(&mut self, pool: &Pool, buffers: Buffers) -> Result<(), MemoryGone> {
-        let memory = &pool.shared.memory;
-        self.attach_buffers(pool, buffers);
-        if let (Some(queues), Some(shadow)) = (&self.queues, buffers.cq(0)) {
-            shadow.store(memory, queues.cq.head)?;
+        let shared = &pool.shared;
+        let memory = &shared.memory;
+        self.buffers = Some(buffers);
+        if let Some(queues) = self.queues.as_mut() {
+            queues.sq.published = None;
+            if let Some(shadow) = buffers.cq(0) {
+                shadow.store(memory, queues.cq.head)?;
+            }
         }
         for index in 0..pool.workers.len() {
-            let worker = pool.worker(index);
-            for queue in worker.sqs.iter().flatten() {
-                if let Some(shadow) = queue.shadow {
+            let mut worker = pool.worker(index);
+            // A worker that got its shadows before they hold the doorbells would take what else is in the guest's page for them.
+            for position in 0..worker.sqs.len() {
+                worker.refresh_tail(shared, position)?;
+                let Some(queue) = worker.sqs[position].as_mut() else { continue };
+                let shadow = buffers.sq(queue.id);
+                if let Some(shadow) = shadow {
                     // The worker may be asleep: from now on the guest tells it of the very next entry.
-                    let tail = pool.shared.doorbells.tail(queue.id);
-                    shadow.store(memory, tail)?;
-                    shadow.publish(memory, tail)?;
+                    shadow.store(memory, queue.tail)?;
+                    shadow.publish(memory, queue.tail)?;
                 }
+                queue.shadow = shadow;
+                queue.published = None;
             }
-            for queue in worker.cqs.iter().flatten() {
-                if let Some(shadow) = queue.shadow {
-                    shadow.store(memory, pool.shared.doorbells.head(queue.id))?;
+            for queue in worker.cqs.iter_mut().flatten() {
+                refresh_head(shared, queue)?;
+                let shadow = buffers.cq(queue.id);
+                if let Some(shadow) = shadow {
+                    shadow.store(memory, queue.head)?;
                     shadow.publish(memory, queue.head)?;
                 }
+                queue.shadow = shadow;
             }
-            pool.shared.host.wake(index);
+            shared.host.wake(index);
         }
         Ok(())
     }

@@ -23,17 +23,26 @@ pub const MEMORY_BYTES: usize = 16 << 20;
 /// A watchdog, far above what any test needs.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// What another thread does at a certain moment.
+pub type Interlude = Box<dyn FnOnce() + Send>;
+
 /// The process around the controller.
 #[derive(Default)]
 pub struct Process {
     woken: AtomicU64,
     /// BAR offsets whose writes only wake a worker.
     pub doorbell_events: Mutex<BTreeMap<u64, usize>>,
+    /// What happens, once, in the midst of the next call that wakes this worker.
+    pub at_wake: Mutex<Option<(usize, Interlude)>>,
 }
 
 impl Host for Process {
     fn wake(&self, worker: usize) {
         self.woken.fetch_or(1 << worker, Ordering::SeqCst);
+        let interlude = self.at_wake.lock().unwrap().take_if(|(at, _)| *at == worker);
+        if let Some((_, happens)) = interlude {
+            std::thread::spawn(happens).join().unwrap();
+        }
     }
 
     fn set_doorbell_event(&self, bar_offset: u64, worker: usize, enabled: bool) {

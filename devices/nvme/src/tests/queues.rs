@@ -310,6 +310,67 @@ fn shadow_doorbells_save_exits_and_lose_nothing() {
     guest.io(1, transfer(nvm::READ, 1, 0, 1, page)).unwrap();
 }
 
+/// A command that moves the shadow doorbells to fresh pages, and these.
+fn buffer_config(guest: &mut Guest) -> (SubmissionEntry, (u64, u64)) {
+    let (prp1, prp2) = (guest.pages(1), guest.pages(1));
+    guest.clear(prp1, 8192);
+    let opcode = admin::DOORBELL_BUFFER_CONFIG;
+    (SubmissionEntry { opcode, prp1, prp2, ..SubmissionEntry::default() }, (prp1, prp2))
+}
+
+#[test]
+fn moving_the_shadow_doorbells_runs_no_command_twice() {
+    let control = Arc::new(FaultControl::default());
+    let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
+    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    guest.use_shadow_doorbells();
+    guest.create_pair(1, 8);
+    guest.create_pair(2, 8);
+    let page = guest.pages(1);
+    // More than a lap, so that every entry of the rings holds a command of earlier.
+    for round in 0..13 {
+        guest.io(1, transfer(nvm::WRITE, 1, round, 1, page)).unwrap();
+        guest.io(2, transfer(nvm::WRITE, 1, round, 1, page)).unwrap();
+    }
+    let (entry, buffers) = buffer_config(&mut guest);
+    guest.admin(entry).unwrap();
+    guest.shadow = Some(buffers);
+    guest.run();
+    assert_eq!(control.seen(), 26, "old entries were executed again");
+    for round in 0..13 {
+        guest.io(1, transfer(nvm::WRITE, 1, round, 1, page)).unwrap();
+        guest.io(2, transfer(nvm::WRITE, 1, round, 1, page)).unwrap();
+    }
+    assert_eq!(control.seen(), 52);
+}
+
+#[test]
+fn a_worker_that_runs_while_shadow_doorbells_begin_sees_no_page_before_its_doorbells_are_in_it() {
+    let control = Arc::new(FaultControl::default());
+    let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
+    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    // Queue 1 is worker 1's, and worker 0 is told of its own queues first.
+    guest.create_pair(1, 8);
+    let page = guest.pages(1);
+    for round in 0..13 {
+        guest.io(1, transfer(nvm::WRITE, 1, round, 1, page)).unwrap();
+    }
+    let (entry, buffers) = buffer_config(&mut guest);
+    guest.push(0, entry);
+    guest.ring(0);
+    let controller = Arc::clone(&guest.controller);
+    let interlude = Box::new(move || {
+        controller.process(1);
+    });
+    *guest.process.at_wake.lock().unwrap() = Some((0, interlude));
+    guest.run();
+    assert!(guest.process.at_wake.lock().unwrap().is_none(), "it happened");
+    assert_eq!(guest.reap(0).len(), 1);
+    assert_eq!(control.seen(), 13, "old entries were executed again");
+    guest.shadow = Some(buffers);
+    guest.io(1, transfer(nvm::WRITE, 1, 0, 1, page)).unwrap();
+}
+
 #[test]
 fn doorbell_buffers_must_be_pages_of_memory() {
     let mut guest = Guest::ready(config(), vec![]);
