@@ -59,6 +59,10 @@ pub(crate) struct Slot {
     /// For the error log.
     pub lba: u64,
     pub write: bool,
+    /// A request that fails does not end the command: the others are made all the same.
+    pub goes_on: bool,
+    /// The first failure of its requests.
+    status: Status,
     /// Requests to make after the one in flight, last first.
     pub steps: Vec<Step>,
 }
@@ -96,6 +100,8 @@ impl Worker {
             nsid: 0,
             lba: 0,
             write: false,
+            goes_on: false,
+            status: Status::SUCCESS,
             steps: Vec::new(),
         };
         Self {
@@ -234,6 +240,8 @@ impl Worker {
         slot.nsid = nsid;
         slot.lba = 0;
         slot.write = false;
+        slot.goes_on = false;
+        slot.status = Status::SUCCESS;
         slot.steps.clear();
         Some(index)
     }
@@ -281,14 +289,20 @@ impl Worker {
                 continue;
             }
             let (orphan, write) = (slot.owner == Owner::Orphan, slot.write);
-            match completion.result {
-                Ok(()) if !orphan && self.next_step(index) => stepped = true,
-                Ok(()) => self.finish(shared, index, Status::SUCCESS),
-                Err(failure) => {
-                    let status = namespace::failure_status(failure, write);
-                    self.log_failure(shared, index, status);
-                    self.finish(shared, index, status);
+            if let Err(failure) = completion.result {
+                let status = namespace::failure_status(failure, write);
+                self.log_failure(shared, index, status);
+                let slot = &mut self.slots[index as usize];
+                if slot.status.is_success() {
+                    slot.status = status;
                 }
+            }
+            let slot = &self.slots[index as usize];
+            let (status, goes_on) = (slot.status, slot.goes_on);
+            if !orphan && (status.is_success() || goes_on) && self.next_step(index) {
+                stepped = true;
+            } else {
+                self.finish(shared, index, status);
             }
         }
         self.completions = completions;

@@ -42,13 +42,15 @@ impl Worker {
         }
     }
 
-    /// Flushes every namespace, for the broadcast NSID, for shutdown, and when the write cache is switched off.
+    /// Flushes every namespace, for the broadcast NSID, for shutdown, and when the write cache is switched off. One that fails keeps no
+    /// other from being flushed.
     pub fn flush_all(&mut self, owner: Owner, cid: u16) -> Result<bool, Status> {
         let slot = self.take_slot(owner, cid, NSID_BROADCAST).ok_or(Status::INTERNAL_ERROR)?;
-        self.slots[slot as usize].write = true;
         let table = Arc::clone(&self.namespaces);
-        let steps = &mut self.slots[slot as usize].steps;
-        steps.extend(namespace::active(&table).map(|namespace| flush_step(namespace.nsid)));
+        let command = &mut self.slots[slot as usize];
+        command.write = true;
+        command.goes_on = true;
+        command.steps.extend(namespace::active(&table).map(|namespace| flush_step(namespace.nsid)));
         Ok(self.start_slot(slot))
     }
 

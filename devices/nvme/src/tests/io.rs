@@ -6,7 +6,7 @@ use block::{
     Backend, Failure, Fault, FaultControl, FaultImage, Identity, IoContext, Operation, Request, Target,
 };
 use nvme_spec::opcode::{self, admin, nvm};
-use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, log};
+use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, log, regs};
 use vm_memory::GuestMemoryBackend;
 
 use super::driver::{Guest, MEMORY_BYTES, memory_image, namespace, transfer};
@@ -336,6 +336,38 @@ fn a_broadcast_flush_reaches_every_namespace() {
     empty
         .io(1, SubmissionEntry { opcode: nvm::FLUSH, nsid: NSID_BROADCAST, ..SubmissionEntry::default() })
         .unwrap();
+}
+
+#[test]
+fn a_namespace_that_fails_its_flush_keeps_no_other_from_being_flushed() {
+    let (control, witnesses) = (Arc::new(FaultControl::default()), [Witness::new(4096), Witness::new(4096)]);
+    let failing = || FaultImage::new(memory_image(4096), control.clone());
+    let backends: [(u32, Arc<dyn Backend>); 4] = [
+        (1, Arc::new(failing())),
+        (2, witnesses[0].clone()),
+        (3, Arc::new(failing())),
+        (4, witnesses[1].clone()),
+    ];
+    let namespaces =
+        backends.into_iter().map(|(nsid, backend)| NamespaceConfig { nsid, block_bytes: 512, backend });
+    let mut guest = ready(namespaces.collect());
+    control.inject(Target::Flush, 0, 1, Fault::Fail(Failure::NoSpace));
+    control.inject(Target::Flush, 0, 1, Fault::Fail(Failure::Io(5)));
+    let flush = SubmissionEntry { opcode: nvm::FLUSH, nsid: NSID_BROADCAST, ..SubmissionEntry::default() };
+    assert_eq!(guest.io(1, flush), Err(Status::CAPACITY_EXCEEDED), "the first failure is told");
+    for witness in &witnesses {
+        assert_eq!(witness.take(), [(Operation::Flush, 0, 0)]);
+    }
+    assert_eq!(control.seen(), 2);
+    guest.io(1, flush).unwrap();
+    witnesses.iter().for_each(|witness| drop(witness.take()));
+    control.inject(Target::Flush, 0, 2, Fault::Fail(Failure::Io(5)));
+    guest.write32(regs::CC, 0x0046_4001);
+    guest.run();
+    assert_eq!(guest.read32(regs::CSTS), 1 | 1 << 1 | 2 << 2, "complete, and fatal");
+    for witness in &witnesses {
+        assert_eq!(witness.take(), [(Operation::Flush, 0, 0)]);
+    }
 }
 
 #[test]
