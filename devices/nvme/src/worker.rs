@@ -59,6 +59,8 @@ pub(crate) struct Slot {
     /// For the error log.
     pub lba: u64,
     pub write: bool,
+    /// The request in flight is a write that a volatile cache may hold.
+    pub cached: bool,
     /// A request that fails does not end the command: the others are made all the same.
     pub goes_on: bool,
     /// The first failure of its requests.
@@ -100,6 +102,7 @@ impl Worker {
             nsid: 0,
             lba: 0,
             write: false,
+            cached: false,
             goes_on: false,
             status: Status::SUCCESS,
             steps: Vec::new(),
@@ -240,6 +243,7 @@ impl Worker {
         slot.nsid = nsid;
         slot.lba = 0;
         slot.write = false;
+        slot.cached = false;
         slot.goes_on = false;
         slot.status = Status::SUCCESS;
         slot.steps.clear();
@@ -262,6 +266,7 @@ impl Worker {
         while let Some(step) = self.slots[slot_index as usize].steps.pop() {
             // A namespace that is gone by now has nothing left to do.
             let Ok(namespace) = namespace::find(&self.namespaces, step.nsid) else { continue };
+            self.slots[slot_index as usize].cached = is_cached(step.operation);
             let request = Request {
                 token: self.token(slot_index),
                 operation: step.operation,
@@ -297,7 +302,12 @@ impl Worker {
                     slot.status = status;
                 }
             }
-            let slot = &self.slots[index as usize];
+            let slot = &mut self.slots[index as usize];
+            // It was submitted before the cache was switched off, and the flush of Set Features may have come before it. A write that
+            // still finds the cache on is done before that flush begins.
+            if slot.cached && completion.result.is_ok() && !shared.write_cache.load(Ordering::SeqCst) {
+                slot.steps.push(flush_step(slot.nsid));
+            }
             let (status, goes_on) = (slot.status, slot.goes_on);
             if !orphan && (status.is_success() || goes_on) && self.next_step(index) {
                 stepped = true;
@@ -441,6 +451,16 @@ impl Worker {
         }
         self.admin_ended.clear();
     }
+}
+
+/// A request that makes stable what a namespace's cache holds.
+pub(crate) fn flush_step(nsid: u32) -> Step {
+    Step { nsid, operation: Operation::Flush, offset_bytes: 0, length_bytes: 0 }
+}
+
+/// Whether `operation` may end before what it wrote is stable.
+pub(crate) fn is_cached(operation: Operation) -> bool {
+    matches!(operation, Operation::Write { fua: false } | Operation::WriteZeroes { fua: false, .. })
 }
 
 /// Closes the doorbell of a submission queue that goes away.

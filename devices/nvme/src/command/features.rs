@@ -260,10 +260,11 @@ impl Admin {
         Ok(Answer::Now(0))
     }
 
-    /// Switching the cache off first makes stable what is in it; from then on every write is as with FUA.
+    /// Switching the cache off first makes stable what is in it; from then on every write is as with FUA. Writes that are in flight
+    /// meanwhile are flushed before they complete (`Worker::reap`).
     fn set_write_cache(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Answer {
         let enable = entry.cdw11 & 1 == 1;
-        let was_enabled = pool.shared.write_cache.swap(enable, Ordering::AcqRel);
+        let was_enabled = pool.shared.write_cache.swap(enable, Ordering::SeqCst);
         if enable || !was_enabled {
             return Answer::Now(0);
         }

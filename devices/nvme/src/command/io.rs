@@ -7,7 +7,7 @@ use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 use crate::namespace::{self, Namespace};
 use crate::prp;
 use crate::shared::Shared;
-use crate::worker::{Owner, Step, Worker};
+use crate::worker::{Owner, Step, Worker, flush_step, is_cached};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -114,6 +114,7 @@ impl Worker {
                 }
                 Operation::Read
             };
+            slot.cached = is_cached(operation);
             let token = self.token(index);
             let buffers = Buffers::Guest(&ranges);
             let request = Request { token, operation, offset_bytes, length_bytes, buffers };
@@ -204,10 +205,6 @@ fn blocks(entry: &SubmissionEntry) -> u64 {
 
 fn force_unit_access(shared: &Shared, entry: &SubmissionEntry) -> bool {
     entry.cdw12 & opcode::CDW12_FUA != 0 || !shared.write_cache.load(Ordering::Acquire)
-}
-
-fn flush_step(nsid: u32) -> Step {
-    Step { nsid, operation: Operation::Flush, offset_bytes: 0, length_bytes: 0 }
 }
 
 /// One Dataset Management range: context attributes, length in blocks, first block (NVM figure 40).

@@ -278,6 +278,44 @@ fn the_write_cache_is_off_only_after_its_flush() {
 }
 
 #[test]
+fn a_write_that_was_in_flight_when_the_write_cache_went_off_is_stable_before_it_completes() {
+    let (control, witness) = (Arc::new(FaultControl::default()), Witness::new(64 * 512));
+    let backend = Arc::new(FaultImage::new(witness.clone(), control.clone()));
+    let mut guest = ready(vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let page = guest.pages(1);
+    let set =
+        SubmissionEntry { opcode: admin::SET_FEATURES, cdw10: 6, cdw11: 0, ..SubmissionEntry::default() };
+    control.inject(Target::Any, 0, 3, Fault::Hold);
+    guest.push(1, transfer(nvm::WRITE, 1, 2, 1, page));
+    guest.push(1, zeroes(1, 0, 1, 0));
+    guest.push(1, transfer(nvm::READ, 1, 2, 1, page));
+    guest.ring(1);
+    guest.run();
+    assert_eq!(control.held(), 3);
+    guest.admin(set).unwrap();
+    assert_eq!(witness.take(), [(Operation::Flush, 0, 0)]);
+    // The flush that came before them has not made them stable: each has its own.
+    control.inject(Target::Flush, 0, 2, Fault::Hold);
+    control.release_held();
+    guest.run_until("the flushes to begin", |_| control.held() == 2);
+    assert_eq!(guest.reap(1).len(), 1, "only the read has ended");
+    let expected = [
+        (Operation::Write { fua: false }, 1024, 512),
+        (Operation::WriteZeroes { deallocate: false, fua: false }, 0, 512),
+        (Operation::Read, 1024, 512),
+    ];
+    assert_eq!(witness.take(), expected);
+    control.release_held();
+    let mut ended = Vec::new();
+    guest.run_until("the writes", |guest| {
+        ended.extend(guest.reap(1));
+        ended.len() == 2
+    });
+    assert!(ended.iter().all(|entry| entry.status().is_success()));
+    assert_eq!(witness.take(), [(Operation::Flush, 0, 0); 2]);
+}
+
+#[test]
 fn write_zeroes_writes_zeroes_and_deallocate_discards() {
     let witness = Witness::new(64 * 512);
     let backend: Arc<dyn Backend> = witness.clone();
