@@ -14,7 +14,7 @@ use crate::command::features::Features;
 use crate::doorbell::{Buffers, MemoryGone};
 use crate::namespace::NamespaceTable;
 use crate::prp::PrpWalker;
-use crate::queue::{CompletionQueue, Ended, Location, QueuePlace, SubmissionQueue};
+use crate::queue::{CONGESTED_BACKLOG, CompletionQueue, Ended, Location, QueuePlace, SubmissionQueue};
 use crate::regs::{IOCQES, IOSQES, MPSMAX, Wanted};
 use crate::shared::{Shared, lock};
 use crate::smart::{Counters, Health};
@@ -402,8 +402,7 @@ impl Admin {
     fn serve(&mut self, pool: &Pool) -> Result<bool, MemoryGone> {
         let shared = &pool.shared;
         for _ in 0..BURST {
-            let fetches = self.phase == Phase::Ready && !shared.is_paused();
-            let Some(entry) = self.fetch(shared, fetches)? else { break };
+            let Some(entry) = self.fetch(shared)? else { break };
             let Some(entry) = entry else { continue };
             match self.execute(pool, &entry) {
                 Ok(Answer::Now(dw0)) => self.end(entry.cid, dw0, Status::SUCCESS),
@@ -418,17 +417,28 @@ impl Admin {
             let posted = post_queue(shared, &mut queues.cq, |_| head)?;
             shared.lanes[0].completed.fetch_add(u64::from(posted), Ordering::Relaxed);
         }
-        let fetches = self.phase == Phase::Ready && !shared.is_paused();
         queues.sq.set_tail(shared.doorbells.tail(0));
-        Ok(fetches && !queues.cq.waiting && !queues.sq.is_empty())
+        Ok(self.may_fetch(shared))
+    }
+
+    /// Whether the next admin command, if there is one, is to be fetched. Each is answered once, so that what has been fetched bounds
+    /// the completions that can come to wait for their place.
+    fn may_fetch(&self, shared: &Shared) -> bool {
+        let Some(queues) = &self.queues else { return false };
+        let unanswered = queues.cq.backlog.len()
+            + self.parked.len()
+            + self.deletes.len()
+            + self.jobs.len()
+            + usize::from(self.waiting_job.is_some());
+        self.phase == Phase::Ready
+            && !shared.is_paused()
+            && !queues.sq.is_empty()
+            && !queues.cq.waiting
+            && unanswered < CONGESTED_BACKLOG
     }
 
     /// The next entry of the admin queue, if there is one and its completion has room; the inner `None` was aborted.
-    fn fetch(
-        &mut self,
-        shared: &Shared,
-        fetches: bool,
-    ) -> Result<Option<Option<SubmissionEntry>>, MemoryGone> {
+    fn fetch(&mut self, shared: &Shared) -> Result<Option<Option<SubmissionEntry>>, MemoryGone> {
         let Some(queues) = self.queues.as_mut() else { return Ok(None) };
         queues.sq.set_tail(shared.doorbells.tail(0));
         if let Some(buffers) = self.buffers {
@@ -448,9 +458,10 @@ impl Admin {
                 }
             }
         }
-        if !fetches || queues.sq.is_empty() || queues.cq.waiting {
+        if !self.may_fetch(shared) {
             return Ok(None);
         }
+        let Some(queues) = self.queues.as_mut() else { return Ok(None) };
         queues.sq.fetch(&shared.memory).map(Some)
     }
 

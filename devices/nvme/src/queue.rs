@@ -17,8 +17,15 @@ const CQ_ENTRY_SHIFT: u32 = 4;
 
 /// Aborted commands that a submission queue remembers until it comes to them; an abort of more is refused, as any may be.
 pub(crate) const MAX_ABORTED: usize = 256;
-/// Completions that may wait for their place before no more commands are begun that could add to them.
-const MAX_BACKLOG: usize = 256;
+/// Completions that may wait for their place before no more commands are begun, or aborted, that could add to them.
+pub(crate) const CONGESTED_BACKLOG: usize = 256;
+/// Completions that can ever wait for their place, which is what a saved queue has room for.
+///
+/// To an I/O queue a fetched command or an abort adds one, and neither happens while [`CONGESTED_BACKLOG`] wait; so only commands that
+/// were in flight at that time add more, and a worker has at most as many as its I/O context is deep. Of the admin queue no command is
+/// fetched while [`CONGESTED_BACKLOG`] of them wait for anything, their completions included (`Admin::may_fetch`).
+pub(crate) const MAX_BACKLOG: usize = 65_536;
+const _: () = assert!(CONGESTED_BACKLOG + block::IoContext::MAXIMUM_DEPTH as usize <= MAX_BACKLOG);
 
 /// Where the entries of a queue are. All of it was inside guest memory when the queue was made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -275,9 +282,14 @@ impl CompletionQueue {
         self.ring.distance(self.head, self.tail)
     }
 
-    /// Nothing is to be added to the backlog but what is in flight.
+    /// No command is to be fetched that adds to the backlog.
     pub fn is_congested(&self) -> bool {
-        self.waiting || self.backlog.len() >= MAX_BACKLOG
+        self.waiting || self.has_long_backlog()
+    }
+
+    /// Nothing is to be added to the backlog but what is in flight.
+    pub fn has_long_backlog(&self) -> bool {
+        self.backlog.len() >= CONGESTED_BACKLOG
     }
 
     pub fn is_full(&self) -> bool {

@@ -222,7 +222,7 @@ pub struct CompletionQueueState {
     /// Completions not posted because the queue is full.
     pub backlog_count: u32,
     /// They, oldest first.
-    #[vmstate(len = "backlog_count", max = 65536)]
+    #[vmstate(len = "backlog_count", max = crate::queue::MAX_BACKLOG)]
     pub backlog: Vec<EndedState>,
 }
 

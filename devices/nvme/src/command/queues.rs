@@ -272,12 +272,17 @@ impl Worker {
         self.cqs.get_mut(usize::from(id) / shared.lanes.len())?.as_mut()
     }
 
-    /// Aborts command `cid` of submission queue `sq_id` if it has not been fetched.
+    /// Aborts command `cid` of submission queue `sq_id` if it has not been fetched, and unless too many completions wait already.
     pub fn abort(&mut self, shared: &Shared, sq_id: u16, cid: u16) -> bool {
         let position =
             self.sqs.iter().position(|queue| queue.as_ref().is_some_and(|queue| queue.id == sq_id));
         let Some(position) = position else { return false };
         if self.refresh_tail(shared, position).is_err() {
+            return false;
+        }
+        let cq_id = self.sqs[position].as_ref().map(|queue| queue.cq_id);
+        let cq = cq_id.and_then(|id| self.cq_mut(shared, id));
+        if cq.is_none_or(|cq| cq.has_long_backlog()) {
             return false;
         }
         let Some(queue) = self.sqs[position].as_mut() else { return false };

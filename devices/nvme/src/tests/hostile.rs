@@ -144,6 +144,87 @@ fn aborts_are_bounded() {
 }
 
 #[test]
+fn aborted_commands_of_many_queues_pile_up_to_a_bound_only() {
+    let mut guest = Guest::ready(config(), vec![namespace(1, 64)]);
+    guest.create_pair(1, 2);
+    let shared = guest.queues[&1].clone();
+    let page = guest.pages(1);
+    for id in 2..5 {
+        let sq_base = guest.pages(4);
+        guest.create_sq(id, 256, sq_base, 1).unwrap();
+        guest.queues.insert(id, super::driver::Pair { sq_base, entries: 256, ..shared.clone() });
+    }
+    for id in 2..5 {
+        for _ in 0..200 {
+            guest.push(id, transfer(nvm::READ, 1, 0, 1, page));
+        }
+        guest.ring(id);
+    }
+    let mut aborted = 0;
+    for (id, cid) in (2..5).flat_map(|id| (0..200).map(move |cid| (id, cid))) {
+        let (dw0, status) = admin_alone(&mut guest, abort(id, cid));
+        assert_eq!(status, Status::SUCCESS);
+        aborted += 1 - dw0;
+    }
+    // One found its place in the completion queue.
+    assert_eq!(aborted, 257);
+    guest.migrate(2);
+    let mut ended = Vec::new();
+    guest.run_until("all completions", |guest| {
+        ended.extend(guest.reap(1));
+        ended.len() == 600
+    });
+    let is_abort = |entry: &&nvme_spec::CompletionEntry| entry.status().code() == Status::ABORT_REQUESTED;
+    assert_eq!(ended.iter().filter(is_abort).count(), 257);
+}
+
+#[test]
+fn admin_commands_that_wait_are_bounded() {
+    let control = Arc::new(FaultControl::default());
+    let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
+    let config = ControllerConfig { queue_pairs: 400, ..config() };
+    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }];
+    let mut guest = Guest::with_workers(config, namespaces, 2, 512);
+    guest.enable();
+    let (page, cq_base) = (guest.pages(1), guest.pages(2));
+    guest.create_cq(1, 512, cq_base, 1).unwrap();
+    control.inject(Target::Any, 0, 300, Fault::Hold);
+    for id in 1..=300 {
+        let sq_base = guest.pages(1);
+        guest.create_sq(id, 2, sq_base, 1).unwrap();
+        guest.write_bytes(sq_base, &transfer(nvm::WRITE, 1, 0, 1, page).to_bytes());
+        guest.write32(regs::sq_tail_doorbell(id), 1);
+    }
+    guest.run();
+    assert_eq!(control.held(), 300);
+    let delete =
+        |id: u32| SubmissionEntry { opcode: admin::DELETE_SQ, cdw10: id, ..SubmissionEntry::default() };
+    let mut answered = Vec::new();
+    let mut deleted = 0;
+    for _ in 0..10 {
+        for _ in 0..30 {
+            deleted += 1;
+            guest.push(0, delete(deleted));
+        }
+        guest.ring(0);
+        guest.run();
+        answered.extend(guest.reap(0));
+        let waiting = crate::shared::lock(&guest.controller.admin).deletes.len();
+        assert!(waiting <= 256, "{waiting}");
+        if waiting == 256 {
+            break;
+        }
+    }
+    assert!(answered.is_empty());
+    control.release_held();
+    guest.run_until("the deletions", |guest| {
+        answered.extend(guest.reap(0));
+        answered.len() == deleted as usize
+    });
+    assert!(answered.iter().all(|entry| entry.status().is_success()));
+}
+
+#[test]
 fn commands_that_fail_at_once_do_not_pile_up() {
     let mut guest = Guest::ready(config(), vec![namespace(1, 64)]);
     guest.create_pair(1, 2);
