@@ -104,6 +104,8 @@ pub(crate) struct Admin {
     next_job: u32,
     /// A job that found no free slot in worker 0.
     pub waiting_job: Option<Job>,
+    /// The log has spoken of a failing flush at shutdown.
+    flush_failure_reported: bool,
     /// When a pause began that lasts; time is saved as it was then.
     pub paused_at: Option<Instant>,
     /// When the host must have sent Keep Alive.
@@ -131,6 +133,7 @@ impl Admin {
             jobs: Vec::new(),
             next_job: 0,
             waiting_job: None,
+            flush_failure_reported: false,
             paused_at: None,
             keep_alive: None,
             buffers: None,
@@ -364,10 +367,11 @@ impl Admin {
             Job::Shutdown => {
                 let mut registers = pool.shared.registers();
                 if !status.is_success() {
-                    log::error!(
-                        "NVMe controller {:?}: the flush at shutdown failed",
-                        pool.shared.config.serial
-                    );
+                    // Said once: a guest can shut down as often as it likes.
+                    if !std::mem::replace(&mut self.flush_failure_reported, true) {
+                        let serial = &pool.shared.config.serial;
+                        log::error!("NVMe controller {serial:?}: the flush at shutdown failed");
+                    }
                     registers.csts = registers.csts.with_cfs(1);
                 }
                 registers.csts = registers.csts.with_shst(regs::SHST_COMPLETE);

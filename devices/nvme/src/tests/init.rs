@@ -8,6 +8,7 @@ use nvme_spec::regs::{self, Cap};
 use nvme_spec::{Status, SubmissionEntry};
 
 use super::driver::{Guest, memory_image, namespace, transfer};
+use super::messages::messages_of;
 use crate::{ControllerConfig, NamespaceConfig};
 
 fn config() -> ControllerConfig {
@@ -255,6 +256,24 @@ fn a_failed_flush_at_shutdown_is_fatal() {
     guest.write32(regs::CC, 0x0046_4001);
     guest.run();
     assert_eq!(guest.read32(regs::CSTS), 1 | 1 << 1 | 2 << 2);
+}
+
+#[test]
+fn the_log_is_told_once_of_failing_flushes_at_shutdown() {
+    let (mut guest, control) = faulty();
+    control.inject(Target::Flush, 0, 5, Fault::Fail(block::Failure::Io(5)));
+    let messages = messages_of(|| {
+        for _ in 0..5 {
+            guest.write32(regs::CC, 0x0046_4001);
+            guest.run();
+            assert_eq!(guest.read32(regs::CSTS) >> 1 & 7, 0b101);
+            guest.write32(regs::CC, 0x0046_0000);
+            guest.run();
+            guest.enable();
+        }
+    });
+    assert_eq!(messages.len(), 1, "{messages:?}");
+    assert!(messages[0].contains("flush"), "{messages:?}");
 }
 
 #[test]

@@ -6,6 +6,7 @@ mod driver;
 mod hostile;
 mod init;
 mod io;
+mod messages;
 mod migrate;
 mod queues;
 mod random;
