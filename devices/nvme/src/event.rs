@@ -48,7 +48,7 @@ impl Events {
 
     /// Adds an entry to the error log.
     pub fn log_error(&mut self, entry: ErrorEntry) {
-        self.error_count += 1;
+        self.error_count = self.error_count.saturating_add(1);
         self.errors.truncate(ERROR_LOG_ENTRIES - 1);
         self.errors.push_front(ErrorEntry { error_count: self.error_count, ..entry });
     }

@@ -234,6 +234,9 @@ fn check_events(state: &EventsState, phase: Phase) -> Result<(), Error> {
             return refuse("events.queued", dword, "it is not an asynchronous event");
         }
     }
+    if state.error_count > u64::MAX / 2 {
+        return refuse("events.error_count", state.error_count, "nobody counts so many errors");
+    }
     for entry in &state.entries {
         let parsed = ErrorEntry::from_bytes(entry);
         let count = parsed.error_count;

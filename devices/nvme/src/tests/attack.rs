@@ -1,10 +1,13 @@
 //! Saved states that no controller wrote. Each check of `restore` has a case here that turns red without it.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use nvme_spec::opcode::{admin, nvm};
 use nvme_spec::{SubmissionEntry, regs};
+use pci::PciFunction;
+use vm_memory::{Bytes, GuestAddress};
 use vmstate::{Bitmap, VmState};
 
 use super::driver::{
@@ -147,6 +150,7 @@ const CHANGES: &[(&str, Change, &str)] = &[
     ("error count 0", |s| s.events.entries[0] = [0; 64], "events.entries.error_count"),
     ("error entry reserved", |s| s.events.entries[0][63] = 1, "events.entries is"),
     ("error count", |s| s.events.error_count = 0, "events.entries.error_count"),
+    ("errors that were never counted", |s| s.events.error_count = u64::MAX, "events.error_count"),
     ("CQ id", |s| s.cq.get_mut(1).unwrap().id = 2, "cq[1].id"),
     ("CQ admin missing", |s| _ = s.cq.put(0, None), "sq[0]"),
     ("SQ admin missing", |s| _ = s.sq.put(0, None), "sq[0]"),
@@ -207,6 +211,46 @@ fn every_check_refuses_what_it_is_for() {
             Err(error) => assert!(error.to_string().contains(expected), "{what}: {error}"),
         }
     }
+}
+
+#[test]
+fn counters_that_are_full_stay_so() {
+    let (guest, mut state) = rich();
+    state.events.error_count = u64::MAX / 2;
+    state.events.queued.clear();
+    state.events.queued_count = 0;
+    let smart = &mut state.smart;
+    for counter in [
+        &mut smart.units_read,
+        &mut smart.units_written,
+        &mut smart.reads,
+        &mut smart.writes,
+        &mut smart.media_errors,
+        &mut smart.power_cycles,
+        &mut smart.power_on_seconds,
+    ] {
+        *counter = u64::MAX;
+    }
+    state.features.timestamp_ms = (1 << 48) - 1;
+    state.features.keep_alive_ms = u32::MAX / 1000 * 1000;
+    let restored = Arc::new(load(&guest, &state).unwrap());
+    restored.resume();
+    let ring = |offset: u64, value: u32| restored.bar_write(0, offset, &value.to_le_bytes());
+    // Room in the completion queue lets commands run, and a bad doorbell is logged.
+    let tail = state.cq.get(1).unwrap().tail;
+    guest.memory.store(tail, GuestAddress(state.doorbell_buffers.shadow + 12), Ordering::SeqCst).unwrap();
+    ring(regs::cq_head_doorbell(1), tail);
+    ring(regs::sq_tail_doorbell(2), 900);
+    while restored.process(0) == Progress::More {}
+    restored.pause(Instant::now() + PATIENCE).unwrap();
+    let after = restored.save();
+    assert_eq!((after.smart.reads, after.smart.power_cycles), (u64::MAX, u64::MAX));
+    assert_eq!(after.smart.power_on_seconds, u64::MAX);
+    assert!(after.events.error_count > u64::MAX / 2);
+    // However many there are, the counter of errors does not overflow either.
+    let mut events = crate::event::Events { error_count: u64::MAX - 1, ..Default::default() };
+    (0..3).for_each(|_| events.log_error(Default::default()));
+    assert_eq!(events.error_count, u64::MAX);
 }
 
 #[test]
