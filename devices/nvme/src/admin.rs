@@ -2,6 +2,7 @@
 //!
 //! Only worker 0's thread (and whoever pauses or saves) enters here; vCPU threads leave their wishes in `Registers::wanted`.
 
+use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
@@ -102,8 +103,8 @@ pub(crate) struct Admin {
     pub deletes: Vec<PendingDelete>,
     pub jobs: Vec<(u32, Job)>,
     next_job: u32,
-    /// A job that found no free slot in worker 0.
-    pub waiting_job: Option<Job>,
+    /// Jobs that found no free slot in worker 0. They are admin commands, and bounded as these are.
+    pub waiting_jobs: VecDeque<Job>,
     /// The log has spoken of a failing flush at shutdown.
     flush_failure_reported: bool,
     /// When a pause began that lasts; time is saved as it was then.
@@ -132,7 +133,7 @@ impl Admin {
             deletes: Vec::new(),
             jobs: Vec::new(),
             next_job: 0,
-            waiting_job: None,
+            waiting_jobs: VecDeque::new(),
             flush_failure_reported: false,
             paused_at: None,
             keep_alive: None,
@@ -167,7 +168,7 @@ impl Admin {
         stable
             && self.deletes.is_empty()
             && self.jobs.is_empty()
-            && self.waiting_job.is_none()
+            && self.waiting_jobs.is_empty()
             && !self.control_is_due(pool)
     }
 
@@ -202,7 +203,7 @@ impl Admin {
         if self.phase == Phase::Stopping && self.workers_are_idle(pool) {
             self.phase = Phase::Flushing;
             self.start_job(pool, Job::Shutdown);
-        } else if let Some(job) = self.waiting_job.take() {
+        } else if let Some(job) = self.waiting_jobs.pop_front() {
             self.start_job(pool, job);
         }
     }
@@ -249,7 +250,7 @@ impl Admin {
         self.parked.clear();
         self.deletes.clear();
         self.jobs.clear();
-        self.waiting_job = None;
+        self.waiting_jobs.clear();
         self.keep_alive = None;
         self.buffers = None;
         self.changed_namespaces.clear();
@@ -345,7 +346,7 @@ impl Admin {
                 self.finish_job(pool, job, Status::SUCCESS);
             }
             // No slot is free: again when the worker has finished something.
-            Err(_) => self.waiting_job = Some(job),
+            Err(_) => self.waiting_jobs.push_back(job),
         }
     }
 
@@ -433,7 +434,7 @@ impl Admin {
             + self.parked.len()
             + self.deletes.len()
             + self.jobs.len()
-            + usize::from(self.waiting_job.is_some());
+            + self.waiting_jobs.len();
         self.phase == Phase::Ready
             && !shared.is_paused()
             && !queues.sq.is_empty()

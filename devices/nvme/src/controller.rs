@@ -96,7 +96,7 @@ impl Controller {
         if index == 0 {
             let mut admin = lock(&self.admin);
             more |= admin.process(&self.pool);
-            job_waits = admin.waiting_job.is_some();
+            job_waits = !admin.waiting_jobs.is_empty();
         }
         let mut worker = lock(worker);
         more |= worker.process(&self.pool.shared);

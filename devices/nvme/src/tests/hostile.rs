@@ -82,6 +82,42 @@ fn a_flush_that_found_no_slot_is_done_when_all_commands_end_at_once() {
 }
 
 #[test]
+fn of_many_flushes_that_found_no_slot_each_is_answered() {
+    let control = Arc::new(FaultControl::default());
+    let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
+    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }];
+    let mut guest = Guest::with_workers(config(), namespaces, 1, 2);
+    guest.enable();
+    guest.create_pair(1, 8);
+    let page = guest.pages(1);
+    control.inject(Target::Read, 0, 2, Fault::Hold);
+    for lba in 0..2 {
+        guest.push(1, transfer(nvm::READ, 1, lba, 1, page));
+    }
+    guest.ring(1);
+    guest.run();
+    let set_write_cache = |on| SubmissionEntry {
+        opcode: admin::SET_FEATURES,
+        cdw10: 6,
+        cdw11: on,
+        ..SubmissionEntry::default()
+    };
+    let mut waiting: Vec<_> = [0, 1, 0, 1, 0].map(|on| guest.push(0, set_write_cache(on))).into();
+    guest.ring(0);
+    guest.run();
+    let mut answered: Vec<_> = guest.reap(0).iter().map(|entry| entry.cid).collect();
+    assert_eq!(answered, [waiting[1], waiting[3]], "nothing is to be flushed");
+    control.release_held();
+    guest.run_until("the flushes", |guest| {
+        answered.extend(guest.reap(0).iter().map(|entry| entry.cid));
+        answered.len() == waiting.len()
+    });
+    answered.sort_unstable();
+    waiting.sort_unstable();
+    assert_eq!(answered, waiting);
+}
+
+#[test]
 fn entry_sizes_written_while_enabled_do_not_keep_a_guest_from_moving() {
     let mut guest = Guest::ready(config(), vec![namespace(1, 64)]);
     guest.create_pair(1, 8);
