@@ -406,6 +406,9 @@ impl Admin {
     /// Fetches, executes and answers admin commands. `true`: there are more.
     fn serve(&mut self, pool: &Pool) -> Result<bool, MemoryGone> {
         let shared = &pool.shared;
+        if !shared.is_bus_master() {
+            return Ok(false);
+        }
         for _ in 0..BURST {
             let Some(entry) = self.fetch(shared)? else { break };
             let Some(entry) = entry else { continue };
@@ -437,6 +440,7 @@ impl Admin {
             + self.waiting_jobs.len();
         self.phase == Phase::Ready
             && !shared.is_paused()
+            && shared.is_bus_master()
             && !queues.sq.is_empty()
             && !queues.cq.waiting
             && unanswered < CONGESTED_BACKLOG

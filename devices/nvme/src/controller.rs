@@ -135,8 +135,9 @@ impl Controller {
     }
 
     /// Stops fetching and waits until the backends have finished what is in flight; completions are posted as far as their
-    /// queues have room, and interrupts raised. Returns with the controller held still: nothing touches guest memory
-    /// until [`Controller::resume`]. The vCPUs are stopped before. Needs no worker thread, but tolerates them.
+    /// queues have room and guest memory may be written, and interrupts raised. Returns with the controller held still:
+    /// nothing touches guest memory until [`Controller::resume`]. The vCPUs are stopped before. Needs no worker thread, but
+    /// tolerates them.
     ///
     /// # Errors
     /// [`Error::PauseTimeout`] at `deadline`. The controller still fetches nothing: the caller resumes it.

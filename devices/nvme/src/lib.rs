@@ -23,6 +23,7 @@
 //!   describe; what a worker has in flight is bounded by its context's depth.
 //! - A command ends once. What finds a full completion queue waits, and its submission queues are not fetched meanwhile.
 //! - A worker goes to sleep only after it has told the guest (EventIdx) and looked again: no wake-up is lost.
+//! - While the guest does not let the controller be a bus master nothing is fetched, posted or signalled, and nothing is lost.
 //! - After CSTS.RDY is 0, or CSTS.SHST says complete, or a pause has returned, nothing is in flight.
 //! - A saved state is a plain struct and is not trusted. Its queues are made by the functions that serve the guest's Create commands.
 //!

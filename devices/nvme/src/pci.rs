@@ -60,7 +60,11 @@ impl PciFunction for Controller {
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) {
-        self.pool.shared.endpoint.config_write(offset, data);
+        let shared = &self.pool.shared;
+        if shared.endpoint.config_write(offset, data) {
+            // What came while guest memory was out of reach is served now.
+            (0..self.pool.workers.len()).for_each(|index| shared.host.wake(index));
+        }
     }
 
     fn bars(&self) -> Vec<BarWindow> {

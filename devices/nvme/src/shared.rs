@@ -86,9 +86,15 @@ impl Shared {
         self.paused.load(Ordering::SeqCst)
     }
 
+    /// Whether guest memory may be touched and queues may move. Otherwise nothing is fetched and completions wait, as with queues that
+    /// are full; transfers that backends have begun are beyond recall and end.
+    pub fn is_bus_master(&self) -> bool {
+        self.endpoint.is_bus_master()
+    }
+
     /// Whether I/O commands are fetched.
     pub fn may_fetch(&self) -> bool {
-        self.active.load(Ordering::SeqCst) && !self.is_paused()
+        self.active.load(Ordering::SeqCst) && !self.is_paused() && self.is_bus_master()
     }
 
     /// Backend requests of I/O commands in flight over all workers.

@@ -376,6 +376,9 @@ impl Worker {
 
     /// Posts what has its place, one interrupt a queue.
     pub fn post(&mut self, shared: &Shared) -> Result<(), MemoryGone> {
+        if !shared.is_bus_master() {
+            return Ok(());
+        }
         let Self { cqs, sqs, listed, .. } = self;
         let mut completed = 0;
         let mut outcome = Ok(());

@@ -1,16 +1,19 @@
 //! Configuration space and MSI-X of one function, kept in agreement.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::bar::BarWindow;
 use crate::config::ConfigSpace;
 use crate::error::Error;
-use crate::msix::{Msix, MsixSink};
+use crate::msix::{Control, Msix, MsixSink};
 use crate::state::EndpointState;
 
 /// The part of a [`PciFunction`](crate::PciFunction) that is the same in every device: delegate to it.
 pub struct Endpoint {
     config: Mutex<ConfigSpace>,
+    /// Bus Master Enable of `config`, for those who take no lock.
+    bus_master: AtomicBool,
     msix: Msix,
 }
 
@@ -21,7 +24,8 @@ impl Endpoint {
     /// [`Error::NoMsix`] if `config` has no MSI-X capability.
     pub fn new(config: ConfigSpace, sink: Arc<dyn MsixSink>) -> Result<Self, Error> {
         let layout = config.msix_layout().ok_or(Error::NoMsix)?;
-        Ok(Self { config: Mutex::new(config), msix: Msix::new(layout, sink) })
+        let bus_master = AtomicBool::new(config.bus_master());
+        Ok(Self { config: Mutex::new(config), bus_master, msix: Msix::new(layout, sink) })
     }
 
     /// A guest read of configuration space.
@@ -29,12 +33,16 @@ impl Endpoint {
         self.lock_config().read(offset, data);
     }
 
-    /// A guest write of configuration space.
-    pub fn config_write(&self, offset: u16, data: &[u8]) {
+    /// A guest write of configuration space. `true`: it has made the function a bus master, and what the device held back is due.
+    /// Messages that were held back are sent already.
+    pub fn config_write(&self, offset: u16, data: &[u8]) -> bool {
         let mut config = self.lock_config();
+        let was_bus_master = config.bus_master();
         config.write(offset, data);
-        let (enabled, masked) = config.msix_control();
-        self.msix.set_control(enabled, masked);
+        let is_bus_master = config.bus_master();
+        self.bus_master.store(is_bus_master, Ordering::SeqCst);
+        self.msix.set_control(Control::of(&config));
+        is_bus_master && !was_bus_master
     }
 
     /// The BARs and where they are.
@@ -43,10 +51,12 @@ impl Endpoint {
         self.lock_config().bars()
     }
 
-    /// Whether the guest lets the function access memory and send messages.
+    /// Whether the guest lets the function access memory and send messages. "Controls a device's ability to act as a master on the PCI
+    /// bus. A value of 0 disables the device from generating PCI accesses" (PCI 3.0, 6.2.2). Takes no lock: a device asks before each
+    /// access of guest memory that it begins. Messages ask for themselves.
     #[must_use]
-    pub fn bus_master(&self) -> bool {
-        self.lock_config().bus_master()
+    pub fn is_bus_master(&self) -> bool {
+        self.bus_master.load(Ordering::SeqCst)
     }
 
     /// The interrupts.
@@ -81,8 +91,8 @@ impl Endpoint {
         let mut config = self.lock_config();
         let mut restored = config.clone();
         restored.restore(&state.config)?;
-        let (enabled, masked) = restored.msix_control();
-        self.msix.restore(&state.msix, enabled, masked)?;
+        self.msix.restore(&state.msix, Control::of(&restored))?;
+        self.bus_master.store(restored.bus_master(), Ordering::SeqCst);
         *config = restored;
         Ok(())
     }

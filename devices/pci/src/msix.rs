@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::config::ConfigSpace;
 use crate::error::Error;
 use crate::state::{MsixEntryState, MsixState};
 
@@ -24,8 +25,8 @@ pub struct MsiMessage {
 ///
 /// `set_vector` is called with the table locked: it must not call back into [`Msix`].
 pub trait MsixSink: Send + Sync {
-    /// From now on `vector` sends `message`; `None`: it is masked, or MSI-X is off, and no `signal` for it comes until
-    /// the next `Some`.
+    /// From now on `vector` sends `message`; `None`: it is masked, MSI-X is off or the function is no bus
+    /// master, and no `signal` for it comes until the next `Some`.
     fn set_vector(&self, vector: u16, message: Option<MsiMessage>);
     /// Sends the message of `vector` now. May come from several threads at once.
     fn signal(&self, vector: u16);
@@ -122,8 +123,28 @@ struct Entry {
 
 struct Table {
     entries: Vec<Entry>,
+    control: Control,
+}
+
+/// What configuration space says about all vectors.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Control {
     enabled: bool,
     function_masked: bool,
+    /// A message is a memory write, which only a bus master can make.
+    bus_master: bool,
+}
+
+impl Control {
+    pub fn of(config: &ConfigSpace) -> Self {
+        let (enabled, function_masked) = config.msix_control();
+        Self { enabled, function_masked, bus_master: config.bus_master() }
+    }
+
+    /// Whether messages of vectors that are not masked themselves go out.
+    fn lets_through(self) -> bool {
+        self.enabled && !self.function_masked && self.bus_master
+    }
 }
 
 /// The MSI-X of one function.
@@ -149,8 +170,7 @@ impl Msix {
             gates: (0..layout.vectors).map(|_| Gate::default()).collect(),
             table: Mutex::new(Table {
                 entries: vec![entry; usize::from(layout.vectors)],
-                enabled: false,
-                function_masked: false,
+                control: Control::default(),
             }),
         }
     }
@@ -161,9 +181,9 @@ impl Msix {
         self.layout.vectors
     }
 
-    /// Sends the message of `vector`, or remembers it in the pending bit while the vector is masked. While MSI-X is off
-    /// the event is lost, as there is no other interrupt. Takes no lock unless the vector is masked. A vector that does
-    /// not exist is ignored.
+    /// Sends the message of `vector`, or remembers it in the pending bit while the vector is masked or the function is no bus
+    /// master. While MSI-X is off the event is lost, as there is no other interrupt. Takes no lock if the message can be sent. A
+    /// vector that does not exist is ignored.
     pub fn trigger(&self, vector: u16) {
         let Some(gate) = self.gates.get(usize::from(vector)) else { return };
         if gate.pass(|| self.sink.signal(vector)) {
@@ -172,22 +192,21 @@ impl Msix {
         let mut table = self.lock_table();
         if gate.is_open() {
             self.sink.signal(vector);
-        } else if table.enabled
+        } else if table.control.enabled
             && let Some(entry) = table.entries.get_mut(usize::from(vector))
         {
             entry.pending = true;
         }
     }
 
-    /// Takes over MSI-X enable and function mask from the configuration space.
-    pub(crate) fn set_control(&self, enabled: bool, function_masked: bool) {
+    /// Takes over what the configuration space says.
+    pub(crate) fn set_control(&self, control: Control) {
         let mut table = self.lock_table();
-        if (table.enabled, table.function_masked) == (enabled, function_masked) {
+        if table.control == control {
             return;
         }
-        table.enabled = enabled;
-        table.function_masked = function_masked;
-        if !enabled {
+        table.control = control;
+        if !control.enabled {
             table.entries.iter_mut().for_each(|entry| entry.pending = false);
         }
         for vector in 0..self.layout.vectors {
@@ -265,13 +284,8 @@ impl Msix {
         MsixState { count: self.layout.vectors, entries: table.entries.iter().map(entry).collect() }
     }
 
-    /// Takes over `state`, with enable and function mask from the restored configuration space.
-    pub(crate) fn restore(
-        &self,
-        state: &MsixState,
-        enabled: bool,
-        function_masked: bool,
-    ) -> Result<(), Error> {
+    /// Takes over `state`, with what the restored configuration space says.
+    pub(crate) fn restore(&self, state: &MsixState, control: Control) -> Result<(), Error> {
         let here = usize::from(self.layout.vectors);
         if state.entries.len() != here || usize::from(state.count) != here {
             return Err(Error::VectorCountMismatch {
@@ -284,16 +298,15 @@ impl Msix {
             if entry.address & 0b11 != 0 {
                 return Err(Error::BadVector { vector, reason: "its address is not a multiple of 4" });
             }
-            if entry.pending && !enabled {
+            if entry.pending && !control.enabled {
                 return Err(Error::BadVector { vector, reason: "it is pending while MSI-X is off" });
             }
-            if entry.pending && !function_masked && !entry.masked {
+            if entry.pending && control.lets_through() && !entry.masked {
                 return Err(Error::BadVector { vector, reason: "it is pending but not masked" });
             }
         }
         let mut table = self.lock_table();
-        table.enabled = enabled;
-        table.function_masked = function_masked;
+        table.control = control;
         for (entry, saved) in table.entries.iter_mut().zip(&state.entries) {
             entry.message = MsiMessage { address: saved.address, data: saved.data };
             entry.masked = saved.masked;
@@ -309,7 +322,7 @@ impl Msix {
     fn announce(&self, table: &mut Table, vector: u16) {
         let index = usize::from(vector);
         let (Some(entry), Some(gate)) = (table.entries.get_mut(index), self.gates.get(index)) else { return };
-        let deliverable = table.enabled && !table.function_masked && !entry.masked;
+        let deliverable = table.control.lets_through() && !entry.masked;
         let message = deliverable.then_some(entry.message);
         if message == entry.announced {
             return;

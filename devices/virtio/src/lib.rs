@@ -6,8 +6,8 @@
 //! tells the driver. A device model implements [`VirtioDevice`]; [`Rng`] is the one there is.
 //!
 //! Invariants:
-//! - No queue is processed on a vCPU thread, before the driver says DRIVER_OK, after it has reset the device, or while
-//!   the device is paused.
+//! - No queue is processed on a vCPU thread, before the driver says DRIVER_OK, after it has reset the device, while it does
+//!   not let the device be a bus master, or while the device is paused.
 //! - An enabled queue was valid when it was enabled: aligned, its rings in guest memory, its size a power of two no
 //!   larger than offered. Restoring takes the same way.
 //! - One call of `process` does a bounded amount of work whatever the descriptors say. What breaks the rules of a queue

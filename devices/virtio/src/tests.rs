@@ -106,8 +106,14 @@ impl Guest {
         self.write(common::STATUS, 1, bits.into());
     }
 
-    /// MSI-X on, both vectors unmasked.
+    /// The command register: memory decoding, and whether the device is a bus master.
+    pub fn set_bus_master(&self, on: bool) {
+        self.device.config_write(0x04, &(0b010 | u16::from(on) << 2).to_le_bytes());
+    }
+
+    /// The device is a bus master, MSI-X on, both vectors unmasked.
     pub fn enable_interrupts(&self) {
+        self.set_bus_master(true);
         self.device.config_write(MSIX_CONTROL, &0x8000_u16.to_le_bytes());
         for vector in 0..2 {
             self.device.bar_write(0, MSIX_TABLE + 16 * vector, &0xfee0_0000_u64.to_le_bytes());

@@ -120,12 +120,12 @@ impl VirtioPci {
         Ok(Arc::new(Self { endpoint, access, memory, notify, queue_count, inner }))
     }
 
-    /// Serves `queue` if the driver is running and the device is not paused. Returns `true` if buffers are left: call it
-    /// again, after other work. For an I/O thread.
+    /// Serves `queue` if the driver is running, the device is a bus master and it is not paused. Returns `true` if buffers
+    /// are left: call it again, after other work. For an I/O thread.
     pub fn process(&self, queue: u16) -> bool {
         let mut inner = self.lock();
         let Inner { device, registers, paused } = &mut *inner;
-        if *paused || !registers.is_live() {
+        if *paused || !registers.is_live() || !self.endpoint.is_bus_master() {
             return false;
         }
         let Some(slot) = registers.queues.get_mut(usize::from(queue)) else { return false };
@@ -158,7 +158,7 @@ impl VirtioPci {
     /// Goes on, and has every queue looked at: a doorbell may have rung in between.
     pub fn resume(&self) {
         self.lock().paused = false;
-        (0..self.queue_count).for_each(|queue| self.notify.wake(queue));
+        self.wake_all();
     }
 
     /// What a migration carries. The device must be paused.
@@ -396,6 +396,11 @@ impl VirtioPci {
         is_valid.then_some((bar[0], u64::from(at)))
     }
 
+    /// Has every queue looked at.
+    fn wake_all(&self) {
+        (0..self.queue_count).for_each(|queue| self.notify.wake(queue));
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -412,7 +417,9 @@ impl PciFunction for VirtioPci {
     fn config_write(&self, offset: u16, data: &[u8]) {
         match self.access_window(offset, data.len()) {
             Some((bar, at)) => self.bar_write(bar, at, data),
-            None => self.endpoint.config_write(offset, data),
+            // Doorbells may have rung while guest memory was out of reach.
+            None if self.endpoint.config_write(offset, data) => self.wake_all(),
+            None => {}
         }
     }
 

@@ -257,8 +257,14 @@ impl Guest {
         }
     }
 
-    /// Switches MSI-X on and unmasks all vectors.
+    /// The command register: memory decoding, and whether the controller is a bus master.
+    pub fn set_bus_master(&self, on: bool) {
+        self.controller.config_write(0x04, &(0b010 | u16::from(on) << 2).to_le_bytes());
+    }
+
+    /// Makes the controller a bus master, switches MSI-X on and unmasks all vectors.
     pub fn unmask_interrupts(&self) {
+        self.set_bus_master(true);
         let mut pointer = [0];
         self.controller.config_read(0x34, &mut pointer);
         loop {

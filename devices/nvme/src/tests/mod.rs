@@ -2,6 +2,7 @@
 
 mod admin;
 mod attack;
+mod bus_master;
 mod driver;
 mod hostile;
 mod init;

@@ -18,7 +18,14 @@ fn program(function: &Function, vector: u32, masked: bool) {
     write32(function, entry + 12, u32::from(masked));
 }
 
+/// The command register; whether that has made the function a bus master.
+fn command(function: &Function, bits: u16) -> bool {
+    function.endpoint.config_write(0x04, &bits.to_le_bytes())
+}
+
+/// Message control of a bus master, which every driver makes the function first.
 fn control(function: &Function, enabled: bool, masked: bool) {
+    command(function, 0b110);
     let control = u16::from(enabled) << 15 | u16::from(masked) << 14;
     function.config_write(MSIX_CAPABILITY + 2, &control.to_le_bytes());
 }
@@ -75,6 +82,37 @@ fn the_function_mask_holds_back_all_vectors() {
     assert_eq!(sink.take(), [Told::Set(0, Some(MESSAGE)), Told::Signal(0), Told::Set(1, Some(MESSAGE))]);
     control(&function, true, true);
     assert_eq!(sink.take(), [Told::Set(0, None), Told::Set(1, None)]);
+}
+
+#[test]
+fn what_is_no_bus_master_sends_no_message_and_remembers_it() {
+    let (function, sink) = Function::new(3);
+    control(&function, true, false);
+    program(&function, 0, false);
+    program(&function, 1, false);
+    program(&function, 2, true);
+    sink.take();
+    assert!(!command(&function, 0b110), "it is one already");
+    assert!(!command(&function, 0b010));
+    assert!(!function.endpoint.is_bus_master());
+    assert_eq!(sink.take(), [Told::Set(0, None), Told::Set(1, None)]);
+    function.endpoint.msix().trigger(1);
+    function.endpoint.msix().trigger(2);
+    assert_eq!(sink.take(), []);
+    assert_eq!(pending(&function), 0b110);
+    // It is saved and restored like that.
+    let state = function.endpoint.save();
+    let (restored, restored_sink) = Function::new(3);
+    restored.endpoint.restore(&state).unwrap();
+    assert!(!restored.endpoint.is_bus_master());
+    assert_eq!((restored.endpoint.save(), restored_sink.take()), (state, vec![]));
+    for (function, sink) in [(function, sink), (restored, restored_sink)] {
+        assert!(command(&function, 0b110), "what was held back is due");
+        assert!(function.endpoint.is_bus_master());
+        let told = [Told::Set(0, Some(MESSAGE)), Told::Set(1, Some(MESSAGE)), Told::Signal(1)];
+        assert_eq!(sink.take(), told);
+        assert_eq!(pending(&function), 0b100, "the mask holds");
+    }
 }
 
 #[test]
@@ -156,6 +194,7 @@ impl MsixSink for Strict {
 fn no_message_follows_a_mask() {
     let sink = Arc::new(Strict::default());
     let endpoint = Endpoint::new(config(1), sink.clone()).unwrap();
+    endpoint.config_write(0x04, &0b110_u16.to_le_bytes());
     endpoint.config_write(MSIX_CAPABILITY + 2, &0x8000_u16.to_le_bytes());
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -230,6 +269,13 @@ fn impossible_tables_are_refused() {
     assert!(bad(
         refuse(|state| {
             state.config.bytes[usize::from(MSIX_CAPABILITY) + 3] = 0;
+            state.msix.entries[1].pending = true;
+        }),
+        1
+    ));
+    assert!(bad(
+        refuse(|state| {
+            state.msix.entries[1].masked = false;
             state.msix.entries[1].pending = true;
         }),
         1

@@ -92,6 +92,32 @@ fn a_paused_device_stands_still_and_loses_nothing() {
 }
 
 #[test]
+fn what_is_no_bus_master_stands_still_and_loses_nothing() {
+    let mut guest = Guest::ready(64);
+    guest.set_bus_master(false);
+    guest.ask(BUFFER, 10);
+    let saved = guest.device.save();
+    assert!(!guest.device.process(0));
+    assert_eq!((guest.used(0).0, guest.take_signals()), (0, vec![]));
+    assert_eq!(guest.device.save(), saved);
+    let restored = Guest::with_memory(guest.memory.clone());
+    restored.device.restore(&saved).unwrap();
+    restored.device.resume();
+    assert!(!restored.device.process(0));
+    assert_eq!(restored.used(0).0, 0);
+    for guest in [restored, guest] {
+        guest.take_wakes();
+        guest.set_bus_master(true);
+        assert_eq!(guest.take_wakes(), [0]);
+        guest.device.process(0);
+        assert_eq!((guest.used(0), guest.take_signals()), ((1, 0, 10), vec![0]));
+        guest.set_bus_master(true);
+        assert!(guest.take_wakes().is_empty(), "it was one before");
+        guest.memory.write_obj(0_u16, GuestAddress(USED + 2)).unwrap();
+    }
+}
+
+#[test]
 fn reset_forgets_the_queue_until_it_is_set_up_again() {
     let mut guest = Guest::ready(64);
     guest.ask(BUFFER, 10);
