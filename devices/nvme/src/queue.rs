@@ -23,7 +23,8 @@ pub(crate) const CONGESTED_BACKLOG: usize = 256;
 ///
 /// To an I/O queue a fetched command or an abort adds one, and neither happens while [`CONGESTED_BACKLOG`] wait; so only commands that
 /// were in flight at that time add more, and a worker has at most as many as its I/O context is deep. Of the admin queue no command is
-/// fetched while [`CONGESTED_BACKLOG`] of them wait for anything, their completions included (`Admin::may_fetch`).
+/// fetched while [`CONGESTED_BACKLOG`] of them wait for anything, their completions included (`Admin::may_fetch`). A restored queue may
+/// begin with more and only gets shorter, except for parked requests, for which the admin queue's has room.
 pub(crate) const MAX_BACKLOG: usize = 65_536;
 const _: () = assert!(CONGESTED_BACKLOG + block::IoContext::MAXIMUM_DEPTH as usize <= MAX_BACKLOG);
 

@@ -17,13 +17,13 @@ use nvme_spec::regs::{Aqa, Cc, Csts};
 use pci::MsixSink;
 
 use crate::Error;
-use crate::admin::{Admin, Phase, Pool, check_configuration};
+use crate::admin::{Admin, MAX_PARKED, Phase, Pool, check_configuration};
 use crate::command::features::{ASYNC_EVENT_BITS, KEEP_ALIVE_GRANULARITY_MS, TIMESTAMP_MASK, Timestamp};
 use crate::config::{ControllerConfig, NamespaceConfig};
 use crate::controller::Controller;
 use crate::doorbell::Buffers;
 use crate::inventory::{NamespaceShape, Shape};
-use crate::queue::{Ended, Location, MAX_ABORTED, QueuePlace};
+use crate::queue::{Ended, Location, MAX_ABORTED, MAX_BACKLOG, QueuePlace};
 use crate::shared::{Host, lock};
 use crate::smart::Counters;
 use crate::state::{
@@ -450,6 +450,10 @@ fn load_backlog(
     index: usize,
     saved: &CompletionQueueState,
 ) -> Result<(), Error> {
+    // Parked requests can add to it whatever waits already.
+    if index == 0 && saved.backlog.len() > MAX_BACKLOG - MAX_PARKED {
+        return refuse("cq[0].backlog_count", saved.backlog_count, "the admin queue holds back fewer");
+    }
     let mut backlog = VecDeque::with_capacity(saved.backlog.len());
     for ended in &saved.backlog {
         let field = || format!("cq[{index}].backlog.sq_id");

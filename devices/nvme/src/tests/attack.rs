@@ -176,6 +176,14 @@ const CHANGES: &[(&str, Change, &str)] = &[
         },
         "cq[0].backlog.sq_id",
     ),
+    (
+        "CQ admin backlog too long",
+        |s| {
+            let ended = EndedState { sq_id: 0, cid: 0, status: 0, dw0: 0, dw1: 0 };
+            s.cq.get_mut(0).unwrap().backlog = vec![ended; 65_530];
+        },
+        "cq[0].backlog_count",
+    ),
     ("SQ id", |s| s.sq.get_mut(2).unwrap().id = 1, "sq[2].id"),
     ("SQ priority", |s| s.sq.get_mut(2).unwrap().priority = 4, "sq[2].priority"),
     ("SQ admin CQ", |s| s.sq.get_mut(0).unwrap().cq_id = 1, "sq[0].cq_id"),
