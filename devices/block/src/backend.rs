@@ -1,6 +1,7 @@
 //! The contract between a controller and an image.
 
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
+use std::io;
 
 use bus::GuestRange;
 
@@ -100,6 +101,19 @@ pub enum Failure {
     Io(i32),
     /// The image has been released (its lock was handed over).
     Released,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OutOfRange => f.write_str("the range is outside of the image"),
+            Self::GuestMemory => f.write_str("a buffer is outside of guest memory"),
+            Self::ReadOnly => f.write_str("the image is read-only"),
+            Self::NoSpace => f.write_str("no space is left for it"),
+            Self::Io(errno) => write!(f, "{}", io::Error::from_raw_os_error(*errno)),
+            Self::Released => f.write_str("the image has been released"),
+        }
+    }
 }
 
 /// The end of a request. Every submitted request completes exactly once.

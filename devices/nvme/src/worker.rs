@@ -8,11 +8,11 @@
 
 use std::sync::atomic::Ordering;
 
-use block::{Buffers, Completion, IoContext, Operation, Request};
+use block::{Buffers, Completion, Failure, IoContext, Operation, Request};
 use bus::GuestRange;
-use nvme_spec::Status;
 use nvme_spec::event::Event;
 use nvme_spec::log::ErrorEntry;
+use nvme_spec::{NSID_BROADCAST, Status};
 
 use crate::doorbell::MemoryGone;
 use crate::namespace::{self, NamespaceTable};
@@ -90,6 +90,8 @@ pub(crate) struct Worker {
     pub ranges: Vec<GuestRange>,
     pub scratch: Vec<u8>,
     completions: Vec<Completion>,
+    /// Namespaces of whose failures the log has spoken.
+    failures_told: Vec<u32>,
 }
 
 impl Worker {
@@ -123,6 +125,7 @@ impl Worker {
             ranges: Vec::new(),
             scratch: Vec::new(),
             completions: Vec::with_capacity(depth as usize),
+            failures_told: Vec::new(),
         }
     }
 
@@ -297,6 +300,7 @@ impl Worker {
             if let Err(failure) = completion.result {
                 let status = namespace::failure_status(failure, write);
                 self.log_failure(shared, index, status);
+                self.tell_failure(shared, index, failure);
                 let slot = &mut self.slots[index as usize];
                 if slot.status.is_success() {
                     slot.status = status;
@@ -317,6 +321,19 @@ impl Worker {
         }
         self.completions = completions;
         stepped
+    }
+
+    /// Says, once for each namespace, that the host fails the guest: the guest cannot know why.
+    fn tell_failure(&mut self, shared: &Shared, slot_index: u32, failure: Failure) {
+        let (Failure::NoSpace | Failure::Io(_)) = failure else { return };
+        let nsid = self.slots[slot_index as usize].nsid;
+        if !self.failures_told.contains(&nsid) {
+            self.failures_told.push(nsid);
+            let serial = &shared.config.serial;
+            log::warn!(
+                "NVMe controller {serial:?}: the image of namespace {nsid} failed a command: {failure}"
+            );
+        }
     }
 
     fn log_failure(&mut self, shared: &Shared, slot_index: u32, status: Status) {

@@ -10,6 +10,7 @@ use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, log, regs};
 use vm_memory::GuestMemoryBackend;
 
 use super::driver::{Guest, MEMORY_BYTES, memory_image, namespace, transfer};
+use super::messages::messages_of;
 use crate::{ControllerConfig, NamespaceConfig};
 
 /// Remembers what it was asked to do.
@@ -431,6 +432,22 @@ fn a_read_only_namespace_is_not_written() {
     guest.io(1, SubmissionEntry { cdw12: opcode::CDW12_FUA, ..read }).unwrap();
     guest.io(1, SubmissionEntry { opcode: nvm::FLUSH, nsid: 1, ..SubmissionEntry::default() }).unwrap();
     assert_eq!(guest.identify(0, 1).unwrap()[99], 1, "NSATTR says so");
+}
+
+#[test]
+fn an_image_that_fails_is_told_of_once() {
+    let control = Arc::new(FaultControl::default());
+    let backend = Arc::new(FaultImage::new(memory_image(64 * 512), control.clone()));
+    let mut guest = ready(vec![NamespaceConfig { nsid: 5, block_bytes: 512, backend }]);
+    let page = guest.pages(1);
+    let messages = messages_of(|| {
+        for failure in [Failure::Released, Failure::NoSpace, Failure::Io(5), Failure::NoSpace] {
+            control.inject(Target::Any, 0, 1, Fault::Fail(failure));
+            guest.io(1, transfer(nvm::WRITE, 5, 9, 1, page)).unwrap_err();
+        }
+    });
+    let [message] = messages.as_slice() else { panic!("{messages:?}") };
+    assert!(message.contains("namespace 5") && message.contains("no space"), "{message}");
 }
 
 #[test]
