@@ -11,6 +11,8 @@ pub struct Description {
     pub name: LitStr,
     pub version: u32,
     pub oldest: u32,
+    /// The type of the context that fields are held against.
+    pub context: Option<Type>,
     pub check: Option<Path>,
     pub fields: Vec<Field>,
 }
@@ -26,6 +28,8 @@ pub struct Field {
     pub default: Option<Expr>,
     /// The versions of the struct inside, one for each version of ours that has the field.
     pub versions: Vec<u32>,
+    /// What the context says the value must be.
+    pub equal: Option<Path>,
     pub check: Option<Path>,
 }
 
@@ -35,18 +39,30 @@ pub enum Kind {
     Plain { max: Option<Expr> },
     /// On its own, and it holds the length of later fields.
     Count { max: Option<Expr>, of: Vec<Ident> },
-    /// With the length in an earlier field.
-    Counted { count: Ident, max: Expr },
+    /// With the length outside.
+    Counted { length: Length, max: Expr },
     /// With its own end.
     List { item: Type, max: Expr },
     /// An optional part after the fields.
     Subsection { part: Type, needed: Option<Path> },
 }
 
+/// Where the length of a counted field is.
+pub enum Length {
+    /// In an earlier field.
+    Field(Ident),
+    /// With the context: the stream does not hold it.
+    Context(Path),
+}
+
 impl Field {
     /// The first and the last version that has the field.
     pub fn span_of_versions(&self, oldest: u32, version: u32) -> (u32, u32) {
         (self.since.unwrap_or(0).max(oldest), self.until.unwrap_or(u32::MAX).min(version))
+    }
+
+    fn asks_context(&self) -> bool {
+        self.equal.is_some() || matches!(self.kind, Kind::Counted { length: Length::Context(_), .. })
     }
 }
 
@@ -79,8 +95,14 @@ impl Description {
             let field = options.into_field(ident, &field.ty, &header, &mut fields)?;
             fields.push(field);
         }
-        let Header { name, version, oldest, check } = header;
-        Ok(Description { ident: input.ident.clone(), name, version, oldest, check, fields })
+        let Header { name, version, oldest, context, check } = header;
+        if let Some(context) = context.as_ref().filter(|_| !fields.iter().any(Field::asks_context)) {
+            return Err(Error::new(
+                context.span(),
+                "no field asks the context: neither `equal` nor `len_from` is used",
+            ));
+        }
+        Ok(Description { ident: input.ident.clone(), name, version, oldest, context, check, fields })
     }
 }
 
@@ -89,12 +111,13 @@ struct Header {
     name: LitStr,
     version: u32,
     oldest: u32,
+    context: Option<Type>,
     check: Option<Path>,
 }
 
 impl Header {
     fn parse(input: &DeriveInput) -> Result<Self> {
-        let (mut name, mut version, mut oldest, mut check) = (None, None, None, None);
+        let (mut name, mut version, mut oldest, mut context, mut check) = (None, None, None, None, None);
         each(&input.attrs, |meta| {
             if meta.path.is_ident("name") {
                 once(&meta, &mut name, |meta| meta.value()?.parse::<LitStr>())
@@ -102,10 +125,12 @@ impl Header {
                 once(&meta, &mut version, |meta| meta.value()?.parse::<LitInt>())
             } else if meta.path.is_ident("oldest") {
                 once(&meta, &mut oldest, |meta| meta.value()?.parse::<LitInt>())
+            } else if meta.path.is_ident("context") {
+                once(&meta, &mut context, quoted)
             } else if meta.path.is_ident("check") {
                 once(&meta, &mut check, quoted)
             } else {
-                Err(meta.error("a struct has `name`, `version`, `oldest` and `check`"))
+                Err(meta.error("a struct has `name`, `version`, `oldest`, `context` and `check`"))
             }
         })?;
 
@@ -121,7 +146,7 @@ impl Header {
         if first > newest {
             return Err(Error::new(oldest.span(), format!("`oldest` is {first} but `version` is {newest}")));
         }
-        Ok(Header { name, version: newest, oldest: first, check })
+        Ok(Header { name, version: newest, oldest: first, context, check })
     }
 }
 
@@ -129,6 +154,7 @@ impl Header {
 #[derive(Default)]
 struct Options {
     len: Option<LitStr>,
+    len_from: Option<Path>,
     list: Option<Span>,
     max: Option<Expr>,
     min: Option<Expr>,
@@ -138,6 +164,7 @@ struct Options {
     versions: Option<syn::ExprArray>,
     subsection: Option<Span>,
     needed: Option<Path>,
+    equal: Option<Path>,
     check: Option<Path>,
 }
 
@@ -150,6 +177,7 @@ impl Options {
             };
             match key.to_string().as_str() {
                 "len" => once(&meta, &mut options.len, |meta| meta.value()?.parse()),
+                "len_from" => once(&meta, &mut options.len_from, quoted),
                 "list" => once(&meta, &mut options.list, |meta| Ok(meta.path.span())),
                 "max" => once(&meta, &mut options.max, |meta| meta.value()?.parse()),
                 "min" => once(&meta, &mut options.min, |meta| meta.value()?.parse()),
@@ -159,10 +187,11 @@ impl Options {
                 "versions" => once(&meta, &mut options.versions, |meta| meta.value()?.parse()),
                 "subsection" => once(&meta, &mut options.subsection, |meta| Ok(meta.path.span())),
                 "needed" => once(&meta, &mut options.needed, quoted),
+                "equal" => once(&meta, &mut options.equal, quoted),
                 "check" => once(&meta, &mut options.check, quoted),
                 _ => Err(meta.error(
-                    "a field has `len`, `list`, `max`, `min`, `since`, `until`, `default`, `versions`, `subsection`, `needed` \
-                     and `check`",
+                    "a field has `len`, `len_from`, `list`, `max`, `min`, `since`, `until`, `default`, `versions`, `subsection`, \
+                     `needed`, `equal` and `check`",
                 )),
             }
         })?;
@@ -170,17 +199,25 @@ impl Options {
     }
 
     fn into_field(self, ident: Ident, ty: &Type, header: &Header, earlier: &mut [Field]) -> Result<Field> {
-        if let (Some(_), Some(second)) =
-            (self.len.as_ref().map(LitStr::span).or(self.list), self.subsection.or(self.list))
-            && (self.len.is_some() || self.subsection.is_some())
-        {
-            return Err(Error::new(second, "a field is one of `len`, `list` and `subsection`"));
+        let layouts = [
+            self.len.as_ref().map(LitStr::span),
+            self.len_from.as_ref().map(Path::span),
+            self.list,
+            self.subsection,
+        ];
+        if let Some(second) = layouts.into_iter().flatten().nth(1) {
+            return Err(Error::new(second, "a field is one of `len`, `len_from`, `list` and `subsection`"));
+        }
+        if let (Some(path), None) = (self.len_from.as_ref().or(self.equal.as_ref()), &header.context) {
+            return Err(Error::new(
+                path.span(),
+                "name the type that is asked: `#[vmstate(context = \"...\")]` on the struct",
+            ));
         }
         if let (Some(needed), None) = (&self.needed, self.subsection) {
             return Err(Error::new(needed.span(), "`needed` belongs to a `subsection`"));
         }
-        let bounded = self.len.is_some() || self.list.is_some() || self.subsection.is_some();
-        if let (Some(min), true) = (&self.min, bounded) {
+        if let (Some(min), true) = (&self.min, layouts.into_iter().flatten().next().is_some()) {
             return Err(Error::new(min.span(), "`min` is for integers"));
         }
         let (since, until) = self.lifetime(header)?;
@@ -190,7 +227,12 @@ impl Options {
             let max = self.max.ok_or_else(|| {
                 Error::new(count.span(), "a counted field needs `max`: the count comes from outside")
             })?;
-            Kind::Counted { count: count_field(count, &ident, earlier)?, max }
+            Kind::Counted { length: Length::Field(count_field(count, &ident, earlier)?), max }
+        } else if let Some(count) = self.len_from {
+            let max = self.max.ok_or_else(|| {
+                Error::new(count.span(), "a counted field needs `max`, wherever its count comes from")
+            })?;
+            Kind::Counted { length: Length::Context(count), max }
         } else if let Some(span) = self.list {
             let max =
                 self.max.ok_or_else(|| Error::new(span, "a list needs `max`: its end comes from outside"))?;
@@ -204,6 +246,7 @@ impl Options {
                 || self.default.is_some()
                 || self.versions.is_some()
                 || self.max.is_some()
+                || self.equal.is_some()
             {
                 return Err(Error::new(
                     span,
@@ -223,6 +266,7 @@ impl Options {
             until,
             default: self.default,
             versions,
+            equal: self.equal,
             check: self.check,
         })
     }

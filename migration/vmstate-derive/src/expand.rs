@@ -5,10 +5,10 @@ use quote::{ToTokens, format_ident, quote, quote_spanned};
 use syn::spanned::Spanned;
 use syn::{Ident, Path};
 
-use crate::attributes::{Description, Field, Kind};
+use crate::attributes::{Description, Field, Kind, Length};
 
 pub fn expand(description: &Description) -> TokenStream {
-    let Description { ident, name, version, oldest, check, fields } = description;
+    let Description { ident, name, version, oldest, context, check, fields } = description;
     let (parts, plain): (Vec<_>, Vec<_>) =
         fields.iter().partition(|field| matches!(field.kind, Kind::Subsection { .. }));
     let present: Vec<_> = plain.iter().copied().filter(|field| field.until.is_none()).collect();
@@ -30,6 +30,9 @@ pub fn expand(description: &Description) -> TokenStream {
         let (member, local) = (&field.ident, field.local());
         quote!(#member: #local)
     });
+    let context = context.as_ref().map(
+        |context| quote!(let context = reader.context::<#context>(<Self as ::vmstate::VmState>::NAME)?;),
+    );
     let check = check.as_ref().map(|check| checked(check, quote!(&state)));
 
     quote! {
@@ -53,6 +56,7 @@ pub fn expand(description: &Description) -> TokenStream {
 
             fn load_fields(reader: &mut ::vmstate::Reader<'_>, version: u32) -> ::std::result::Result<Self, ::vmstate::Error> {
                 let _ = version;
+                #context
                 #(#load)*
                 #load_parts
                 let state = #ident { #(#members),* };
@@ -198,11 +202,20 @@ impl Field {
             Kind::Plain { .. } | Kind::Count { .. } => {
                 in_field(self, &quote!(#layout::load(reader, #nested)))
             }
-            Kind::Counted { count, max } => {
-                let (length, name) = (format_ident!("field_{count}"), count.to_string());
+            Kind::Counted { length, max } => {
+                let (count, holder) = match length {
+                    Length::Field(field) => {
+                        let local = format_ident!("field_{field}");
+                        (quote!(::vmstate::derived::bounded(#local, (#max) as usize)), field.to_string())
+                    }
+                    Length::Context(path) => {
+                        let count = quote_spanned!(path.span()=> #path(context));
+                        (quote!(::vmstate::derived::bounded_here(#count, (#max) as usize)), self.name())
+                    }
+                };
                 let load = in_field(self, &quote!(#layout::load(reader, count, #nested)));
                 quote! {{
-                    let count = ::vmstate::derived::bounded(#length, (#max) as usize).map_err(|error| error.in_field(#name))?;
+                    let count = #count.map_err(|error| error.in_field(#holder))?;
                     #load
                 }}
             }
@@ -248,8 +261,12 @@ impl Field {
         let max = max.map(|max| in_field(self, &quote!(::vmstate::derived::at_most(value, #max))));
         let min =
             self.min.as_ref().map(|min| in_field(self, &quote!(::vmstate::derived::at_least(value, #min))));
+        let equal = self.equal.as_ref().map(|equal| {
+            let ours = quote_spanned!(equal.span()=> #equal(context));
+            in_field(self, &quote!(::vmstate::derived::same(&value, #ours)))
+        });
         let check = self.check.as_ref().map(|check| in_field(self, &checked_value(check, quote!(&value))));
-        let statements = [max, min, check].into_iter().flatten();
+        let statements = [max, min, equal, check].into_iter().flatten();
         quote!(#(#statements;)*)
     }
 
@@ -319,14 +336,18 @@ impl Field {
         let max = option(max);
         let min = option(self.min.as_ref().map(|min| quote!({ let min: #ty = #min; min as i128 })));
         let count = option(match &self.kind {
-            Kind::Counted { count, .. } => Some(count.to_string()),
+            Kind::Counted { length: Length::Field(count), .. } => Some(count.to_string()),
             _ => None,
         });
+        let count_from_context = matches!(self.kind, Kind::Counted { length: Length::Context(_), .. });
+        let equal = self.equal.is_some();
         let (since, until) = (option(self.since), option(self.until));
         quote! {{
             let mut field = ::vmstate::FieldSchema {
                 name: #name,
                 count: #count,
+                count_from_context: #count_from_context,
+                equal: #equal,
                 max: #max,
                 min: #min,
                 since: #since,

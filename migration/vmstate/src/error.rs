@@ -94,6 +94,24 @@ pub enum Problem {
     /// A subsection that comes twice.
     #[error("subsection {0:?} comes twice")]
     RepeatedSubsection(&'static str),
+    /// A value that must be this side's and is not.
+    #[error("{value} differs from this side's {ours}")]
+    Different {
+        /// The value read.
+        value: String,
+        /// What the context says.
+        ours: String,
+    },
+    /// A struct whose context the caller did not give: a mistake of the program, not of the state.
+    #[error("loading {name:?} needs the context {wanted}, {}", given.map_or_else(|| "and none was given".into(), |given| format!("but {given} was given")))]
+    MissingContext {
+        /// The description's name.
+        name: &'static str,
+        /// The type that the struct names.
+        wanted: &'static str,
+        /// The type that was given, if one was.
+        given: Option<&'static str>,
+    },
     /// A `check` of the description refused the value.
     #[error("{0}")]
     Refused(String),

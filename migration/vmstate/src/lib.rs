@@ -49,17 +49,20 @@
 //! | --- | --- |
 //! | `name = "x"` | the description's name, under 128 bytes; `"parent/part"` for a subsection |
 //! | `version = 2`, `oldest = 1` | what is written, and the oldest that is read (default: only `version`) |
+//! | `context = "Type"` | what this side knows and the stream need not say; given to [`from_bytes_with`] |
 //! | `check = "path"` | `fn(&Self) -> Result<(), impl Display>`, called after loading |
 //!
 //! | on a field | |
 //! | --- | --- |
 //! | none | integers, `bool`, arrays, nested structs |
 //! | `len = "field", max = N` | `Vec`, [`Slots`] or [`Bitmap`] whose length is the earlier field; saving writes the real length there |
+//! | `len_from = "path", max = N` | the same with the length in the context: `fn(&Context) -> usize` |
 //! | `list, max = N` | a `Vec` that carries its own end |
 //! | `max = N`, `min = N` | bounds of an integer |
 //! | `since = n`, `until = n`, `default = "expr"` | the first and last version that have the field, and its value otherwise (default: `Default::default()`) |
 //! | `versions = [1, 1, 2]` | the version of the struct inside, for each version of this one that has the field |
 //! | `subsection`, `needed = "path"` | an `Option` part that older readers may lack; `fn(&Self) -> bool` says whether it is written |
+//! | `equal = "path"` | `fn(&Context) -> Field`: the value that this side has and the loaded one must be |
 //! | `check = "path"` | `fn(&Field) -> Result<(), impl Display>`, called after loading |
 //!
 //! # Invariants
@@ -99,6 +102,8 @@ mod value;
 
 #[cfg(test)]
 mod tests;
+
+use std::any::Any;
 
 pub use collections::Counted;
 pub use description::Description;
@@ -150,7 +155,19 @@ pub fn to_bytes<T: VmState>(state: &T) -> Vec<u8> {
 ///
 /// A version that is not read, bytes that do not fit the description, values out of their bounds, and bytes left over.
 pub fn from_bytes<T: VmState>(bytes: &[u8], version: u32) -> Result<T, Error> {
-    let mut reader = Reader::new(bytes);
+    load_whole(Reader::new(bytes), version)
+}
+
+/// [`from_bytes`] for structs that name a context.
+///
+/// # Errors
+///
+/// As [`from_bytes`], and [`Problem::MissingContext`] if a struct names another type than `C`.
+pub fn from_bytes_with<T: VmState, C: Any>(bytes: &[u8], version: u32, context: &C) -> Result<T, Error> {
+    load_whole(Reader::new(bytes).with_context(context), version)
+}
+
+fn load_whole<T: VmState>(mut reader: Reader<'_>, version: u32) -> Result<T, Error> {
     let state = load_versioned(&mut reader, version)?;
     match reader.left() {
         0 => Ok(state),
@@ -164,9 +181,22 @@ pub fn from_bytes<T: VmState>(bytes: &[u8], version: u32) -> Result<T, Error> {
 ///
 /// [`Problem::Truncated`] if that depends on bytes that are not there yet; otherwise as [`from_bytes`].
 pub fn measure<T: VmState>(bytes: &[u8], version: u32) -> Result<usize, Error> {
-    let mut reader = Reader::partial(bytes);
+    measure_whole::<T>(Reader::partial(bytes), version)
+}
+
+/// [`measure`] for structs that name a context.
+///
+/// # Errors
+///
+/// As [`measure`], and [`Problem::MissingContext`] if a struct names another type than `C`.
+pub fn measure_with<T: VmState, C: Any>(bytes: &[u8], version: u32, context: &C) -> Result<usize, Error> {
+    measure_whole::<T>(Reader::partial(bytes).with_context(context), version)
+}
+
+fn measure_whole<T: VmState>(mut reader: Reader<'_>, version: u32) -> Result<usize, Error> {
+    let whole = reader.left();
     load_versioned::<T>(&mut reader, version)?;
-    Ok(bytes.len() - reader.left())
+    Ok(whole - reader.left())
 }
 
 fn load_versioned<T: VmState>(reader: &mut Reader<'_>, version: u32) -> Result<T, Error> {
@@ -256,6 +286,41 @@ pub mod derived {
         match usize::try_from(count) {
             Ok(count) if count <= maximum => Ok(count),
             _ => Err(Problem::AboveMaximum { value: count, maximum: maximum as i128 }.into()),
+        }
+    }
+
+    /// The same for a count of this side's context.
+    pub fn bounded_here(count: usize, maximum: usize) -> Result<usize, Error> {
+        match count <= maximum {
+            true => Ok(count),
+            false => Err(Problem::AboveMaximum { value: count as i128, maximum: maximum as i128 }.into()),
+        }
+    }
+
+    /// Refuses a value that is not this side's.
+    pub fn same<T: PartialEq + std::fmt::Debug>(value: &T, ours: T) -> Result<(), Error> {
+        match *value == ours {
+            true => Ok(()),
+            false => Err(Problem::Different { value: brief(value), ours: brief(&ours) }.into()),
+        }
+    }
+
+    /// The value as a message shows it: a long one not to its end.
+    fn brief(value: &impl std::fmt::Debug) -> String {
+        use std::fmt::Write;
+
+        struct Brief(String);
+        impl Write for Brief {
+            fn write_str(&mut self, text: &str) -> std::fmt::Result {
+                self.0.push_str(text);
+                if self.0.len() > 100 { Err(std::fmt::Error) } else { Ok(()) }
+            }
+        }
+
+        let mut brief = Brief(String::new());
+        match write!(brief, "{value:?}") {
+            Ok(()) => brief.0,
+            Err(_) => brief.0 + "...",
         }
     }
 

@@ -1,26 +1,51 @@
 //! A cursor over the bytes of a state that cannot run past their end.
 
+use std::any::{Any, type_name};
+
 use crate::{Error, Problem};
 
-/// The bytes that are still to be read.
+/// The bytes that are still to be read, and the context they are held against.
 ///
 /// Every read checks first; nothing here allocates.
 #[derive(Debug, Clone)]
 pub struct Reader<'a> {
     rest: &'a [u8],
     more_may_follow: bool,
+    context: Option<Context<'a>>,
+}
+
+/// What this side knows, of a type that the structs name.
+#[derive(Debug, Clone, Copy)]
+struct Context<'a> {
+    value: &'a dyn Any,
+    type_name: &'static str,
 }
 
 impl<'a> Reader<'a> {
     /// Reads from the start of `bytes`, which are all there is.
     pub fn new(bytes: &'a [u8]) -> Self {
-        Reader { rest: bytes, more_may_follow: false }
+        Reader { rest: bytes, more_may_follow: false, context: None }
     }
 
     /// Reads from the start of `bytes`, which more may follow: wherever the answer depends on bytes that are not there yet, the
     /// error is [`Problem::Truncated`].
     pub fn partial(bytes: &'a [u8]) -> Self {
-        Reader { rest: bytes, more_may_follow: true }
+        Reader { rest: bytes, more_may_follow: true, context: None }
+    }
+
+    /// The same reader, with what the structs of context `C` are held against.
+    #[must_use]
+    pub fn with_context<C: Any>(self, context: &'a C) -> Self {
+        Reader { context: Some(Context { value: context, type_name: type_name::<C>() }), ..self }
+    }
+
+    /// The context that the struct `name` wants.
+    pub fn context<C: Any>(&self, name: &'static str) -> Result<&'a C, Error> {
+        let missing = || {
+            let given = self.context.map(|context| context.type_name);
+            Problem::MissingContext { name, wanted: type_name::<C>(), given }.into()
+        };
+        self.context.and_then(|context| context.value.downcast_ref()).ok_or_else(missing)
     }
 
     /// Bytes not read yet.

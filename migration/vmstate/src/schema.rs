@@ -34,6 +34,10 @@ pub struct FieldSchema {
     pub array_len: Option<u64>,
     /// The field that holds the number of elements.
     pub count: Option<&'static str>,
+    /// The number of elements is not in the stream: the context says it.
+    pub count_from_context: bool,
+    /// The value must be the one that the context says.
+    pub equal: bool,
     /// The largest value, or the largest number of elements.
     pub max: Option<i128>,
     /// The smallest value.
@@ -69,6 +73,8 @@ impl FieldSchema {
         put("size", self.size.map(Json::from));
         put("array_len", self.array_len.map(Json::from));
         put("count", self.count.map(Json::from));
+        put("count_from_context", self.count_from_context.then_some(Json::Bool(true)));
+        put("equal", self.equal.then_some(Json::Bool(true)));
         put("max", self.max.map(number));
         put("min", self.min.map(number));
         put("since", self.since.map(Json::from));
