@@ -1,8 +1,9 @@
 //! `#[derive(VmState)]`: writes the description, `save` and `load` of a plain struct.
 //!
-//! The attributes are described in the `vmstate` crate. `attributes` parses and checks them, field by field and against each other;
-//! `expand` writes the code. Every mistake becomes an error at the place it was made; what only types can tell (a field that is no
-//! [`Value`], a struct that contains itself, a nested struct whose versions do not fit) is left to the compiler, at the field's type.
+//! The attributes are described in the `vmstate` crate. `attributes` parses and checks those of the struct, `options` those of a field,
+//! and a `field` is what they agree on; `expand` writes the code. Every mistake becomes an error at the place it was made; what only
+//! types can tell (a field that is no [`Value`], a struct that contains itself, a nested struct whose versions do not fit) is left to
+//! the compiler, at the field's type.
 //!
 //! [`Value`]: https://docs.rs/vmstate
 
@@ -12,6 +13,8 @@ use proc_macro::TokenStream;
 
 mod attributes;
 mod expand;
+mod field;
+mod options;
 
 /// Derives `vmstate::VmState` for a struct with named fields.
 #[proc_macro_derive(VmState, attributes(vmstate))]

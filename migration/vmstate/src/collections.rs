@@ -1,24 +1,24 @@
-//! Collections whose length an earlier field holds: [`Vec`], [`Slots`] and [`Bitmap`]; and lists, which carry their own end.
+//! Collections whose length is outside: [`Vec`], [`Slots`], [`Bitmap`], and arrays of these.
 
 use crate::description::Description;
-use crate::schema::FieldSchema;
+use crate::schema::{FieldSchema, Outer};
 use crate::{Bitmap, Error, Problem, Reader, Slots, Value, VmState};
 
-/// A collection whose number of elements is an earlier field of the same struct.
+/// A collection whose number of elements is an earlier field of the same struct, a constant, or this side's business.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` has no length to be counted",
-    label = "`len = ...` is for `Vec`, `Slots` and `Bitmap`"
+    label = "`len = ...` is for `Vec`, `Slots` and `Bitmap`, and for arrays of these"
 )]
 pub trait Counted: Sized {
-    /// Levels of structs inside.
-    const DEPTH: u32 = 0;
+    /// What a load has on the stack for the structs inside, roughly: see [`VmState::STACK_BYTES`].
+    const STACK_BYTES: usize = 0;
     /// The version of the struct inside.
     const STRUCT_VERSION: u32 = 1;
     /// The oldest readable version of the struct inside.
     const STRUCT_OLDEST: u32 = 1;
 
-    /// The number of elements.
-    fn count(&self) -> usize;
+    /// The number of elements; of an array, what its collections have in common, and nothing if it has none.
+    fn count(&self) -> Option<usize>;
 
     /// Appends the elements, without their number.
     fn save(&self, out: &mut Vec<u8>);
@@ -29,17 +29,17 @@ pub trait Counted: Sized {
     /// Adds the entries for the elements.
     fn describe(&self, name: &str, description: &mut Description);
 
-    /// Fills in what the type says of itself.
-    fn schema(field: &mut FieldSchema);
+    /// Fills in what the type says of itself as a part of the structs `outer`.
+    fn schema(field: &mut FieldSchema, outer: &Outer<'_>);
 }
 
 impl<T: Value> Counted for Vec<T> {
-    const DEPTH: u32 = T::DEPTH;
+    const STACK_BYTES: usize = T::STACK_BYTES;
     const STRUCT_VERSION: u32 = T::STRUCT_VERSION;
     const STRUCT_OLDEST: u32 = T::STRUCT_OLDEST;
 
-    fn count(&self) -> usize {
-        self.len()
+    fn count(&self) -> Option<usize> {
+        Some(self.len())
     }
 
     fn save(&self, out: &mut Vec<u8>) {
@@ -54,26 +54,29 @@ impl<T: Value> Counted for Vec<T> {
         T::describe_run(self, name, description);
     }
 
-    fn schema(field: &mut FieldSchema) {
-        T::schema(field);
+    fn schema(field: &mut FieldSchema, outer: &Outer<'_>) {
+        T::schema(field, outer);
     }
 }
 
+const EMPTY: u8 = b'0';
+const PRESENT: u8 = b'1';
+
 impl<T: VmState> Counted for Slots<T> {
-    const DEPTH: u32 = T::DEPTH;
+    const STACK_BYTES: usize = T::STACK_BYTES;
     const STRUCT_VERSION: u32 = T::VERSION;
     const STRUCT_OLDEST: u32 = T::OLDEST;
 
-    fn count(&self) -> usize {
-        self.len()
+    fn count(&self) -> Option<usize> {
+        Some(self.len())
     }
 
     fn save(&self, out: &mut Vec<u8>) {
         for slot in self.iter() {
             match slot {
-                None => out.push(b'0'),
+                None => out.push(EMPTY),
                 Some(element) => {
-                    out.push(b'1');
+                    out.push(PRESENT);
                     element.save_fields(out);
                 }
             }
@@ -82,20 +85,11 @@ impl<T: VmState> Counted for Slots<T> {
 
     fn load(reader: &mut Reader<'_>, count: usize, version: u32) -> Result<Self, Error> {
         // Every slot takes a byte at least, so a count that the bytes cannot hold is refused before memory is taken for it.
-        if count > reader.left() {
-            return Err(Problem::Truncated { needed: count as u64, left: reader.left() as u64 }.into());
-        }
-        let mut slots = Slots::empty(count);
+        let mut slots = reader.room(count, 1)?;
         for index in 0..count {
-            let element = match reader.byte() {
-                Ok(b'0') => Ok(None),
-                Ok(b'1') => T::load_fields(reader, version).map(Some),
-                Ok(other) => Err(Problem::SlotMarker(other).into()),
-                Err(error) => Err(error),
-            };
-            slots.put(index, element.map_err(|error| error.at_index(index))?);
+            slots.push(load_slot(reader, version).map_err(|error| error.at_index(index))?);
         }
-        Ok(slots)
+        Ok(Slots::from_boxes(slots))
     }
 
     fn describe(&self, name: &str, description: &mut Description) {
@@ -107,15 +101,26 @@ impl<T: VmState> Counted for Slots<T> {
         }
     }
 
-    fn schema(field: &mut FieldSchema) {
-        field.structure(T::schema());
+    fn schema(field: &mut FieldSchema, outer: &Outer<'_>) {
+        field.structure::<T>(outer);
         field.plain("ptr-marker", 1);
     }
 }
 
+fn load_slot<T: VmState>(reader: &mut Reader<'_>, version: u32) -> Result<Option<Box<T>>, Error> {
+    match reader.byte()? {
+        EMPTY => Ok(None),
+        PRESENT => {
+            reader.spend(size_of::<T>())?;
+            Ok(Some(Box::new(T::load_fields(reader, version)?)))
+        }
+        other => Err(Problem::SlotMarker(other).into()),
+    }
+}
+
 impl Counted for Bitmap {
-    fn count(&self) -> usize {
-        self.len()
+    fn count(&self) -> Option<usize> {
+        Some(self.len())
     }
 
     fn save(&self, out: &mut Vec<u8>) {
@@ -133,53 +138,73 @@ impl Counted for Bitmap {
         }
     }
 
-    fn schema(field: &mut FieldSchema) {
+    fn schema(field: &mut FieldSchema, _outer: &Outer<'_>) {
         field.kind = "bitmap";
     }
 }
 
-/// Lists: `0x01` and an element, again and again; `0x00` ends.
-pub mod list {
+/// One collection after the other, all of the same length.
+impl<C: Counted, const N: usize> Counted for [C; N] {
+    const STACK_BYTES: usize = C::STACK_BYTES;
+    const STRUCT_VERSION: u32 = C::STRUCT_VERSION;
+    const STRUCT_OLDEST: u32 = C::STRUCT_OLDEST;
+
+    fn count(&self) -> Option<usize> {
+        rows::each_count(self)
+    }
+
+    fn save(&self, out: &mut Vec<u8>) {
+        rows::save(self, out);
+    }
+
+    fn load(reader: &mut Reader<'_>, count: usize, version: u32) -> Result<Self, Error> {
+        let run = rows::load(reader, N, count, version)?;
+        reader.refund(size_of::<Self>());
+        Ok(run.try_into().unwrap_or_else(|_| unreachable!("as many collections are loaded as asked")))
+    }
+
+    fn describe(&self, name: &str, description: &mut Description) {
+        rows::describe(self, name, description);
+    }
+
+    fn schema(field: &mut FieldSchema, outer: &Outer<'_>) {
+        C::schema(field, outer);
+        field.repeat(N);
+    }
+}
+
+/// Collections one after the other, whose length is another number than theirs.
+pub mod rows {
     use super::*;
 
-    const ELEMENT: u8 = 0x01;
-    const END: u8 = 0x00;
-
-    /// Appends the list.
-    pub fn save<T: Value>(list: &[T], out: &mut Vec<u8>) {
-        for element in list {
-            out.push(ELEMENT);
-            element.save(out);
-        }
-        out.push(END);
+    /// What the collections have in common, if there are any.
+    pub fn each_count<C: Counted>(rows: &[C]) -> Option<usize> {
+        let first = rows.first()?.count();
+        debug_assert!(rows.iter().all(|row| row.count() == first), "collections that share a length");
+        first
     }
 
-    /// Reads a list of at most `maximum` elements.
-    pub fn load<T: Value>(reader: &mut Reader<'_>, maximum: usize, version: u32) -> Result<Vec<T>, Error> {
-        let mut list = Vec::new();
-        loop {
-            match reader.byte()? {
-                END => return Ok(list),
-                ELEMENT if list.len() == maximum => return Err(Problem::ListTooLong { maximum }.into()),
-                ELEMENT => list.push(T::load(reader, version).map_err(|error| error.at_index(list.len()))?),
-                other => return Err(Error::from(Problem::ListMarker(other)).at_index(list.len())),
-            }
-        }
+    /// Appends the collections.
+    pub fn save<C: Counted>(rows: &[C], out: &mut Vec<u8>) {
+        rows.iter().for_each(|row| row.save(out));
     }
 
-    /// Adds an entry for each mark and each element.
-    pub fn describe<T: Value>(list: &[T], name: &str, description: &mut Description) {
-        for element in list {
-            description.plain(name, "list-marker", 1, 1);
-            element.describe(name, description);
+    /// Reads `count` collections of `each` elements; the caller has compared both with their maxima.
+    pub fn load<C: Counted>(
+        reader: &mut Reader<'_>,
+        count: usize,
+        each: usize,
+        version: u32,
+    ) -> Result<Vec<C>, Error> {
+        let mut rows = reader.room(count, 0)?;
+        for index in 0..count {
+            rows.push(C::load(reader, each, version).map_err(|error| error.at_index(index))?);
         }
-        description.plain(name, "list-marker", 1, 1);
+        Ok(rows)
     }
 
-    /// Fills in what the type says of itself.
-    pub fn schema<T: Value>(field: &mut FieldSchema) {
-        T::schema(field);
-        field.array_len = None;
-        field.plain("list-marker", 1);
+    /// Adds the entries of every collection.
+    pub fn describe<C: Counted>(rows: &[C], name: &str, description: &mut Description) {
+        rows.iter().for_each(|row| row.describe(name, description));
     }
 }

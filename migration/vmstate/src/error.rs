@@ -94,19 +94,31 @@ pub enum Problem {
     /// A subsection that comes twice.
     #[error("subsection {0:?} comes twice")]
     RepeatedSubsection(&'static str),
+    /// A struct that contains itself more often than its description says.
+    #[error("{name:?} is nested more than {maximum} levels deep")]
+    TooDeep {
+        /// The description's name.
+        name: &'static str,
+        /// The levels that are allowed.
+        maximum: u32,
+    },
+    /// A state that would take more memory than its size justifies.
+    #[error("takes more than {limit} bytes of memory, which is the most that a state of this size may")]
+    TooMuchMemory {
+        /// The memory that is allowed.
+        limit: usize,
+    },
     /// A value that must be this side's and is not.
     #[error("{value} differs from this side's {ours}")]
     Different {
         /// The value read.
-        value: String,
+        value: Box<str>,
         /// What the context says.
-        ours: String,
+        ours: Box<str>,
     },
     /// A struct whose context the caller did not give: a mistake of the program, not of the state.
-    #[error("loading {name:?} needs the context {wanted}, {}", given.map_or_else(|| "and none was given".into(), |given| format!("but {given} was given")))]
+    #[error("loading this needs a context {wanted}, {}", given.map_or_else(|| "and there is none".into(), |given| format!("and there is a {given}")))]
     MissingContext {
-        /// The description's name.
-        name: &'static str,
         /// The type that the struct names.
         wanted: &'static str,
         /// The type that was given, if one was.

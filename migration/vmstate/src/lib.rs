@@ -49,15 +49,19 @@
 //! | --- | --- |
 //! | `name = "x"` | the description's name, under 128 bytes; `"parent/part"` for a subsection |
 //! | `version = 2`, `oldest = 1` | what is written, and the oldest that is read (default: only `version`) |
+//! | `depth = N` | the levels that a struct which contains itself may have |
 //! | `context = "Type"` | what this side knows and the stream need not say; given to [`from_bytes_with`] |
 //! | `check = "path"` | `fn(&Self) -> Result<(), impl Display>`, called after loading |
 //!
 //! | on a field | |
 //! | --- | --- |
 //! | none | integers, `bool`, arrays, nested structs |
-//! | `len = "field", max = N` | `Vec`, [`Slots`] or [`Bitmap`] whose length is the earlier field; saving writes the real length there |
+//! | `len = "field", max = N` | `Vec`, [`Slots`] or [`Bitmap`], or an array of these, whose length is the earlier field (`u8`, `u16`, `u32`); saving writes the real length there |
 //! | `len_from = "path", max = N` | the same with the length in the context: `fn(&Context) -> usize` |
+//! | `len = N` | the same with a length that never changes |
+//! | `each_len`, `each_len_from`, `each_max` | for a `Vec` of such collections: the length of each of them |
 //! | `list, max = N` | a `Vec` that carries its own end |
+//! | `recursive` | the collection leads back to a struct that has a `depth` |
 //! | `max = N`, `min = N` | bounds of an integer |
 //! | `since = n`, `until = n`, `default = "expr"` | the first and last version that have the field, and its value otherwise (default: `Default::default()`) |
 //! | `versions = [1, 1, 2]` | the version of the struct inside, for each version of this one that has the field |
@@ -69,16 +73,18 @@
 //!
 //! - Saving cannot fail. The same state gives the same bytes, and save, load, save gives the same bytes.
 //! - Loading never panics and never takes more memory than the stated maxima allow: every count is compared with its maximum
-//!   before anything is allocated. Depth is bounded by the types: a type that contains itself does not compile.
+//!   before anything is allocated. Nor does it ever take more than 1 MiB and 16 times the size of its input.
+//! - Nor does it overflow the stack: structs inside each other are counted by the compiler, and those that contain themselves by the
+//!   loader. A struct that contains itself without saying how deep does not compile.
 //! - All of the bytes are consumed, or the load fails.
 //!
 //! ```compile_fail,E0391
 //! # use vmstate::VmState;
 //! #[derive(VmState)]
-//! #[vmstate(name = "tree")]
+//! #[vmstate(name = "tree")] // `depth = 8` is missing here,
 //! struct Tree {
-//!     #[vmstate(list, max = 2)]
-//!     children: Vec<Tree>, // states of any depth
+//!     #[vmstate(list, max = 2)] // and `recursive` here
+//!     children: Vec<Tree>,
 //! }
 //! ```
 //!
@@ -92,8 +98,11 @@
 extern crate self as vmstate;
 
 mod collections;
+#[doc(hidden)]
+pub mod derived;
 mod description;
 mod error;
+mod list;
 mod reader;
 mod schema;
 mod slots;
@@ -109,7 +118,7 @@ pub use collections::Counted;
 pub use description::Description;
 pub use error::{Error, Problem};
 pub use reader::Reader;
-pub use schema::{FieldSchema, Schema};
+pub use schema::{FieldSchema, Outer, Schema};
 pub use slots::{Bitmap, Slots};
 pub use value::Value;
 pub use vmstate_derive::VmState;
@@ -117,17 +126,19 @@ pub use vmstate_derive::VmState;
 /// A struct that can be saved and loaded. Derived, not written by hand.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` has no saved state",
-    note = "derive it: `#[derive(VmState)]`"
+    note = "derive it: `#[derive(VmState)]`; if it is one of several collections, say how long each is: `each_len`"
 )]
-pub trait VmState: Sized {
+pub trait VmState: Sized + 'static {
     /// The description's name.
     const NAME: &'static str;
     /// The version that is written.
     const VERSION: u32;
     /// The oldest version that is read.
     const OLDEST: u32;
-    /// Levels of structs, this one included.
-    const DEPTH: u32;
+    /// The fewest bytes that a state takes on the wire, in any version that is read.
+    const LEAST_BYTES: usize;
+    /// What a load has on the stack at once, roughly: the largest chain of structs inside each other, this one included.
+    const STACK_BYTES: usize;
 
     /// Appends the fields and the needed subsections.
     fn save_fields(&self, out: &mut Vec<u8>);
@@ -138,8 +149,13 @@ pub trait VmState: Sized {
     /// Adds an entry for each field and each needed subsection.
     fn describe_fields(&self, description: &mut Description);
 
+    /// The schema of the type as a part of the structs `outer`.
+    fn schema_within(outer: Option<&Outer<'_>>) -> Schema;
+
     /// The schema of the type.
-    fn schema() -> Schema;
+    fn schema() -> Schema {
+        Self::schema_within(None)
+    }
 }
 
 /// The bytes of a state, written as [`VmState::VERSION`].
@@ -227,105 +243,4 @@ pub fn schema_json<T: VmState>() -> serde_json::Value {
 /// A hash of all that the schema of a type says.
 pub fn schema_hash<T: VmState>() -> u64 {
     T::schema().hash()
-}
-
-/// What derived code calls. Not for hand-written code.
-#[doc(hidden)]
-pub mod derived {
-    pub use crate::collections::list;
-    use crate::{Error, Problem};
-
-    pub mod subsection {
-        //! Optional parts.
-        pub use crate::subsection::{describe, is_part_of, load, next, save, unknown};
-    }
-
-    /// Levels of structs a description may have.
-    pub const MAX_DEPTH: u32 = 16;
-
-    /// One level more than the deepest of the fields.
-    pub const fn depth(fields: &[u32]) -> u32 {
-        let mut deepest = 0;
-        let mut at = 0;
-        while at < fields.len() {
-            if fields[at] > deepest {
-                deepest = fields[at];
-            }
-            at += 1;
-        }
-        deepest + 1
-    }
-
-    /// Whether every version is one the struct inside can read, and the last one the newest.
-    pub const fn versions_fit(versions: &[u32], oldest: u32, newest: u32) -> bool {
-        let mut at = 0;
-        while at < versions.len() {
-            if versions[at] < oldest || versions[at] > newest {
-                return false;
-            }
-            at += 1;
-        }
-        versions[versions.len() - 1] == newest
-    }
-
-    /// Refuses a value above `maximum`.
-    pub fn at_most<T: Copy + Into<i128>>(value: T, maximum: T) -> Result<(), Error> {
-        let (value, maximum) = (value.into(), maximum.into());
-        if value > maximum { Err(Problem::AboveMaximum { value, maximum }.into()) } else { Ok(()) }
-    }
-
-    /// Refuses a value below `minimum`.
-    pub fn at_least<T: Copy + Into<i128>>(value: T, minimum: T) -> Result<(), Error> {
-        let (value, minimum) = (value.into(), minimum.into());
-        if value < minimum { Err(Problem::BelowMinimum { value, minimum }.into()) } else { Ok(()) }
-    }
-
-    /// Refuses a count above `maximum`, before anything is allocated for it.
-    pub fn bounded<T: Copy + Into<i128>>(count: T, maximum: usize) -> Result<usize, Error> {
-        let count = count.into();
-        match usize::try_from(count) {
-            Ok(count) if count <= maximum => Ok(count),
-            _ => Err(Problem::AboveMaximum { value: count, maximum: maximum as i128 }.into()),
-        }
-    }
-
-    /// The same for a count of this side's context.
-    pub fn bounded_here(count: usize, maximum: usize) -> Result<usize, Error> {
-        match count <= maximum {
-            true => Ok(count),
-            false => Err(Problem::AboveMaximum { value: count as i128, maximum: maximum as i128 }.into()),
-        }
-    }
-
-    /// Refuses a value that is not this side's.
-    pub fn same<T: PartialEq + std::fmt::Debug>(value: &T, ours: T) -> Result<(), Error> {
-        match *value == ours {
-            true => Ok(()),
-            false => Err(Problem::Different { value: brief(value), ours: brief(&ours) }.into()),
-        }
-    }
-
-    /// The value as a message shows it: a long one not to its end.
-    fn brief(value: &impl std::fmt::Debug) -> String {
-        use std::fmt::Write;
-
-        struct Brief(String);
-        impl Write for Brief {
-            fn write_str(&mut self, text: &str) -> std::fmt::Result {
-                self.0.push_str(text);
-                if self.0.len() > 100 { Err(std::fmt::Error) } else { Ok(()) }
-            }
-        }
-
-        let mut brief = Brief(String::new());
-        match write!(brief, "{value:?}") {
-            Ok(()) => brief.0,
-            Err(_) => brief.0 + "...",
-        }
-    }
-
-    /// Turns what a check says into an error.
-    pub fn checked(result: Result<(), impl std::fmt::Display>) -> Result<(), Error> {
-        result.map_err(|why| Problem::Refused(why.to_string()).into())
-    }
 }

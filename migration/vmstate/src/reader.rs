@@ -1,17 +1,27 @@
-//! A cursor over the bytes of a state that cannot run past their end.
+//! A cursor over the bytes of a state that cannot run past their end, nor past the memory that so many bytes may take.
 
-use std::any::{Any, type_name};
+use std::any::{Any, TypeId, type_name};
 
 use crate::{Error, Problem};
 
+/// Memory that any load may take. A little less than the 1 MiB that is promised: errors and their paths need some too.
+const MEMORY_BASE_BYTES: usize = 0xf_0000;
+
+/// Memory that a load may take for each byte of its input.
+const MEMORY_PER_INPUT_BYTE: usize = 16;
+
 /// The bytes that are still to be read, and the context they are held against.
 ///
-/// Every read checks first; nothing here allocates.
+/// Every read checks first. Every allocation for what is read comes out of an allowance that depends on the number of bytes alone,
+/// so that a state of many empty things costs no more than it may, whatever its description permits.
 #[derive(Debug, Clone)]
 pub struct Reader<'a> {
     rest: &'a [u8],
     more_may_follow: bool,
     context: Option<Context<'a>>,
+    allowance: Allowance,
+    /// The recursive structs that are being loaded, from the outermost inwards.
+    levels: Vec<TypeId>,
 }
 
 /// What this side knows, of a type that the structs name.
@@ -21,16 +31,25 @@ struct Context<'a> {
     type_name: &'static str,
 }
 
+/// Memory that may be taken, and how much of that is left.
+#[derive(Debug, Clone, Copy)]
+struct Allowance {
+    limit: usize,
+    left: usize,
+}
+
 impl<'a> Reader<'a> {
     /// Reads from the start of `bytes`, which are all there is.
     pub fn new(bytes: &'a [u8]) -> Self {
-        Reader { rest: bytes, more_may_follow: false, context: None }
+        let limit = MEMORY_PER_INPUT_BYTE.saturating_mul(bytes.len()).saturating_add(MEMORY_BASE_BYTES);
+        let allowance = Allowance { limit, left: limit };
+        Reader { rest: bytes, more_may_follow: false, context: None, allowance, levels: Vec::new() }
     }
 
     /// Reads from the start of `bytes`, which more may follow: wherever the answer depends on bytes that are not there yet, the
     /// error is [`Problem::Truncated`].
     pub fn partial(bytes: &'a [u8]) -> Self {
-        Reader { rest: bytes, more_may_follow: true, context: None }
+        Reader { more_may_follow: true, ..Reader::new(bytes) }
     }
 
     /// The same reader, with what the structs of context `C` are held against.
@@ -39,11 +58,11 @@ impl<'a> Reader<'a> {
         Reader { context: Some(Context { value: context, type_name: type_name::<C>() }), ..self }
     }
 
-    /// The context that the struct `name` wants.
-    pub fn context<C: Any>(&self, name: &'static str) -> Result<&'a C, Error> {
+    /// The context, for a struct that names this type.
+    pub fn context<C: Any>(&self) -> Result<&'a C, Error> {
         let missing = || {
             let given = self.context.map(|context| context.type_name);
-            Problem::MissingContext { name, wanted: type_name::<C>(), given }.into()
+            Problem::MissingContext { wanted: type_name::<C>(), given }.into()
         };
         self.context.and_then(|context| context.value.downcast_ref()).ok_or_else(missing)
     }
@@ -54,24 +73,89 @@ impl<'a> Reader<'a> {
     }
 
     /// The next `count` bytes.
+    #[inline]
     pub fn take(&mut self, count: usize) -> Result<&'a [u8], Error> {
-        let truncated = Problem::Truncated { needed: count as u64, left: self.rest.len() as u64 };
-        let (taken, rest) = self.rest.split_at_checked(count).ok_or(truncated)?;
+        let Some((taken, rest)) = self.rest.split_at_checked(count) else {
+            return Err(self.truncated(count));
+        };
         self.rest = rest;
         Ok(taken)
     }
 
     /// The next `N` bytes as an array.
+    #[inline]
     pub fn array<const N: usize>(&mut self) -> Result<[u8; N], Error> {
-        let truncated = Problem::Truncated { needed: N as u64, left: self.rest.len() as u64 };
-        let (taken, rest) = self.rest.split_first_chunk::<N>().ok_or(truncated)?;
+        let Some((taken, rest)) = self.rest.split_first_chunk::<N>() else {
+            return Err(self.truncated(N));
+        };
         self.rest = rest;
         Ok(*taken)
     }
 
     /// One byte.
+    #[inline]
     pub fn byte(&mut self) -> Result<u8, Error> {
         Ok(self.array::<1>()?[0])
+    }
+
+    #[cold]
+    fn truncated(&self, needed: usize) -> Error {
+        Problem::Truncated { needed: needed as u64, left: self.rest.len() as u64 }.into()
+    }
+
+    /// Room for `count` elements that take `least_bytes` each on the wire at least: refused, and nothing is allocated, if there are
+    /// not that many bytes, or if so much memory may not be taken for a state of this size.
+    pub(crate) fn room<T>(&mut self, count: usize, least_bytes: usize) -> Result<Vec<T>, Error> {
+        let needed = count.saturating_mul(least_bytes);
+        if needed > self.rest.len() {
+            return Err(self.truncated(needed));
+        }
+        self.spend(count.saturating_mul(size_of::<T>()))?;
+        Ok(Vec::with_capacity(count))
+    }
+
+    /// Takes `bytes` of memory out of the allowance.
+    #[inline]
+    pub(crate) fn spend(&mut self, bytes: usize) -> Result<(), Error> {
+        match self.allowance.left.checked_sub(bytes) {
+            Some(left) => {
+                self.allowance.left = left;
+                Ok(())
+            }
+            None => Err(self.overspent(bytes)),
+        }
+    }
+
+    /// Gives back memory that has been freed.
+    pub(crate) fn refund(&mut self, bytes: usize) {
+        self.allowance.left += bytes;
+    }
+
+    #[cold]
+    fn overspent(&self, bytes: usize) -> Error {
+        let Allowance { limit, left } = self.allowance;
+        if self.more_may_follow {
+            // More bytes allow more memory, so they decide.
+            let more = (bytes - left).div_ceil(MEMORY_PER_INPUT_BYTE);
+            return self.truncated(self.rest.len().saturating_add(more));
+        }
+        Problem::TooMuchMemory { limit }.into()
+    }
+
+    /// Begins to load a recursive struct that may lie inside itself `maximum` levels deep, the outermost included.
+    pub(crate) fn enter<T: 'static>(&mut self, name: &'static str, maximum: u32) -> Result<(), Error> {
+        let level = TypeId::of::<T>();
+        let deep = self.levels.iter().filter(|outer| **outer == level).count();
+        if deep as u64 >= u64::from(maximum) {
+            return Err(Problem::TooDeep { name, maximum }.into());
+        }
+        self.levels.push(level);
+        Ok(())
+    }
+
+    /// Ends what [`Reader::enter`] began. A load that fails never leaves: its reader is done with.
+    pub(crate) fn leave(&mut self) {
+        self.levels.pop();
     }
 
     /// The bytes left if they start with `count` bytes that `is_wanted` accepts, one after the other; nothing is read.
@@ -90,11 +174,7 @@ impl<'a> Reader<'a> {
             }
         }
         if self.more_may_follow {
-            return Err(Problem::Truncated {
-                needed: self.rest.len() as u64 + 1,
-                left: self.rest.len() as u64,
-            }
-            .into());
+            return Err(self.truncated(self.rest.len() + 1));
         }
         Ok(None)
     }

@@ -13,6 +13,11 @@ impl<T> Slots<T> {
         (0..count).map(|_| None).collect()
     }
 
+    /// The slots as they have been loaded.
+    pub(crate) fn from_boxes(slots: Vec<Option<Box<T>>>) -> Self {
+        Slots(slots.into_boxed_slice())
+    }
+
     /// The number of slots, empty ones included.
     pub fn len(&self) -> usize {
         self.0.len()

@@ -1,7 +1,7 @@
 //! How each kind of field value is laid out: integers, bools, arrays, nested structs.
 
 use crate::description::Description;
-use crate::schema::FieldSchema;
+use crate::schema::{FieldSchema, Outer};
 use crate::{Error, Problem, Reader, VmState};
 
 /// A value that needs no length from outside: an integer, a bool, an array of such, or a struct that derives [`VmState`].
@@ -12,11 +12,14 @@ use crate::{Error, Problem, Reader, VmState};
     message = "`{Self}` cannot be saved as a field",
     label = "not an integer, a bool, an array, or a struct that derives `VmState`",
     note = "`Vec`, `Slots` and `Bitmap` need `#[vmstate(len = \"count_field\", max = N)]`, or a `Vec` `#[vmstate(list, max = N)]`; \
-            an `Option` needs `#[vmstate(subsection)]`; enums are saved as integers and checked by the device's constructor"
+            a `Vec` of those needs `each_len` and `each_max` too; an `Option` needs `#[vmstate(subsection)]`; enums are saved as \
+            integers and checked by the device's constructor"
 )]
 pub trait Value: Sized {
-    /// Levels of structs inside; computed by the compiler, which refuses types that contain themselves.
-    const DEPTH: u32 = 0;
+    /// The fewest bytes that a value takes on the wire.
+    const LEAST_BYTES: usize;
+    /// What a load has on the stack for the structs inside, roughly: see [`VmState::STACK_BYTES`].
+    const STACK_BYTES: usize = 0;
     /// The version of the struct inside, for values that have one.
     const STRUCT_VERSION: u32 = 1;
     /// The oldest readable version of the struct inside, for values that have one.
@@ -31,8 +34,8 @@ pub trait Value: Sized {
     /// Adds the entries for this value.
     fn describe(&self, name: &str, description: &mut Description);
 
-    /// Fills in what the type says of itself.
-    fn schema(field: &mut FieldSchema);
+    /// Fills in what the type says of itself as a part of the structs `outer`.
+    fn schema(field: &mut FieldSchema, outer: &Outer<'_>);
 
     /// Appends a run of values, back to back.
     fn save_run(run: &[Self], out: &mut Vec<u8>) {
@@ -41,10 +44,9 @@ pub trait Value: Sized {
         }
     }
 
-    /// Reads `count` values. The caller has bounded `count`; memory is taken only as bytes to fill it are found.
+    /// Reads `count` values. The caller has bounded `count`; memory is taken only if there are bytes to fill it.
     fn load_run(reader: &mut Reader<'_>, count: usize, version: u32) -> Result<Vec<Self>, Error> {
-        let fits = reader.left() / size_of::<Self>().max(1);
-        let mut run = Vec::with_capacity(count.min(fits));
+        let mut run = reader.room(count, Self::LEAST_BYTES)?;
         for index in 0..count {
             run.push(Self::load(reader, version).map_err(|error| error.at_index(index))?);
         }
@@ -54,6 +56,7 @@ pub trait Value: Sized {
     /// Reads a run whose length the type states.
     fn load_array<const N: usize>(reader: &mut Reader<'_>, version: u32) -> Result<[Self; N], Error> {
         let run = Self::load_run(reader, N, version)?;
+        reader.refund(size_of::<[Self; N]>());
         Ok(run.try_into().unwrap_or_else(|_| unreachable!("load_run returns as many values as asked")))
     }
 
@@ -66,10 +69,14 @@ pub trait Value: Sized {
 macro_rules! integers {
     ($($type:ty, $name:literal;)*) => {$(
         impl Value for $type {
+            const LEAST_BYTES: usize = size_of::<$type>();
+
+            #[inline]
             fn save(&self, out: &mut Vec<u8>) {
                 out.extend_from_slice(&self.to_be_bytes());
             }
 
+            #[inline]
             fn load(reader: &mut Reader<'_>, _version: u32) -> Result<Self, Error> {
                 Ok(<$type>::from_be_bytes(reader.array()?))
             }
@@ -84,9 +91,16 @@ macro_rules! integers {
             }
 
             fn load_run(reader: &mut Reader<'_>, count: usize, _version: u32) -> Result<Vec<Self>, Error> {
-                let bytes = reader.take(count.saturating_mul(size_of::<$type>()))?;
-                let (values, _) = bytes.as_chunks();
-                Ok(values.iter().map(|value| <$type>::from_be_bytes(*value)).collect())
+                let mut run = reader.room(count, Self::LEAST_BYTES)?;
+                let (values, _) = reader.take(count * Self::LEAST_BYTES)?.as_chunks();
+                run.extend(values.iter().map(|value| <$type>::from_be_bytes(*value)));
+                Ok(run)
+            }
+
+            fn load_array<const N: usize>(reader: &mut Reader<'_>, _version: u32) -> Result<[Self; N], Error> {
+                let (values, _) = reader.take(size_of::<[Self; N]>())?.as_chunks();
+                let values: &[_; N] = values.try_into().unwrap_or_else(|_| unreachable!("as many bytes as asked"));
+                Ok(values.map(<$type>::from_be_bytes))
             }
 
             fn describe(&self, name: &str, description: &mut Description) {
@@ -97,7 +111,7 @@ macro_rules! integers {
                 description.plain(name, $name, size_of::<$type>(), run.len());
             }
 
-            fn schema(field: &mut FieldSchema) {
+            fn schema(field: &mut FieldSchema, _outer: &Outer<'_>) {
                 field.plain($name, size_of::<$type>());
             }
         }
@@ -111,10 +125,14 @@ integers! {
 
 /// Runs of bytes are one copy, and one entry of type `buffer`.
 impl Value for u8 {
+    const LEAST_BYTES: usize = 1;
+
+    #[inline]
     fn save(&self, out: &mut Vec<u8>) {
         out.push(*self);
     }
 
+    #[inline]
     fn load(reader: &mut Reader<'_>, _version: u32) -> Result<Self, Error> {
         reader.byte()
     }
@@ -124,9 +142,12 @@ impl Value for u8 {
     }
 
     fn load_run(reader: &mut Reader<'_>, count: usize, _version: u32) -> Result<Vec<Self>, Error> {
-        Ok(reader.take(count)?.to_vec())
+        let mut run = reader.room(count, 1)?;
+        run.extend_from_slice(reader.take(count)?);
+        Ok(run)
     }
 
+    #[inline]
     fn load_array<const N: usize>(reader: &mut Reader<'_>, _version: u32) -> Result<[Self; N], Error> {
         reader.array()
     }
@@ -141,22 +162,43 @@ impl Value for u8 {
         }
     }
 
-    fn schema(field: &mut FieldSchema) {
+    fn schema(field: &mut FieldSchema, _outer: &Outer<'_>) {
         field.plain("uint8", 1);
     }
 }
 
 impl Value for bool {
+    const LEAST_BYTES: usize = 1;
+
+    #[inline]
     fn save(&self, out: &mut Vec<u8>) {
         out.push(u8::from(*self));
     }
 
+    #[inline]
     fn load(reader: &mut Reader<'_>, _version: u32) -> Result<Self, Error> {
         match reader.byte()? {
             0 => Ok(false),
             1 => Ok(true),
             other => Err(Problem::NotBool(other).into()),
         }
+    }
+
+    fn save_run(run: &[Self], out: &mut Vec<u8>) {
+        out.extend(run.iter().map(|value| u8::from(*value)));
+    }
+
+    fn load_run(reader: &mut Reader<'_>, count: usize, _version: u32) -> Result<Vec<Self>, Error> {
+        let mut run = reader.room(count, 1)?;
+        let bytes = reader.take(count)?;
+        // All of them are looked at together, which takes a few instructions for many; which one it was matters only then.
+        if bytes.iter().fold(0, |all, byte| all | byte) > 1
+            && let Some(index) = bytes.iter().position(|byte| *byte > 1)
+        {
+            return Err(Error::from(Problem::NotBool(bytes[index])).at_index(index));
+        }
+        run.extend(bytes.iter().map(|byte| *byte == 1));
+        Ok(run)
     }
 
     fn describe(&self, name: &str, description: &mut Description) {
@@ -167,13 +209,14 @@ impl Value for bool {
         description.plain(name, "bool", 1, run.len());
     }
 
-    fn schema(field: &mut FieldSchema) {
+    fn schema(field: &mut FieldSchema, _outer: &Outer<'_>) {
         field.plain("bool", 1);
     }
 }
 
 impl<T: Value, const N: usize> Value for [T; N] {
-    const DEPTH: u32 = T::DEPTH;
+    const LEAST_BYTES: usize = T::LEAST_BYTES.saturating_mul(N);
+    const STACK_BYTES: usize = T::STACK_BYTES;
     const STRUCT_VERSION: u32 = T::STRUCT_VERSION;
     const STRUCT_OLDEST: u32 = T::STRUCT_OLDEST;
 
@@ -197,15 +240,16 @@ impl<T: Value, const N: usize> Value for [T; N] {
         T::describe_run(run.as_flattened(), name, description);
     }
 
-    fn schema(field: &mut FieldSchema) {
-        T::schema(field);
-        field.array_len = Some(field.array_len.unwrap_or(1).saturating_mul(N as u64));
+    fn schema(field: &mut FieldSchema, outer: &Outer<'_>) {
+        T::schema(field, outer);
+        field.repeat(N);
     }
 }
 
 /// A nested struct is its fields, without a header.
 impl<T: VmState> Value for T {
-    const DEPTH: u32 = T::DEPTH;
+    const LEAST_BYTES: usize = T::LEAST_BYTES;
+    const STACK_BYTES: usize = T::STACK_BYTES;
     const STRUCT_VERSION: u32 = T::VERSION;
     const STRUCT_OLDEST: u32 = T::OLDEST;
 
@@ -221,7 +265,7 @@ impl<T: VmState> Value for T {
         description.structure(name, self);
     }
 
-    fn schema(field: &mut FieldSchema) {
-        field.structure(T::schema());
+    fn schema(field: &mut FieldSchema, outer: &Outer<'_>) {
+        field.structure::<T>(outer);
     }
 }
