@@ -5,7 +5,7 @@ use serde_json::json;
 use super::Number;
 use crate::{Bitmap, Slots, VmState, describe, from_bytes, from_bytes_with, schema_json, to_bytes};
 
-type Table = Slots<Number>;
+pub(super) type Table = Slots<Number>;
 
 fn table(values: &[Option<i32>]) -> Table {
     values.iter().map(|value| value.map(|value| Number { value })).collect()
@@ -37,13 +37,13 @@ fn slot_of_an_array_of_sparse_arrays_has_two_indexes() {
 
 #[derive(VmState, Debug, Clone, PartialEq)]
 #[vmstate(name = "grid")]
-struct Grid {
-    rows: u16,
-    columns: u32,
+pub(super) struct Grid {
+    pub(super) rows: u16,
+    pub(super) columns: u32,
     #[vmstate(len = "rows", max = 3, each_len = "columns", each_max = 4)]
-    tables: Vec<Table>,
+    pub(super) tables: Vec<Table>,
     #[vmstate(len = "rows", max = 3, each_len = "columns", each_max = 4)]
-    maps: Vec<Bitmap>,
+    pub(super) maps: Vec<Bitmap>,
 }
 
 fn grid() -> Grid {

@@ -4,9 +4,9 @@ use super::Number;
 use crate::{Slots, VmState, from_bytes, from_bytes_with, measure_with, schema_json, to_bytes};
 
 /// What one side was configured with.
-struct Local {
-    page_bytes: u32,
-    slots: usize,
+pub(super) struct Local {
+    pub(super) page_bytes: u32,
+    pub(super) slots: usize,
 }
 
 impl Local {
@@ -21,11 +21,11 @@ impl Local {
 
 #[derive(VmState, Debug, PartialEq)]
 #[vmstate(name = "configured", context = "Local")]
-struct Configured {
+pub(super) struct Configured {
     #[vmstate(equal = "Local::page_bytes")]
-    page_bytes: u32,
+    pub(super) page_bytes: u32,
     #[vmstate(len_from = "Local::slots", max = 4)]
-    slots: Slots<Number>,
+    pub(super) slots: Slots<Number>,
 }
 
 /// Knows nothing of the context that the struct inside wants.

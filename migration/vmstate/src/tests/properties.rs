@@ -1,8 +1,11 @@
 use proptest::prelude::*;
 
+use super::arrays::Grid;
+use super::context::{Configured, Local};
 use super::description::described_bytes;
+use super::recursion::{Bus, Folder, Forest};
 use super::{All, Number, Other, Part, Sparse, all, sparse};
-use crate::{Bitmap, describe, from_bytes, to_bytes};
+use crate::{Bitmap, Slots, VmState, describe, from_bytes, from_bytes_with, measure, to_bytes};
 
 prop_compose! {
     fn any_state()(
@@ -26,6 +29,43 @@ prop_compose! {
             part: part.map(|(value, more)| Part { value, more }),
             other: other.filter(|_| byte != 0).map(|value| Other { value }),
         }
+    }
+}
+
+prop_compose! {
+    fn any_grid()(rows in 0..=3_u16, columns in 0..=4_u32)(
+        tables in prop::collection::vec(
+            prop::collection::vec(prop::option::of(any::<i32>()), columns as usize), rows as usize,
+        ),
+        sets in prop::collection::vec(prop::collection::vec(any::<bool>(), columns as usize), rows as usize),
+        rows in Just(rows), columns in Just(columns),
+    ) -> Grid {
+        let tables = tables.iter().map(|table| sparse(table).items).collect();
+        let map = |set: &Vec<bool>| {
+            let mut map = Bitmap::new(set.len());
+            set.iter().enumerate().for_each(|(index, bit)| map.set(index, *bit));
+            map
+        };
+        Grid { rows, columns, tables, maps: sets.iter().map(map).collect() }
+    }
+}
+
+/// Up to as many levels as there may be.
+fn any_bus() -> impl Strategy<Value = Bus> {
+    let bus = |number, bridges: Slots<Bus>| Bus { number, slot_count: bridges.len() as u8, bridges };
+    let last = any::<u8>().prop_map(move |number| bus(number, Slots::default()));
+    last.prop_recursive(3, 64, 8, move |inner| {
+        (any::<u8>(), prop::collection::vec(prop::option::of(inner), 0..8))
+            .prop_map(move |(number, bridges)| bus(number, bridges.into_iter().collect()))
+    })
+}
+
+/// What loads is what its bytes say: saved and loaded again it is the same.
+fn loads_as_it_is<T: VmState + PartialEq + std::fmt::Debug>(bytes: &[u8], version: u32) {
+    let _ = from_bytes::<T>(bytes, version);
+    if let Ok(length) = measure::<T>(bytes, version) {
+        let state = from_bytes::<T>(&bytes[..length], version).unwrap();
+        assert_eq!(from_bytes::<T>(&to_bytes(&state), T::VERSION), Ok(state));
     }
 }
 
@@ -54,8 +94,29 @@ proptest! {
     }
 
     #[test]
-    fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), version in 0..5_u32) {
+    fn rows_and_recursion_survive_too(grid in any_grid(), bus in any_bus()) {
+        prop_assert_eq!(from_bytes::<Grid>(&to_bytes(&grid), 1), Ok(grid));
+        let bytes = to_bytes(&bus);
+        let loaded = from_bytes::<Bus>(&bytes, 1).unwrap();
+        prop_assert_eq!(to_bytes(&loaded), bytes);
+        prop_assert_eq!(described_bytes(&describe(&bus)), to_bytes(&bus).len() as u64);
+        prop_assert_eq!(loaded, bus);
+    }
+
+    #[test]
+    fn arbitrary_bytes_never_panic(
+        // Mostly bytes that mean something somewhere.
+        bytes in prop::collection::vec(
+            prop_oneof![Just(0), Just(1), Just(2), Just(5), Just(b'0'), Just(b'1'), any::<u8>()], 0..300,
+        ),
+        version in 0..5_u32, page_bytes: u32, slots in 0..8_usize,
+    ) {
         let _ = from_bytes::<All>(&bytes, version);
-        let _ = from_bytes::<Sparse>(&bytes, version);
+        loads_as_it_is::<Sparse>(&bytes, version);
+        loads_as_it_is::<Grid>(&bytes, version);
+        loads_as_it_is::<Bus>(&bytes, version);
+        loads_as_it_is::<Folder>(&bytes, version);
+        loads_as_it_is::<Forest>(&bytes, version);
+        let _ = from_bytes_with::<Configured, _>(&bytes, version, &Local { page_bytes, slots });
     }
 }

@@ -7,11 +7,11 @@ use crate::{Bitmap, Slots, VmState, describe, from_bytes, schema, schema_hash, s
 /// A bus with bridges to further buses behind it.
 #[derive(VmState, Debug, Clone, Default, PartialEq)]
 #[vmstate(name = "bus", depth = 4)]
-struct Bus {
-    number: u8,
-    slot_count: u8,
+pub(super) struct Bus {
+    pub(super) number: u8,
+    pub(super) slot_count: u8,
     #[vmstate(len = "slot_count", max = 32, recursive)]
-    bridges: Slots<Bus>,
+    pub(super) bridges: Slots<Bus>,
 }
 
 fn chain(levels: u8) -> Bus {
@@ -46,14 +46,14 @@ fn endless_descent_is_an_error() {
 /// Two that contain each other: one of them says how deep.
 #[derive(VmState, Debug, Clone, Default, PartialEq)]
 #[vmstate(name = "folder", depth = 3)]
-struct Folder {
+pub(super) struct Folder {
     #[vmstate(list, max = 4, recursive)]
-    entries: Vec<Entry>,
+    pub(super) entries: Vec<Entry>,
 }
 
 #[derive(VmState, Debug, Clone, Default, PartialEq)]
 #[vmstate(name = "entry")]
-struct Entry {
+pub(super) struct Entry {
     id: u16,
     count: u16,
     #[vmstate(len = "count", max = 4)]
@@ -89,14 +89,14 @@ fn two_structs_lie_inside_each_other() {
 /// A recursive struct inside another one: their levels are counted apart.
 #[derive(VmState, Debug, Clone, PartialEq)]
 #[vmstate(name = "forest", depth = 2)]
-struct Forest {
-    bus: Bus,
-    rows: u8,
-    columns: u8,
+pub(super) struct Forest {
+    pub(super) bus: Bus,
+    pub(super) rows: u8,
+    pub(super) columns: u8,
     #[vmstate(len = "rows", max = 2, each_len = "columns", each_max = 2, recursive)]
-    forests: Vec<Slots<Forest>>,
+    pub(super) forests: Vec<Slots<Forest>>,
     #[vmstate(len = 3)]
-    map: Bitmap,
+    pub(super) map: Bitmap,
 }
 
 #[test]
