@@ -285,7 +285,8 @@ impl Admin {
         if cc.en() == 0 {
             return;
         }
-        let outcome = check_configuration(cc).and_then(|()| self.open_admin_queues(pool, cc, aqa, asq, acq));
+        let outcome = check_configuration(cc)
+            .and_then(|()| self.open_admin_queues(pool, cc, aqa, asq, acq).map_err(|(_, what)| what));
         let mut registers = pool.shared.registers();
         if let Err(what) = outcome {
             // The guest can do this for ever, and is told in CSTS.CFS.
@@ -299,7 +300,7 @@ impl Admin {
         pool.shared.active.store(true, Ordering::SeqCst);
     }
 
-    /// Makes the admin queues that AQA, ASQ and ACQ describe and sets the memory page size.
+    /// Makes the admin queues that AQA, ASQ and ACQ describe and sets the memory page size. The error names the register.
     pub fn open_admin_queues(
         &mut self,
         pool: &Pool,
@@ -307,7 +308,7 @@ impl Admin {
         aqa: Aqa,
         asq: u64,
         acq: u64,
-    ) -> Result<(), &'static str> {
+    ) -> Result<(), (&'static str, &'static str)> {
         let shared = &pool.shared;
         let page_shift = 12 + cc.mps();
         let place = |base, size: u32| QueuePlace {
@@ -317,12 +318,12 @@ impl Admin {
             page_shift,
         };
         if aqa.asqs() == 0 || aqa.acqs() == 0 {
-            return Err("an admin queue has fewer than 2 entries");
+            return Err(("aqa", "an admin queue has fewer than 2 entries"));
         }
         let sq = SubmissionQueue::new(&shared.memory, place(asq, aqa.asqs()), 0, 0)
-            .map_err(|_| "ASQ is not page aligned or not in guest memory")?;
+            .map_err(|_| ("asq", "ASQ is not page aligned or not in guest memory"))?;
         let cq = CompletionQueue::new(&shared.memory, place(acq, aqa.acqs()), 0, true)
-            .map_err(|_| "ACQ is not page aligned or not in guest memory")?;
+            .map_err(|_| ("acq", "ACQ is not page aligned or not in guest memory"))?;
         shared.doorbells.open_sq(0, sq.ring.entries, 0, 0);
         shared.doorbells.open_cq(0, cq.ring.entries, 0, 0);
         self.queues = Some(Queues { sq, cq });

@@ -141,11 +141,14 @@ pub(crate) struct Shadow {
 impl Buffers {
     /// Whether both buffers are page aligned and inside guest memory.
     pub fn lie_in(&self, memory: &GuestMemory) -> bool {
-        [self.shadow, self.event_index].iter().all(|&address| {
-            address.is_multiple_of(self.page_bytes)
-                && address.checked_add(self.page_bytes).is_some()
-                && memory.check_range(GuestAddress(address), self.page_bytes as usize)
-        })
+        [self.shadow, self.event_index].iter().all(|&address| self.page_lies_in(memory, address))
+    }
+
+    /// Whether one of them, at `address`, is.
+    pub fn page_lies_in(&self, memory: &GuestMemory, address: u64) -> bool {
+        address.is_multiple_of(self.page_bytes)
+            && address.checked_add(self.page_bytes).is_some()
+            && memory.check_range(GuestAddress(address), self.page_bytes as usize)
     }
 
     /// The shadow of the tail of submission queue `queue`; `None` if it lies beyond the page and MMIO is used.

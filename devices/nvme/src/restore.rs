@@ -19,6 +19,7 @@ use pci::MsixSink;
 use crate::Error;
 use crate::admin::{Admin, MAX_PARKED, Phase, Pool, check_configuration};
 use crate::command::features::{ASYNC_EVENT_BITS, KEEP_ALIVE_GRANULARITY_MS, TIMESTAMP_MASK, Timestamp};
+use crate::command::queues::entry_sizes_are_set;
 use crate::config::{ControllerConfig, NamespaceConfig};
 use crate::controller::Controller;
 use crate::doorbell::Buffers;
@@ -322,8 +323,21 @@ fn load_queues(pool: &Pool, admin: &mut Admin, state: &NvmeState) -> Result<(), 
     }
     let opened =
         admin.open_admin_queues(pool, Cc(registers.cc), Aqa(registers.aqa), registers.asq, registers.acq);
-    if let Err(reason) = opened {
-        return refuse("registers.asq", registers.asq, reason);
+    if let Err((register, reason)) = opened {
+        let value = match register {
+            "asq" => registers.asq,
+            "acq" => registers.acq,
+            _ => registers.aqa.into(),
+        };
+        return refuse(format!("registers.{register}"), value, reason);
+    }
+    let has_io_queues = state.cq.present().any(|(index, _)| index > 0);
+    if has_io_queues && !entry_sizes_are_set(Cc(registers.cc)) {
+        return refuse(
+            "registers.cc",
+            registers.cc,
+            "there are I/O queues, but it has not their entry sizes",
+        );
     }
     for (index, saved) in state.cq.present() {
         load_cq(pool, admin, index, saved, state)?;
@@ -353,17 +367,21 @@ fn load_cq(
     }
     if index == 0 {
         let entries = Aqa(state.registers.aqa).acqs() + 1;
-        if saved.size != entries || !saved.contiguous || saved.pages != [state.registers.acq] {
-            return refuse(at("size"), saved.size, "it is not the queue of AQA and ACQ");
+        if saved.size != entries {
+            return refuse(at("size"), saved.size, "it is not the size of AQA");
         }
-        if saved.vector != 0 || !saved.interrupts {
+        check_admin_pages(&at, saved.contiguous, &saved.pages, state.registers.acq)?;
+        if saved.vector != 0 {
             return refuse(at("vector"), saved.vector, "the admin queue uses vector 0");
+        }
+        if !saved.interrupts {
+            return refuse(at("interrupts"), 0u8, "those of the admin queue are always enabled");
         }
     } else {
         let place = place(&at, saved.id, saved.size, saved.contiguous, &saved.pages, admin.page_shift)?;
         admin
             .add_cq(pool, place, saved.vector, saved.interrupts)
-            .or_else(|status| refuse(format!("cq[{index}]"), status.code().0, reason(status)))?;
+            .or_else(|status| refuse(at(refused_field(status)), status.code().0, reason(status)))?;
     }
     for (field, value) in [("head", saved.head), ("tail", saved.tail)] {
         if value >= saved.size {
@@ -396,9 +414,10 @@ fn load_sq(
     }
     if index == 0 {
         let entries = Aqa(state.registers.aqa).asqs() + 1;
-        if saved.size != entries || !saved.contiguous || saved.pages != [state.registers.asq] {
-            return refuse(at("size"), saved.size, "it is not the queue of AQA and ASQ");
+        if saved.size != entries {
+            return refuse(at("size"), saved.size, "it is not the size of AQA");
         }
+        check_admin_pages(&at, saved.contiguous, &saved.pages, state.registers.asq)?;
         if saved.cq_id != 0 {
             return refuse(at("cq_id"), saved.cq_id, "the admin queue completes to queue 0");
         }
@@ -409,7 +428,7 @@ fn load_sq(
         let place = place(&at, saved.id, saved.size, saved.contiguous, &saved.pages, admin.page_shift)?;
         admin
             .add_sq(pool, place, saved.cq_id, saved.priority)
-            .or_else(|status| refuse(format!("sq[{index}]"), status.code().0, reason(status)))?;
+            .or_else(|status| refuse(at(refused_field(status)), status.code().0, reason(status)))?;
     }
     for (field, value) in [("head", saved.head), ("tail", saved.tail)] {
         if value >= saved.size {
@@ -510,6 +529,32 @@ fn place(
     Ok(QueuePlace { id, entries, location, page_shift })
 }
 
+fn check_admin_pages(
+    at: &impl Fn(&str) -> String,
+    contiguous: bool,
+    pages: &[u64],
+    register: u64,
+) -> Result<(), Error> {
+    match pages {
+        &[base] if contiguous && base == register => Ok(()),
+        pages => refuse(
+            at("pages"),
+            pages.first().copied().unwrap_or(0),
+            "it is not the address of ASQ or ACQ alone",
+        ),
+    }
+}
+
+/// The field of a saved queue that a Create command's refusal is about.
+fn refused_field(status: Status) -> &'static str {
+    match status.code() {
+        Status::INVALID_QUEUE_SIZE => "size",
+        Status::INVALID_INTERRUPT_VECTOR => "vector",
+        Status::COMPLETION_QUEUE_INVALID => "cq_id",
+        _ => "pages",
+    }
+}
+
 /// What a Create command's refusal says about a saved queue.
 fn reason(status: Status) -> &'static str {
     match status.code() {
@@ -524,9 +569,13 @@ fn reason(status: Status) -> &'static str {
 /// The shadows hold what the guest wrote; they are read on resume.
 fn load_doorbell_buffers(pool: &Pool, admin: &mut Admin, state: &NvmeState) -> Result<(), Error> {
     let saved = &state.doorbell_buffers;
+    let both =
+        [("doorbell_buffers.shadow", saved.shadow), ("doorbell_buffers.event_index", saved.event_index)];
     if !saved.enabled {
-        if saved.shadow != 0 || saved.event_index != 0 {
-            return refuse("doorbell_buffers.shadow", saved.shadow, "the buffers are not in use");
+        for (field, value) in both {
+            if value != 0 {
+                return refuse(field, value, "the buffers are not in use");
+            }
         }
         return Ok(());
     }
@@ -539,9 +588,10 @@ fn load_doorbell_buffers(pool: &Pool, admin: &mut Admin, state: &NvmeState) -> R
             "a controller that is not ready has no doorbell buffers",
         );
     }
-    if !buffers.lie_in(&pool.shared.memory) {
-        let reason = "the buffers are not page aligned or not inside RAM";
-        return refuse("doorbell_buffers.shadow", saved.shadow, reason);
+    for (field, address) in both {
+        if !buffers.page_lies_in(&pool.shared.memory, address) {
+            return refuse(field, address, "the buffer is not page aligned or not inside RAM");
+        }
     }
     admin.attach_buffers(pool, buffers);
     Ok(())

@@ -1,6 +1,7 @@
 //! Creating, deleting and finding I/O queues (Base 5.4 to 5.7). A restored controller makes its queues here too.
 
 use nvme_spec::opcode;
+use nvme_spec::regs::Cc;
 use nvme_spec::{Status, SubmissionEntry};
 
 use crate::admin::{Admin, Answer, PendingDelete, Pool};
@@ -225,13 +226,17 @@ impl Admin {
 
     /// "The host shall set CC.IOSQES and CC.IOCQES before it creates I/O queues" (Base 3.1.3.5).
     fn check_entry_sizes(&self, shared: &Shared) -> Result<(), Status> {
-        let cc = shared.registers().cc;
-        if (cc.iosqes(), cc.iocqes()) == (IOSQES, IOCQES) {
+        if entry_sizes_are_set(shared.registers().cc) {
             Ok(())
         } else {
             Err(Status::INVALID_FIELD.do_not_retry())
         }
     }
+}
+
+/// Whether CC has the only sizes of entries that there are.
+pub(crate) fn entry_sizes_are_set(cc: Cc) -> bool {
+    (cc.iosqes(), cc.iocqes()) == (IOSQES, IOCQES)
 }
 
 fn check_size(shared: &Shared, place: &QueuePlace) -> Result<(), Status> {
