@@ -55,4 +55,20 @@ pub enum Error {
     /// The saved PCI state does not fit.
     #[error("saved NVMe state: the PCI part cannot be restored")]
     PciState(#[source] pci::Error),
+    /// Bytes that are not the section of such a QEMU device, or have a field that is beyond any controller of ours.
+    #[error("QEMU's NVMe section cannot be read")]
+    QemuBytes(#[source] vmstate::Error),
+    /// A QEMU section that this controller cannot go on with.
+    #[error("QEMU's NVMe section: {field} is {value}: {reason}")]
+    QemuSection {
+        /// Path of the field, for example `sq[3].head`.
+        field: String,
+        /// Its value.
+        value: u64,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A state that QEMU's controller cannot have.
+    #[error("this NVMe controller cannot go on in QEMU")]
+    BeyondQemu(#[source] crate::qemu::QemuLimit),
 }

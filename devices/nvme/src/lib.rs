@@ -8,6 +8,7 @@
 //!                       worker 0: admin.rs (enable, reset, shutdown; command/: the admin commands)
 //!                       every worker: worker.rs (fetch -> command/io.rs -> Backend::submit -> reap -> post -> interrupt)
 //! migration thread    Controller::pause -> save -> state.rs ... Controller::load -> resume
+//!                       (or, from and to QEMU, qemu/: section.rs <- join.rs, section.rs -> split.rs)
 //! ```
 //!
 //! A [`Controller`] has as many workers as it was given I/O contexts. A completion queue and all submission queues that use it belong
@@ -45,6 +46,7 @@ mod inventory;
 mod namespace;
 mod pci;
 mod prp;
+pub mod qemu;
 mod queue;
 mod regs;
 mod restore;

@@ -15,7 +15,7 @@ pub(crate) const MPSMAX: u64 = 4;
 pub(crate) const IOSQES: u32 = 6;
 pub(crate) const IOCQES: u32 = 4;
 /// CAP.CSS: the NVM command set, also by CC.CSS = 110b.
-const COMMAND_SETS: u64 = 1 | 1 << 6;
+pub(crate) const COMMAND_SETS: u64 = 1 | 1 << 6;
 
 /// What the guest asked for by writing registers, until worker 0 has taken it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

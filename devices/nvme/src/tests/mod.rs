@@ -9,6 +9,7 @@ mod init;
 mod io;
 mod messages;
 mod migrate;
+mod qemu;
 mod queues;
 mod random;
 mod threads;

@@ -1,0 +1,375 @@
+//! From QEMU's section to a state of ours and what is left over.
+
+use nvme_spec::event::Event;
+use nvme_spec::opcode::admin::ASYNC_EVENT_REQUEST;
+use nvme_spec::regs::{Cap, Cc, Csts};
+use vmstate::Slots;
+
+use super::residue::QemuResidue;
+use super::section::{Command, IdNs, LbaFormat, QemuSection};
+use super::{configuration, pending_queues, refuse};
+use crate::Error;
+use crate::admin::MAX_PARKED;
+use crate::command::features::TIMESTAMP_MASK;
+use crate::event::MAX_QUEUED_EVENTS;
+use crate::inventory::{NamespaceShape, Shape};
+use crate::regs::{COMMAND_SETS, MPSMAX};
+use crate::state::{
+    CompletionQueueState, DoorbellBuffersState, EventsState, FeaturesState, NamespaceState, NvmeState,
+    RegistersState, SmartState, SubmissionQueueState,
+};
+
+impl QemuSection {
+    /// What `new`, the state of an unused controller, becomes with this section, and what of the section is left. `clock_ms` is the
+    /// virtual clock when the section was saved. The section does not say what `new` adds: serial number, MDTS, the namespace's UUID and
+    /// backend, and features that QEMU's guests cannot set.
+    ///
+    /// # Errors
+    /// [`Error::QemuSection`]: a field contradicts another, or the controller that `new` comes from.
+    pub fn split(&self, new: &NvmeState, clock_ms: u64) -> Result<(NvmeState, QemuResidue), Error> {
+        self.check_shape(&new.shape)?;
+        let cap = self.check_capabilities(&new.shape)?;
+        let page_bits = self.check_page_size()?;
+        let registers = self.registers()?;
+        let events = self.events()?;
+        let (namespaces, id_ns) = self.namespaces(new)?;
+        let (sq, cq) = (self.submission_queues(), self.completion_queues(new.shape.vectors)?);
+        let (timestamp_ms, power_on_seconds) = self.times(clock_ms)?;
+        let mut pci = new.pci.clone();
+        let configuration = configuration::split(&self.pci_device.config, &self.msix, &mut pci)?;
+        let state = NvmeState {
+            shape: new.shape.clone(),
+            registers,
+            features: FeaturesState {
+                over_temperature_kelvin: self.features.temp_thresh_hi,
+                under_temperature_kelvin: self.features.temp_thresh_low,
+                write_cache: self.namespace.tmp,
+                write_atomicity: self.dn,
+                async_events: self.features.async_config,
+                timestamp_ms,
+                timestamp_set: self.host_timestamp != 0,
+                command_retry: self.features.hbs.acre,
+                ..new.features.clone()
+            },
+            events,
+            doorbell_buffers: DoorbellBuffersState {
+                enabled: self.dbbuf_enabled,
+                shadow: self.dbbuf_dbs,
+                event_index: self.dbbuf_eis,
+            },
+            smart: SmartState { power_on_seconds, ..new.smart.clone() },
+            changed_count: 0,
+            changed_namespaces: Vec::new(),
+            sq_count: sq.len() as u32,
+            sq,
+            cq_count: cq.len() as u32,
+            cq,
+            namespace_count: namespaces.len() as u32,
+            namespaces,
+            pci,
+        };
+        self.check_created(&state)?;
+        let mut host_behavior = Box::new(self.features.hbs.clone());
+        host_behavior.acre = 0;
+        let residue = QemuResidue {
+            configuration,
+            cap: cap.with_mqes(0).with_cqr(0).0,
+            vs: self.bar.vs,
+            qs_created: self.qs_created,
+            page_bits,
+            max_q_ents: self.max_q_ents,
+            cq_pending_excess: self.cq_pending.wrapping_sub(pending_queues(&state)),
+            host_timestamp: self.host_timestamp,
+            timestamp_set_qemu_clock_ms: self.timestamp_set_qemu_clock_ms,
+            starttime_ms: self.starttime_ms,
+            temperature: self.temperature,
+            parked: self.aer_reqs.present().map(|(_, request)| request.cmd.clone()).collect(),
+            id_ns,
+            id_ns_nvm: Box::new(self.namespace.id_ns_nvm.clone()),
+            id_ns_ind: Box::new(self.namespace.id_ns_ind.clone()),
+            nlbaf: self.namespace.nlbaf,
+            host_behavior,
+        };
+        Ok((state, residue))
+    }
+
+    fn check_shape(&self, shape: &Shape) -> Result<(), Error> {
+        let counts = [
+            ("conf_ioqpairs", self.conf_ioqpairs, shape.queue_pairs),
+            ("conf_msix_qsize", self.conf_msix_qsize, shape.vectors),
+        ];
+        for (field, there, here) in counts {
+            if there != u32::from(here) {
+                return refuse(field, there, "this controller is configured otherwise");
+            }
+        }
+        Ok(())
+    }
+
+    /// What the guest was told and goes by must hold here.
+    fn check_capabilities(&self, shape: &Shape) -> Result<Cap, Error> {
+        let cap = Cap(self.bar.cap);
+        let refuse = |reason| refuse("bar.cap", cap.0, reason);
+        if cap.mqes() + 1 != u64::from(shape.queue_entries) {
+            return refuse("CAP.MQES is another here");
+        }
+        if cap.cqr() != u64::from(shape.contiguous_queues) {
+            return refuse("CAP.CQR is another here");
+        }
+        if cap.dstrd() != 0 || cap.mpsmin() != 0 || cap.mpsmax() > MPSMAX {
+            return refuse("the doorbell stride or the page sizes are others here");
+        }
+        if cap.css() & !COMMAND_SETS != 0 || cap.ams() != 0 {
+            return refuse("it has command sets or arbitration that are not here");
+        }
+        if cap.pmrs() != 0 || cap.cmbs() != 0 || cap.bps() != 0 {
+            return refuse("it has a controller memory buffer, persistent memory or boot partitions");
+        }
+        Ok(cap)
+    }
+
+    /// QEMU says the page size three times; while the controller is ready it is that of CC.
+    fn check_page_size(&self) -> Result<u16, Error> {
+        let bits = self.page_bits;
+        let page_bytes = match bits {
+            0 => 0,
+            12..=16 => 1u32 << bits,
+            _ => return refuse("page_bits", bits, "there are no such pages"),
+        };
+        let ready = Csts(self.bar.csts).rdy() == 1;
+        if ready && u32::from(bits) != 12 + Cc(self.bar.cc).mps() {
+            return refuse("page_bits", bits, "it is not the page size of CC");
+        }
+        if self.page_size != page_bytes {
+            return refuse("page_size", self.page_size, "it is not what page_bits says");
+        }
+        if u32::from(self.max_prp_ents) != page_bytes / 8 {
+            return refuse("max_prp_ents", self.max_prp_ents, "it is not what fits on a page");
+        }
+        Ok(if ready { 0 } else { bits })
+    }
+
+    fn registers(&self) -> Result<RegistersState, Error> {
+        let bar = &self.bar;
+        if bar.intmc != bar.intms {
+            return refuse("bar.intmc", bar.intmc, "it is not what INTMS is");
+        }
+        Ok(RegistersState {
+            cc: bar.cc,
+            csts: bar.csts,
+            aqa: bar.aqa,
+            asq: bar.asq,
+            acq: bar.acq,
+            interrupt_mask: bar.intms,
+        })
+    }
+
+    fn events(&self) -> Result<EventsState, Error> {
+        if self.aer_reqs.len() > MAX_PARKED {
+            return refuse("outstanding_aers", self.outstanding_aers, "this controller takes 8 at a time");
+        }
+        let mut parked = Vec::with_capacity(self.aer_reqs.len());
+        for (index, request) in self.aer_reqs.iter().enumerate() {
+            let at = |field: &str| format!("aer_reqs[{index}]{field}");
+            let Some(request) = request else {
+                return refuse(at(""), 0u8, "it is counted and not there");
+            };
+            let Command { opcode, cid, .. } = request.cmd;
+            if opcode != ASYNC_EVENT_REQUEST {
+                return refuse(at(".cmd.opcode"), opcode, "it is no Asynchronous Event Request");
+            }
+            if request.cqe.cid != cid {
+                return refuse(at(".cqe.cid"), request.cqe.cid, "it is not the command's");
+            }
+            parked.push(cid);
+        }
+        if self.aer_queue.len() > MAX_QUEUED_EVENTS {
+            return refuse(
+                "aer_queue",
+                self.aer_queue.len() as u64,
+                "this controller queues at most 32 events",
+            );
+        }
+        if usize::try_from(self.aer_queued) != Ok(self.aer_queue.len()) {
+            return refuse("aer_queued", self.aer_queued as u32, "it is not the length of aer_queue");
+        }
+        let event = |kind, information, log_page| Event { kind, information, log_page }.to_dword();
+        let queued: Vec<_> = self
+            .aer_queue
+            .iter()
+            .map(|queued| &queued.result)
+            .map(|result| event(result.event_type, result.event_info, result.log_page))
+            .collect();
+        Ok(EventsState {
+            parked_count: parked.len() as u8,
+            parked,
+            queued_count: queued.len() as u8,
+            queued,
+            masked: self.aer_mask,
+            error_count: 0,
+            entry_count: 0,
+            entries: Vec::new(),
+        })
+    }
+
+    fn namespaces(&self, new: &NvmeState) -> Result<(Slots<NamespaceState>, Box<IdNs>), Error> {
+        let count = new.namespaces.present().count();
+        let (Some(here), 1) = (new.namespaces.get(0), count) else {
+            return refuse(
+                "namespace",
+                count as u64,
+                "this controller does not have namespace 1 and no other",
+            );
+        };
+        let id_ns = self.identify(&here.shape)?;
+        let mut namespaces = new.namespaces.clone();
+        if let Some(namespace) = namespaces.get_mut(0) {
+            // At most 16 bits, as the field's maximum says.
+            namespace.error_recovery = self.namespace.features.err_rec as u16;
+        }
+        Ok((namespaces, id_ns))
+    }
+
+    /// Compares size and format with those of the image, and returns what else Identify says.
+    fn identify(&self, here: &NamespaceShape) -> Result<Box<IdNs>, Error> {
+        let there = &self.namespace;
+        let at = |field: &str| format!("namespace.{field}");
+        if here.read_only {
+            return refuse("namespace", here.nsid, "its image is read only here");
+        }
+        for (field, blocks) in
+            [("nsze", there.id_ns.nsze), ("ncap", there.id_ns.ncap), ("nuse", there.id_ns.nuse)]
+        {
+            if blocks != here.blocks {
+                return refuse(at("id_ns.") + field, blocks, "it is not the number of blocks of the image");
+            }
+        }
+        let Some((flbas, format)) = format_in_use(&there.id_ns, there.nlbaf, here.block_shift) else {
+            return refuse(at("id_ns.lbaf"), here.block_shift, "there is no format with blocks as here");
+        };
+        if there.id_ns.flbas != flbas {
+            return refuse(at("id_ns.flbas"), there.id_ns.flbas, "it is not the format with blocks as here");
+        }
+        if there.lbaf != format {
+            return refuse(at("lbaf"), there.lbaf.ds, "it is not the format that FLBAS says");
+        }
+        if there.id_ns.nlbaf != usable_formats(there.nlbaf, self.features.hbs.lbafee) {
+            return refuse(at("id_ns.nlbaf"), there.id_ns.nlbaf, "it is not what nlbaf and LBAFEE say");
+        }
+        let mut rest = Box::new(there.id_ns.clone());
+        (rest.nsze, rest.ncap, rest.nuse, rest.flbas, rest.nlbaf) = (0, 0, 0, 0, 0);
+        Ok(rest)
+    }
+
+    fn submission_queues(&self) -> Slots<SubmissionQueueState> {
+        let queue = |queue: &super::section::SubmissionQueue| SubmissionQueueState {
+            id: queue.sqid,
+            cq_id: queue.cqid,
+            priority: 0,
+            size: queue.size,
+            head: queue.head,
+            tail: queue.tail,
+            contiguous: true,
+            page_count: 1,
+            pages: vec![queue.dma_addr],
+            aborted_count: 0,
+            aborted: Vec::new(),
+        };
+        self.sq.iter().map(|slot| slot.map(queue)).collect()
+    }
+
+    fn completion_queues(&self, vectors: u16) -> Result<Slots<CompletionQueueState>, Error> {
+        let mut queues = Slots::empty(self.cq.len());
+        for (index, queue) in self.cq.present() {
+            let vector = u16::try_from(queue.vector).ok().filter(|&vector| vector < vectors);
+            let Some(vector) = vector else {
+                return refuse(format!("cq[{index}].vector"), queue.vector, "there is no such vector");
+            };
+            let state = CompletionQueueState {
+                id: queue.cqid,
+                vector,
+                interrupts: queue.irq_enabled == 1,
+                size: queue.size,
+                head: queue.head,
+                tail: queue.tail,
+                phase: queue.phase == 1,
+                contiguous: true,
+                page_count: 1,
+                pages: vec![queue.dma_addr],
+                backlog_count: 0,
+                backlog: Vec::new(),
+            };
+            queues.put(index, state);
+        }
+        Ok(queues)
+    }
+
+    /// Timestamp in milliseconds and power-on time in seconds.
+    fn times(&self, clock_ms: u64) -> Result<(u64, u64), Error> {
+        for (field, moment) in [
+            ("timestamp_set_qemu_clock_ms", self.timestamp_set_qemu_clock_ms),
+            ("starttime_ms", self.starttime_ms),
+        ] {
+            // QEMU lets the difference wrap: a moment can lie before the clock's 0.
+            if clock_ms.wrapping_sub(moment) > i64::MAX as u64 {
+                return refuse(field, moment, "it is later than the virtual clock");
+            }
+        }
+        let timestamp = timestamp_ms(self.host_timestamp, self.timestamp_set_qemu_clock_ms, clock_ms);
+        Ok((timestamp, clock_ms.wrapping_sub(self.starttime_ms) / 1000))
+    }
+
+    fn check_created(&self, state: &NvmeState) -> Result<(), Error> {
+        let ready = Csts(self.bar.csts).rdy() == 1;
+        let exists = state.cq.present().any(|(index, _)| index > 0);
+        if self.qs_created && !ready || !self.qs_created && exists {
+            return refuse("qs_created", u8::from(self.qs_created), "the queues say otherwise");
+        }
+        Ok(())
+    }
+}
+
+/// FLBAS and the format that it chooses: the first of `nlbaf` with such blocks and no metadata.
+pub(super) fn format_in_use(id_ns: &IdNs, nlbaf: u32, block_shift: u8) -> Option<(u8, LbaFormat)> {
+    let formats = id_ns.lbaf.iter().take(nlbaf as usize);
+    let (index, format) =
+        formats.enumerate().find(|(_, format)| (format.ds, format.ms) == (block_shift, 0))?;
+    // Bits 3:0 of the index, then bits 5:4 in 6:5.
+    Some(((index & 0xf | (index >> 4) << 5) as u8, *format))
+}
+
+/// NLBAF, 0's based: beyond 16 only for hosts that have said that they know of more.
+pub(super) fn usable_formats(nlbaf: u32, lbafee: u8) -> u8 {
+    let most = if lbafee == 0 { 16 } else { 64 };
+    (nlbaf.min(most).saturating_sub(1)) as u8
+}
+
+/// QEMU's timestamp at `clock_ms`.
+pub(super) fn timestamp_ms(host_timestamp: u64, set_ms: u64, clock_ms: u64) -> u64 {
+    host_timestamp.wrapping_add(clock_ms.wrapping_sub(set_ms)) & TIMESTAMP_MASK
+}
+
+/// An error of [`Controller::load`](crate::Controller::load) with the section's name for the field.
+pub(super) fn in_terms_of_the_section(error: Error) -> Error {
+    const NAMES: [(&str, &str); 9] = [
+        ("registers.", "bar."),
+        ("doorbell_buffers.shadow", "dbbuf_dbs"),
+        ("doorbell_buffers.event_index", "dbbuf_eis"),
+        ("doorbell_buffers.enabled", "dbbuf_enabled"),
+        ("features.async_events", "features.async_config"),
+        ("events.parked_count", "outstanding_aers"),
+        ("].cq_id", "].cqid"),
+        ("].pages", "].dma_addr"),
+        ("].interrupts", "].irq_enabled"),
+    ];
+    let Error::State { mut field, value, reason } = error else { return error };
+    if let Some(queue) = field.strip_suffix("].id") {
+        let id = if queue.starts_with("sq") { "sqid" } else { "cqid" };
+        field = format!("{queue}].{id}");
+    } else {
+        for (ours, theirs) in NAMES {
+            field = field.replace(ours, theirs);
+        }
+    }
+    Error::QemuSection { field, value, reason }
+}
