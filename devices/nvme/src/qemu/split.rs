@@ -154,6 +154,9 @@ impl QemuSection {
         if bar.intmc != bar.intms {
             return refuse("bar.intmc", bar.intmc, "it is not what INTMS is");
         }
+        if Csts(bar.csts).nssro() == 1 {
+            return refuse("bar.csts", bar.csts, "QEMU knows no subsystem reset");
+        }
         Ok(RegistersState {
             cc: bar.cc,
             csts: bar.csts,
@@ -250,8 +253,16 @@ impl QemuSection {
         if there.id_ns.flbas != flbas {
             return refuse(at("id_ns.flbas"), there.id_ns.flbas, "it is not the format with blocks as here");
         }
-        if there.lbaf != format {
-            return refuse(at("lbaf"), there.lbaf.ds, "it is not the format that FLBAS says");
+        let LbaFormat { ms, ds, rp } = there.lbaf;
+        let parts = [
+            ("ms", u64::from(ms), u64::from(format.ms)),
+            ("ds", ds.into(), format.ds.into()),
+            ("rp", rp.into(), format.rp.into()),
+        ];
+        for (field, there, of_flbas) in parts {
+            if there != of_flbas {
+                return refuse(at("lbaf.") + field, there, "it is not that of the format that FLBAS says");
+            }
         }
         if there.id_ns.nlbaf != usable_formats(there.nlbaf, self.features.hbs.lbafee) {
             return refuse(at("id_ns.nlbaf"), there.id_ns.nlbaf, "it is not what nlbaf and LBAFEE say");

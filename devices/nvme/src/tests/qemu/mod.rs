@@ -1,5 +1,7 @@
 //! Sections that QEMU 11.1.3 wrote, taken over and given back; and states of ours on their way there.
 
+mod fields;
+mod reverse;
 mod round_trip;
 
 use std::sync::Arc;
@@ -75,8 +77,9 @@ impl Fixture {
         }
     }
 
+    /// QEMU's device; it takes as many Asynchronous Event Requests as this controller.
     pub fn device(&self) -> QemuDevice {
-        QemuDevice::of(&self.config())
+        QemuDevice { aerl: 7, ..QemuDevice::of(&self.config()) }
     }
 
     pub fn section(&self) -> QemuSection {

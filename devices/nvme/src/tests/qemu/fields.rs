@@ -1,0 +1,329 @@
+//! Every field of a section with a value that it cannot have, and every other field with values that come back.
+
+use std::collections::BTreeSet;
+
+use super::{CLOCK_MS, FIRMWARE, Fixture, LINUX, Leaf, leaves, load, save};
+
+/// Fields (elements of arrays without their index), an impossible value of each, and the field that the refusal names, if it is
+/// not that one: of two fields that contradict each other, the one that is looked at last.
+const IMPOSSIBLE: &[(&str, u64, &str)] = &[
+    ("pci_device.version_id", 3, ""),
+    ("pci_device.irq_state", 1, ""),
+    ("bar.cap", 0x0040_0820_0f01_07fe, ""),
+    ("bar.intms", 1, "bar.intmc"),
+    ("bar.intmc", 1, ""),
+    ("bar.cc", 0x0046_0011, ""),
+    ("bar.rsvd24", 1, ""),
+    ("bar.csts", 0x21, ""),
+    ("bar.nssr", 1, ""),
+    ("bar.aqa", 0x001f_101f, ""),
+    ("bar.asq", 0x1008, ""),
+    ("bar.acq", 0x1008, ""),
+    ("bar.cmbloc", 1, ""),
+    ("bar.cmbsz", 1, ""),
+    ("bar.bpinfo", 1, ""),
+    ("bar.bprsel", 1, ""),
+    ("bar.bpmbl", 1, ""),
+    ("bar.cmbmsc", 1, ""),
+    ("bar.cmbsts", 1, ""),
+    ("bar.rsvd92", 1, ""),
+    ("bar.pmrcap", 1, ""),
+    ("bar.pmrctl", 1, ""),
+    ("bar.pmrsts", 1, ""),
+    ("bar.pmrebs", 1, ""),
+    ("bar.pmrswtp", 1, ""),
+    ("bar.pmrmscl", 1, ""),
+    ("bar.pmrmscu", 1, ""),
+    ("bar.css", 1, ""),
+    ("qs_created", 0, ""),
+    ("page_size", 0x2000, ""),
+    ("page_bits", 13, ""),
+    ("max_prp_ents", 0x1ff, ""),
+    // What follows is then no marker of a slot.
+    ("outstanding_aers", 2, "aer_reqs[1]"),
+    ("irq_status", 1, ""),
+    ("timestamp_set_qemu_clock_ms", CLOCK_MS + 1, ""),
+    ("starttime_ms", CLOCK_MS + 1, ""),
+    ("smart_critical_warning", 1, ""),
+    ("conf_msix_qsize", 8, ""),
+    ("conf_ioqpairs", 9, ""),
+    ("dbbuf_dbs", 0x1004, ""),
+    ("dbbuf_eis", !0xfff, ""),
+    ("dbbuf_enabled", 2, ""),
+    ("aer_reqs[]", 0x32, ""),
+    ("aer_reqs[].status", 1, ""),
+    ("aer_reqs[].cqe.result", 1, ""),
+    ("aer_reqs[].cqe.dw1", 1, ""),
+    ("aer_reqs[].cqe.sq_head", 1, ""),
+    ("aer_reqs[].cqe.sq_id", 1, ""),
+    ("aer_reqs[].cqe.cid", 1, ""),
+    ("aer_reqs[].cqe.status", 1, ""),
+    ("aer_reqs[].cmd.opcode", 2, ""),
+    ("aer_reqs[].cmd.cid", 1, "aer_reqs[].cqe.cid"),
+    ("aer_queue", 2, ""),
+    ("aer_queued", 1, ""),
+    ("namespace.tmp", 2, ""),
+    ("namespace.id_ns.nsze", 1, ""),
+    ("namespace.id_ns.ncap", 1, ""),
+    ("namespace.id_ns.nuse", 1, ""),
+    ("namespace.id_ns.nlbaf", 8, ""),
+    ("namespace.id_ns.flbas", 1, ""),
+    ("namespace.id_ns.dps", 1, ""),
+    ("namespace.id_ns.lbaf[0].ms", 8, "namespace.id_ns.lbaf"),
+    ("namespace.id_ns.lbaf[0].ds", 12, "namespace.id_ns.lbaf"),
+    ("namespace.id_ns.lbaf[0].rp", 1, "namespace.lbaf.rp"),
+    ("namespace.lbaf.ms", 8, ""),
+    ("namespace.lbaf.ds", 12, ""),
+    ("namespace.lbaf.rp", 1, ""),
+    ("namespace.nlbaf", 65, ""),
+    ("namespace.csi", 2, ""),
+    ("namespace.status", 0x84, ""),
+    ("namespace.pif", 2, ""),
+    ("namespace.zns.zrwas", 1, ""),
+    ("namespace.zns.zrwafg", 1, ""),
+    ("namespace.zns.numzrwa", 1, ""),
+    ("namespace.features.err_rec", 0x1_0000, ""),
+    ("namespace.atomic.atomic_max_write_size", 2, ""),
+    ("namespace.atomic.atomic_boundary", 1, ""),
+    ("namespace.atomic.atomic_nabo", 1, ""),
+    ("namespace.atomic.atomic_writes", 1, ""),
+    ("sq[]", 0x32, ""),
+    ("sq[].sqid", 7, ""),
+    ("sq[].cqid", 8, ""),
+    ("sq[].head", 1024, ""),
+    ("sq[].tail", 1024, ""),
+    ("sq[].size", 4096, ""),
+    ("sq[].dma_addr", 0x1040, ""),
+    ("cq[]", 0x32, ""),
+    ("cq[].phase", 2, ""),
+    ("cq[].cqid", 7, ""),
+    ("cq[].irq_enabled", 2, ""),
+    ("cq[].head", 1024, ""),
+    ("cq[].tail", 1024, ""),
+    ("cq[].vector", 9, ""),
+    ("cq[].size", 4096, ""),
+    ("cq[].dma_addr", !0xfff, ""),
+    ("cq[].req_list", 1, ""),
+    ("features.async_config", 1 << 31, ""),
+    ("features.hbs.acre", 2, ""),
+    ("dn", 2, ""),
+    ("atomic.atomic_max_write_size", 2, ""),
+    ("atomic.atomic_boundary", 1, ""),
+    ("atomic.atomic_nabo", 1, ""),
+    ("atomic.atomic_writes", 1, ""),
+];
+
+/// Fields that are looked at bit by bit.
+const BITWISE: [&str; 2] = ["pci_device.config", "msix"];
+
+/// Possible values of fields that have impossible ones.
+const POSSIBLE: &[(&str, u64)] = &[
+    // Slower to become ready, and with subsystem reset: neither limits the guest.
+    ("bar.cap", 0x0040_0830_ff01_07ff),
+    ("bar.csts", 1 | 2 << 2),
+    ("timestamp_set_qemu_clock_ms", CLOCK_MS),
+    // The difference wraps: powered on two milliseconds before the clock's 0.
+    ("starttime_ms", u64::MAX - 1),
+    ("dbbuf_dbs", 0x1000),
+    ("namespace.tmp", 0),
+    ("namespace.features.err_rec", 0xffff),
+    ("sq[2].cqid", 1),
+    ("sq[1].head", 1023),
+    ("sq[1].size", 2048),
+    ("cq[1].phase", 0),
+    ("cq[2].irq_enabled", 0),
+    ("cq[2].head", 0),
+    ("cq[2].vector", 1),
+    ("cq[2].dma_addr", 0x1000),
+    ("features.async_config", 0x1ff),
+    ("features.hbs.acre", 1),
+    ("dn", 1),
+];
+
+/// The path without indexes of queues and requests.
+fn pattern(path: &str) -> String {
+    match path.split_once('[').zip(path.split_once(']')) {
+        Some(((array @ ("sq" | "cq" | "aer_reqs"), _), (_, field))) => format!("{array}[]{field}"),
+        _ => path.to_owned(),
+    }
+}
+
+/// `payload` with the value in the field; runs of bytes have it in their first.
+fn changed(payload: &[u8], leaf: &Leaf, value: u64) -> Vec<u8> {
+    let mut bytes = payload.to_vec();
+    let field = &mut bytes[leaf.offset..leaf.offset + leaf.size];
+    match leaf.size {
+        size @ (1 | 2 | 4 | 8) => field.copy_from_slice(&value.to_be_bytes()[8 - size..]),
+        _ => field[0] = value as u8,
+    }
+    assert_ne!(bytes, payload, "{} has that value already", leaf.path);
+    bytes
+}
+
+/// The whole message of an error.
+fn message(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text += &format!(": {error}");
+        source = error.source();
+    }
+    text
+}
+
+/// Refused with a message that names the field, or saved again as it was.
+fn outcome(fixture: &Fixture, payload: &[u8]) -> Result<(), String> {
+    match load(fixture, payload) {
+        Err(error) => Err(message(&error)),
+        Ok((guest, residue)) => {
+            assert!(save(fixture, &guest, &residue) == payload, "what is accepted comes back");
+            Ok(())
+        }
+    }
+}
+
+#[test]
+fn an_impossible_value_of_any_field_is_refused_and_named() {
+    let mut used = BTreeSet::new();
+    for leaf in leaves(&LINUX.description()) {
+        let pattern = pattern(&leaf.path);
+        let Some((pattern, value, named)) = IMPOSSIBLE.iter().find(|(path, ..)| *path == pattern) else {
+            continue;
+        };
+        used.insert(*pattern);
+        let error = outcome(&LINUX, &changed(LINUX.payload(), &leaf, *value)).expect_err(&leaf.path);
+        let index = leaf.path.split_once('[').map_or("", |(_, rest)| rest.split(']').next().unwrap());
+        let named =
+            if named.is_empty() { leaf.path.clone() } else { named.replace("[]", &format!("[{index}]")) };
+        // Followed by what it is, or by its own parts.
+        let names = [" ", ":", "["].iter().any(|next| error.contains(&format!(": {named}{next}")));
+        assert!(names, "{}: {error}", leaf.path);
+    }
+    let unused: Vec<_> = IMPOSSIBLE.iter().filter(|(pattern, ..)| !used.contains(pattern)).collect();
+    assert!(unused.is_empty(), "no such fields: {unused:?}");
+}
+
+#[test]
+fn every_value_of_all_other_fields_comes_back() {
+    let mut count = 0;
+    for leaf in leaves(&LINUX.description()) {
+        let pattern = pattern(&leaf.path);
+        if BITWISE.contains(&&*pattern) || IMPOSSIBLE.iter().any(|(path, ..)| *path == pattern) {
+            continue;
+        }
+        count += 1;
+        for flip in [0xff, 0x01, 0x80] {
+            let mut payload = LINUX.payload().to_vec();
+            for byte in &mut payload[leaf.offset..leaf.offset + leaf.size] {
+                *byte ^= flip;
+            }
+            assert_eq!(outcome(&LINUX, &payload), Ok(()), "{}", leaf.path);
+        }
+    }
+    assert!(count > 200, "{count} fields, those of the formats included");
+}
+
+#[test]
+fn possible_values_of_bounded_fields_come_back() {
+    let leaves = leaves(&LINUX.description());
+    for (path, value) in POSSIBLE {
+        let leaf = leaves.iter().find(|leaf| leaf.path == *path).expect(path);
+        assert_eq!(outcome(&LINUX, &changed(LINUX.payload(), leaf, *value)), Ok(()), "{path}");
+    }
+    // Fields that are bound to each other, changed together.
+    let together: [&[(&str, u64)]; 3] = [
+        &[("bar.intms", 5), ("bar.intmc", 5)],
+        &[("aer_reqs[0].cmd.cid", 7), ("aer_reqs[0].cqe.cid", 7)],
+        &[("dbbuf_enabled", 0), ("dbbuf_dbs", 0), ("dbbuf_eis", 0)],
+    ];
+    for fields in together {
+        let payload = fields.iter().fold(LINUX.payload().to_vec(), |payload, (path, value)| {
+            let leaf = leaves.iter().find(|leaf| leaf.path == *path).expect(path);
+            changed(&payload, leaf, *value)
+        });
+        assert_eq!(outcome(&LINUX, &payload), Ok(()), "{fields:?}");
+    }
+}
+
+#[test]
+fn lists_have_their_maxima_and_their_events_come_back() {
+    let leaves = leaves(&LINUX.description());
+    let at = |path: &str| leaves.iter().find(|leaf| leaf.path == path).expect(path).offset;
+    let (count, requests, queue, queued) =
+        (at("outstanding_aers"), at("aer_reqs[0]"), at("aer_queue"), at("aer_queued"));
+    for parked in [2u8, 8, 9] {
+        let mut payload = LINUX.payload().to_vec();
+        payload[count] = parked;
+        let request = payload[requests..queue].to_vec();
+        // The same identifier again and again: nothing forbids it.
+        payload.splice(requests..requests, request.repeat(usize::from(parked) - 1));
+        match parked {
+            9 => assert!(outcome(&LINUX, &payload).unwrap_err().contains("outstanding_aers is 9")),
+            _ => assert_eq!(outcome(&LINUX, &payload), Ok(())),
+        }
+    }
+    for (events, refused) in [(1, None), (32, None), (33, Some("aer_queue is 33")), (65, Some("aer_queue"))] {
+        let mut payload = LINUX.payload().to_vec();
+        payload[queued + 3] = events as u8;
+        payload.splice(queue..queue, [1, 2, 0, 4, 0].repeat(events));
+        match (outcome(&LINUX, &payload), refused) {
+            (outcome, None) => assert_eq!(outcome, Ok(()), "{events}"),
+            (outcome, Some(refused)) => assert!(outcome.unwrap_err().contains(refused), "{events}"),
+        }
+    }
+    for (event, named) in [([1, 8, 0, 4, 0], "event_type"), ([1, 2, 0, 4, 1], "resv")] {
+        let mut payload = LINUX.payload().to_vec();
+        payload[queued + 3] = 1;
+        payload.splice(queue..queue, event);
+        assert!(outcome(&LINUX, &payload).unwrap_err().contains(named));
+    }
+}
+
+#[test]
+fn the_pci_device_is_compared_bit_by_bit() {
+    for fixture in [FIRMWARE, LINUX] {
+        for leaf in leaves(&fixture.description()).iter().filter(|leaf| BITWISE.contains(&&*leaf.path)) {
+            let (mut refused, mut accepted) = (0, 0);
+            // All of the header; of the rest, which must be 0, every 64th byte.
+            let offsets = (0..leaf.size).filter(|offset| *offset < 256 || offset % 64 == 0);
+            for (offset, bit) in offsets.flat_map(|offset| [(offset, offset % 8), (offset, (offset + 5) % 8)])
+            {
+                let mut payload = fixture.payload().to_vec();
+                payload[leaf.offset + offset] ^= 1 << bit;
+                match outcome(&fixture, &payload) {
+                    Ok(()) => accepted += 1,
+                    Err(error) => {
+                        refused += 1;
+                        assert!(error.contains(&format!(": {}[", leaf.path)), "byte {offset}: {error}");
+                    }
+                }
+            }
+            assert!(refused > 50 && accepted > 50, "{}: {refused} refused, {accepted} accepted", leaf.path);
+        }
+    }
+}
+
+#[test]
+fn flipped_bits_anywhere_are_refused_or_come_back() {
+    for fixture in [FIRMWARE, LINUX] {
+        let (mut refused, mut accepted) = (0, 0);
+        for offset in 0..fixture.payload().len() {
+            let mut payload = fixture.payload().to_vec();
+            payload[offset] ^= 1 << (offset % 8);
+            match outcome(&fixture, &payload) {
+                Ok(()) => accepted += 1,
+                Err(_) => refused += 1,
+            }
+        }
+        assert!(refused > 8000 && accepted > 8000, "{refused} refused, {accepted} accepted");
+    }
+}
+
+#[test]
+fn truncated_and_overlong_sections_are_refused() {
+    for length in 0..LINUX.payload().len() {
+        assert!(load(&LINUX, &LINUX.payload()[..length]).is_err(), "{length}");
+    }
+    let overlong = [LINUX.payload(), &[0]].concat();
+    assert!(load(&LINUX, &overlong).is_err());
+}
