@@ -20,6 +20,8 @@ const DEVICE_ID: u16 = 0x0010;
 const CLASS: [u8; 3] = [0x01, 0x08, 0x02];
 /// The BAR.
 const BAR: u8 = 0;
+const POWER_MANAGEMENT_OFFSET: u8 = 0x60;
+const EXPRESS_OFFSET: u8 = 0x80;
 const PAGE_BYTES: u64 = 4096;
 
 /// Configuration space of a controller.
@@ -46,9 +48,12 @@ pub(crate) fn config_space(config: &ControllerConfig) -> Result<ConfigSpace, Err
     let build = || {
         let mut space = ConfigSpace::new(&identity);
         space.add_bar(BAR, BarKind::Memory64, length_bytes)?;
-        space.add_power_management()?;
-        space.add_express()?;
+        // Where QEMU's controller has them, MSI-X table and all: a driver that comes from there keeps the offsets.
         space.add_msix(layout)?;
+        space.begin_next_capability_at(POWER_MANAGEMENT_OFFSET);
+        space.add_power_management()?;
+        space.begin_next_capability_at(EXPRESS_OFFSET);
+        space.add_express()?;
         Ok(space)
     };
     build().map_err(Error::Pci)

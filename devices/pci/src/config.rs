@@ -139,6 +139,11 @@ impl ConfigSpace {
         Ok(u16::from(pointer))
     }
 
+    /// Leaves room: the next capability is not below `offset`. For functions whose capabilities lie where those of another device do.
+    pub fn begin_next_capability_at(&mut self, offset: u8) {
+        self.next_capability = self.next_capability.max(usize::from(offset).next_multiple_of(4));
+    }
+
     /// Adds a vendor-specific capability (id 9); `body` begins with the length byte, as that capability demands.
     ///
     /// # Errors

@@ -1,4 +1,5 @@
-//! Configuration space and MSI-X: what a guest can write in both devices, found by their own capability lists.
+//! Configuration space and MSI-X: what a guest can write in both devices, found by their own capability lists. Those of a QEMU device
+//! with its usual properties lead to the same offsets as ours.
 
 use pci::{EndpointState, MsixEntryState, MsixState};
 

@@ -13,13 +13,12 @@
 //!
 //! # What the guest notices
 //!
-//! Registers, queues, doorbells (shadow doorbells too), the MSI-X table and its place in the BAR, parked requests, events and the
-//! features that a guest can set go on as they were. Different is what a controller says of itself, and a driver that has read it
-//! before believes the old:
+//! Registers, queues, doorbells (shadow doorbells too), the MSI-X table and its place in the BAR, the capabilities of configuration
+//! space and their offsets, parked requests, events and the features that a guest can set go on as they were. Different is what a
+//! controller says of itself, and a driver that has read it before believes the old:
 //!
-//! - Configuration space: the capabilities lie elsewhere (a driver that keeps their offsets and later writes MSI-X control or the power
-//!   state reaches other bytes, until it enumerates the bus again); revision and subsystem identifiers; no interrupt pin, so a guest that
-//!   does not poll and has not enabled MSI-X waits for ever; no function level reset.
+//! - Configuration space: revision and subsystem identifiers; no interrupt pin, so that a guest waits for ever that neither polls nor has
+//!   enabled MSI-X; no function level reset, which QEMU's device control register offers; no link.
 //! - CAP.TO, CAP.NSSRS, CAP.CRMS and VS are this controller's once they are read again. What limits the guest's requests (MQES, CQR, the doorbell
 //!   stride, page sizes, command sets) is compared instead.
 //! - Identify: model and firmware names, the NQN, optional commands (Compare, Copy, Verify and SGLs are gone, and are refused if they are used all

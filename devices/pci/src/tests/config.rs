@@ -34,6 +34,20 @@ fn header_and_capability_list_are_what_a_driver_expects() {
 }
 
 #[test]
+fn capabilities_begin_where_there_is_room_and_not_before() {
+    let mut config = config(9);
+    // What is there ends at 0x90: room is only ever left, and offsets are multiples of 4.
+    config.begin_next_capability_at(0x40);
+    let behind = config.add_vendor_capability(&[3], &[]).unwrap();
+    assert_eq!(behind, 0x90);
+    config.begin_next_capability_at(0xe1);
+    assert_eq!(config.add_vendor_capability(&[3], &[]), Ok(0xe4));
+    assert_eq!(read32(&config, behind) as u16, 0xe409, "the list leads there");
+    config.begin_next_capability_at(0xff);
+    assert!(matches!(config.add_vendor_capability(&[3], &[]), Err(Error::NoRoomForCapability { .. })));
+}
+
+#[test]
 fn sizing_a_64_bit_bar_gives_its_size() {
     let mut config = config(1);
     config.write(0x10, &[0xff; 4]);

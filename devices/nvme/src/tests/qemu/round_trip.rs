@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use nvme_spec::opcode::{admin, nvm};
 use nvme_spec::{SubmissionEntry, feature, regs};
+use pci::PciFunction;
 
 use super::super::driver::{Guest, PATIENCE, transfer};
 use super::{CLOCK_MS, FIRMWARE, Fixture, LINUX, driver, leaves, load, machine, save};
@@ -53,6 +54,29 @@ fn the_layout_is_the_one_that_qemu_describes() {
         assert_eq!(ours.len(), theirs.len());
         let end = theirs.last().map(|leaf| leaf.offset + leaf.size);
         assert_eq!(end, Some(fixture.payload().len()));
+    }
+}
+
+#[test]
+fn what_the_guest_remembers_of_configuration_space_is_where_it_was() {
+    for fixture in [FIRMWARE, LINUX] {
+        let (guest, _) = load(&fixture, fixture.payload()).unwrap();
+        let theirs = &fixture.payload()[4..];
+        let read = |offset: usize, length| {
+            let mut data = vec![0; length];
+            guest.controller.config_read(offset as u16, &mut data);
+            data
+        };
+        // Identity, command, class, BAR, interrupt line; MSI-X control, table and pending bits; power state; device control.
+        for (offset, length) in [(0, 4), (9, 3), (0x10, 8), (0x3c, 1), (0x42, 10), (0x62, 6), (0x88, 2)] {
+            assert_eq!(read(offset, length), theirs[offset..offset + length], "{offset:#x}");
+        }
+        // I/O decoding is missing: there are no I/O BARs.
+        assert_eq!(read(4, 2), [theirs[4] & !1, theirs[5]]);
+        // The capabilities, each where it was.
+        for offset in [0x34, 0x40, 0x60, 0x80] {
+            assert_eq!(read(offset, 1), theirs[offset..=offset], "{offset:#x}");
+        }
     }
 }
 
