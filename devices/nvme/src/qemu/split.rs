@@ -15,58 +15,33 @@ use crate::event::MAX_QUEUED_EVENTS;
 use crate::inventory::{NamespaceShape, Shape};
 use crate::regs::{COMMAND_SETS, MPSMAX};
 use crate::state::{
-    CompletionQueueState, DoorbellBuffersState, EventsState, FeaturesState, NamespaceState, NvmeState,
-    RegistersState, SmartState, SubmissionQueueState,
+    CompletionQueueState, DoorbellBuffersState, EventsState, FeaturesState, NvmeState, RegistersState,
+    SubmissionQueueState,
 };
 
 impl QemuSection {
-    /// What `new`, the state of an unused controller, becomes with this section, and what of the section is left. `clock_ms` is the
-    /// virtual clock when the section was saved. The section does not say what `new` adds: serial number, MDTS, the namespace's UUID and
-    /// backend, and features that QEMU's guests cannot set.
+    /// What `state`, that of an unused controller, becomes with this section, and what of the section is left. `clock_ms` is the virtual
+    /// clock when the section was saved. The section does not say what an unused controller has to say: serial number, MDTS, the
+    /// namespace's UUID and backend, and features that QEMU's guests cannot set.
     ///
     /// # Errors
-    /// [`Error::QemuSection`]: a field contradicts another, or the controller that `new` comes from.
-    pub fn split(&self, new: &NvmeState, clock_ms: u64) -> Result<(NvmeState, QemuResidue), Error> {
-        self.check_shape(&new.shape)?;
-        let cap = self.check_capabilities(&new.shape)?;
+    /// [`Error::QemuSection`]: a field contradicts another, or the controller that `state` comes from.
+    pub fn split(&self, mut state: NvmeState, clock_ms: u64) -> Result<(NvmeState, QemuResidue), Error> {
+        self.check_shape(&state.shape)?;
+        let cap = self.check_capabilities(&state.shape)?;
         let page_bits = self.check_page_size()?;
-        let registers = self.registers()?;
-        let events = self.events()?;
-        let (namespaces, id_ns) = self.namespaces(new)?;
-        let (sq, cq) = (self.submission_queues(), self.completion_queues(new.shape.vectors)?);
-        let (timestamp_ms, power_on_seconds) = self.times(clock_ms)?;
-        let mut pci = new.pci.clone();
-        let configuration = configuration::split(&self.pci_device.config, &self.msix, &mut pci)?;
-        let state = NvmeState {
-            shape: new.shape.clone(),
-            registers,
-            features: FeaturesState {
-                over_temperature_kelvin: self.features.temp_thresh_hi,
-                under_temperature_kelvin: self.features.temp_thresh_low,
-                write_cache: self.namespace.tmp,
-                write_atomicity: self.dn,
-                async_events: self.features.async_config,
-                timestamp_ms,
-                timestamp_set: self.host_timestamp != 0,
-                command_retry: self.features.hbs.acre,
-                ..new.features.clone()
-            },
-            events,
-            doorbell_buffers: DoorbellBuffersState {
-                enabled: self.dbbuf_enabled,
-                shadow: self.dbbuf_dbs,
-                event_index: self.dbbuf_eis,
-            },
-            smart: SmartState { power_on_seconds, ..new.smart.clone() },
-            changed_count: 0,
-            changed_namespaces: Vec::new(),
-            sq_count: sq.len() as u32,
-            sq,
-            cq_count: cq.len() as u32,
-            cq,
-            namespace_count: namespaces.len() as u32,
-            namespaces,
-            pci,
+        state.registers = self.registers()?;
+        state.events = self.events()?;
+        let id_ns = self.namespace(&mut state)?;
+        state.sq = self.submission_queues();
+        state.cq = self.completion_queues(state.shape.vectors)?;
+        (state.features.timestamp_ms, state.smart.power_on_seconds) = self.times(clock_ms)?;
+        let configuration = configuration::split(&self.pci_device.config, &self.msix, &mut state.pci)?;
+        self.features(&mut state.features);
+        state.doorbell_buffers = DoorbellBuffersState {
+            enabled: self.dbbuf_enabled,
+            shadow: self.dbbuf_dbs,
+            event_index: self.dbbuf_eis,
         };
         self.check_created(&state)?;
         let mut host_behavior = Box::new(self.features.hbs.clone());
@@ -91,6 +66,17 @@ impl QemuSection {
             host_behavior,
         };
         Ok((state, residue))
+    }
+
+    /// Those that QEMU has; the others stay as after a reset.
+    fn features(&self, features: &mut FeaturesState) {
+        features.over_temperature_kelvin = self.features.temp_thresh_hi;
+        features.under_temperature_kelvin = self.features.temp_thresh_low;
+        features.write_cache = self.namespace.tmp;
+        features.write_atomicity = self.dn;
+        features.async_events = self.features.async_config;
+        features.timestamp_set = self.host_timestamp != 0;
+        features.command_retry = self.features.hbs.acre;
     }
 
     fn check_shape(&self, shape: &Shape) -> Result<(), Error> {
@@ -215,22 +201,19 @@ impl QemuSection {
         })
     }
 
-    fn namespaces(&self, new: &NvmeState) -> Result<(Slots<NamespaceState>, Box<IdNs>), Error> {
-        let count = new.namespaces.present().count();
-        let (Some(here), 1) = (new.namespaces.get(0), count) else {
+    /// Compares the namespace and takes over what its guest has set; returns what else is said of it.
+    fn namespace(&self, state: &mut NvmeState) -> Result<Box<IdNs>, Error> {
+        let count = state.namespaces.present().count();
+        let (Some(here), 1) = (state.namespaces.get_mut(0), count) else {
             return refuse(
                 "namespace",
                 count as u64,
                 "this controller does not have namespace 1 and no other",
             );
         };
-        let id_ns = self.identify(&here.shape)?;
-        let mut namespaces = new.namespaces.clone();
-        if let Some(namespace) = namespaces.get_mut(0) {
-            // At most 16 bits, as the field's maximum says.
-            namespace.error_recovery = self.namespace.features.err_rec as u16;
-        }
-        Ok((namespaces, id_ns))
+        // At most 16 bits, as the field's maximum says.
+        here.error_recovery = self.namespace.features.err_rec as u16;
+        self.identify(&here.shape)
     }
 
     /// Compares size and format with those of the image, and returns what else Identify says.

@@ -121,8 +121,7 @@ pub fn save(fixture: &Fixture, guest: &Guest, residue: &QemuResidue) -> Vec<u8> 
 
 /// What the driver in the guest knows and its memory holds, from the section of its controller.
 pub fn driver(guest: &mut Guest, fixture: &Fixture) {
-    let (state, _) =
-        fixture.section().split(&machine(&fixture.config()).controller.save(), CLOCK_MS).unwrap();
+    let (state, _) = fixture.section().split(machine(&fixture.config()).controller.save(), CLOCK_MS).unwrap();
     let buffers = &state.doorbell_buffers;
     guest.shadow = buffers.enabled.then_some((buffers.shadow, buffers.event_index));
     for (index, sq) in state.sq.present() {

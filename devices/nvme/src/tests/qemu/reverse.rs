@@ -86,11 +86,11 @@ fn a_controller_within_the_limits_comes_back_from_qemu_as_it_was() {
         let bytes = section.to_bytes();
         let section = QemuSection::from_bytes(&bytes, &device()).unwrap();
         let controller = another(&mut guest);
-        let (again, residue) = section.split(&controller.save(), CLOCK_MS).unwrap();
+        let (again, residue) = section.split(controller.save(), CLOCK_MS).unwrap();
         assert_eq!(again, state);
         // Also at another time of QEMU's clock, which has gone on.
         let later = QemuSection::join(&again, &residue, &device(), CLOCK_MS + 5000).unwrap();
-        assert_eq!(later.split(&controller.save(), CLOCK_MS + 5000).unwrap().0, state);
+        assert_eq!(later.split(controller.save(), CLOCK_MS + 5000).unwrap().0, state);
         // And it works.
         controller.load_qemu(&section, CLOCK_MS).unwrap();
         assert_eq!(controller.save(), state);
@@ -135,7 +135,7 @@ fn qemus_smart_counters_begin_again_and_nothing_else_is_lost() {
     let state = guest.controller.save();
     let section = QemuSection::join(&state, &QemuResidue::new(&state).unwrap(), &device(), CLOCK_MS).unwrap();
     let unused = another(&mut guest).save();
-    let (again, _) = section.split(&unused, CLOCK_MS).unwrap();
+    let (again, _) = section.split(unused, CLOCK_MS).unwrap();
     assert_eq!((state.smart.writes, again.smart.writes), (1, 0));
     assert_eq!(again, NvmeState { smart: again.smart.clone(), ..state });
 }
@@ -232,7 +232,7 @@ fn a_new_qemu_device_says_what_qemus_own_said() {
     // All that the two have in common of a machine of the same shape, but what its guest did.
     let config = super::LINUX.config();
     let state = super::machine(&config).controller.save();
-    let (_, captured) = super::LINUX.section().split(&state, CLOCK_MS).unwrap();
+    let (_, captured) = super::LINUX.section().split(state.clone(), CLOCK_MS).unwrap();
     let fresh = QemuResidue::new(&state).unwrap();
     let [fresh, captured] = [fresh, captured]
         .map(|residue| QemuSection::join(&state, &residue, &super::LINUX.device(), CLOCK_MS).unwrap());

@@ -209,8 +209,24 @@ fn what_the_guest_sets_here_is_what_qemu_gets() {
     ];
     assert_eq!(changed, set(&expected));
     // What QEMU would show for it is what is shown here.
-    let (again, _) = section.split(&machine(&LINUX.config()).controller.save(), CLOCK_MS).unwrap();
+    let (again, _) = section.split(machine(&LINUX.config()).controller.save(), CLOCK_MS).unwrap();
     assert_eq!(again, NvmeState { smart: again.smart.clone(), ..state });
+}
+
+#[test]
+fn a_reset_forgets_what_qemu_would_forget() {
+    let (guest, _, residue) = resumed(&LINUX);
+    guest.write32(regs::CC, 0x0046_0060);
+    guest.run();
+    guest.controller.pause(Instant::now() + PATIENCE).unwrap();
+    let section = guest.controller.save_qemu(&residue, &LINUX.device(), CLOCK_MS).unwrap();
+    let again = machine(&LINUX.config());
+    let residue = again.controller.load_qemu(&section, CLOCK_MS).unwrap();
+    let state = again.controller.save();
+    assert_eq!(state, NvmeState { smart: state.smart.clone(), ..guest.controller.save() });
+    assert_eq!((state.sq.present().count(), state.cq.present().count()), (0, 0));
+    assert!(state.events.parked.is_empty() && !state.doorbell_buffers.enabled);
+    assert!(save(&LINUX, &again, &residue) == section.to_bytes());
 }
 
 #[test]
