@@ -41,6 +41,8 @@ pub use limit::QemuLimit;
 pub use residue::QemuResidue;
 pub use section::QemuSection;
 
+use nvme_spec::regs::Cap;
+
 use crate::config::ControllerConfig;
 use crate::controller::Controller;
 use crate::{Error, NvmeState};
@@ -90,6 +92,22 @@ impl QemuSection {
     pub fn from_bytes(payload: &[u8], device: &QemuDevice) -> Result<Self, Error> {
         vmstate::from_bytes_with(payload, <Self as vmstate::VmState>::VERSION, device)
             .map_err(Error::QemuBytes)
+    }
+
+    /// The controller that can go on with this section, which has the serial number that QEMU's device has; MDTS, like it, is not
+    /// in the section and at its default, which is QEMU's too.
+    #[must_use]
+    pub fn controller_config(&self, serial: &str) -> ControllerConfig {
+        let cap = Cap(self.bar.cap);
+        ControllerConfig {
+            // Equal to those of the `QemuDevice` that it was read with.
+            queue_pairs: self.conf_ioqpairs as u16,
+            vectors: self.conf_msix_qsize as u16,
+            // 0's based, of 16 bits.
+            queue_entries: cap.mqes() as u32 + 1,
+            contiguous_queues: cap.cqr() == 1,
+            ..ControllerConfig::new(serial)
+        }
     }
 
     /// The payload of the section.

@@ -155,7 +155,11 @@ impl QemuSection {
 
     fn events(&self) -> Result<EventsState, Error> {
         if self.aer_reqs.len() > MAX_PARKED {
-            return refuse("outstanding_aers", self.outstanding_aers, "this controller takes 8 at a time");
+            return refuse(
+                "outstanding_aers",
+                self.outstanding_aers,
+                "this controller takes fewer at a time",
+            );
         }
         let mut parked = Vec::with_capacity(self.aer_reqs.len());
         for (index, request) in self.aer_reqs.iter().enumerate() {
@@ -173,11 +177,7 @@ impl QemuSection {
             parked.push(cid);
         }
         if self.aer_queue.len() > MAX_QUEUED_EVENTS {
-            return refuse(
-                "aer_queue",
-                self.aer_queue.len() as u64,
-                "this controller queues at most 32 events",
-            );
+            return refuse("aer_queue", self.aer_queue.len() as u64, "this controller queues fewer");
         }
         if usize::try_from(self.aer_queued) != Ok(self.aer_queue.len()) {
             return refuse("aer_queued", self.aer_queued as u32, "it is not the length of aer_queue");

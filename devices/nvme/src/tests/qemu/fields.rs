@@ -317,9 +317,10 @@ fn the_pci_device_is_compared_bit_by_bit() {
 
 #[test]
 fn flipped_bits_anywhere_are_refused_or_come_back() {
-    for fixture in [FIRMWARE, LINUX] {
+    // Most of the firmware's differs from the other's in nothing but its place.
+    for (fixture, step) in [(FIRMWARE, 5), (LINUX, 1)] {
         let (mut refused, mut accepted) = (0, 0);
-        for offset in 0..fixture.payload().len() {
+        for offset in (0..fixture.payload().len()).step_by(step) {
             let mut payload = fixture.payload().to_vec();
             payload[offset] ^= 1 << (offset % 8);
             match outcome(&fixture, &payload) {
@@ -327,7 +328,8 @@ fn flipped_bits_anywhere_are_refused_or_come_back() {
                 Err(_) => refused += 1,
             }
         }
-        assert!(refused > 8000 && accepted > 8000, "{refused} refused, {accepted} accepted");
+        println!("{refused} flipped bits refused, {accepted} came back");
+        assert!(refused > 8000 / step && accepted > 8000 / step, "{refused} refused, {accepted} accepted");
     }
 }
 

@@ -234,6 +234,8 @@ fn a_section_is_taken_over_by_a_new_controller_of_its_shape_only() {
     let section = LINUX.section();
     let (guest, _) = load(&LINUX, LINUX.payload()).unwrap();
     assert!(matches!(guest.controller.load_qemu(&section, CLOCK_MS), Err(Error::NotPristine)));
+    assert_eq!(section.controller_config("QEMU"), LINUX.config());
+    assert_eq!(FIRMWARE.section().controller_config("QEMU"), FIRMWARE.config());
     let error = QemuSection::from_bytes(LINUX.payload(), &FIRMWARE.device()).unwrap_err();
     assert!(matches!(error, Error::QemuBytes(_)));
     for (field, config) in [
