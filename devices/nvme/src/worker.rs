@@ -330,9 +330,11 @@ impl Worker {
         if !self.failures_told.contains(&nsid) {
             self.failures_told.push(nsid);
             let serial = &shared.config.serial;
-            log::warn!(
-                "NVMe controller {serial:?}: the image of namespace {nsid} failed a command: {failure}"
-            );
+            let image = match nsid {
+                NSID_BROADCAST => "an image".to_owned(),
+                nsid => format!("the image of namespace {nsid}"),
+            };
+            log::warn!("NVMe controller {serial:?}: {image} failed a command: {failure}");
         }
     }
 
