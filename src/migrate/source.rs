@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use engine::{Description, MachineResult, PageBitmap, RamBlock, RunState, SaveFor, SourceMachine};
-use stream::DeviceSection;
+use stream::{DeviceSection, Expected};
 
 use super::{description, ram_blocks};
 use crate::dirty::DirtyTracker;
@@ -104,6 +104,12 @@ impl SourceMachine for Source {
 
     fn save_devices(&mut self, purpose: SaveFor) -> MachineResult<Vec<DeviceSection>> {
         Ok(self.machine.save(purpose)?)
+    }
+
+    fn expected(&self) -> Expected {
+        let blocks = self.machine.resources().ram().blocks().iter();
+        let blocks = blocks.map(|block| stream::RamBlock::new(&block.name, block.length_bytes()));
+        Machine::expected(&self.vmm.spec, blocks.collect())
     }
 
     fn quiesce_disks(&mut self) -> MachineResult<()> {

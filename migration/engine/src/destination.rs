@@ -103,8 +103,19 @@ impl<'a> Destination<'a> {
         let result = Link::new(connection).and_then(|mut link| {
             let step = self.handshake("hearing who is there");
             link.greet(step)?;
-            Ok((link.receive(step)?, link))
+            Ok((link.receive(step), link))
         });
+        let result = match result {
+            Ok((Ok(message), link)) => Ok((message, link)),
+            Ok((Err(error), link)) => {
+                if let Error::Protocol { .. } = error {
+                    let refusal = Error::Refused { reasons: vec![error.chain()] };
+                    let _said = self.farewell(link, refusal, Id::default());
+                }
+                Err(error)
+            }
+            Err(error) => Err(error),
+        };
         match result {
             Ok((Message::Hello(hello), mut link)) => {
                 self.statistics.start();

@@ -15,16 +15,17 @@ use stream::DeviceSection;
 use vmstate::VmState;
 
 use crate::lease::{Id, Lease, Settlement, random_id, show_id};
-use crate::protocol::Properties;
+use crate::protocol::{DESCRIPTION_BYTES_MAX, Properties};
 use crate::ram::{Receiver, Sender};
-use crate::source::{MACHINE, bring_back, report};
+use crate::source::{MACHINE, bring_back, report, told};
 use crate::{
     Context, Description, DestinationFactory, DestinationMachine, Error, Outcome, PageBitmap, Parameters,
     RunState, SaveFor, SourceMachine, Statistics, Status,
 };
 
 const SECTION: &str = "ferry";
-const DESCRIPTION_MAX_BYTES: usize = 1 << 20;
+/// [`Properties`] of every machine: the list has a mark at its end.
+const DESCRIPTION_MAX_BYTES: usize = DESCRIPTION_BYTES_MAX + 1;
 /// Bytes that are written or read at a time.
 const PIECE_BYTES: usize = 1 << 20;
 
@@ -93,7 +94,7 @@ fn suspend(
     if !reasons.is_empty() {
         return Err(Error::Blocked { reasons });
     }
-    let description = machine.description().map_err(Error::machine("describe this machine"))?;
+    let description = told(&machine.description().map_err(Error::machine("describe this machine"))?)?;
     let record = match &context.lease {
         Some(lease) => lease.read()?,
         None => None,
@@ -118,8 +119,9 @@ fn suspend(
         lease: record.as_ref().map_or_else(Id::default, |record| record.lease),
         generation,
         description_length: 0,
-        description: vmstate::to_bytes(&Properties::from(&description)),
+        description: vmstate::to_bytes(&description),
     };
+    read_back(machine, &first, &sections, statistics)?;
     let digest = write(machine, &mut draft, context, &first, &sections)?;
     machine.quiesce_disks().map_err(Error::machine("make the images stable"))?;
     statistics.update(|s| {
@@ -144,6 +146,33 @@ fn suspend(
         log::warn!("{}", Error::Machine { doing: "release the image locks", source }.chain());
     }
     Ok(())
+}
+
+/// Makes sure that a restore will accept everything of the file except its pages, which any file can hold: nothing else would
+/// be left of the guest if it did not.
+fn read_back(
+    machine: &mut dyn SourceMachine,
+    first: &FileState,
+    sections: &[DeviceSection],
+    statistics: &Statistics,
+) -> Result<(), Error> {
+    let blocks = machine.ram_blocks();
+    let no_pages: Vec<_> = blocks.iter().map(|block| PageBitmap::for_bytes(block.length_bytes())).collect();
+    let mut writing = Sender::start(Vec::new(), MACHINE, &blocks, statistics, "write the devices")?;
+    writing.device(&DeviceSection::save(SECTION, 0, first))?;
+    writing.last_round(&no_pages)?;
+    sections.iter().try_for_each(|section| writing.device(section))?;
+    let (bytes, _) = writing.finish_file()?;
+
+    let inspect = |section: &DeviceSection| match section.name.as_str() {
+        SECTION => properties(&section.load().map_err(Error::stream("read the file"))?).map(drop),
+        _ => Ok(()),
+    };
+    let expected = machine.expected().section::<FileState>(SECTION, 0);
+    let mut receiver = Receiver::file(expected, blocks.clone(), Box::new(inspect));
+    let read = receiver.feed(&bytes).and_then(|()| receiver.finish());
+    let unreadable = Error::machine("save a state that can be restored");
+    read.map(drop).map_err(|error| unreadable(error.into()))
 }
 
 /// The contents of the file, on stable storage. Returns the digest.
@@ -361,13 +390,15 @@ fn check_machine<F: DestinationFactory>(
     first: &FileState,
     own: &Description,
 ) -> Result<(), Error> {
-    let properties: Properties =
-        vmstate::from_bytes(&first.description, 1).map_err(|error| Error::Protocol {
-            doing: "reading the description of the machine in the file",
-            reason: error.to_string(),
-        })?;
-    let reasons = factory.differences(&Description::from(&properties), own);
+    let reasons = factory.differences(&Description::from(&properties(first)?), own);
     if reasons.is_empty() { Ok(()) } else { Err(Error::Refused { reasons }) }
+}
+
+fn properties(first: &FileState) -> Result<Properties, Error> {
+    vmstate::from_bytes(&first.description, 1).map_err(|error| Error::Protocol {
+        doing: "reading the description of the machine in the file",
+        reason: error.to_string(),
+    })
 }
 
 /// Makes the guest ours. The lease comes last: once it has moved on, the file is worth nothing.

@@ -7,8 +7,11 @@ use std::time::{Duration, Instant};
 use stream::frame::{self, HEADER_BYTES, Header, Kind};
 use transport::Connection;
 
-use crate::protocol::Message;
+use crate::protocol::{HELLO_BYTES_MAX, Message};
 use crate::{Error, Parameters};
+
+/// Flag of a hello's frame: the hello goes on in the next frame. No other message is longer than a frame may be.
+const MORE: u16 = 1;
 
 /// How often a waiting read or write looks at its deadline and at the user's wish.
 const SLICE: Duration = Duration::from_millis(20);
@@ -70,12 +73,25 @@ impl Link {
 
     pub fn send(&mut self, message: &Message, step: Step<'_>) -> Result<(), Error> {
         let (kind, body) = message.encode();
-        let mut frame = std::mem::take(&mut self.out);
-        frame.clear();
-        frame.extend_from_slice(&[0; HEADER_BYTES]);
-        frame.extend_from_slice(&body);
-        let result = self.send_frame(kind, &mut frame, step);
-        self.out = frame;
+        let longest = if kind == Kind::Hello { HELLO_BYTES_MAX } else { frame::BODY_BYTES_MAX };
+        if body.len() > longest {
+            return Err(too_long(kind, body.len(), step));
+        }
+        let mut frames = std::mem::take(&mut self.out);
+        frames.clear();
+        let mut rest = body.as_slice();
+        loop {
+            let (part, more) = rest.split_at(rest.len().min(frame::BODY_BYTES_MAX));
+            let flags = if more.is_empty() { 0 } else { MORE };
+            frames.extend_from_slice(&Header { kind, flags, length_bytes: part.len() as u32 }.encode());
+            frames.extend_from_slice(part);
+            rest = more;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        let result = self.write(&frames, step);
+        self.out = frames;
         result
     }
 
@@ -84,8 +100,7 @@ impl Link {
     pub fn send_frame(&mut self, kind: Kind, frame: &mut [u8], step: Step<'_>) -> Result<(), Error> {
         let length = frame.len().saturating_sub(HEADER_BYTES);
         if length > frame::BODY_BYTES_MAX {
-            let reason = format!("our own {kind:?} of {length} bytes is longer than a frame may be");
-            return Err(Error::Protocol { doing: step.doing, reason });
+            return Err(too_long(kind, length, step));
         }
         let header = Header { kind, flags: 0, length_bytes: length as u32 };
         if let Some(place) = frame.first_chunk_mut() {
@@ -96,20 +111,41 @@ impl Link {
 
     /// The next message. The bytes of a [`Message::Stream`] are in [`body`](Self::body).
     pub fn receive(&mut self, step: Step<'_>) -> Result<Message, Error> {
-        let mut header = [0; HEADER_BYTES];
-        self.read(&mut header, step, true)?;
-        let wrong = |reason| Error::Protocol { doing: step.doing, reason };
-        let header = Header::decode(header).map_err(|error| wrong(error.to_string()))?;
-        if header.flags != 0 {
-            return Err(wrong(format!("frame flags {:#x} are unknown", header.flags)));
-        }
-        // `decode` has checked that it is at most 1 MiB.
         let mut body = std::mem::take(&mut self.body);
-        body.resize(header.length_bytes as usize, 0);
-        let read = self.read(&mut body, step, false);
+        body.clear();
+        let kind = self.receive_frames(&mut body, step);
         self.body = body;
-        read?;
-        Message::decode(header.kind, &self.body).map_err(wrong)
+        Message::decode(kind?, &self.body).map_err(|reason| Error::Protocol { doing: step.doing, reason })
+    }
+
+    fn receive_frames(&mut self, body: &mut Vec<u8>, step: Step<'_>) -> Result<Kind, Error> {
+        let wrong = |reason| Error::Protocol { doing: step.doing, reason };
+        let mut begun = false;
+        loop {
+            let mut header = [0; HEADER_BYTES];
+            self.read(&mut header, step, !begun)?;
+            let header = Header::decode(header).map_err(|error| wrong(error.to_string()))?;
+            let more = match (header.kind, header.flags) {
+                (_, 0) => false,
+                (Kind::Hello, MORE) => true,
+                (_, flags) => return Err(wrong(format!("frame flags {flags:#x} are unknown"))),
+            };
+            if begun && header.kind != Kind::Hello {
+                return Err(wrong(format!("{:?} came within a hello", header.kind)));
+            }
+            // `decode` has checked that a frame has at most 1 MiB.
+            let start = body.len();
+            let end = start + header.length_bytes as usize;
+            if header.kind == Kind::Hello && end > HELLO_BYTES_MAX {
+                return Err(wrong(format!("a hello of more than {HELLO_BYTES_MAX} bytes")));
+            }
+            body.resize(end, 0);
+            self.read(body.get_mut(start..).unwrap_or_default(), step, false)?;
+            if !more {
+                return Ok(header.kind);
+            }
+            begun = true;
+        }
     }
 
     /// The body of the last message.
@@ -220,6 +256,11 @@ impl Step<'_> {
     fn closed(&self) -> Error {
         Error::Closed { doing: self.doing }
     }
+}
+
+fn too_long(kind: Kind, bytes: usize, step: Step<'_>) -> Error {
+    let reason = format!("our own {kind:?} of {bytes} bytes is longer than it may be");
+    Error::Protocol { doing: step.doing, reason }
 }
 
 fn is_pause(error: &io::Error) -> bool {

@@ -109,6 +109,10 @@ pub trait SourceMachine {
     /// KVM refused to tell.
     fn save_devices(&mut self, purpose: SaveFor) -> MachineResult<Vec<DeviceSection>>;
 
+    /// The device sections and the RAM that a restore of this machine will look for: what
+    /// [`save_devices`](Self::save_devices) gives is read back by these rules before a file becomes the guest's only copy.
+    fn expected(&self) -> Expected;
+
     /// Makes every acknowledged write to the images stable and closes their writers. The locks stay. Called while the
     /// destination loads.
     ///

@@ -9,7 +9,13 @@ use vmstate::VmState;
 use crate::lease::Id;
 use crate::{Description, RunState};
 
-const PROPERTIES_MAX: usize = 8192;
+/// Above what the largest machine has: 30 controllers with 1024 namespaces of four properties each, 64 vCPUs with 256 leaves
+/// of CPUID, 1024 RAM blocks.
+const PROPERTIES_MAX: usize = 1 << 18;
+/// Of a saved description; the largest machine with the longest names needs two thirds of it.
+pub(crate) const DESCRIPTION_BYTES_MAX: usize = 16 << 20;
+/// Of a hello.
+pub(crate) const HELLO_BYTES_MAX: usize = DESCRIPTION_BYTES_MAX + 256;
 const REASONS_MAX: usize = 256;
 const TEXT_MAX_BYTES: usize = 4096;
 
@@ -134,10 +140,13 @@ struct Property {
     value: Text,
 }
 
+/// The mark in the list and two lengths. The mark at the end of the list fits beside a hello's other fields.
+const PROPERTY_BYTES_BESIDE_TEXT: usize = 5;
+
 impl Hello {
     /// A hello of this version.
     #[must_use]
-    pub fn new(session: Id, lease: Option<Id>, description: &Description) -> Self {
+    pub fn new(session: Id, lease: Option<Id>, description: Properties) -> Self {
         Self {
             session,
             features: 0,
@@ -145,7 +154,7 @@ impl Hello {
             page_bytes: crate::PAGE_BYTES as u32,
             has_lease: lease.is_some(),
             lease: lease.unwrap_or_default(),
-            description: Properties::from(description),
+            description,
         }
     }
 
@@ -162,12 +171,36 @@ impl Hello {
     }
 }
 
-impl From<&Description> for Properties {
-    fn from(description: &Description) -> Self {
-        let properties = description.iter();
-        let properties =
-            properties.map(|(name, value)| Property { name: name.into(), value: value.into() }).collect();
-        Self { properties }
+impl TryFrom<&Description> for Properties {
+    /// Why the other side, or a later reader of the file, would not see the same machine.
+    type Error = String;
+
+    fn try_from(description: &Description) -> Result<Self, String> {
+        let count = description.iter().count();
+        if count > PROPERTIES_MAX {
+            return Err(format!(
+                "it has {count} properties, more than the {PROPERTIES_MAX} that can be told"
+            ));
+        }
+        let mut bytes = 0;
+        let text = |words: &str, name: &str| {
+            let text = Text::from(words);
+            match String::from(&text) == words {
+                true => Ok(text),
+                false => Err(format!("property {name:?} is too long or no plain text")),
+            }
+        };
+        let properties = description.iter().map(|(name, value)| {
+            bytes += PROPERTY_BYTES_BESIDE_TEXT + name.len() + value.len();
+            Ok(Property { name: text(name, name)?, value: text(value, name)? })
+        });
+        let properties = properties.collect::<Result<_, String>>()?;
+        if bytes > DESCRIPTION_BYTES_MAX {
+            return Err(format!(
+                "its properties have {bytes} bytes, more than the {DESCRIPTION_BYTES_MAX} that can be told"
+            ));
+        }
+        Ok(Self { properties })
     }
 }
 
@@ -362,13 +395,41 @@ mod tests {
     }
 
     #[test]
+    fn a_description_that_nobody_could_read_is_not_written() {
+        let told = |description: &Description| Properties::try_from(description).map(|_| ());
+        let mut description = Description::new();
+        description.set("name", "x".repeat(TEXT_MAX_BYTES));
+        assert_eq!(told(&description), Ok(()));
+        description.set("name", "x".repeat(TEXT_MAX_BYTES + 1));
+        assert!(told(&description).unwrap_err().contains("\"name\" is too long"));
+        description.set("name", "a\nb");
+        assert!(told(&description).unwrap_err().contains("no plain text"));
+
+        let mut description = Description::new();
+        (0..PROPERTIES_MAX).for_each(|n| description.set(n.to_string(), ""));
+        assert_eq!(told(&description), Ok(()));
+        description.set("more", "");
+        assert!(told(&description).unwrap_err().contains("262145 properties, more than the 262144"));
+
+        let mut description = Description::new();
+        let long = "x".repeat(TEXT_MAX_BYTES - PROPERTY_BYTES_BESIDE_TEXT - 4);
+        (1000..1000 + DESCRIPTION_BYTES_MAX / TEXT_MAX_BYTES)
+            .for_each(|n| description.set(n.to_string(), &long));
+        let properties = Properties::try_from(&description).unwrap();
+        assert!(vmstate::to_bytes(&properties).len() <= DESCRIPTION_BYTES_MAX + 1);
+        description.set("more", "");
+        assert!(told(&description).unwrap_err().contains("bytes, more than the 16777216"));
+    }
+
+    #[test]
     fn every_message_survives_and_every_cut_one_is_refused() {
         let mut description = Description::new();
         description.set("cpus", 2);
+        let description = Properties::try_from(&description).unwrap();
         let reasons = Reasons::new(&["because"]);
         let session = [7; 16];
         for message in [
-            Message::Hello(Box::new(Hello::new(session, Some([8; 16]), &description))),
+            Message::Hello(Box::new(Hello::new(session, Some([8; 16]), description))),
             Message::Agree(Agree { instance: [9; 16], features: 0, channels: 1 }),
             Message::Refuse(reasons.clone()),
             Message::Prepare(Prepare { digest: 5, running: true }),

@@ -8,12 +8,12 @@ use std::time::Instant;
 use crate::handover::Handover;
 use crate::lease::{Id, Lease, Settlement, random_id};
 use crate::link::{Dial, Link, Step};
-use crate::protocol::{Commit, Hello, Message, Prepare, Reasons, Running};
+use crate::protocol::{Commit, Hello, Message, Prepare, Properties, Reasons, Running};
 use crate::ram::Sender;
 use crate::sink::Sink;
 use crate::{
-    Decision, Error, PageBitmap, Parameters, Patience, RunState, SaveFor, Situation, SourceMachine,
-    Statistics, Status, converge,
+    Decision, Description, Error, PageBitmap, Parameters, Patience, RunState, SaveFor, Situation,
+    SourceMachine, Statistics, Status, converge,
 };
 
 /// What a migration is made with.
@@ -140,14 +140,14 @@ impl Attempt {
     ) -> Result<(), Error> {
         let Patience { handshake, build, .. } = context.patience;
         let cancel = Some(context.parameters);
-        let description = machine.description().map_err(Error::machine("describe this machine"))?;
+        let description = told(&machine.description().map_err(Error::machine("describe this machine"))?)?;
         let lease = match &context.lease {
             Some(lease) => lease.read()?.map(|record| record.lease),
             None => None,
         };
         let link = self.link.insert(Link::new(dial()?)?);
         link.greet(Step { doing: "greeting the destination", patience: handshake, cancel })?;
-        let hello = Message::Hello(Box::new(Hello::new(self.session, lease, &description)));
+        let hello = Message::Hello(Box::new(Hello::new(self.session, lease, description)));
         link.send(&hello, Step { doing: "introducing this machine", patience: handshake, cancel })?;
         let doing = "waiting for the destination to accept this machine";
         match link.receive(Step { doing, patience: build, cancel })? {
@@ -389,6 +389,12 @@ fn rounds(
             }
         }
     }
+}
+
+/// The description as the other side will read it. One that it could not read is found before anything is stopped.
+pub(crate) fn told(description: &Description) -> Result<Properties, Error> {
+    Properties::try_from(description)
+        .map_err(|reason| Error::Blocked { reasons: vec![format!("its description: {reason}")] })
 }
 
 /// Makes the guest run here again; the error says why it stays paused.

@@ -83,6 +83,33 @@ fn a_guest_comes_out_as_it_went_in_once() {
 }
 
 #[test]
+fn a_large_machine_comes_out_of_its_file() {
+    let world = World::new();
+    world.enlarge_machines(30_000);
+    let (_source, path) = suspended(&world);
+    let mut lease = world.lease("restored");
+    let restored = restore(&world, &path, Some(&mut lease)).unwrap();
+    assert_eq!(world.running(), ["restored"]);
+    drop(restored);
+}
+
+#[test]
+fn a_state_that_could_not_be_restored_is_not_written() {
+    let world = World::new();
+    let mut source = Source::new(&world, "source");
+    // Its description allows 1000.
+    source.guest.device.level = 1001;
+    let mut lease = world.lease("source");
+    lease.claim().unwrap();
+    let (outcome, statistics) = suspend(&mut source, &world.path("guest"), Some(&mut lease));
+    assert!(matches!(outcome, Outcome::Failed { paused: None, .. }), "{outcome:?}");
+    let cause = statistics.error.unwrap();
+    assert!(cause.contains("save a state that can be restored") && cause.contains("level"), "{cause}");
+    assert_eq!((world.running(), files(&world)), (vec!["source".to_owned()], vec!["lease".to_owned()]));
+    assert_eq!(lease.read().unwrap().unwrap().state, State::Owned);
+}
+
+#[test]
 fn a_file_is_refused_where_the_disks_have_moved_on() {
     let world = World::new();
     let (_source, path) = suspended(&world);

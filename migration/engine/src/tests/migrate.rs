@@ -7,7 +7,7 @@ use super::mock::{Factory, Source, World};
 use super::{End, Ending, Play, impatience, patience};
 use crate::lease::{State, random_id};
 use crate::link::{Link, Step};
-use crate::protocol::{Commit, Hello, Message, Query};
+use crate::protocol::{Commit, Hello, Message, Properties, Query};
 use crate::{
     Arrived, Context, Destination, Error, Outcome, Parameters, Patience, RunState, SourceMachine, Statistics,
     Status,
@@ -74,6 +74,27 @@ fn the_stop_is_made_in_the_order_of_the_design() {
     let quiesced = log.iter().position(|entry| entry == "source: quiesce").unwrap();
     let released = log.iter().position(|entry| entry == "source: release image").unwrap();
     assert!(quiesced < released);
+}
+
+/// The description of a machine with thousands of namespaces is longer than a frame may be.
+#[test]
+fn a_large_machine_moves_as_a_small_one() {
+    let world = World::new();
+    world.enlarge_machines(30_000);
+    let ending = Play::new(&world).run();
+    assert_moved(&world, &ending);
+    assert_eq!(world.running(), ["destination"]);
+}
+
+#[test]
+fn a_machine_that_cannot_be_described_does_not_even_connect() {
+    let world = World::new();
+    world.enlarge_machines(300_000);
+    let ending = Play::new(&world).run();
+    let cause = ending.source_statistics.error.unwrap();
+    assert!(cause.contains("300003 properties, more than the 262144"), "{cause}");
+    assert_eq!(ending.destination_statistics.status, Status::None);
+    assert_eq!(world.running(), ["source"]);
 }
 
 #[test]
@@ -277,6 +298,20 @@ fn a_silent_peer_keeps_nobody_out() {
 }
 
 #[test]
+fn first_words_that_make_no_sense_are_refused_with_the_reason() {
+    use stream::frame::{HEADER_BYTES, Kind};
+    let world = World::new();
+    with_destination(&world, patience(), |connect| {
+        let mut link = connect();
+        link.send_frame(Kind::Hello, &mut [&[0; HEADER_BYTES], b"garbage".as_slice()].concat(), step())
+            .unwrap();
+        let answer = link.receive(step()).unwrap();
+        let Message::Refuse(reasons) = answer else { panic!("{answer:?}") };
+        assert!(reasons.sentences()[0].contains("hello: "), "{reasons:?}");
+    });
+}
+
+#[test]
 fn a_commit_out_of_the_blue_takes_nothing() {
     let world = World::new();
     let mut lease = world.lease("source");
@@ -300,9 +335,9 @@ fn prepared(
     digest_error: u64,
 ) -> Result<[u8; 16], Message> {
     let mut machine = Source::new(world, "source");
-    let description = machine.description().unwrap();
+    let description = Properties::try_from(&machine.description().unwrap()).unwrap();
     let lease = world.lease("reader").read().unwrap().map(|record| record.lease);
-    link.send(&Message::Hello(Box::new(Hello::new(session, lease, &description))), step()).unwrap();
+    link.send(&Message::Hello(Box::new(Hello::new(session, lease, description))), step()).unwrap();
     let instance = match link.receive(step()).unwrap() {
         Message::Agree(agree) => agree.instance,
         other => return Err(other),

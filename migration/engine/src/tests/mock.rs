@@ -36,6 +36,8 @@ struct WorldState {
     violations: Vec<String>,
     /// What happened, in order.
     log: Vec<String>,
+    /// Properties that every machine has beside those of a small one.
+    more_properties: u32,
 }
 
 impl World {
@@ -74,6 +76,11 @@ impl World {
     pub fn assert_sound(&self, what: &str) {
         let state = self.lock();
         assert!(state.violations.is_empty(), "{what}: {:?}\n{:#?}", state.violations, state.log);
+    }
+
+    /// All machines are large ones from now on.
+    pub fn enlarge_machines(&self, properties: u32) {
+        self.lock().more_properties = properties;
     }
 
     fn note(&self, name: &str, what: &str) {
@@ -208,6 +215,9 @@ impl Guest {
         let mut description = Description::new();
         description.set("cpus", 2);
         description.add_ram(&self.blocks);
+        for index in 0..self.world.lock().more_properties {
+            description.set(format!("nvme.a-disk-of-20-letters.ns.{index}.capacity_bytes"), 1_u64 << 40);
+        }
         description
     }
 }
@@ -352,6 +362,10 @@ impl SourceMachine for Source {
         }])
     }
 
+    fn expected(&self) -> Expected {
+        expected()
+    }
+
     fn quiesce_disks(&mut self) -> MachineResult<()> {
         self.guest.step("quiesce")
     }
@@ -380,6 +394,11 @@ impl SourceMachine for Source {
         self.guest.world.note(&self.guest.name, "finish");
         self.finished = true;
     }
+}
+
+fn expected() -> Expected {
+    let blocks = BLOCKS.iter().map(|(name, pages, _)| stream::RamBlock::new(*name, pages * PAGE_BYTES));
+    Expected::new(blocks.collect()).section::<DeviceState>("mock", 0)
 }
 
 /// Builds destinations.
@@ -419,8 +438,7 @@ impl DestinationFactory for Factory {
     }
 
     fn expected(&self) -> Expected {
-        let blocks = BLOCKS.iter().map(|(name, pages, _)| stream::RamBlock::new(*name, pages * PAGE_BYTES));
-        Expected::new(blocks.collect()).section::<DeviceState>("mock", 0)
+        expected()
     }
 
     fn build(&mut self, _source: &Description) -> MachineResult<Arriving> {
