@@ -16,7 +16,7 @@ pub struct Situation {
     pub remaining_bytes: u64,
     /// The same after the round before.
     pub previous_remaining_bytes: u64,
-    /// How fast the link takes data when nothing limits it, in bytes a second.
+    /// How fast guest memory goes when nothing limits it, in bytes of guest memory a second: the unit of what remains.
     pub bytes_per_second: u64,
     /// How long the guest may stand still.
     pub downtime_limit: Duration,

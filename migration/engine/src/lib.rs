@@ -48,6 +48,7 @@ pub mod protocol;
 mod ram;
 mod sink;
 mod source;
+mod speed;
 mod statistics;
 
 pub use bitmap::PageBitmap;

@@ -26,6 +26,7 @@ pub(crate) struct Sink<'a> {
     frame: Vec<u8>,
     bucket: Option<TokenBucket>,
     waited: Duration,
+    sending: Duration,
 }
 
 impl<'a> Sink<'a> {
@@ -39,7 +40,16 @@ impl<'a> Sink<'a> {
         };
         let (parameters, statistics) = (context.parameters, context.statistics);
         let bucket = Some(TokenBucket::new(Instant::now()));
-        Self { link, parameters, statistics, step, frame, bucket, waited: Duration::ZERO }
+        Self {
+            link,
+            parameters,
+            statistics,
+            step,
+            frame,
+            bucket,
+            waited: Duration::ZERO,
+            sending: Duration::ZERO,
+        }
     }
 
     /// The guest is stopped: no limit holds any more.
@@ -57,18 +67,26 @@ impl<'a> Sink<'a> {
         self.waited
     }
 
+    /// How long the link took for what was sent.
+    pub fn sending(&self) -> Duration {
+        self.sending
+    }
+
     /// Tells the destination's user.
     pub fn report(&mut self, progress: &Progress) -> Result<(), Error> {
         self.send()?;
         self.link.send(&Message::Progress(progress.clone()), self.step)
     }
 
-    fn send(&mut self) -> Result<(), Error> {
+    /// Sends what is there, even if it is little.
+    pub fn send(&mut self) -> Result<(), Error> {
         let bytes = self.frame.len() - HEADER_BYTES;
         if bytes == 0 {
             return Ok(());
         }
+        let begun = Instant::now();
         self.link.send_frame(Kind::Stream, &mut self.frame, self.step)?;
+        self.sending += begun.elapsed();
         self.frame.truncate(HEADER_BYTES);
         let sent = self.link.sent_bytes();
         self.statistics.update(|s| s.transferred_bytes = sent);

@@ -11,6 +11,7 @@ use crate::link::{Dial, Link, Step};
 use crate::protocol::{Commit, Hello, Message, Prepare, Properties, Reasons, Running};
 use crate::ram::Sender;
 use crate::sink::Sink;
+use crate::speed::{Sample, Speed};
 use crate::{
     Decision, Description, Error, PageBitmap, Parameters, Patience, RunState, SaveFor, Situation,
     SourceMachine, Statistics, Status, converge,
@@ -324,8 +325,6 @@ impl Attempt {
 
 /// The machine type in a stream's configuration. What the machine is in detail, the hello says.
 pub(crate) const MACHINE: &str = "ferry";
-/// What a round must send at least to say something about the speed of the link.
-const RATE_SAMPLE_BYTES: u64 = 8 << 20;
 /// What the stop costs beside RAM: it was measured at a few milliseconds.
 const FIXED_COST: std::time::Duration = std::time::Duration::from_millis(5);
 
@@ -337,24 +336,24 @@ fn rounds(
     pages: &mut Vec<PageBitmap>,
 ) -> Result<(), Error> {
     let statistics = context.statistics;
-    let mut rate = 0;
+    let mut speed = Speed::default();
     let mut round = 0_u32;
     loop {
         round = round.saturating_add(1);
-        let planned: u64 = pages.iter().map(PageBitmap::count).sum::<u64>() * crate::PAGE_BYTES;
+        let planned_pages: u64 = pages.iter().map(PageBitmap::count).sum();
+        let planned = planned_pages * crate::PAGE_BYTES;
         statistics.update(|s| {
             s.rounds = round;
             s.remaining_bytes = planned;
         });
         let start = Instant::now();
-        let (before, waited) = (ram.out().sent_bytes(), ram.out().waited());
+        let (before, waited, sending) = (ram.out().sent_bytes(), ram.out().waited(), ram.out().sending());
         ram.round(pages)?;
+        ram.out().send()?;
         let sent = ram.out().sent_bytes() - before;
-        let busy = start.elapsed().saturating_sub(ram.out().waited() - waited).as_secs_f64();
-        // Socket buffers make a short round look faster than the link is.
-        if sent >= RATE_SAMPLE_BYTES || rate == 0 {
-            rate = (sent as f64 / busy.max(1e-6)) as u64;
-        }
+        let sending = ram.out().sending() - sending;
+        let working = start.elapsed().saturating_sub(ram.out().waited() - waited + sending);
+        speed.add(&Sample { pages: planned_pages, working, sent_bytes: sent, sending });
 
         *pages = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
         let dirty_pages: u64 = pages.iter().map(PageBitmap::count).sum();
@@ -363,7 +362,7 @@ fn rounds(
             rounds: round,
             remaining_bytes: dirty_pages * crate::PAGE_BYTES,
             previous_remaining_bytes: planned,
-            bytes_per_second: rate,
+            bytes_per_second: speed.bytes_per_second(),
             downtime_limit: parameters.downtime_limit(),
             fixed_cost: FIXED_COST,
             rounds_limit: parameters.rounds_limit(),

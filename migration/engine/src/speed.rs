@@ -1,0 +1,144 @@
+//! How fast guest memory goes, measured round by round.
+//!
+//! Two things take time, and a page costs both: the work on each page, whatever it holds, and the link for each byte. They
+//! are measured apart, since rounds differ in what a page becomes: a page of zeroes is nine bytes on the link, so a round of
+//! them says how fast memory is read and nearly nothing about the link. What the stop must send is taken for full pages.
+
+use std::time::Duration;
+
+use crate::PAGE_BYTES;
+
+/// What one round took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sample {
+    /// Pages that were looked at.
+    pub pages: u64,
+    /// Reading them, making records of them.
+    pub working: Duration,
+    /// Bytes of the records.
+    pub sent_bytes: u64,
+    /// The link took them; what a limit held up does not count.
+    pub sending: Duration,
+}
+
+/// How many pages, and how many bytes of the link, decide: the last ones. A large round outweighs all before it, small ones
+/// replace it little by little; alone, each would look too fast, since the sockets buffer it.
+const WINDOW_BYTES: f64 = (8 << 20) as f64;
+const WINDOW_PAGES: f64 = WINDOW_BYTES / PAGE_BYTES as f64;
+
+/// The average over the last rounds.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Speed {
+    work: Average,
+    link: Average,
+}
+
+impl Speed {
+    /// After a round.
+    pub fn add(&mut self, sample: &Sample) {
+        self.work.add(sample.pages as f64, sample.working, WINDOW_PAGES);
+        self.link.add(sample.sent_bytes as f64, sample.sending, WINDOW_BYTES);
+    }
+
+    /// Bytes of guest memory a second, if no page is zero and nothing limits the link. 0 before anything was sent.
+    #[must_use]
+    pub fn bytes_per_second(&self) -> u64 {
+        let bytes = PAGE_BYTES as f64;
+        match self.work.seconds_each() + self.link.seconds_each() * bytes {
+            0.0 => 0,
+            seconds => (bytes / seconds) as u64,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Average {
+    amount: f64,
+    seconds: f64,
+}
+
+impl Average {
+    fn add(&mut self, amount: f64, time: Duration, window: f64) {
+        let keep = if self.amount > window { window / self.amount } else { 1.0 };
+        self.amount = self.amount * keep + amount;
+        self.seconds = self.seconds * keep + time.as_secs_f64();
+    }
+
+    fn seconds_each(&self) -> f64 {
+        if self.amount > 0.0 { self.seconds / self.amount } else { 0.0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Decision, Situation, converge};
+
+    const MIB: u64 = 1 << 20;
+    const PAGES_PER_MIB: u64 = MIB / PAGE_BYTES;
+
+    /// A round at 2700 MiB a second of work, with `zeroes` of its pages zero, over a link of `link_mib` MiB a second.
+    fn round(pages: u64, zeroes: u64, link_mib: u64) -> Sample {
+        let sent_bytes = zeroes * 9 + (pages - zeroes) * (PAGE_BYTES + 8);
+        let seconds = |amount: u64, rate: u64| Duration::from_secs_f64(amount as f64 / rate as f64);
+        Sample {
+            pages,
+            working: seconds(pages * PAGE_BYTES, 2700 * MIB),
+            sent_bytes,
+            sending: seconds(sent_bytes, link_mib * MIB),
+        }
+    }
+
+    fn mib_per_second(speed: &Speed) -> u64 {
+        speed.bytes_per_second() / MIB
+    }
+
+    #[test]
+    fn memory_full_of_zeroes_does_not_make_the_link_look_slow() {
+        let mut speed = Speed::default();
+        assert_eq!(speed.bytes_per_second(), 0);
+        speed.add(&round(512 * PAGES_PER_MIB, 511 * PAGES_PER_MIB, 10_000));
+        let situation = Situation {
+            rounds: 1,
+            remaining_bytes: 7_400_000,
+            previous_remaining_bytes: 7_400_000,
+            bytes_per_second: speed.bytes_per_second(),
+            downtime_limit: Duration::from_millis(300),
+            fixed_cost: Duration::from_millis(5),
+            rounds_limit: None,
+        };
+        assert_eq!(converge(&situation), Decision::Stop, "{speed:?}");
+        assert!(situation.expected_downtime() < Duration::from_millis(10), "{situation:?}");
+    }
+
+    #[test]
+    fn memory_full_of_zeroes_does_not_make_a_slow_link_look_fast() {
+        let mut speed = Speed::default();
+        speed.add(&round(4096 * PAGES_PER_MIB, 4000 * PAGES_PER_MIB, 100));
+        assert!((90..100).contains(&mib_per_second(&speed)), "{speed:?}");
+    }
+
+    #[test]
+    fn a_large_round_outweighs_all_before_it() {
+        let mut speed = Speed::default();
+        speed.add(&round(4096 * PAGES_PER_MIB, 0, 1000));
+        assert!((720..735).contains(&mib_per_second(&speed)), "{speed:?}");
+        speed.add(&round(2000 * PAGES_PER_MIB, 0, 10));
+        assert!((9..11).contains(&mib_per_second(&speed)), "{speed:?}");
+    }
+
+    /// The sockets buffer a short round, which seems to cost nothing; and a link that was once slow becomes fast again.
+    #[test]
+    fn small_rounds_change_it_little_by_little() {
+        let mut speed = Speed::default();
+        speed.add(&round(100 * PAGES_PER_MIB, 0, 10));
+        for _ in 0..3 {
+            speed.add(&round(PAGES_PER_MIB / 4, 0, 100_000));
+        }
+        assert!((9..12).contains(&mib_per_second(&speed)), "{speed:?}");
+        for _ in 0..400 {
+            speed.add(&round(PAGES_PER_MIB / 4, 0, 1000));
+        }
+        assert!((700..735).contains(&mib_per_second(&speed)), "{speed:?}");
+    }
+}
