@@ -162,7 +162,7 @@ impl Migrations {
             if self.waiting.pause(SETTLE_INTERVAL) {
                 break;
             }
-            outcome = handover.resolve(source, &mut dial, &mut context, None);
+            outcome = handover.resolve(source, &mut dial, &mut context);
         }
         vmm.return_lease(lease);
     }

@@ -4,6 +4,7 @@
 //! says what machine it was and which generation of the lease it belongs to. The lease ties the file to the disks: it says
 //! `in-file` with the digest of exactly this file, until somebody takes the guest out, once.
 
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -14,7 +15,8 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use stream::DeviceSection;
 use vmstate::VmState;
 
-use crate::lease::{Id, Lease, Settlement, random_id, show_id};
+use crate::handover::{Handover, Way};
+use crate::lease::{Id, Lease, Record, State, random_id, show_id};
 use crate::protocol::{DESCRIPTION_BYTES_MAX, Properties};
 use crate::ram::{Receiver, Sender};
 use crate::source::{MACHINE, bring_back, report, told};
@@ -62,21 +64,9 @@ pub fn suspend_to_file(machine: &mut dyn SourceMachine, path: &Path, context: &m
     context.statistics.start();
     let mut stopped = None;
     let outcome = match suspend(machine, path, context, &mut stopped) {
-        Ok(()) => {
-            machine.finish();
-            Outcome::Completed { note: None }
-        }
+        Ok(written) => leave(machine, context, written),
         Err(error) => {
-            // A write to the lease that failed may have reached the disk all the same.
-            let settled = match (stopped, context.lease.as_mut()) {
-                (Some(_), Some(lease)) => lease.settle(&Id::default()),
-                _ => Ok(Settlement::Ours { generation: 0 }),
-            };
-            let paused = match settled {
-                Ok(Settlement::Ours { .. }) => bring_back(machine, false, stopped.is_some(), stopped).err(),
-                Ok(Settlement::Theirs { record }) => Some(format!("the lease says {record}")),
-                Err(error) => Some(Error::from(error).chain()),
-            };
+            let paused = bring_back(machine, false, stopped.is_some(), stopped).err();
             Outcome::Failed { error, paused }
         }
     };
@@ -84,12 +74,44 @@ pub fn suspend_to_file(machine: &mut dyn SourceMachine, path: &Path, context: &m
     outcome
 }
 
+/// The guest becomes the file.
+fn leave(machine: &mut dyn SourceMachine, context: &mut Context<'_>, written: Written) -> Outcome {
+    let Written { file, generation, state, since } = written;
+    let said = match &mut context.lease {
+        // The point of no return: a file that the lease does not know cannot be restored.
+        Some(lease) => lease.suspend(generation, file.digest),
+        None => Ok(()),
+    };
+    if let Err(error) = said {
+        // It may have reached the disk all the same, and then the file is the guest.
+        let (session, cause) = (Id::default(), Some(error.into()));
+        let handover = Handover { session, generation, way: Way::Suspended(file), state, since, cause };
+        let mut nobody = || Err(Error::Closed { doing: "asking a file" });
+        return handover.resolve(machine, &mut nobody, context);
+    }
+    context.statistics.update(|s| s.downtime.total = since.elapsed());
+    if let Err(source) = machine.release_image_locks() {
+        // They end with the process at the latest, and the guest is in the file.
+        log::warn!("{}", Error::Machine { doing: "release the image locks", source }.chain());
+    }
+    machine.finish();
+    Outcome::Completed { note: None }
+}
+
+/// A guest whose file has its name, and that the lease does not know to be there yet.
+struct Written {
+    file: Published,
+    generation: u64,
+    state: RunState,
+    since: Instant,
+}
+
 fn suspend(
     machine: &mut dyn SourceMachine,
     path: &Path,
     context: &mut Context<'_>,
     stopped: &mut Option<RunState>,
-) -> Result<(), Error> {
+) -> Result<Written, Error> {
     let reasons = machine.blockers();
     if !reasons.is_empty() {
         return Err(Error::Blocked { reasons });
@@ -134,18 +156,7 @@ fn suspend(
     if !context.parameters.commit() {
         return Err(Error::Cancelled);
     }
-    let published = draft.publish()?;
-    if let Some(lease) = &mut context.lease {
-        // The point of no return: a file that the lease does not know cannot be restored.
-        lease.suspend(generation, digest)?;
-    }
-    published.keep();
-    statistics.update(|s| s.downtime.total = start.elapsed());
-    if let Err(source) = machine.release_image_locks() {
-        // They end with the process at the latest, and the guest is in the file.
-        log::warn!("{}", Error::Machine { doing: "release the image locks", source }.chain());
-    }
-    Ok(())
+    Ok(Written { file: draft.publish(digest)?, generation, state, since: start })
 }
 
 /// Makes sure that a restore will accept everything of the file except its pages, which any file can hold: nothing else would
@@ -239,7 +250,34 @@ struct Draft {
     draft: PathBuf,
     path: PathBuf,
     published: bool,
-    kept: bool,
+}
+
+/// A whole file under its name. It may be the only copy of the guest: it stays unless it is removed in so many words.
+#[derive(Debug)]
+pub(crate) struct Published {
+    path: PathBuf,
+    digest: u64,
+}
+
+impl Published {
+    /// Whether the guest is in this file, by the lease.
+    pub fn is_said_by(&self, record: &Record) -> bool {
+        record.state == State::InFile { digest: self.digest }
+    }
+
+    /// The guest is elsewhere, and nobody can restore this.
+    pub fn remove(self) {
+        if let Err(source) = fs::remove_file(&self.path) {
+            let path = self.path.display().to_string();
+            log::warn!("{}", Error::File { doing: "remove", path, source: source.into() }.chain());
+        }
+    }
+}
+
+impl fmt::Display for Published {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.path.display().fmt(f)
+    }
 }
 
 impl Draft {
@@ -258,11 +296,11 @@ impl Draft {
         let draft = path.with_file_name(name);
         let mut options = OpenOptions::new();
         let file = options.write(true).create_new(true).mode(0o600).open(&draft).map_err(failed("create"))?;
-        Ok(Self { file, draft, path: path.to_owned(), published: false, kept: false })
+        Ok(Self { file, draft, path: path.to_owned(), published: false })
     }
 
-    /// Gives the file its name. It is removed again unless it is kept.
-    fn publish(mut self) -> Result<Self, Error> {
+    /// Gives the file its name.
+    fn publish(mut self, digest: u64) -> Result<Published, Error> {
         renameat_with(CWD, &self.draft, CWD, &self.path, RenameFlags::NOREPLACE)
             .map_err(|errno| self.failed("rename the draft of")(errno.into()))?;
         self.published = true;
@@ -271,12 +309,12 @@ impl Draft {
             _ => Path::new("."),
         };
         let synced = File::open(folder).and_then(|folder| folder.sync_all());
-        synced.map_err(self.failed("sync the folder of"))?;
-        Ok(self)
-    }
-
-    fn keep(mut self) {
-        self.kept = true;
+        if let Err(source) = synced {
+            // The lease does not know it: it is not the guest.
+            Published { path: self.path.clone(), digest }.remove();
+            return Err(self.failed("sync the folder of")(source));
+        }
+        Ok(Published { path: self.path.clone(), digest })
     }
 
     fn failed(&self, doing: &'static str) -> impl Fn(io::Error) -> Error + use<> {
@@ -287,8 +325,8 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if !self.kept {
-            let _gone_already = fs::remove_file(if self.published { &self.path } else { &self.draft });
+        if !self.published {
+            let _gone_already = fs::remove_file(&self.draft);
         }
     }
 }

@@ -5,8 +5,8 @@
 
 use std::time::Instant;
 
-use crate::handover::Handover;
-use crate::lease::{Id, Lease, Settlement, random_id};
+use crate::handover::{Handover, Way};
+use crate::lease::{Id, Lease, random_id};
 use crate::link::{Dial, Link, Step};
 use crate::protocol::{Commit, Hello, Message, Prepare, Properties, Reasons, Running};
 use crate::ram::Sender;
@@ -44,7 +44,8 @@ pub enum Outcome {
         /// Why the guest stays paused, if it could not be resumed.
         paused: Option<String>,
     },
-    /// COMMIT was sent and nothing has decided yet: the guest must stay paused. [`Handover::resolve`] may be called again.
+    /// COMMIT was sent, or the lease could not be written, and nothing has decided yet: the guest must stay paused.
+    /// [`Handover::resolve`] may be called again.
     Unknown(Handover),
 }
 
@@ -69,9 +70,9 @@ pub fn migrate(machine: &mut dyn SourceMachine, dial: &mut Dial<'_>, context: &m
         Err(error) => match attempt.handover.take() {
             Some(handover) => {
                 drop(attempt.link.take());
-                handover.resolve(machine, dial, context, Some(error))
+                Handover { cause: Some(error), ..handover }.resolve(machine, dial, context)
             }
-            None => attempt.undo(machine, context, error),
+            None => attempt.undo(machine, dial, context, error),
         },
     };
     report(&outcome, context.statistics);
@@ -270,11 +271,11 @@ impl Attempt {
         machine.release_image_locks().map_err(Error::machine("release the image locks"))?;
         self.handover = Some(Handover {
             session: self.session,
-            instance: self.instance,
             generation,
-            peer: link.peer().to_owned(),
+            way: Way::Committed { peer: link.peer().to_owned(), instance: self.instance },
             state: stopped.state,
             since: stopped.since,
+            cause: None,
         });
         context.statistics.update(|s| s.downtime.handover = start.elapsed());
         let commit = Message::Commit(Commit { session: self.session, generation });
@@ -289,25 +290,32 @@ impl Attempt {
         }
     }
 
-    /// Before COMMIT: as if nothing had happened.
-    fn undo(mut self, machine: &mut dyn SourceMachine, context: &mut Context<'_>, error: Error) -> Outcome {
+    /// Before COMMIT: as if nothing had happened. Only a lease that cannot be read keeps the guest waiting for it.
+    fn undo(
+        mut self,
+        machine: &mut dyn SourceMachine,
+        dial: &mut Dial<'_>,
+        context: &mut Context<'_>,
+        error: Error,
+    ) -> Outcome {
         if matches!(error, Error::Cancelled) {
             context.statistics.set_status(Status::Cancelling);
         }
-        let mut error = error;
         // The guest first, then the farewell: the guest waits, nobody else does.
-        let paused = match (self.offered, context.lease.as_mut()) {
-            (true, Some(lease)) => match lease.settle(&self.session) {
-                Ok(Settlement::Ours { .. }) => None,
-                Ok(Settlement::Theirs { record }) => Some(format!("the lease says {record}")),
-                Err(error) => Some(Error::from(error).chain()),
-            },
-            _ => None,
+        let outcome = match (self.offered, self.stopped, &self.link) {
+            (true, Some(Stopped { state, since }), Some(link)) => {
+                let Self { session, tracking, disks_touched, .. } = self;
+                let way = Way::Offered { peer: link.peer().to_owned(), tracking, disks_touched };
+                Handover { session, generation: 0, way, state, since, cause: Some(error) }
+                    .resolve(machine, dial, context)
+            }
+            (_, stopped, _) => {
+                let state = stopped.map(|stopped| stopped.state);
+                let paused = bring_back(machine, self.tracking, self.disks_touched, state).err();
+                Outcome::Failed { error, paused }
+            }
         };
-        let paused = paused.or_else(|| {
-            bring_back(machine, self.tracking, self.disks_touched, self.stopped.map(|stopped| stopped.state))
-                .err()
-        });
+        let Outcome::Failed { mut error, paused } = outcome else { return outcome };
         if let Some(mut link) = self.link.take() {
             let patience = context.patience.last_words;
             if error.link_is_gone() {

@@ -268,6 +268,50 @@ fn without_a_lease_a_cut_link_is_settled_by_asking() {
     }
 }
 
+/// A lease that cannot be read when an attempt is undone decides nothing yet: the guest waits for it, and goes on with it.
+#[test]
+fn a_guest_that_was_not_handed_over_waits_for_its_lease() {
+    let world = World::new();
+    let mut play = Play::new(&world);
+    play.patience.settle = std::time::Duration::ZERO;
+    play.source.guest.trouble = Some(Trouble::Fail("release image"));
+    play.source.guest.lease_lost_at = Some("release image");
+    let lease = play.with_claimed_lease();
+    let ending = play.run();
+    let Some((Outcome::Unknown(handover), mut source)) = ending.source else {
+        panic!("{:?}", ending.source.map(|(outcome, _)| outcome));
+    };
+    assert_eq!((world.running(), ending.source_statistics.status.name()), (vec![], "device"));
+    let known = ending.source_statistics.handover_unknown.unwrap();
+    assert!(known.contains("release image fails"), "{known}");
+
+    let mut lease = lease.lock().unwrap().take().unwrap();
+    let (parameters, statistics) = (crate::Parameters::new(), crate::Statistics::new());
+    let mut context = crate::Context {
+        lease: Some(&mut lease),
+        parameters: &parameters,
+        statistics: &statistics,
+        patience: Patience { settle: std::time::Duration::ZERO, ..patience() },
+    };
+    let mut nobody = || -> Result<transport::Connection, Error> { panic!("nobody is to be asked") };
+    let outcome = handover.resolve(&mut source, &mut nobody, &mut context);
+    let Outcome::Unknown(handover) = outcome else { panic!("{outcome:?}") };
+    assert_eq!(world.running(), [""; 0]);
+    world.find_lease();
+    let outcome = handover.resolve(&mut source, &mut nobody, &mut context);
+    let Outcome::Failed { error: Error::Machine { .. }, paused: None } = &outcome else {
+        panic!("{outcome:?}")
+    };
+    assert_eq!(
+        (world.running(), world.image_holder().as_deref()),
+        (vec!["source".to_owned()], Some("source"))
+    );
+    assert_eq!(lease.read().unwrap().unwrap().state, State::Owned);
+    assert_eq!(statistics.snapshot().handover_unknown, None);
+    assert!(statistics.snapshot().error.unwrap().contains("release image fails"));
+    world.assert_sound("undone");
+}
+
 #[test]
 fn a_lock_that_a_stranger_took_keeps_the_guest_paused_and_names_him() {
     let world = World::new();

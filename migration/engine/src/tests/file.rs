@@ -216,6 +216,60 @@ fn a_suspend_whose_lease_is_not_ours_leaves_no_file_and_no_guest() {
     assert_eq!(files(&world), ["lease"]);
 }
 
+/// The lease may say that the guest is in the file, or may not, and cannot be read: the file stays, and the guest waits.
+#[test]
+fn a_file_is_not_removed_before_the_lease_says_that_it_is_not_the_guest() {
+    for reached_the_disk in [false, true] {
+        let world = World::new();
+        let path = world.path("guest");
+        let mut source = Source::new(&world, "source");
+        let mut lease = world.lease("source");
+        lease.claim().unwrap();
+        source.guest.lease_lost_at = Some("quiesce");
+        let (parameters, statistics) = (Parameters::new(), Statistics::new());
+        let patience = crate::Patience { settle: std::time::Duration::ZERO, ..patience() };
+        let owner = lease.owner().clone();
+        let mut context =
+            Context { lease: Some(&mut lease), parameters: &parameters, statistics: &statistics, patience };
+        let outcome = suspend_to_file(&mut source, &path, &mut context);
+        let Outcome::Unknown(handover) = outcome else { panic!("{outcome:?}") };
+        assert_eq!(files(&world), ["guest", "lease"]);
+        assert_eq!(world.running(), [""; 0]);
+        assert_eq!(statistics.snapshot().status, crate::Status::Device);
+
+        world.find_lease();
+        if reached_the_disk {
+            Lease::open(&world.lease_path(), owner).unwrap().suspend(1, 0).unwrap();
+        }
+        let mut nobody = || -> Result<transport::Connection, Error> { panic!("nobody is to be asked") };
+        let outcome = handover.resolve(&mut source, &mut nobody, &mut context);
+        assert!(matches!(outcome, Outcome::Failed { paused: None, .. }), "{outcome:?}");
+        assert_eq!((world.running(), files(&world)), (vec!["source".to_owned()], vec!["lease".to_owned()]));
+        let record = lease.read().unwrap().unwrap();
+        assert_eq!((record.state, record.generation), (State::Owned, 1 + u64::from(reached_the_disk)));
+    }
+}
+
+/// The process ends before the lease can be read again.
+#[test]
+fn an_undecided_file_outlives_the_process() {
+    let world = World::new();
+    let path = world.path("guest");
+    let mut source = Source::new(&world, "source");
+    let mut lease = world.lease("source");
+    lease.claim().unwrap();
+    source.guest.lease_lost_at = Some("quiesce");
+    let (parameters, statistics) = (Parameters::new(), Statistics::new());
+    let patience = crate::Patience { settle: std::time::Duration::ZERO, ..patience() };
+    let mut context =
+        Context { lease: Some(&mut lease), parameters: &parameters, statistics: &statistics, patience };
+    let outcome = suspend_to_file(&mut source, &path, &mut context);
+    assert!(matches!(outcome, Outcome::Unknown(_)), "{outcome:?}");
+    drop(outcome);
+    drop(source);
+    assert_eq!(files(&world), ["guest", "lease"]);
+}
+
 #[test]
 fn a_cancelled_suspend_leaves_the_guest_running() {
     let world = World::new();

@@ -36,6 +36,8 @@ struct WorldState {
     violations: Vec<String>,
     /// What happened, in order.
     log: Vec<String>,
+    /// What is in the lease while it cannot be read.
+    lease: Vec<u8>,
     /// Properties that every machine has beside those of a small one.
     more_properties: u32,
 }
@@ -76,6 +78,18 @@ impl World {
     pub fn assert_sound(&self, what: &str) {
         let state = self.lock();
         assert!(state.violations.is_empty(), "{what}: {:?}\n{:#?}", state.violations, state.log);
+    }
+
+    /// Nobody can read or write the lease from now on.
+    pub fn lose_lease(&self) {
+        let bytes = std::fs::read(self.lease_path()).unwrap();
+        std::fs::write(self.lease_path(), "this is no lease").unwrap();
+        self.lock().lease = bytes;
+    }
+
+    /// It says what it said.
+    pub fn find_lease(&self) {
+        std::fs::write(self.lease_path(), &self.lock().lease).unwrap();
     }
 
     /// All machines are large ones from now on.
@@ -142,6 +156,8 @@ pub struct Guest {
     pub blocks: Vec<RamBlock>,
     pub device: DeviceState,
     pub trouble: Option<Trouble>,
+    /// At this step the lease becomes unreadable, as on storage that is gone for a while.
+    pub lease_lost_at: Option<&'static str>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, VmState)]
@@ -176,11 +192,21 @@ impl Guest {
             })
             .collect();
         let device = DeviceState::default();
-        Self { name: name.to_owned(), world: world.clone(), blocks, device, trouble: None }
+        Self {
+            name: name.to_owned(),
+            world: world.clone(),
+            blocks,
+            device,
+            trouble: None,
+            lease_lost_at: None,
+        }
     }
 
     fn step(&self, step: &'static str) -> MachineResult<()> {
         self.world.note(&self.name, step);
+        if self.lease_lost_at == Some(step) {
+            self.world.lose_lease();
+        }
         match self.trouble {
             Some(Trouble::Fail(at)) if at == step => Err(format!("{step} fails").into()),
             Some(Trouble::Kill(at)) if at == step => std::panic::resume_unwind(Box::new("killed")),

@@ -65,6 +65,8 @@ pub struct Play {
     pub fault: Option<(End, u32, Fault)>,
     pub parameters: Arc<Parameters>,
     pub patience: Patience,
+    /// Instead of a handle on the world's lease. The source's is here again afterwards.
+    pub source_lease: Arc<Mutex<Option<Lease>>>,
     /// Instead of a handle on the world's lease.
     pub destination_lease: Option<Lease>,
 }
@@ -91,8 +93,17 @@ impl Play {
             fault: None,
             parameters: Arc::new(Parameters::new()),
             patience: patience(),
+            source_lease: Arc::default(),
             destination_lease: None,
         }
+    }
+
+    /// The source's lease, to be looked at after the end.
+    pub fn with_claimed_lease(&mut self) -> Arc<Mutex<Option<Lease>>> {
+        let mut lease = self.world.lease("source");
+        lease.claim().unwrap();
+        *self.source_lease.lock().unwrap() = Some(lease);
+        Arc::clone(&self.source_lease)
     }
 
     /// Lets both sides run until both have ended.
@@ -105,14 +116,17 @@ impl Play {
             mut fault,
             parameters,
             patience,
+            source_lease: lease_after,
             mut destination_lease,
         } = self;
         let (links, arriving) = channel::<Connection>();
-        let mut source_lease = None;
+        let mut source_lease = lease_after.lock().unwrap().take();
         if with_lease {
-            let mut lease = world.lease("source");
-            lease.claim().unwrap();
-            source_lease = Some(lease);
+            source_lease.get_or_insert_with(|| {
+                let mut lease = world.lease("source");
+                lease.claim().unwrap();
+                lease
+            });
             destination_lease.get_or_insert_with(|| world.lease("destination"));
         }
         let (source_statistics, destination_statistics) = (Statistics::new(), Statistics::new());
@@ -148,7 +162,10 @@ impl Play {
             (sending.join(), receiving.join())
         });
         // The leases live until here: a process that ended well still holds its own.
-        let source_end = source_end.ok().map(|(outcome, source, _lease)| (outcome, source));
+        let source_end = source_end.ok().map(|(outcome, source, lease)| {
+            *lease_after.lock().unwrap() = lease;
+            (outcome, source)
+        });
         let destination_killed = received.is_err();
         let arrived = received.ok().and_then(|(arrived, _lease)| arrived);
         let struck = witness.lock().unwrap().as_ref().is_none_or(Witness::struck);
