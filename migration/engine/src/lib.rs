@@ -2,8 +2,9 @@
 //!
 //! The engine knows phases, deadlines, rounds of dirty pages and who owns the guest. It knows no KVM and no device: the
 //! process answers for its machine through [`SourceMachine`] on one side, [`DestinationFactory`] and [`DestinationMachine`]
-//! on the other. It makes no thread: [`migrate`] and [`Destination::receive`] run on the caller's migration thread, and other
-//! threads watch [`Statistics`] and turn [`Parameters`].
+//! on the other. [`migrate`] and [`Destination::receive`] run on the caller's migration thread, and other threads watch
+//! [`Statistics`] and turn [`Parameters`]. The engine makes one thread of its own, which keeps the link alive while the
+//! source writes back its images.
 //!
 //! ```text
 //! source.rs       hello --------------------------> destination.rs   checks, builds

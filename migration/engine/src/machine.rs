@@ -93,7 +93,8 @@ pub trait SourceMachine {
     fn stop_dirty_tracking(&mut self);
 
     /// The last round is near: what would lengthen the stop and can be done while the guest runs (write back the images'
-    /// caches, for example). A failure shows again in the stop.
+    /// caches, for example). It may take long: what the guest dirties meanwhile is judged anew, and this may be called again.
+    /// A failure shows again in the stop.
     fn prepare_stop(&mut self) {}
 
     /// Stops vCPUs and devices in the order of the design and leaves no work in flight. Returns what the guest was doing.

@@ -3,6 +3,7 @@
 //! [`migrate`] is the story: agree, rounds, stop, prepare, commit. Until the first byte of COMMIT every failure goes through
 //! `undo` and the guest runs on. From there on a [`Handover`] decides, by the answer or by the lease.
 
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Instant;
 
 use crate::handover::{Handover, Way};
@@ -184,7 +185,6 @@ impl Attempt {
         statistics.set_status(Status::Active);
         rounds(machine, context, &mut ram, &mut pages)?;
 
-        machine.prepare_stop();
         let since = Instant::now();
         let state = machine.stop().map_err(Error::machine("stop the guest"))?;
         self.stopped = Some(Stopped { state, since });
@@ -333,6 +333,8 @@ impl Attempt {
 
 /// The machine type in a stream's configuration. What the machine is in detail, the hello says.
 pub(crate) const MACHINE: &str = "ferry";
+/// How often the stop is prepared: a guest that always dirties much meanwhile is stopped in the end without.
+const PREPARATIONS_MAX: u32 = 3;
 /// What the stop costs beside RAM: it was measured at a few milliseconds.
 const FIXED_COST: std::time::Duration = std::time::Duration::from_millis(5);
 
@@ -346,6 +348,7 @@ fn rounds(
     let statistics = context.statistics;
     let mut speed = Speed::default();
     let mut round = 0_u32;
+    let mut preparations = 0;
     loop {
         round = round.saturating_add(1);
         let planned_pages: u64 = pages.iter().map(PageBitmap::count).sum();
@@ -366,7 +369,7 @@ fn rounds(
         *pages = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
         let dirty_pages: u64 = pages.iter().map(PageBitmap::count).sum();
         let parameters = context.parameters;
-        let situation = Situation {
+        let mut situation = Situation {
             rounds: round,
             remaining_bytes: dirty_pages * crate::PAGE_BYTES,
             previous_remaining_bytes: planned,
@@ -383,7 +386,20 @@ fn rounds(
             s.expected_downtime = situation.expected_downtime();
         });
         ram.out().report(&statistics.progress())?;
-        match converge(&situation) {
+        let mut decision = converge(&situation);
+        if decision == Decision::Stop && preparations < PREPARATIONS_MAX {
+            preparations += 1;
+            prepare_stop(machine, context, ram);
+            // That may have taken long, and the guest went on.
+            let more = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
+            pages.iter_mut().zip(&more).for_each(|(bitmap, more)| bitmap.union(more));
+            let dirty_pages: u64 = pages.iter().map(PageBitmap::count).sum();
+            situation.remaining_bytes = dirty_pages * crate::PAGE_BYTES;
+            // Whether rounds pay is not known of this: one shows it.
+            situation.previous_remaining_bytes = u64::MAX;
+            decision = converge(&situation);
+        }
+        match decision {
             Decision::AnotherRound => {}
             Decision::Stop => return Ok(()),
             Decision::GiveUp => {
@@ -396,6 +412,25 @@ fn rounds(
             }
         }
     }
+}
+
+/// Lets the machine do what would lengthen the stop. That may take long (images are written back), and the destination waits
+/// for no silent source: a thread tells it meanwhile that this one lives.
+fn prepare_stop(machine: &mut dyn SourceMachine, context: &Context<'_>, ram: &mut Sender<'_, Sink<'_>>) {
+    let (statistics, interval) = (context.statistics, context.patience.silence / 4);
+    std::thread::scope(|scope| {
+        let (prepared, preparing) = channel::<()>();
+        scope.spawn(move || {
+            while preparing.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
+                // A link that is broken shows when the next page is sent.
+                if ram.out().report(&statistics.progress()).is_err() {
+                    return;
+                }
+            }
+        });
+        machine.prepare_stop();
+        drop(prepared);
+    });
 }
 
 /// The description as the other side will read it. One that it could not read is found before anything is stopped.

@@ -108,6 +108,57 @@ fn a_paused_guest_arrives_paused() {
     assert_eq!(world.running(), [""; 0]);
 }
 
+/// While the images are written back the guest dirties all of its memory: it is not stopped for that.
+#[test]
+fn what_the_guest_dirties_while_the_stop_is_prepared_is_sent_before_the_stop() {
+    let world = World::new();
+    let mut play = Play::new(&world);
+    let mut preparations = 0;
+    play.source.preparation = Some(Box::new(move |guest| {
+        preparations += 1;
+        if preparations == 1 {
+            (0..600).for_each(|page| guest.write(0, page, 77_000 + page));
+        }
+    }));
+    let ending = play.run();
+    assert_moved(&world, &ending);
+    let statistics = &ending.source_statistics;
+    assert!(statistics.downtime_bytes < 200 * 4096, "{statistics:?}");
+    let prepared = world.log().iter().filter(|entry| *entry == "source: prepare stop").count();
+    assert_eq!(prepared, 2);
+}
+
+#[test]
+fn a_guest_that_dirties_too_much_during_every_preparation_moves_all_the_same() {
+    let world = World::new();
+    let mut play = Play::new(&world);
+    play.source.preparation =
+        Some(Box::new(|guest| (0..600).for_each(|page| guest.write(0, page, 77_000 + page))));
+    let ending = play.run();
+    assert_moved(&world, &ending);
+    let prepared = world.log().iter().filter(|entry| *entry == "source: prepare stop").count();
+    assert_eq!(prepared, 3);
+}
+
+/// The destination would give up a silent source.
+#[test]
+fn a_source_that_writes_back_its_images_for_long_says_that_it_lives() {
+    let world = World::new();
+    let mut play = Play::new(&world);
+    play.destination_patience = Some(patience());
+    play.patience.silence = std::time::Duration::from_secs(2);
+    let (tally, writes) = std::sync::mpsc::channel();
+    play.tally = Some(tally);
+    play.source.preparation = Some(Box::new(move |_| {
+        while writes.try_recv().is_ok() {}
+        for _ in 0..2 {
+            writes.recv_timeout(patience().silence).expect("a sign of life");
+        }
+    }));
+    let ending = play.run();
+    assert_moved(&world, &ending);
+}
+
 #[test]
 fn every_reason_of_a_refusal_is_told_before_ram_moves() {
     let world = World::new();

@@ -248,6 +248,8 @@ impl Guest {
     }
 }
 
+type Preparation = Box<dyn FnMut(&Guest) + Send>;
+
 /// The machine that leaves.
 pub struct Source {
     pub guest: Guest,
@@ -256,6 +258,8 @@ pub struct Source {
     pub blockers: Vec<String>,
     pub paused: bool,
     pub finished: bool,
+    /// What happens while a stop is prepared.
+    pub preparation: Option<Preparation>,
     looks: u64,
     tracking: bool,
 }
@@ -288,6 +292,7 @@ impl Source {
             blockers: Vec::new(),
             paused: false,
             finished: false,
+            preparation: None,
             looks: 0,
             tracking: false,
         }
@@ -368,6 +373,13 @@ impl SourceMachine for Source {
 
     fn stop_dirty_tracking(&mut self) {
         self.tracking = false;
+    }
+
+    fn prepare_stop(&mut self) {
+        self.guest.world.note(&self.guest.name, "prepare stop");
+        if let Some(preparation) = &mut self.preparation {
+            preparation(&self.guest);
+        }
     }
 
     fn stop(&mut self) -> MachineResult<RunState> {

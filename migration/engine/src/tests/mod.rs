@@ -5,12 +5,14 @@ mod file;
 mod migrate;
 mod mock;
 
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use transport::Connection;
 use transport::faulty::{self, Fault, Witness};
+use transport::{Connection, Link};
 
 use crate::lease::Lease;
 use crate::{
@@ -65,6 +67,10 @@ pub struct Play {
     pub fault: Option<(End, u32, Fault)>,
     pub parameters: Arc<Parameters>,
     pub patience: Patience,
+    /// Where it is not the source's.
+    pub destination_patience: Option<Patience>,
+    /// Hears of every message that the source writes.
+    pub tally: Option<Sender<()>>,
     /// Instead of a handle on the world's lease. The source's is here again afterwards.
     pub source_lease: Arc<Mutex<Option<Lease>>>,
     /// Instead of a handle on the world's lease.
@@ -93,6 +99,8 @@ impl Play {
             fault: None,
             parameters: Arc::new(Parameters::new()),
             patience: patience(),
+            destination_patience: None,
+            tally: None,
             source_lease: Arc::default(),
             destination_lease: None,
         }
@@ -116,6 +124,8 @@ impl Play {
             mut fault,
             parameters,
             patience,
+            destination_patience,
+            mut tally,
             source_lease: lease_after,
             mut destination_lease,
         } = self;
@@ -136,6 +146,7 @@ impl Play {
             let receiving = scope.spawn(move || {
                 let parameters = Parameters::new();
                 let lease = destination_lease.as_mut();
+                let patience = destination_patience.unwrap_or(patience);
                 let mut destination = Destination::new(lease, statistics, patience, &parameters).unwrap();
                 let arrived = wait_for_guest(&mut destination, &mut factory, &arriving);
                 (arrived, destination_lease)
@@ -151,6 +162,10 @@ impl Play {
                         let (wrapped, new) = faulty::wrap(std::mem::replace(side, spare), at, fault);
                         *side = wrapped;
                         *witness.lock().unwrap() = Some(new);
+                    }
+                    if let Some(tally) = tally.take() {
+                        let peer = near.peer().to_owned();
+                        near = Connection::new(Box::new(Tally { inner: near, tally }), peer);
                     }
                     send(&links, far)?;
                     Ok(near)
@@ -177,6 +192,45 @@ impl Play {
             destination_statistics: destination_statistics.snapshot(),
             struck,
         }
+    }
+}
+
+/// A link that tells of every write.
+struct Tally {
+    inner: Connection,
+    tally: Sender<()>,
+}
+
+impl Read for Tally {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.inner.read(buffer)
+    }
+}
+
+impl Write for Tally {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = self.inner.write(bytes)?;
+        let _nobody_counts = self.tally.send(());
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+impl Link for Tally {
+    fn try_clone(&self) -> io::Result<Box<dyn Link>> {
+        Ok(Box::new(Self { inner: self.inner.try_clone()?, tally: self.tally.clone() }))
+    }
+    fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.inner.set_read_timeout(timeout)
+    }
+    fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        self.inner.set_write_timeout(timeout)
+    }
+    fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+        self.inner.shutdown(how)
     }
 }
 
