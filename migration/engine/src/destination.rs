@@ -173,7 +173,8 @@ impl<'a> Destination<'a> {
 
     /// Answers one peer while the guest runs here.
     pub fn answer_one<M>(&mut self, arrived: &mut Arrived<M>, connection: Connection) {
-        let step = Step { doing: "answering a query", patience: self.patience.handshake, cancel: None };
+        let step =
+            Step { doing: "answering a query", patience: self.patience.handshake, cancel: None, until: None };
         let answered = Link::new(connection).and_then(|mut link| {
             link.greet(step)?;
             let answer = match link.receive(step)? {
@@ -264,9 +265,19 @@ impl<'a> Destination<'a> {
     /// RAM and devices, until the source asks to load them.
     fn place(&mut self, link: &mut Link, receiver: &mut Receiver<'_>) -> Result<Prepare, Error> {
         let doing = "receiving RAM and devices";
-        let step = Step { doing, patience: self.patience.silence, cancel: Some(self.parameters) };
+        let step =
+            Step { doing, patience: self.patience.silence, cancel: Some(self.parameters), until: None };
+        let mut moved = Instant::now();
         loop {
-            match link.receive(step)? {
+            let message = link.receive(step)?;
+            match &message {
+                Message::Stream if !link.body().is_empty() => moved = Instant::now(),
+                Message::Stream | Message::Progress(_) if moved.elapsed() >= self.patience.stall => {
+                    return Err(Error::TimedOut { doing, waited: self.patience.stall });
+                }
+                _ => {}
+            }
+            match message {
                 Message::Stream => {
                     self.statistics.set_status(Status::Active);
                     receiver.feed(link.body())?;
@@ -302,13 +313,15 @@ impl<'a> Destination<'a> {
         let load = start.elapsed();
         self.statistics.update(|s| s.downtime.load = load);
         let prepared = Prepared { digest: received.digest, load_ns: nanoseconds(load) };
-        let step = Step { doing: "reporting the load", patience: self.patience.silence, cancel: None };
+        let step =
+            Step { doing: "reporting the load", patience: self.patience.silence, cancel: None, until: None };
         link.send(&Message::Prepared(prepared), step)
     }
 
     fn await_commit(&mut self, link: &mut Link, hello: &Hello) -> Result<Commit, Error> {
         let doing = "waiting for the guest to be handed over";
-        let step = Step { doing, patience: self.patience.prepare, cancel: Some(self.parameters) };
+        let step =
+            Step { doing, patience: self.patience.prepare, cancel: Some(self.parameters), until: None };
         match link.receive(step)? {
             Message::Commit(commit) if commit.session == hello.session => Ok(commit),
             Message::Commit(_) => Err(Error::Never { reason: "COMMIT of another session".to_owned() }),
@@ -369,7 +382,7 @@ impl<'a> Destination<'a> {
     /// Tells the source, as often as it asks within the patience for an answer; whether it knows.
     fn acknowledged(&mut self, link: &mut Link, running: &Running) -> bool {
         let doing = "telling the source that the guest runs";
-        let step = Step { doing, patience: self.patience.last_words, cancel: None };
+        let step = Step { doing, patience: self.patience.last_words, cancel: None, until: None };
         let end = Instant::now() + self.patience.answer;
         let mut sent = link.send(&Message::Running(running.clone()), step);
         while sent.is_ok() && Instant::now() < end {
@@ -423,14 +436,14 @@ impl<'a> Destination<'a> {
             Error::Never { reason } => Message::Never(Never { session, reason: reason.as_str().into() }),
             error => Message::Reject(Reasons::new(&[error.chain()])),
         };
-        let step = Step { doing: "taking leave", patience, cancel: None };
+        let step = Step { doing: "taking leave", patience, cancel: None, until: None };
         let _it_finds_out_by_itself = link.send(&message, step);
         link.close(patience);
         error
     }
 
     fn handshake(&self, doing: &'static str) -> Step<'a> {
-        Step { doing, patience: self.patience.handshake, cancel: Some(self.parameters) }
+        Step { doing, patience: self.patience.handshake, cancel: Some(self.parameters), until: None }
     }
 }
 

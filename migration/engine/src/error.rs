@@ -62,8 +62,8 @@ pub enum Error {
         /// The step.
         doing: &'static str,
     },
-    /// The peer is silent, or does not take what it is sent.
-    #[error("the other side did nothing for {waited:?} while {doing}")]
+    /// The peer is silent or slow, or does not take what it is sent.
+    #[error("the other side took more than {waited:?} while {doing}")]
     TimedOut {
         /// The step.
         doing: &'static str,

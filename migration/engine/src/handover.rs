@@ -198,6 +198,7 @@ impl Handover {
             doing: "asking what became of the guest",
             patience: context.patience.handshake,
             cancel: None,
+            until: None,
         };
         let mut link = Link::new(dial()?)?;
         link.greet(step)?;

@@ -7,8 +7,13 @@ use std::time::{Duration, Instant};
 use stream::frame::{self, HEADER_BYTES, Header, Kind};
 use transport::Connection;
 
-use crate::protocol::{HELLO_BYTES_MAX, Message};
+use crate::protocol::{HELLO_BYTES_MAX, Message, NEVER_BYTES_MAX, REASONS_BYTES_MAX};
 use crate::{Error, Parameters};
+
+/// Of a message that carries numbers only.
+const SHORT_BYTES_MAX: u32 = 256;
+/// What a peer must at least take within the patience of a step.
+const PIECE_BYTES: usize = 256 << 10;
 
 /// Flag of a hello's frame: the hello goes on in the next frame. No other message is longer than a frame may be.
 const MORE: u16 = 1;
@@ -20,9 +25,20 @@ const SLICE: Duration = Duration::from_millis(20);
 #[derive(Clone, Copy)]
 pub(crate) struct Step<'a> {
     pub doing: &'static str,
-    /// The longest silence: a peer that keeps moving may take longer.
+    /// For a message as a whole, so that a peer which sends or takes a byte now and then does not hold us. Pieces of the stream
+    /// and of a hello have it for each frame, since it is the peer's choice how long these are.
     pub patience: Duration,
     pub cancel: Option<&'a Parameters>,
+    /// The guest stands still: however many messages there are.
+    pub until: Option<Until>,
+}
+
+/// An end of more than one step.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Until {
+    pub end: Instant,
+    /// From the beginning to the end.
+    pub allowed: Duration,
 }
 
 /// Reaches the peer.
@@ -59,7 +75,7 @@ impl Link {
     pub fn greet(&mut self, step: Step<'_>) -> Result<(), Error> {
         self.write(&frame::encode_preamble(), step)?;
         let mut theirs = [0; HEADER_BYTES];
-        self.read(&mut theirs, step, true)?;
+        self.read(&mut theirs, step, Instant::now(), true)?;
         let wrong = |reason| Err(Error::Protocol { doing: step.doing, reason });
         match frame::decode_preamble(theirs) {
             Ok((frame::MAJOR, _)) => Ok(()),
@@ -122,8 +138,9 @@ impl Link {
         let wrong = |reason| Error::Protocol { doing: step.doing, reason };
         let mut begun = false;
         loop {
+            let mut since = Instant::now();
             let mut header = [0; HEADER_BYTES];
-            self.read(&mut header, step, !begun)?;
+            self.read(&mut header, step, since, !begun)?;
             let header = Header::decode(header).map_err(|error| wrong(error.to_string()))?;
             let more = match (header.kind, header.flags) {
                 (_, 0) => false,
@@ -134,13 +151,21 @@ impl Link {
                 return Err(wrong(format!("{:?} came within a hello", header.kind)));
             }
             // `decode` has checked that a frame has at most 1 MiB.
+            let longest = body_bytes_max(header.kind);
+            if header.length_bytes > longest {
+                let (kind, length) = (header.kind, header.length_bytes);
+                return Err(wrong(format!("{kind:?} of {length} bytes is longer than {longest}")));
+            }
+            if matches!(header.kind, Kind::Stream | Kind::Hello) {
+                since = Instant::now();
+            }
             let start = body.len();
             let end = start + header.length_bytes as usize;
             if header.kind == Kind::Hello && end > HELLO_BYTES_MAX {
                 return Err(wrong(format!("a hello of more than {HELLO_BYTES_MAX} bytes")));
             }
             body.resize(end, 0);
-            self.read(body.get_mut(start..).unwrap_or_default(), step, false)?;
+            self.read(body.get_mut(start..).unwrap_or_default(), step, since, false)?;
             if !more {
                 return Ok(header.kind);
             }
@@ -155,10 +180,10 @@ impl Link {
 
     /// What the peer said before the link broke, if that explains it: a REJECT or a CANCEL that is still in the socket.
     pub fn last_words(&mut self, patience: Duration) -> Option<Error> {
-        let step = Step { doing: "reading the other side's last words", patience, cancel: None };
-        let end = Instant::now() + patience;
-        while Instant::now() < end {
-            match self.receive(step) {
+        let doing = "reading the other side's last words";
+        let until = Some(Until { end: Instant::now() + patience, allowed: patience });
+        loop {
+            match self.receive(Step { doing, patience, cancel: None, until }) {
                 Ok(Message::Reject(reasons) | Message::Cancel(reasons)) => {
                     return Some(Error::Peer { reason: reasons.sentences().join("; ") });
                 }
@@ -169,7 +194,6 @@ impl Link {
                 Err(_) => return None,
             }
         }
-        None
     }
 
     /// Ends our direction, then hears the peer out for a moment: closing with unread data would make the kernel reset the
@@ -189,7 +213,9 @@ impl Link {
     }
 
     fn write(&mut self, mut bytes: &[u8], step: Step<'_>) -> Result<(), Error> {
-        let mut moved = Instant::now();
+        let since = Instant::now();
+        let pieces = bytes.len().div_ceil(PIECE_BYTES).max(1);
+        let step = Step { patience: step.patience * u32::try_from(pieces).unwrap_or(u32::MAX), ..step };
         while !bytes.is_empty() {
             step.check()?;
             match self.connection.write(bytes) {
@@ -197,19 +223,24 @@ impl Link {
                 Ok(count) => {
                     self.sent_bytes += count as u64;
                     bytes = bytes.get(count..).unwrap_or_default();
-                    moved = Instant::now();
+                    if !bytes.is_empty() {
+                        step.patient(since)?;
+                    }
                 }
-                Err(error) if is_pause(&error) => step.patient(moved)?,
+                Err(error) if is_pause(&error) => step.patient(since)?,
                 Err(source) => return Err(Error::Lost { doing: step.doing, source }),
             }
         }
         Ok(())
     }
 
-    fn read(&mut self, buffer: &mut [u8], step: Step<'_>, at_boundary: bool) -> Result<(), Error> {
-        // A message must come within the patience as a whole when it is short, so that a peer which sends a byte now and
-        // then does not hold us for ever; a long body may take as long as it keeps moving.
-        let mut moved = Instant::now();
+    fn read(
+        &mut self,
+        buffer: &mut [u8],
+        step: Step<'_>,
+        since: Instant,
+        at_boundary: bool,
+    ) -> Result<(), Error> {
         let mut filled = 0;
         while let Some(rest) = buffer.get_mut(filled..)
             && !rest.is_empty()
@@ -225,12 +256,12 @@ impl Link {
                 }
                 Ok(count) => {
                     filled += count;
-                    if count >= 4096 {
-                        moved = Instant::now();
+                    // What is there counts, however late we come to look: it may be we who stood still.
+                    if filled < buffer.len() {
+                        step.patient(since)?;
                     }
-                    step.patient(moved)?;
                 }
-                Err(error) if is_pause(&error) => step.patient(moved)?,
+                Err(error) if is_pause(&error) => step.patient(since)?,
                 Err(source) => return Err(Error::Lost { doing: step.doing, source }),
             }
         }
@@ -247,6 +278,11 @@ impl Step<'_> {
     }
 
     fn patient(&self, since: Instant) -> Result<(), Error> {
+        if let Some(Until { end, allowed }) = self.until
+            && Instant::now() >= end
+        {
+            return Err(Error::TimedOut { doing: self.doing, waited: allowed });
+        }
         if since.elapsed() < self.patience {
             return Ok(());
         }
@@ -255,6 +291,16 @@ impl Step<'_> {
 
     fn closed(&self) -> Error {
         Error::Closed { doing: self.doing }
+    }
+}
+
+/// The longest body that is read.
+fn body_bytes_max(kind: Kind) -> u32 {
+    match kind {
+        Kind::Stream | Kind::Hello => frame::BODY_BYTES_MAX as u32,
+        Kind::Refuse | Kind::Reject | Kind::Cancel => REASONS_BYTES_MAX as u32,
+        Kind::Never => NEVER_BYTES_MAX as u32,
+        _ => SHORT_BYTES_MAX,
     }
 }
 

@@ -11,10 +11,15 @@ pub struct Patience {
     pub handshake: Duration,
     /// Building the machine at the destination.
     pub build: Duration,
-    /// Silence, or a full socket, while RAM moves.
+    /// A message, or room for one in the socket, while RAM moves.
     pub silence: Duration,
     /// Loading the devices at the destination; draining the disks at the source.
     pub prepare: Duration,
+    /// Signs of life of a source that sends no RAM: it writes back its images.
+    pub stall: Duration,
+    /// From the stop until the destination has loaded, beyond the downtime that the user allows. It bounds a destination that
+    /// moves too little to be useful and too much to be silent.
+    pub stopped: Duration,
     /// The answer to COMMIT.
     pub answer: Duration,
     /// From a lost COMMIT until the undecided state is given back to the caller.
@@ -33,6 +38,8 @@ impl Default for Patience {
             build: Duration::from_secs(60),
             silence: Duration::from_secs(30),
             prepare: Duration::from_secs(60),
+            stall: Duration::from_secs(300),
+            stopped: Duration::from_secs(120),
             answer: Duration::from_secs(10),
             settle: Duration::from_secs(30),
             retry: Duration::from_millis(100),

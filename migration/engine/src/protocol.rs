@@ -18,6 +18,10 @@ pub(crate) const DESCRIPTION_BYTES_MAX: usize = 16 << 20;
 pub(crate) const HELLO_BYTES_MAX: usize = DESCRIPTION_BYTES_MAX + 256;
 const REASONS_MAX: usize = 256;
 const TEXT_MAX_BYTES: usize = 4096;
+/// Of all sentences, as bytes carry them: a list's mark and a length beside each text.
+pub(crate) const REASONS_BYTES_MAX: usize = 64 << 10;
+/// A session and a sentence.
+pub(crate) const NEVER_BYTES_MAX: usize = 16 + 2 + TEXT_MAX_BYTES;
 
 /// A message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,8 +95,15 @@ impl Reasons {
     /// From sentences; what is beyond the limit is counted, not sent.
     #[must_use]
     pub fn new<S: AsRef<str>>(reasons: &[S]) -> Self {
-        let mut texts: Vec<_> =
-            reasons.iter().take(REASONS_MAX - 1).map(|reason| Text::from(reason.as_ref())).collect();
+        // Room for the last sentence and the end of the list.
+        let mut room = REASONS_BYTES_MAX - 64;
+        let fits = |text: &Text| {
+            let left = room.checked_sub(text.bytes.len() + 3);
+            room = left.unwrap_or_default();
+            left.is_some()
+        };
+        let texts = reasons.iter().take(REASONS_MAX - 1).map(|reason| Text::from(reason.as_ref()));
+        let mut texts: Vec<_> = texts.take_while(fits).collect();
         if reasons.len() > texts.len() {
             texts.push(Text::from(format!("and {} more", reasons.len() - texts.len()).as_str()));
         }
@@ -392,6 +403,9 @@ mod tests {
         let reasons: Vec<_> = (0..1000).map(|n| n.to_string()).collect();
         let sentences = Reasons::new(&reasons).sentences();
         assert_eq!((sentences.len(), sentences.last().map(String::as_str)), (256, Some("and 745 more")));
+        let long = Reasons::new(&vec!["x".repeat(TEXT_MAX_BYTES); 100]);
+        assert_eq!(long.sentences().last().map(String::as_str), Some("and 85 more"));
+        assert!(vmstate::to_bytes(&long).len() <= REASONS_BYTES_MAX);
     }
 
     #[test]

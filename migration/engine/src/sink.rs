@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use stream::frame::{HEADER_BYTES, Kind};
 
 use crate::bandwidth::TokenBucket;
-use crate::link::{Link, Step};
+use crate::link::{Link, Step, Until};
 use crate::protocol::{Message, Progress};
 use crate::source::Context;
 use crate::{Error, Parameters, Statistics};
@@ -37,6 +37,7 @@ impl<'a> Sink<'a> {
             doing: "sending RAM and devices",
             patience: context.patience.silence,
             cancel: Some(context.parameters),
+            until: None,
         };
         let (parameters, statistics) = (context.parameters, context.statistics);
         let bucket = Some(TokenBucket::new(Instant::now()));
@@ -52,9 +53,10 @@ impl<'a> Sink<'a> {
         }
     }
 
-    /// The guest is stopped: no limit holds any more.
-    pub fn unlimited(&mut self) {
+    /// The guest is stopped: no limit of the bandwidth holds any more, but one of the time.
+    pub fn unlimited(&mut self, until: Until) {
         self.bucket = None;
+        self.step.until = Some(until);
     }
 
     /// Bytes on the link so far.

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use crate::handover::{Handover, Way};
 use crate::lease::{Id, Lease, random_id};
-use crate::link::{Dial, Link, Step};
+use crate::link::{Dial, Link, Step, Until};
 use crate::protocol::{Commit, Hello, Message, Prepare, Properties, Reasons, Running};
 use crate::ram::Sender;
 use crate::sink::Sink;
@@ -60,8 +60,12 @@ pub fn migrate(machine: &mut dyn SourceMachine, dial: &mut Dial<'_>, context: &m
             let outcome = handover.completed(machine, context, Some(&running), None);
             if let Some(mut link) = attempt.link.take() {
                 // The destination learns the figures, and that its answer arrived.
-                let step =
-                    Step { doing: "reporting the end", patience: context.patience.last_words, cancel: None };
+                let step = Step {
+                    doing: "reporting the end",
+                    patience: context.patience.last_words,
+                    cancel: None,
+                    until: None,
+                };
                 let _the_guest_is_there_anyway =
                     link.send(&Message::Progress(context.statistics.progress()), step);
                 link.close(context.patience.last_words);
@@ -110,6 +114,7 @@ struct Attempt {
 struct Stopped {
     state: RunState,
     since: Instant,
+    until: Until,
 }
 
 impl Attempt {
@@ -149,11 +154,14 @@ impl Attempt {
             None => None,
         };
         let link = self.link.insert(Link::new(dial()?)?);
-        link.greet(Step { doing: "greeting the destination", patience: handshake, cancel })?;
+        link.greet(Step { doing: "greeting the destination", patience: handshake, cancel, until: None })?;
         let hello = Message::Hello(Box::new(Hello::new(self.session, lease, description)));
-        link.send(&hello, Step { doing: "introducing this machine", patience: handshake, cancel })?;
+        link.send(
+            &hello,
+            Step { doing: "introducing this machine", patience: handshake, cancel, until: None },
+        )?;
         let doing = "waiting for the destination to accept this machine";
-        match link.receive(Step { doing, patience: build, cancel })? {
+        match link.receive(Step { doing, patience: build, cancel, until: None })? {
             Message::Agree(agree) => {
                 self.instance = agree.instance;
                 Ok(())
@@ -187,7 +195,9 @@ impl Attempt {
 
         let since = Instant::now();
         let state = machine.stop().map_err(Error::machine("stop the guest"))?;
-        self.stopped = Some(Stopped { state, since });
+        let allowed = context.patience.stopped + context.parameters.downtime_limit();
+        let until = Until { end: since + allowed, allowed };
+        self.stopped = Some(Stopped { state, since, until });
         statistics.set_status(Status::Device);
         let stopped_at = Instant::now();
         // The devices first: reading them may write guest memory's last pages (kvm-clock, say).
@@ -196,7 +206,7 @@ impl Attempt {
         let saved_at = Instant::now();
         let more = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
         pages.iter_mut().zip(&more).for_each(|(bitmap, more)| bitmap.union(more));
-        ram.out().unlimited();
+        ram.out().unlimited(until);
         let before = ram.out().sent_bytes();
         ram.last_round(&pages)?;
         sections.iter().try_for_each(|section| ram.device(section))?;
@@ -223,16 +233,21 @@ impl Attempt {
     ) -> Result<(), Error> {
         let cancel = Some(context.parameters);
         let stopped = self.stopped.expect("transfer stops the guest");
+        let until = Some(stopped.until);
         let link = self.link.as_mut().expect("agree leaves a link");
         let sent_at = Instant::now();
         let prepare = Prepare { digest, running: stopped.state == RunState::Running };
-        let step =
-            Step { doing: "asking the destination to load", patience: context.patience.silence, cancel };
+        let step = Step {
+            doing: "asking the destination to load",
+            patience: context.patience.silence,
+            cancel,
+            until,
+        };
         link.send(&Message::Prepare(prepare), step)?;
         self.disks_touched = true;
         machine.quiesce_disks().map_err(Error::machine("make the images stable"))?;
         let doing = "waiting for the destination to load";
-        match link.receive(Step { doing, patience: context.patience.prepare, cancel })? {
+        match link.receive(Step { doing, patience: context.patience.prepare, cancel, until })? {
             Message::Prepared(prepared) if prepared.digest == digest => {
                 let load = std::time::Duration::from_nanos(prepared.load_ns);
                 context.statistics.update(|s| {
@@ -279,9 +294,12 @@ impl Attempt {
         });
         context.statistics.update(|s| s.downtime.handover = start.elapsed());
         let commit = Message::Commit(Commit { session: self.session, generation });
-        link.send(&commit, Step { doing: "handing over", patience: context.patience.silence, cancel: None })?;
+        link.send(
+            &commit,
+            Step { doing: "handing over", patience: context.patience.silence, cancel: None, until: None },
+        )?;
         let doing = "waiting for the destination to take over";
-        match link.receive(Step { doing, patience: context.patience.answer, cancel: None })? {
+        match link.receive(Step { doing, patience: context.patience.answer, cancel: None, until: None })? {
             Message::Running(running) if running.session == self.session => Ok(running),
             Message::Never(never) if never.session == self.session => {
                 Err(Error::Never { reason: String::from(&never.reason) })
@@ -303,7 +321,7 @@ impl Attempt {
         }
         // The guest first, then the farewell: the guest waits, nobody else does.
         let outcome = match (self.offered, self.stopped, &self.link) {
-            (true, Some(Stopped { state, since }), Some(link)) => {
+            (true, Some(Stopped { state, since, .. }), Some(link)) => {
                 let Self { session, tracking, disks_touched, .. } = self;
                 let way = Way::Offered { peer: link.peer().to_owned(), tracking, disks_touched };
                 Handover { session, generation: 0, way, state, since, cause: Some(error) }
@@ -322,7 +340,7 @@ impl Attempt {
                 error = link.last_words(patience).unwrap_or(error);
             } else if !error.came_from_peer() {
                 let farewell = Message::Cancel(Reasons::new(&[error.chain()]));
-                let step = Step { doing: "taking leave", patience, cancel: None };
+                let step = Step { doing: "taking leave", patience, cancel: None, until: None };
                 let _it_finds_out_by_itself = link.send(&farewell, step);
                 link.close(patience);
             }

@@ -268,6 +268,21 @@ fn without_a_lease_a_cut_link_is_settled_by_asking() {
     }
 }
 
+/// The patience for each answer is long; the guest does not stand still for all of them.
+#[test]
+fn a_destination_that_takes_too_long_does_not_keep_the_guest_stopped() {
+    let world = World::new();
+    let mut play = Play::new(&world);
+    // Preamble, AGREE, PREPARED.
+    play.fault = Some((End::Destination, 2, Fault::Swallow));
+    play.patience.stopped = std::time::Duration::ZERO;
+    play.patience.last_words = std::time::Duration::from_millis(100);
+    let ending = play.run();
+    assert_eq!(checked(&world, &ending, "stopped"), Some("source"));
+    let cause = ending.source_statistics.error.unwrap();
+    assert!(cause.contains("more than 300ms while waiting for the destination to load"), "{cause}");
+}
+
 /// A lease that cannot be read when an attempt is undone decides nothing yet: the guest waits for it, and goes on with it.
 #[test]
 fn a_guest_that_was_not_handed_over_waits_for_its_lease() {

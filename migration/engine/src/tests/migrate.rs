@@ -7,7 +7,7 @@ use super::mock::{Factory, Source, World};
 use super::{End, Ending, Play, impatience, patience};
 use crate::lease::{State, random_id};
 use crate::link::{Link, Step};
-use crate::protocol::{Commit, Hello, Message, Properties, Query};
+use crate::protocol::{Commit, Hello, Message, Progress, Properties, Query};
 use crate::{
     Arrived, Context, Destination, Error, Outcome, Parameters, Patience, RunState, SourceMachine, Statistics,
     Status,
@@ -304,7 +304,7 @@ fn a_guest_goes_there_and_back_again() {
 }
 
 fn step() -> Step<'static> {
-    Step { doing: "testing", patience: patience().build, cancel: None }
+    Step { doing: "testing", patience: patience().build, cancel: None, until: None }
 }
 
 /// A destination in a thread; `talk` plays its peers, one connection each.
@@ -417,6 +417,25 @@ fn prepared(
         Message::Prepared(_) => Ok(instance),
         other => Err(other),
     }
+}
+
+#[test]
+fn signs_of_life_alone_do_not_hold_the_destination() {
+    let world = World::new();
+    world.lease("source").claim().unwrap();
+    let patience = Patience { stall: std::time::Duration::ZERO, ..patience() };
+    with_destination(&world, patience, |connect| {
+        let mut link = connect();
+        let description =
+            Properties::try_from(&Source::new(&world, "source").description().unwrap()).unwrap();
+        let lease = world.lease("reader").read().unwrap().map(|record| record.lease);
+        link.send(&Message::Hello(Box::new(Hello::new([1; 16], lease, description))), step()).unwrap();
+        assert!(matches!(link.receive(step()).unwrap(), Message::Agree(_)));
+        link.send(&Message::Progress(Progress::default()), step()).unwrap();
+        let answer = link.receive(step()).unwrap();
+        let Message::Reject(reasons) = answer else { panic!("{answer:?}") };
+        assert!(reasons.sentences()[0].contains("receiving RAM"), "{reasons:?}");
+    });
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod faults;
 mod file;
+mod link;
 mod migrate;
 mod mock;
 
@@ -29,6 +30,8 @@ pub fn patience() -> Patience {
         build: long,
         silence: long,
         prepare: long,
+        stall: long,
+        stopped: long,
         answer: long,
         settle: long,
         retry: Duration::from_millis(5),

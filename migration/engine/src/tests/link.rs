@@ -1,0 +1,109 @@
+//! Deadlines: what a slow peer can do, and what it cannot.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::time::Duration;
+
+use stream::frame::{HEADER_BYTES, Header, Kind};
+use transport::Connection;
+
+use crate::Error;
+use crate::link::{Link, Step};
+use crate::protocol::{Message, Prepare};
+
+/// A peer that always moves, a little.
+struct Slow {
+    /// What it sends first; zeroes follow without end.
+    first: io::Cursor<Vec<u8>>,
+    /// How much it sends or takes at a time.
+    bytes: usize,
+}
+
+const PATIENCE: Duration = Duration::from_millis(1);
+
+impl Slow {
+    fn link(first: &[u8], bytes: usize) -> Link {
+        let slow = Self { first: io::Cursor::new(first.to_vec()), bytes };
+        Link::new(Connection::new(Box::new(slow), "slow")).unwrap()
+    }
+}
+
+impl Read for Slow {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.first.read(buffer)? {
+            0 => {
+                std::thread::sleep(PATIENCE);
+                let count = buffer.len().min(self.bytes);
+                buffer[..count].fill(0);
+                Ok(count)
+            }
+            count => Ok(count),
+        }
+    }
+}
+
+impl Write for Slow {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        std::thread::sleep(PATIENCE);
+        Ok(bytes.len().min(self.bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl transport::Link for Slow {
+    fn try_clone(&self) -> io::Result<Box<dyn transport::Link>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    fn set_read_timeout(&self, _: Option<Duration>) -> io::Result<()> {
+        Ok(())
+    }
+    fn set_write_timeout(&self, _: Option<Duration>) -> io::Result<()> {
+        Ok(())
+    }
+    fn shutdown(&self, _: Shutdown) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn step(patience: Duration) -> Step<'static> {
+    Step { doing: "testing", patience, cancel: None, until: None }
+}
+
+fn header(kind: Kind, length_bytes: u32) -> [u8; HEADER_BYTES] {
+    Header { kind, flags: 0, length_bytes }.encode()
+}
+
+#[test]
+fn a_body_that_comes_piece_by_piece_must_come_in_time() {
+    let error = Slow::link(&header(Kind::Stream, 1 << 20), 4096).receive(step(PATIENCE)).unwrap_err();
+    assert!(matches!(error, Error::TimedOut { .. }), "{error:?}");
+}
+
+#[test]
+fn a_message_that_is_taken_byte_by_byte_must_be_taken_in_time() {
+    let prepare = Message::Prepare(Prepare { digest: 1, running: true });
+    let error = Slow::link(&[], 1).send(&prepare, step(PATIENCE)).unwrap_err();
+    assert!(matches!(error, Error::TimedOut { .. }), "{error:?}");
+}
+
+#[test]
+fn a_message_longer_than_its_kind_can_be_is_refused_unread() {
+    let long = Duration::from_secs(20);
+    for (kind, length) in [(Kind::Refuse, 1 << 20), (Kind::Running, 1000), (Kind::Never, 5000)] {
+        let error = Slow::link(&header(kind, length), 4096).receive(step(long)).unwrap_err();
+        let Error::Protocol { reason, .. } = &error else { panic!("{error:?}") };
+        assert!(reason.contains("is longer than"), "{reason}");
+    }
+}
+
+/// As after a stop of the process that waits for it.
+#[test]
+fn an_answer_that_is_there_counts_however_late_it_is_read() {
+    let (near, far) = Connection::pair().unwrap();
+    let prepare = Message::Prepare(Prepare { digest: 1, running: true });
+    Link::new(far).unwrap().send(&prepare, step(Duration::from_secs(20))).unwrap();
+    assert_eq!(Link::new(near).unwrap().receive(step(Duration::ZERO)).unwrap(), prepare);
+}
