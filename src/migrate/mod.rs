@@ -32,6 +32,9 @@ use source::Source;
 /// Between two rounds of attempts to settle a hand-over whose outcome is unknown.
 const SETTLE_INTERVAL: Duration = Duration::from_secs(1);
 
+/// Between two looks whether a migration thread has ended; it says so itself, unless it panicked.
+const END_INTERVAL: Duration = Duration::from_millis(100);
+
 /// The process's migrations: the one that runs, or the last one.
 #[derive(Default)]
 pub struct Migrations {
@@ -50,12 +53,12 @@ struct Current {
     in_flight_at_stop: Arc<AtomicU32>,
     thread: Option<JoinHandle<()>>,
     /// The thread has given lease and machine back, and only has to say so.
-    ended: Arc<AtomicBool>,
+    ended: Arc<Waiting>,
 }
 
 impl Current {
     fn is_active(&self) -> bool {
-        let ended = self.ended.load(Ordering::SeqCst);
+        let ended = self.ended.has_ended();
         self.thread.as_ref().is_some_and(|thread| !ended && !thread.is_finished())
     }
 }
@@ -74,6 +77,10 @@ impl Waiting {
         let _guard = lock(&self.lock);
         self.ended.store(true, Ordering::SeqCst);
         self.changed.notify_all();
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
     }
 
     /// Waits for `time`, or less if the wait is ended; says whether it was.
@@ -106,9 +113,10 @@ impl Migrations {
     pub fn start(&self, vmm: &Arc<Vmm>, uri: &str) -> anyhow::Result<()> {
         let uri = Uri::from_str(uri)?;
         let mut current = lock(&self.current);
-        ensure!(!self.closed.load(Ordering::SeqCst), "cannot migrate: the process is ending");
-        vmm.run_state().next(Action::BeginMigration)?;
-        if let Some(before) = current.as_mut() {
+        loop {
+            ensure!(!self.closed.load(Ordering::SeqCst), "cannot migrate: the process is ending");
+            vmm.run_state().next(Action::BeginMigration)?;
+            let Some(before) = current.as_mut() else { break };
             let ended = report::qmp_status(before.statistics.snapshot().status)
                 .is_some_and(MigrationStatus::is_final);
             if before.outgoing && before.is_active() && !ended {
@@ -116,7 +124,15 @@ impl Migrations {
             }
             // A guest that is ours and goes on: whoever sent it and does not know learns it from the lease.
             self.waiting.end();
-            before.thread.take().map(JoinHandle::join);
+            if !before.is_active() {
+                before.thread.take().map(JoinHandle::join);
+                break;
+            }
+            // Whoever asks how it goes, resets the guest or ends the process need not wait for a peer that is slow to hear.
+            let ended = Arc::clone(&before.ended);
+            drop(current);
+            ended.pause(END_INTERVAL);
+            current = lock(&self.current);
         }
         self.waiting.ended.store(false, Ordering::SeqCst);
         // First this, then the machine: what is noted is cleared only after the machine was replaced.
@@ -132,13 +148,13 @@ impl Migrations {
         let mut source = Source::new(vmm, machine, Arc::clone(&in_flight_at_stop));
         let statistics = statistics(vmm);
         let peer = uri.to_string();
-        let ended = Arc::new(AtomicBool::new(false));
+        let ended = Arc::new(Waiting::default());
         let thread = std::thread::Builder::new().name("migration".to_owned()).spawn({
             let (vmm, statistics, ended) = (Arc::clone(vmm), Arc::clone(&statistics), Arc::clone(&ended));
             move || {
                 vmm.migrations.send(&vmm, &mut source, &uri, &statistics);
                 drop(source);
-                ended.store(true, Ordering::SeqCst);
+                ended.end();
                 vmm.request(Request::MigrationEnded);
             }
         })?;
@@ -179,19 +195,22 @@ impl Migrations {
         let statistics = statistics(vmm);
         let peer = listener.as_ref().map_or(uri, Listener::uri).to_string();
         log::info!("waiting for a guest from {peer}");
+        let ended = Arc::new(Waiting::default());
         let thread = std::thread::Builder::new().name("migration".to_owned()).spawn({
             let (vmm, uri, statistics) = (Arc::clone(vmm), uri.clone(), Arc::clone(&statistics));
+            let ended = Arc::clone(&ended);
             move || {
                 let mut lease = vmm.take_lease();
                 let result =
                     vmm.migrations.receive(&vmm, lease.as_mut(), &uri, listener.as_ref(), &statistics);
                 vmm.return_lease(lease);
+                ended.end();
                 if let Err(error) = result {
                     vmm.request(Request::IncomingFailed(error));
                 }
             }
         })?;
-        let (in_flight_at_stop, ended, thread) = (Arc::default(), Arc::default(), Some(thread));
+        let (in_flight_at_stop, thread) = (Arc::default(), Some(thread));
         *lock(&self.current) =
             Some(Current { statistics, peer, outgoing: false, in_flight_at_stop, thread, ended });
         Ok(())
