@@ -13,6 +13,7 @@ use crate::lease::{self, Id, Lease, random_id};
 use crate::link::{Link, Step};
 use crate::protocol::{Agree, Commit, Hello, Message, Never, Prepare, Prepared, Query, Reasons, Running};
 use crate::ram::Receiver;
+use crate::reception::{Reception, Visit};
 use crate::{
     DestinationFactory, DestinationMachine, Error, PAGE_BYTES, Parameters, Patience, RunState, Statistics,
     Status,
@@ -23,6 +24,8 @@ use crate::{
 const FENCED_MAX: usize = 1024;
 /// How often a waiting destination looks whether it is to end.
 const GLANCE: Duration = Duration::from_millis(50);
+/// How long it listens to those who are there before it looks whether more have come.
+const BLINK: Duration = Duration::from_millis(2);
 
 /// A process that waits for a guest.
 pub struct Destination<'a> {
@@ -84,9 +87,11 @@ impl<'a> Destination<'a> {
         factory: &mut F,
         listener: &Listener,
     ) -> Result<Option<Arrived<F::Machine>>, Error> {
+        let mut reception = Reception::new(self.patience.handshake);
         while !self.parameters.cancelled() {
-            let Some(connection) = listener.accept(GLANCE)? else { continue };
-            if let Some(arrived) = self.serve(factory, connection) {
+            if let Some(visit) = next_visit(&mut reception, listener)?
+                && let Some(arrived) = self.receive_visit(factory, visit)
+            {
                 return Ok(Some(arrived));
             }
         }
@@ -99,25 +104,18 @@ impl<'a> Destination<'a> {
         factory: &mut F,
         connection: Connection,
     ) -> Option<Arrived<F::Machine>> {
-        let peer = connection.peer().to_owned();
-        let result = Link::new(connection).and_then(|mut link| {
-            let step = self.handshake("hearing who is there");
-            link.greet(step)?;
-            Ok((link.receive(step), link))
-        });
-        let result = match result {
-            Ok((Ok(message), link)) => Ok((message, link)),
-            Ok((Err(error), link)) => {
-                if let Error::Protocol { .. } = error {
-                    let refusal = Error::Refused { reasons: vec![error.chain()] };
-                    let _said = self.farewell(link, refusal, Id::default());
-                }
-                Err(error)
-            }
-            Err(error) => Err(error),
-        };
-        match result {
-            Ok((Message::Hello(hello), mut link)) => {
+        let visit = Visit::of(connection, self.patience.handshake)?;
+        self.receive_visit(factory, visit)
+    }
+
+    fn receive_visit<F: DestinationFactory>(
+        &mut self,
+        factory: &mut F,
+        visit: Visit,
+    ) -> Option<Arrived<F::Machine>> {
+        let Visit { peer, mut link, said } = visit;
+        match said {
+            Ok(Message::Hello(hello)) => {
                 self.statistics.start();
                 match self.attempt(factory, &mut link, &hello) {
                     Ok(mut arrived) => {
@@ -136,19 +134,23 @@ impl<'a> Destination<'a> {
                     }
                 }
             }
-            Ok((Message::Query(query), mut link)) => {
+            Ok(Message::Query(query)) => {
                 let answer = self.answer_to(&query, None);
                 let _it_asks_again = link.send(&answer, self.handshake("answering a query"));
                 link.close(self.patience.last_words);
                 None
             }
-            Ok((other, link)) => {
+            Ok(other) => {
                 log::warn!("{peer} began with {}", other.name());
                 link.close(Duration::ZERO);
                 None
             }
             Err(error) => {
                 log::info!("{peer}: {}", error.chain());
+                if let Error::Protocol { .. } = error {
+                    let refusal = Error::Refused { reasons: vec![error.chain()] };
+                    let _said = self.farewell(link, refusal, Id::default());
+                }
                 None
             }
         }
@@ -164,30 +166,43 @@ impl<'a> Destination<'a> {
         listener: &Listener,
         stop: &AtomicBool,
     ) -> Result<(), Error> {
+        let mut reception = Reception::new(self.patience.handshake);
         while !arrived.acknowledged && !stop.load(Ordering::SeqCst) {
-            let Some(connection) = listener.accept(GLANCE)? else { continue };
-            self.answer_one(arrived, connection);
+            if let Some(visit) = next_visit(&mut reception, listener)? {
+                self.answer_visit(arrived, visit);
+            }
         }
         Ok(())
     }
 
     /// Answers one peer while the guest runs here.
     pub fn answer_one<M>(&mut self, arrived: &mut Arrived<M>, connection: Connection) {
-        let step =
-            Step { doing: "answering a query", patience: self.patience.handshake, cancel: None, until: None };
-        let answered = Link::new(connection).and_then(|mut link| {
-            link.greet(step)?;
-            let answer = match link.receive(step)? {
-                Message::Query(query) => self.answer_to(&query, Some(&arrived.running)),
-                _ => Message::Refuse(Reasons::new(&["this process runs a guest already"])),
-            };
-            link.send(&answer, step)?;
-            link.close(self.patience.last_words);
-            Ok(matches!(answer, Message::Running(_)))
-        });
+        if let Some(visit) = Visit::of(connection, self.patience.handshake) {
+            self.answer_visit(arrived, visit);
+        }
+    }
+
+    fn answer_visit<M>(&mut self, arrived: &mut Arrived<M>, visit: Visit) {
+        let Visit { peer, mut link, said } = visit;
+        let answer = match said {
+            Ok(Message::Query(query)) => self.answer_to(&query, Some(&arrived.running)),
+            Ok(_) => Message::Refuse(Reasons::new(&["this process runs a guest already"])),
+            Err(error) => {
+                log::info!("{peer}: {}", error.chain());
+                return;
+            }
+        };
+        let step = Step {
+            doing: "answering a query",
+            patience: self.patience.last_words,
+            cancel: None,
+            until: None,
+        };
+        let answered = link.send(&answer, step);
+        link.close(self.patience.last_words);
         match answered {
-            Ok(told) => arrived.acknowledged |= told,
-            Err(error) => log::info!("{}", error.chain()),
+            Ok(()) => arrived.acknowledged |= matches!(answer, Message::Running(_)),
+            Err(error) => log::info!("{peer}: {}", error.chain()),
         }
     }
 
@@ -445,6 +460,17 @@ impl<'a> Destination<'a> {
     fn handshake(&self, doing: &'static str) -> Step<'a> {
         Step { doing, patience: self.patience.handshake, cancel: Some(self.parameters), until: None }
     }
+}
+
+/// Lets whoever comes in, and gives the next one that has said something, if one does soon.
+fn next_visit(reception: &mut Reception, listener: &Listener) -> Result<Option<Visit>, Error> {
+    let (come, say) = if reception.is_empty() { (GLANCE, Duration::ZERO) } else { (Duration::ZERO, BLINK) };
+    if let Some(connection) = listener.accept(come)?
+        && let Err(error) = reception.admit(connection)
+    {
+        log::warn!("{}", error.chain());
+    }
+    Ok(reception.hear(say))
 }
 
 fn unexpected(message: Message, doing: &'static str) -> Error {

@@ -3,8 +3,8 @@
 //! The engine knows phases, deadlines, rounds of dirty pages and who owns the guest. It knows no KVM and no device: the
 //! process answers for its machine through [`SourceMachine`] on one side, [`DestinationFactory`] and [`DestinationMachine`]
 //! on the other. [`migrate`] and [`Destination::receive`] run on the caller's migration thread, and other threads watch
-//! [`Statistics`] and turn [`Parameters`]. The engine makes one thread of its own, which keeps the link alive while the
-//! source writes back its images.
+//! [`Statistics`] and turn [`Parameters`]. The engine makes few threads of its own: one that keeps the link alive while the
+//! source writes back its images, and one for each peer that has not said yet what it wants.
 //!
 //! ```text
 //! source.rs       hello --------------------------> destination.rs   checks, builds
@@ -47,6 +47,7 @@ mod parameters;
 mod patience;
 pub mod protocol;
 mod ram;
+mod reception;
 mod sink;
 mod source;
 mod speed;

@@ -526,6 +526,39 @@ fn a_destination_that_failed_hears_the_next_source() {
     assert!(arrived.is_some());
 }
 
+/// They stay silent for much longer than anybody who speaks waits, and they are many.
+#[test]
+fn silent_peers_keep_nobody_waiting_and_the_oldest_makes_room() {
+    let world = World::new();
+    let folder = tempfile::tempdir().unwrap();
+    let uri = transport::Uri::Unix(folder.path().join("socket"));
+    let listener = transport::Listener::bind(&uri).unwrap();
+    let (statistics, parameters) = (Statistics::new(), Parameters::new());
+    let hour = std::time::Duration::from_secs(3600);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut factory = Factory::new(&world, "destination");
+            let patience = Patience { handshake: hour, ..patience() };
+            let mut destination = Destination::new(None, &statistics, patience, &parameters).unwrap();
+            assert!(destination.receive(&mut factory, &listener).unwrap().is_none());
+        });
+        let connect = || Link::new(uri.connect(patience().connect).unwrap()).unwrap();
+        let heard = std::panic::catch_unwind(|| {
+            let mut oldest = connect();
+            oldest.greet(step()).unwrap();
+            let _silent: Vec<_> = (0..8).map(|_| connect()).collect();
+            let mut other = connect();
+            other.greet(step()).unwrap();
+            other.send(&Message::Query(Query { session: [1; 16], instance: [2; 16] }), step()).unwrap();
+            assert!(matches!(other.receive(step()).unwrap(), Message::Refuse(_)));
+            assert!(matches!(oldest.receive(step()).unwrap_err(), Error::Closed { .. }));
+        });
+        // The thread must end, whatever the result is.
+        parameters.cancel();
+        heard.unwrap();
+    });
+}
+
 /// The destination has passed the point of no return once, for nothing: it can be ended all the same.
 #[test]
 fn a_destination_that_could_not_take_a_guest_can_still_be_ended() {
