@@ -36,7 +36,8 @@ pub struct MigrateArguments {
     /// Milliseconds that the guest may be stopped; holds for later migrations of this process too [at its start: 300].
     #[arg(long, value_name = "MS")]
     pub downtime_limit: Option<u64>,
-    /// Bytes a second, for example 200M; holds for later migrations of this process too [at its start: 0, no limit].
+    /// Bytes a second, for example 200M, at least 64K; holds for later migrations of this process too [at its start: 0, no
+    /// limit].
     #[arg(long, value_name = "SIZE", value_parser = config::parse_size)]
     pub max_bandwidth: Option<u64>,
     /// Print the report in JSON.

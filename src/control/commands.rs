@@ -121,6 +121,12 @@ fn set_parameters(context: &Context, mut arguments: Arguments) -> Result<Value, 
             "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000 seconds",
         ));
     }
+    let least = engine::Parameters::MAX_BANDWIDTH_LEAST;
+    if max_bandwidth.is_some_and(|limit| (1..least).contains(&limit)) {
+        return Err(QmpError::generic(format!(
+            "Parameter 'max-bandwidth' expects 0 (no limit) or at least {least} bytes per second"
+        )));
+    }
     let old = context.operations.migration_parameters();
     context.operations.set_migration_parameters(MigrationParameters {
         downtime_limit: downtime_limit.unwrap_or(old.downtime_limit),

@@ -57,8 +57,16 @@ impl Parameters {
         self.max_bandwidth.load(Ordering::Relaxed)
     }
 
-    /// See [`max_bandwidth`](Self::max_bandwidth).
+    /// The least bandwidth that can be asked for, in bytes a second. With less, what is sent in one go would be paid for with a
+    /// silence that the destination takes for the end.
+    pub const MAX_BANDWIDTH_LEAST: u64 = 64 << 10;
+
+    /// See [`max_bandwidth`](Self::max_bandwidth). Less than [the least](Self::MAX_BANDWIDTH_LEAST), but not 0, is the least.
     pub fn set_max_bandwidth(&self, bytes_per_second: u64) {
+        let bytes_per_second = match bytes_per_second {
+            0 => 0,
+            limit => limit.max(Self::MAX_BANDWIDTH_LEAST),
+        };
         self.max_bandwidth.store(bytes_per_second, Ordering::Relaxed);
     }
 
@@ -126,6 +134,17 @@ impl Parameters {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_limit_makes_the_source_look_dead() {
+        let parameters = Parameters::new();
+        for (asked, limit) in [(0, 0), (1, 64 << 10), (8700, 64 << 10), (1 << 30, 1 << 30)] {
+            parameters.set_max_bandwidth(asked);
+            assert_eq!(parameters.max_bandwidth(), limit);
+        }
+        let longest = Duration::from_secs(crate::sink::BODY_BYTES as u64 / Parameters::MAX_BANDWIDTH_LEAST);
+        assert!(longest * 4 < crate::Patience::default().silence, "{longest:?}");
+    }
 
     #[test]
     fn cancel_and_commit_exclude_each_other() {

@@ -13,7 +13,7 @@ use crate::{Error, Parameters, Statistics};
 
 /// The body of a frame. Small enough that what was just copied out of guest memory is still in the cache when the kernel
 /// copies it again.
-const BODY_BYTES: usize = 256 << 10;
+pub(crate) const BODY_BYTES: usize = 256 << 10;
 /// The longest sleep between two looks at the user's wish.
 const NAP: Duration = Duration::from_millis(20);
 

@@ -69,6 +69,10 @@ fn malformed_requests_get_the_words_of_qemu() {
             "Invalid parameter type for 'max-bandwidth', expected: integer",
         ),
         (
+            r#"{"execute":"migrate-set-parameters","arguments":{"max-bandwidth":8000}}"#,
+            "Parameter 'max-bandwidth' expects 0 (no limit) or at least 65536 bytes per second",
+        ),
+        (
             r#"{"execute":"migrate-set-parameters","arguments":{"downtime-limit":2000001}}"#,
             "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000 seconds",
         ),
