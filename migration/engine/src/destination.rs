@@ -120,7 +120,8 @@ impl<'a> Destination<'a> {
                 match self.attempt(factory, &mut link, &hello) {
                     Ok(mut arrived) => {
                         self.statistics.set_status(Status::Completed);
-                        arrived.acknowledged = self.acknowledged(&mut link, &arrived.running);
+                        let end = Instant::now() + self.patience.answer;
+                        arrived.acknowledged = self.acknowledged(&mut link, &arrived.running, end);
                         link.close(self.patience.last_words);
                         Some(arrived)
                     }
@@ -192,18 +193,17 @@ impl<'a> Destination<'a> {
                 return;
             }
         };
-        let step = Step {
-            doing: "answering a query",
-            patience: self.patience.last_words,
-            cancel: None,
-            until: None,
-        };
-        let answered = link.send(&answer, step);
-        link.close(self.patience.last_words);
-        match answered {
-            Ok(()) => arrived.acknowledged |= matches!(answer, Message::Running(_)),
-            Err(error) => log::info!("{peer}: {}", error.chain()),
+        let patience = self.patience.last_words;
+        if let Message::Running(running) = &answer {
+            // That it was sent says nothing: the link may break before the source has read it.
+            arrived.acknowledged |= self.acknowledged(&mut link, running, Instant::now() + patience);
+        } else {
+            let step = Step { doing: "answering a query", patience, cancel: None, until: None };
+            if let Err(error) = link.send(&answer, step) {
+                log::info!("{peer}: {}", error.chain());
+            }
         }
+        link.close(patience);
     }
 
     /// From the hello to the running guest.
@@ -395,10 +395,9 @@ impl<'a> Destination<'a> {
     }
 
     /// Tells the source, as often as it asks within the patience for an answer; whether it knows.
-    fn acknowledged(&mut self, link: &mut Link, running: &Running) -> bool {
+    fn acknowledged(&mut self, link: &mut Link, running: &Running, end: Instant) -> bool {
         let doing = "telling the source that the guest runs";
         let step = Step { doing, patience: self.patience.last_words, cancel: None, until: None };
-        let end = Instant::now() + self.patience.answer;
         let mut sent = link.send(&Message::Running(running.clone()), step);
         while sent.is_ok() && Instant::now() < end {
             sent = match link.receive(step) {

@@ -204,13 +204,29 @@ impl Handover {
         link.greet(step)?;
         link.send(&Message::Query(Query { session: self.session, instance }), step)?;
         match link.receive(step)? {
-            Message::Running(running) if running.session == self.session => Ok(Ok(running)),
+            Message::Running(running) if running.session == self.session => {
+                self.note_downtime(context, Some(&running));
+                // It waits for queries until it hears that its answer arrived.
+                let _it_is_asked_no_more = link.send(&Message::Progress(context.statistics.progress()), step);
+                link.close(context.patience.last_words);
+                Ok(Ok(running))
+            }
             Message::Never(never) if never.session == self.session => Ok(Err(String::from(&never.reason))),
             other => Err(Error::Protocol {
                 doing: step.doing,
                 reason: format!("the other side answered {}", other.name()),
             }),
         }
+    }
+
+    fn note_downtime(&self, context: &Context<'_>, running: Option<&Running>) {
+        let total = self.since.elapsed();
+        context.statistics.update(|s| {
+            s.downtime.total = total;
+            if let Some(running) = running {
+                s.downtime.resume = std::time::Duration::from_nanos(running.resume_ns);
+            }
+        });
     }
 
     /// The guest is theirs.
@@ -221,13 +237,7 @@ impl Handover {
         running: Option<&Running>,
         note: Option<String>,
     ) -> Outcome {
-        let total = self.since.elapsed();
-        context.statistics.update(|s| {
-            s.downtime.total = total;
-            if let Some(running) = running {
-                s.downtime.resume = std::time::Duration::from_nanos(running.resume_ns);
-            }
-        });
+        self.note_downtime(context, running);
         if let Some(lease) = &mut context.lease
             && let Err(error) = lease.leave()
         {

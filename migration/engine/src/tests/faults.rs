@@ -260,6 +260,9 @@ fn without_a_lease_a_cut_link_is_settled_by_asking() {
                 let what = format!("{:?} at message {at} of the {end:?}", fault());
                 let runner = checked(&world, &ending, &what);
                 assert!(runner.is_some(), "{what}: nobody runs\n{:#?}", world.log());
+                let knows = matches!(ending.source, Some((Outcome::Completed { .. }, _)));
+                let told = ending.arrived.as_ref().is_some_and(|arrived| arrived.acknowledged);
+                assert!(knows || !told, "{what}: the destination thinks that the source knows");
                 if !ending.struck {
                     break;
                 }
