@@ -7,11 +7,13 @@
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use nix::libc;
+use rustix::fs::{AtFlags, CWD, RenameFlags, linkat, renameat_with};
 use stream::DeviceSection;
 use vmstate::VmState;
 
@@ -244,12 +246,12 @@ impl Write for FileSink<'_> {
     }
 }
 
-/// A file under a name that nobody looks for; dropped, it is removed.
+/// A file without a name, so that the kernel removes it with the process, however that ends: it holds guest memory. Where the
+/// file system knows no such files it has a name that nobody looks for, and is removed when it is dropped.
 struct Draft {
     file: File,
-    draft: PathBuf,
+    name: Option<PathBuf>,
     path: PathBuf,
-    published: bool,
 }
 
 /// A whole file under its name. It may be the only copy of the guest: it stays unless it is removed in so many words.
@@ -290,25 +292,34 @@ impl Draft {
         if fs::symlink_metadata(path).is_ok() {
             return Err(failed("write over")(io::ErrorKind::AlreadyExists.into()));
         }
+        if let Some(file) = Self::nameless(folder_of(path)) {
+            return Ok(Self { file, name: None, path: path.to_owned() });
+        }
         let id = random_id().map_err(failed("name a draft of"))?;
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(format!(".{}.draft", show_id(&id)));
-        let draft = path.with_file_name(name);
+        let name = path.with_file_name(name);
         let mut options = OpenOptions::new();
-        let file = options.write(true).create_new(true).mode(0o600).open(&draft).map_err(failed("create"))?;
-        Ok(Self { file, draft, path: path.to_owned(), published: false })
+        let file = options.write(true).create_new(true).mode(0o600).open(&name).map_err(failed("create"))?;
+        Ok(Self { file, name: Some(name), path: path.to_owned() })
+    }
+
+    /// Whatever is wrong, it shows again when a file with a name is made.
+    fn nameless(folder: &Path) -> Option<File> {
+        let mut options = OpenOptions::new();
+        let file = options.write(true).custom_flags(libc::O_TMPFILE).mode(0o600).open(folder).ok()?;
+        fs::symlink_metadata(descriptor_path(&file)).is_ok().then_some(file)
     }
 
     /// Gives the file its name.
     fn publish(mut self, digest: u64) -> Result<Published, Error> {
-        renameat_with(CWD, &self.draft, CWD, &self.path, RenameFlags::NOREPLACE)
-            .map_err(|errno| self.failed("rename the draft of")(errno.into()))?;
-        self.published = true;
-        let folder = match self.path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
+        let named = match &self.name {
+            Some(name) => renameat_with(CWD, name, CWD, &self.path, RenameFlags::NOREPLACE),
+            None => linkat(CWD, descriptor_path(&self.file), CWD, &self.path, AtFlags::SYMLINK_FOLLOW),
         };
-        let synced = File::open(folder).and_then(|folder| folder.sync_all());
+        named.map_err(|errno| self.failed("give its name to")(errno.into()))?;
+        self.name = None;
+        let synced = File::open(folder_of(&self.path)).and_then(|folder| folder.sync_all());
         if let Err(source) = synced {
             // The lease does not know it: it is not the guest.
             Published { path: self.path.clone(), digest }.remove();
@@ -325,10 +336,22 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if !self.published {
-            let _gone_already = fs::remove_file(&self.draft);
+        if let Some(name) = &self.name {
+            let _gone_already = fs::remove_file(name);
         }
     }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+/// Where a file that has no name can be found.
+fn descriptor_path(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 /// Builds the machine of a file and starts the guest: after everything was read and verified, and only if the lease says

@@ -216,6 +216,26 @@ fn a_suspend_whose_lease_is_not_ours_leaves_no_file_and_no_guest() {
     assert_eq!(files(&world), ["lease"]);
 }
 
+/// Killed in the middle, a suspend leaves nothing of the guest's memory behind.
+#[test]
+fn what_is_not_finished_has_no_name() {
+    use std::os::unix::fs::OpenOptionsExt;
+    let world = World::new();
+    let mut source = Source::new(&world, "source");
+    let (seen, sight) = std::sync::mpsc::channel();
+    let folder = world.clone();
+    source.preparation = Some(Box::new(move |_| seen.send(files(&folder)).unwrap()));
+    assert!(matches!(suspend(&mut source, &world.path("guest"), None).0, Outcome::Completed { .. }));
+    let mut nameless = std::fs::OpenOptions::new();
+    nameless.write(true).custom_flags(nix::libc::O_TMPFILE);
+    // Without such files it has a name, which goes with the last step.
+    let names = usize::from(nameless.open(world.path("")).is_err());
+    assert_eq!(sight.recv().unwrap().len(), names);
+    assert_eq!(files(&world), ["guest"]);
+    let mode = std::fs::metadata(world.path("guest")).unwrap();
+    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode.permissions()) & 0o777, 0o600);
+}
+
 /// The lease may say that the guest is in the file, or may not, and cannot be read: the file stays, and the guest waits.
 #[test]
 fn a_file_is_not_removed_before_the_lease_says_that_it_is_not_the_guest() {
