@@ -7,7 +7,7 @@ use support::{Machine, TestBed};
 pub const EXERCISER: &str = env!("FERRY_EXERCISER");
 
 /// What an exerciser does that is to be migrated: four queues kept full, and memory that changes all the time.
-pub const BUSY: &str = "queues=4 inflight=32 ram=64M dirty=20M";
+pub const BUSY: &str = "queues=4 inflight=128 ram=16M dirty=20M";
 
 const MIB: u64 = 1 << 20;
 

@@ -1,12 +1,14 @@
 //! The hand-over, broken: who runs the guest is what the lease says, and it is one at most.
 
 use engine::lease::{Record, State};
+use exerciser::report::Counters;
 use ferry::control::{FerryOwnership, MigrationStatus, RunState};
 use serde_json::json;
 use stream::frame::Kind;
 use support::{Held, Machine, Proxy, TestBed, Vm, WATCHDOG};
 
 use crate::guest::{BUSY, EXERCISER, bed, lease, one_disk};
+use crate::load::{arrives, moves, sends, works};
 
 /// A guest on its way, stopped at one frame of the hand-over.
 struct Handover {
@@ -16,8 +18,8 @@ struct Handover {
     destination: Vm,
     proxy: Proxy,
     held: Held,
-    /// Reads that the guest had verified before.
-    verified: u64,
+    /// What the guest had done before.
+    before: Counters,
 }
 
 impl Handover {
@@ -28,10 +30,9 @@ impl Handover {
         let path = bed.path("to");
         let destination = machine.expect(&bed, "destination", &format!("unix:{}", path.display()));
         let proxy = Proxy::new(&bed, "by", &path, kind);
-        let verified = source.verifies(0, 1000).verified;
-        source.migrate(proxy.uri());
+        let before = sends(&mut source, proxy.uri(), &Counters::default());
         let held = proxy.held();
-        Self { bed, machine, source, destination, proxy, held, verified }
+        Self { bed, machine, source, destination, proxy, held, before }
     }
 }
 
@@ -56,18 +57,16 @@ fn was_settled(record: &Record) -> bool {
     (record.generation, &record.state) == (2, &State::Owned)
 }
 
-/// The guest of `source`, whose hand-over failed, moves to `destination` after all.
-fn second_attempt(source: &mut Vm, mut destination: Vm, verified: u64) {
-    source.migrate(destination.uri());
-    source.migrated();
+/// The guest of `source`, whose hand-over failed when it had done `before`, works there and moves to `destination` after all.
+fn second_attempt(source: &mut Vm, mut destination: Vm, before: &Counters) {
+    moves(source, &mut destination, before);
     has_given_away(source);
-    destination.verifies(verified, 1000);
     destination.finish();
 }
 
 #[test]
 fn a_commit_that_is_lost_gives_the_guest_back_and_comes_too_late() {
-    let Handover { bed, mut source, mut destination, proxy, held, verified, .. } =
+    let Handover { bed, mut source, mut destination, proxy, held, before, .. } =
         Handover::stopped_at(Kind::Commit);
     let status = source.status();
     assert_eq!((status.ownership, status.status), (FerryOwnership::HandoverUnknown, RunState::Postmigrate));
@@ -80,18 +79,17 @@ fn a_commit_that_is_lost_gives_the_guest_back_and_comes_too_late() {
     source.not_migrated();
     assert!(source.owns_a_running_guest());
     assert!(was_settled(&lease(&bed)), "{}", lease(&bed));
-    let verified = source.verifies(verified, 1000).verified;
 
     held.deliver();
     assert!(proxy.saw(Kind::Never, WATCHDOG), "a COMMIT that is too late is answered with NEVER");
     drop(held);
     assert!(is_waiting(&mut destination));
-    second_attempt(&mut source, destination, verified);
+    second_attempt(&mut source, destination, &before);
 }
 
 #[test]
 fn a_destination_that_stood_still_finds_that_the_guest_was_taken_back() {
-    let Handover { bed, mut source, mut destination, proxy, held, verified, .. } =
+    let Handover { bed, mut source, mut destination, proxy, held, before, .. } =
         Handover::stopped_at(Kind::Commit);
     destination.freeze();
     held.deliver();
@@ -104,27 +102,25 @@ fn a_destination_that_stood_still_finds_that_the_guest_was_taken_back() {
     assert!(proxy.saw(Kind::Never, WATCHDOG));
     drop(held);
     assert!(is_waiting(&mut destination));
-    let verified = source.verifies(verified, 1000).verified;
-    second_attempt(&mut source, destination, verified);
+    second_attempt(&mut source, destination, &before);
 }
 
 #[test]
 fn a_destination_killed_before_it_took_the_guest_leaves_it_at_the_source() {
-    let Handover { bed, machine, mut source, destination, held, verified, .. } =
+    let Handover { bed, machine, mut source, destination, held, before, .. } =
         Handover::stopped_at(Kind::Commit);
     destination.kill();
     held.cut();
     source.not_migrated();
     assert!(source.owns_a_running_guest());
     assert!(was_settled(&lease(&bed)), "{}", lease(&bed));
-    let verified = source.verifies(verified, 1000).verified;
     let other = machine.expect(&bed, "other", &format!("unix:{}", bed.path("other").display()));
-    second_attempt(&mut source, other, verified);
+    second_attempt(&mut source, other, &before);
 }
 
 #[test]
 fn an_answer_that_is_lost_is_asked_for_again() {
-    let Handover { bed, mut source, mut destination, proxy, held, verified, .. } =
+    let Handover { bed, mut source, mut destination, proxy, held, before, .. } =
         Handover::stopped_at(Kind::Running);
     assert!(!proxy.saw(Kind::Query, std::time::Duration::ZERO));
     held.cut();
@@ -132,7 +128,7 @@ fn an_answer_that_is_lost_is_asked_for_again() {
     assert!(proxy.saw(Kind::Query, std::time::Duration::ZERO));
     has_given_away(&mut source);
     assert!(was_taken(&lease(&bed)), "{}", lease(&bed));
-    destination.verifies(verified, 1000);
+    arrives(&mut destination, &before);
     destination.finish();
 }
 
@@ -146,7 +142,7 @@ fn a_destination_killed_after_it_took_the_guest_keeps_it() {
     assert!(was_taken(&lease(&bed)), "{}", lease(&bed));
     // It died with the guest; a new start is a new generation.
     let mut again = machine.boot(&bed, "again", EXERCISER, BUSY);
-    again.verifies(0, 1000);
+    works(&mut again, &Counters::default());
     assert_eq!(lease(&bed).generation, 3);
     has_given_away(&mut source);
     again.finish();
@@ -154,10 +150,10 @@ fn a_destination_killed_after_it_took_the_guest_keeps_it() {
 
 #[test]
 fn a_source_killed_after_the_destination_took_the_guest_is_not_missed() {
-    let Handover { bed, source, mut destination, held, verified, .. } = Handover::stopped_at(Kind::Running);
+    let Handover { bed, source, mut destination, held, before, .. } = Handover::stopped_at(Kind::Running);
     source.kill();
     held.cut();
-    destination.verifies(verified, 1000);
+    arrives(&mut destination, &before);
     assert!(destination.owns_a_running_guest());
     assert!(was_taken(&lease(&bed)), "{}", lease(&bed));
     destination.finish();
@@ -173,7 +169,6 @@ fn a_source_killed_before_its_commit_arrived_leaves_a_guest_that_runs_nowhere() 
     let record = lease(&bed);
     assert!(record.generation == 1 && matches!(record.state, State::Offered { .. }), "{record}");
     let mut again = machine.boot(&bed, "again", EXERCISER, BUSY);
-    let verified = again.verifies(0, 1000).verified;
     assert!(was_settled(&lease(&bed)), "{}", lease(&bed));
-    second_attempt(&mut again, destination, verified);
+    second_attempt(&mut again, destination, &Counters::default());
 }

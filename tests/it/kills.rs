@@ -2,18 +2,20 @@
 
 use block::{Backend, FileImage, FileOptions};
 use engine::lease::State;
+use exerciser::report::Counters;
 use ferry::control::{FerryOwnership, MigrationStatus, RunState};
 use stream::frame::Kind;
 use support::{Proxy, Vm, WATCHDOG};
 
 use crate::guest::{BUSY, EXERCISER, bed, lease, one_disk};
+use crate::load::{moves, works};
 
 #[test]
 fn a_destination_killed_before_commit_leaves_the_guest_at_the_source() {
     let bed = bed();
     let machine = one_disk(&bed);
     let mut source = machine.boot(&bed, "source", EXERCISER, BUSY);
-    let mut verified = source.verifies(0, 1000).verified;
+    let mut done = works(&mut source, &Counters::default());
     for kind in [Kind::Hello, Kind::Agree, Kind::Stream, Kind::Prepare, Kind::Prepared] {
         let path = bed.path(&format!("to-{kind:?}"));
         let name = format!("killed-at-{kind:?}");
@@ -27,12 +29,10 @@ fn a_destination_killed_before_commit_leaves_the_guest_at_the_source() {
         assert!(source.owns_a_running_guest(), "{kind:?}: {reason}");
         let record = lease(&bed);
         assert_eq!((record.generation, &record.state), (1, &State::Owned), "{kind:?}: {record}");
-        verified = source.verifies(verified, 200).verified;
+        done = source.verifies(done.verified, 200);
     }
     let mut destination = machine.expect(&bed, "destination", &format!("unix:{}", bed.path("to").display()));
-    source.migrate(destination.uri());
-    source.migrated();
-    destination.verifies(verified, 1000);
+    moves(&mut source, &mut destination, &done);
     destination.finish();
 }
 
@@ -41,7 +41,7 @@ fn a_source_killed_while_memory_moves_leaves_nothing_at_the_destination() {
     let bed = bed();
     let machine = one_disk(&bed);
     let mut source = machine.boot(&bed, "source", EXERCISER, BUSY);
-    source.verifies(0, 1000);
+    works(&mut source, &Counters::default());
     let path = bed.path("to");
     let mut destination = machine.expect(&bed, "destination", &format!("unix:{}", path.display()));
     let proxy = Proxy::new(&bed, "by", &path, Kind::Stream);
@@ -55,11 +55,8 @@ fn a_source_killed_while_memory_moves_leaves_nothing_at_the_destination() {
 
     // Whoever starts the machine again finds that its owner is gone, and the destination still listens.
     let mut again = machine.boot(&bed, "again", EXERCISER, BUSY);
-    let verified = again.verifies(0, 1000).verified;
     assert_eq!(lease(&bed).generation, 2);
-    again.migrate(destination.uri());
-    again.migrated();
-    destination.verifies(verified, 1000);
+    moves(&mut again, &mut destination, &Counters::default());
     destination.finish();
 }
 

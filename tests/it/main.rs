@@ -7,6 +7,7 @@ mod guest;
 mod handover;
 mod kills;
 mod linux;
+mod load;
 mod migrate;
 mod mistakes;
 mod qmp;
