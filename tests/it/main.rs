@@ -2,6 +2,7 @@
 
 mod alone;
 mod architecture;
+mod blackout;
 mod demo;
 mod guest;
 mod handover;
