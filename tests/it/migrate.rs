@@ -5,7 +5,7 @@ use ferry::control::{FerryOwnership, MigrationStatus, RunState};
 use serde_json::json;
 use support::TestBed;
 
-use crate::guest::{BUSY, EXERCISER, bed, lease, many_disks};
+use crate::guest::{BUSY, EXERCISER, bed, lease, many_disks, one_disk};
 use crate::load::{arrives, in_flight_at_stop, moves, sends, were_busy, works};
 
 /// The guest of `source` moves there, back and there again, and looks at everything once more in the end. Returns how many commands
@@ -116,4 +116,30 @@ fn a_process_that_is_to_end_with_its_guest_does() {
     assert_eq!(source.exit().code(), Some(0));
     arrives(&mut destination, &before);
     destination.finish();
+}
+
+/// A destination that was given the kernel too can start the guest anew, and the guest that it started moves on.
+#[test]
+fn a_guest_that_moved_is_reset_where_it_is() {
+    let bed = bed();
+    let machine = one_disk(&bed);
+    let options = format!("{BUSY} exit=reset");
+    let mut source = machine.boot(&bed, "source", EXERCISER, &options);
+    let able_to_reset = machine.clone().flag("--kernel", EXERCISER).flag("--cmdline", &options);
+    let uri = |name: &str| format!("unix:{}", bed.path(name).display());
+    let mut destination = able_to_reset.expect(&bed, "destination", &uri("first"));
+    let mut done = moves(&mut source, &mut destination, &Counters::default()).0;
+    for _ in 0..2 {
+        destination.process.type_in("q").expect("the console takes input");
+        assert_eq!(destination.done().errors, 0);
+        let before = done;
+        done = works(&mut destination, &Counters::default());
+        assert!(done.seq < before.seq, "it has begun anew: {done}");
+    }
+    let record = lease(&bed);
+    assert!(record.generation == 2 && destination.owns_a_running_guest(), "{record}");
+    let mut third = machine.expect(&bed, "third", &uri("second"));
+    moves(&mut destination, &mut third, &done);
+    third.execute("quit", json!({}));
+    assert_eq!(third.exit().code(), Some(0));
 }
