@@ -1,8 +1,11 @@
 //! The control socket of a real machine.
 
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
+use ferry::drive::Process;
 use serde_json::json;
+use support::WATCHDOG;
 
 use crate::guest::{EXERCISER, bed, one_disk};
 
@@ -33,4 +36,26 @@ fn a_machine_is_stopped_continued_and_ended_by_its_socket() {
     assert_eq!(event["data"], json!({ "guest": false, "reason": "host-qmp-quit" }));
     assert_eq!(vm.exit().code(), Some(0));
     assert_eq!(bed.files(), ["a.img", "a.img.ferry-lease"]);
+}
+
+/// As scripts of QEMU's users have it.
+#[test]
+fn the_python_package_of_qemu_moves_a_guest() {
+    let bed = bed();
+    let machine = one_disk(&bed);
+    let mut source = machine.boot(&bed, "source", EXERCISER, "queues=1");
+    let before = source.verifies(0, 100);
+    let mut destination = machine.expect(&bed, "destination", &format!("unix:{}", bed.path("to").display()));
+    let run = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/support/qmp/run");
+    let sockets = ["source.api", "destination.api"].map(|name| bed.path(name).display().to_string());
+    let [from, to] = sockets.each_ref().map(String::as_str);
+    let mut script =
+        Process::spawn("script", &run, ["migration.py", from, to, destination.uri()]).expect("bash");
+    let exit = script.wait(WATCHDOG).unwrap_or_else(|error| panic!("{error}"));
+    assert!(exit.success(), "{}", script.describe("not content:"));
+    assert_eq!(source.exit().code(), Some(0));
+    let arrived = destination.progress("the guest at the destination", |_| true);
+    assert!(arrived.verified >= before.verified, "{arrived}");
+    destination.verifies(arrived.verified, 100);
+    destination.finish();
 }

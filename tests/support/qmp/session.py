@@ -3,22 +3,12 @@
 import asyncio
 import sys
 
-from qemu.qmp import EventListener, ExecuteError, QMPClient
-
-
-async def heard(listener, name):
-    """The next event, which must be of this name."""
-    event = await asyncio.wait_for(listener.get(), timeout=30)
-    assert event["event"] == name, event
-    assert set(event["timestamp"]) == {"seconds", "microseconds"}, event
-    return event
+from listening import connected, heard
+from qemu.qmp import ExecuteError
 
 
 async def session(path):
-    client = QMPClient("test")
-    listener = EventListener()
-    client.register_listener(listener)
-    await client.connect(path)
+    client, listener = await connected(path)
 
     assert await client.execute("query-status") == {"running": True, "status": "running"}
     assert await client.execute("stop") == {}
