@@ -2,7 +2,7 @@
 
 use engine::lease::{Record, State};
 use exerciser::report::Counters;
-use ferry::control::{FerryOwnership, MigrationStatus, RunState};
+use ferry::control::{FerryOwnership, FerryStatus, MigrationStatus, RunState};
 use serde_json::json;
 use stream::frame::Kind;
 use support::{Held, Machine, Proxy, TestBed, Vm, WATCHDOG};
@@ -26,6 +26,10 @@ impl Handover {
     fn stopped_at(kind: Kind) -> Self {
         let bed = bed();
         let machine = one_disk(&bed);
+        Self::of(machine, bed, kind)
+    }
+
+    fn of(machine: Machine, bed: TestBed, kind: Kind) -> Self {
         let mut source = machine.boot(&bed, "source", EXERCISER, BUSY);
         let path = bed.path("to");
         let destination = machine.expect(&bed, "destination", &format!("unix:{}", path.display()));
@@ -85,6 +89,35 @@ fn a_commit_that_is_lost_gives_the_guest_back_and_comes_too_late() {
     drop(held);
     assert!(is_waiting(&mut destination));
     second_attempt(&mut source, destination, &before);
+}
+
+/// Nothing but its destination can say where the guest is.
+#[test]
+fn without_a_lease_the_word_of_the_destination_is_waited_for() {
+    let memory = "controller=d0,nsid=1,backend=memory,size=16M";
+    let machine = Machine::new("128M").controller("serial=d0,queues=8").namespace(memory);
+    let Handover { bed: _bed, mut source, mut destination, proxy, held, before, .. } =
+        Handover::of(machine, bed(), Kind::Commit);
+    proxy.refuse_more();
+    held.cut_sender();
+    let reason = |status: FerryStatus| status.migration.and_then(|migration| migration.detail);
+    let detail = source.process.wait_until("a reason", reason).unwrap_or_else(|error| panic!("{error:#}"));
+    assert!(detail.contains(proxy.uri()) && detail.contains("no answer yet"), "{detail}");
+    let status = source.status();
+    assert_eq!((status.ownership, status.status), (FerryOwnership::HandoverUnknown, RunState::Postmigrate));
+    source.wait_for_migration("the hand-over", |info| info.status == MigrationStatus::Device);
+    assert!(source.refused("cont", json!({})).contains("must not run twice"));
+
+    held.deliver();
+    arrives(&mut destination, &before);
+    drop(held);
+    let status = source.status();
+    assert_eq!((status.ownership, status.status), (FerryOwnership::HandoverUnknown, RunState::Postmigrate));
+    proxy.take_more();
+    source.migrated();
+    has_given_away(&mut source);
+    assert_eq!(reason(source.status()), None);
+    destination.finish();
 }
 
 #[test]

@@ -102,6 +102,11 @@ impl Proxy {
     pub fn refuse_more(&self) {
         self.shared.open.store(false, Ordering::SeqCst);
     }
+
+    /// Carries connections again.
+    pub fn take_more(&self) {
+        self.shared.open.store(true, Ordering::SeqCst);
+    }
 }
 
 impl Held {
