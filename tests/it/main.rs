@@ -13,4 +13,5 @@ mod migrate;
 mod mistakes;
 mod qmp;
 mod refused;
+mod signals;
 mod suspend;
