@@ -57,6 +57,8 @@ impl Host {
     /// # Errors
     /// As [`Self::open`].
     pub fn open_at(path: &Path) -> Result<Self, Error> {
+        #[cfg(test)]
+        super::turn::take();
         let name = CString::new(path.as_os_str().as_bytes()).map_err(|_| Error::NoKvm(path.to_owned()))?;
         let fd = Kvm::open_with_cloexec_at(name, true).map_err(|source| match source.errno() {
             libc::ENOENT | libc::ENODEV | libc::ENXIO | libc::ENOTDIR => Error::NoKvm(path.to_owned()),

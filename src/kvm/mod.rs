@@ -22,6 +22,8 @@ pub(crate) mod run;
 #[cfg(test)]
 mod tests;
 pub(crate) mod tsc_offset;
+#[cfg(test)]
+mod turn;
 mod vm;
 pub(crate) mod xsave;
 

@@ -8,6 +8,8 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::guest::bed;
+
 const WATCHDOG: Duration = Duration::from_secs(240);
 
 /// Starts the demonstration with a temporary folder of its own.
@@ -23,6 +25,7 @@ fn entries(folder: &TempDir) -> usize {
 
 #[test]
 fn the_demonstration_reports_a_move_and_leaves_nothing() {
+    let _turn = bed();
     let folder = TempDir::new().unwrap();
     let mut demo = start(&folder, "--json");
     let exit = demo.wait(WATCHDOG).unwrap();
@@ -41,6 +44,7 @@ fn the_demonstration_reports_a_move_and_leaves_nothing() {
 
 #[test]
 fn an_interrupted_demonstration_leaves_nothing() {
+    let _turn = bed();
     let folder = TempDir::new().unwrap();
     let mut demo = start(&folder, "");
     let number = |line: &str| line.split_once("in process ")?.1.split(':').next()?.parse::<u32>().ok();
