@@ -25,6 +25,8 @@
 //! Firmware, hotplug, networking, nested virtualisation, other architectures than x86-64.
 #![deny(unsafe_code)]
 
+#[cfg(test)]
+mod attack;
 pub mod bench;
 pub mod boot;
 pub mod cli;

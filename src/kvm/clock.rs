@@ -161,6 +161,7 @@ impl Vm {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attack::attack;
     use crate::kvm::Host;
 
     const SAVED: ClockState = ClockState {
@@ -233,6 +234,18 @@ mod tests {
             let error = ClockState { tsc_khz, ..SAVED }.plan(&now(1), GuestTime::Live).unwrap_err();
             assert!(error.to_string().contains("tsc_khz is"), "{error}");
         }
+    }
+
+    /// It is no device that could be saved again: the plan must be one at least, for every host and reason.
+    #[test]
+    fn every_state_is_planned_with_or_refused() {
+        attack(&SAVED, |state| {
+            for (host, time) in [1, 2].into_iter().zip([GuestTime::Live, GuestTime::File]) {
+                let plan = state.plan(&now(host), time).ok()?;
+                assert!(plan.kvm_clock_nanos.wrapping_sub(state.kvm_clock_nanos) <= WALL_CLOCK_BOUND_NANOS);
+            }
+            Some(state.clone())
+        });
     }
 
     #[test]

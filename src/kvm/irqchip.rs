@@ -225,6 +225,7 @@ impl Vm {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attack::attack;
     use crate::kvm::Host;
 
     type Fault = fn(&mut IrqchipState);
@@ -248,6 +249,18 @@ mod tests {
         vm.restore_irqchip(&possible()).unwrap();
         assert_eq!(vm.save_irqchip().unwrap(), possible());
         assert_eq!(vm.save_irqchip().unwrap(), possible(), "reading changes nothing");
+    }
+
+    #[test]
+    fn it_is_what_its_state_says_or_refused() {
+        attack(&possible(), |state| {
+            let pic = |pic: &PicState, mask| pic.to_kvm(mask).ok().map(|pic| PicState::from_kvm(&pic));
+            Some(IrqchipState {
+                master: pic(&state.master, ELCR_MASK[0])?,
+                slave: pic(&state.slave, ELCR_MASK[1])?,
+                ioapic: state.ioapic.to_kvm().ok().map(|ioapic| IoApicState::from_kvm(&ioapic))?,
+            })
+        });
     }
 
     #[test]

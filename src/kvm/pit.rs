@@ -113,6 +113,24 @@ impl PitChannelState {
     }
 }
 
+impl PitState {
+    fn from_kvm(pit: &kvm_pit_state2) -> Self {
+        Self { channels: pit.channels.each_ref().map(PitChannelState::from_kvm), flags: pit.flags }
+    }
+
+    fn to_kvm(&self) -> Result<kvm_pit_state2, Error> {
+        if self.flags & !FLAGS != 0 {
+            let why = format!("flags is {:#x}, outside {FLAGS:#x}", self.flags);
+            return Err(Error::DeviceState { device: "PIT", why });
+        }
+        let mut pit = kvm_pit_state2 { flags: self.flags, ..Default::default() };
+        for (index, (into, channel)) in pit.channels.iter_mut().zip(&self.channels).enumerate() {
+            *into = channel.to_kvm(index)?;
+        }
+        Ok(pit)
+    }
+}
+
 impl Vm {
     /// Reads the interval timer.
     ///
@@ -120,10 +138,7 @@ impl Vm {
     /// [`Error::Call`].
     pub fn save_pit(&self) -> Result<PitState, Error> {
         let state = self.fd().get_pit2().map_err(Error::call("read the interval timer"))?;
-        Ok(PitState {
-            channels: state.channels.each_ref().map(PitChannelState::from_kvm),
-            flags: state.flags,
-        })
+        Ok(PitState::from_kvm(&state))
     }
 
     /// Checks `state` and, if all of it is possible, puts it into the interval timer.
@@ -131,21 +146,14 @@ impl Vm {
     /// # Errors
     /// [`Error::DeviceState`] names the field (nothing was changed then); [`Error::Call`].
     pub fn restore_pit(&self, state: &PitState) -> Result<(), Error> {
-        if state.flags & !FLAGS != 0 {
-            let why = format!("flags is {:#x}, outside {FLAGS:#x}", state.flags);
-            return Err(Error::DeviceState { device: "PIT", why });
-        }
-        let mut pit = kvm_pit_state2 { flags: state.flags, ..Default::default() };
-        for (index, (into, channel)) in pit.channels.iter_mut().zip(&state.channels).enumerate() {
-            *into = channel.to_kvm(index)?;
-        }
-        self.fd().set_pit2(&pit).map_err(Error::call("set the interval timer"))
+        self.fd().set_pit2(&state.to_kvm()?).map_err(Error::call("set the interval timer"))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::attack::attack;
     use crate::kvm::Host;
 
     type Fault = fn(&mut PitState);
@@ -175,6 +183,11 @@ mod tests {
         assert_ne!(vm.save_pit().unwrap(), possible());
         vm.restore_pit(&possible()).unwrap();
         assert_eq!(vm.save_pit().unwrap(), possible());
+    }
+
+    #[test]
+    fn it_is_what_its_state_says_or_refused() {
+        attack(&possible(), |state| state.to_kvm().ok().map(|pit| PitState::from_kvm(&pit)));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Tests with real guests of a few bytes, for this module and for the others that need one.
 
+mod attack;
 mod guest;
 mod run;
 mod save;
