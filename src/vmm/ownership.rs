@@ -128,6 +128,33 @@ mod tests {
         assert_eq!(lease_path(&named).unwrap(), Some("record".into()));
     }
 
+    /// A node of a block device, which is looked at and never opened: one of this host's, or one made in `folder`.
+    fn block_device(folder: &std::path::Path) -> PathBuf {
+        use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+
+        let nodes = std::fs::read_dir("/dev").unwrap().map(|entry| entry.unwrap());
+        let is_one = |entry: &std::fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_block_device());
+        nodes.into_iter().find(is_one).map(|entry| entry.path()).unwrap_or_else(|| {
+            let node = folder.join("loop0");
+            mknodat(CWD, &node, FileType::BlockDevice, Mode::RUSR, makedev(7, 0))
+                .expect("a host without block devices lets root make one");
+            node
+        })
+    }
+
+    #[test]
+    fn beside_a_block_device_there_is_no_place_for_the_record() {
+        let folder = tempfile::tempdir().unwrap();
+        let device = block_device(folder.path());
+        let disk = format!("path={},serial=a", device.display());
+        let error = lease_path(&spec(&["--nvme", &disk])).unwrap_err().to_string();
+        assert!(error.contains("--lease PATH") && error.contains(&*device.to_string_lossy()), "{error}");
+        let named = spec(&["--nvme", &disk, "--lease", "record"]);
+        assert_eq!(lease_path(&named).unwrap(), Some("record".into()));
+        let read_only = spec(&["--nvme", &format!("{disk},ro")]);
+        assert_eq!(lease_path(&read_only).unwrap(), None, "what is only read needs no owner");
+    }
+
     #[test]
     fn a_machine_without_images_has_no_record() {
         let disks = ["--nvme", "serial=a", "--ns", "controller=a,nsid=1,backend=memory,size=1M"];
