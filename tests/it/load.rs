@@ -24,9 +24,16 @@ pub fn works(vm: &mut Vm, since: &Counters) -> Counters {
 /// dirty pages have been seen and the guest may be stopped.
 pub fn sends(source: &mut Vm, uri: &str, since: &Counters) -> Counters {
     let before = works(source, since);
-    // No downtime is short enough until two rounds have had pages to send that the guest dirtied during the round before; the
-    // limit gives it time to. A third round begins only if the second left it something.
-    source.execute("migrate-set-parameters", json!({ "downtime-limit": 0, "max-bandwidth": 32 << 20 }));
+    two_rounds(source, uri, 32 << 20);
+    before
+}
+
+/// Sends the guest of `source` to `uri` and returns when two rounds have had pages to send that it dirtied during the round before,
+/// for which a link of `bytes_per_second` gives it time.
+pub fn two_rounds(source: &mut Vm, uri: &str, bytes_per_second: u64) {
+    // No downtime is short enough. A third round begins only if the second left it something.
+    source
+        .execute("migrate-set-parameters", json!({ "downtime-limit": 0, "max-bandwidth": bytes_per_second }));
     source.migrate(uri);
     let info = source.wait_for_migration("two rounds of dirty pages", |info| {
         info.status.is_final() || info.ram.as_ref().is_some_and(|ram| ram.dirty_sync_count >= 3)
@@ -36,7 +43,6 @@ pub fn sends(source: &mut Vm, uri: &str, since: &Counters) -> Counters {
         "two rounds of dirty pages: {info:?}"
     );
     source.execute("migrate-set-parameters", json!({ "downtime-limit": 60_000, "max-bandwidth": 0 }));
-    before
 }
 
 /// Commands in flight when the guest of `source` was stopped.
