@@ -158,6 +158,12 @@ impl<'a> Reader<'a> {
         self.levels.pop();
     }
 
+    /// The next byte, which stays.
+    #[inline]
+    pub(crate) fn first(&self) -> Option<u8> {
+        self.rest.first().copied()
+    }
+
     /// The bytes left if they start with `count` bytes that `is_wanted` accepts, one after the other; nothing is read.
     ///
     /// `is_wanted` gets the index of a byte and the byte. It is asked for no byte after the first it does not want, so that bytes

@@ -33,7 +33,16 @@ pub fn describe<T: VmState>(part: Option<&T>, needed: bool, description: &mut De
 }
 
 /// The name of the subsection of `parent` that comes next, if one does. Reads nothing.
+#[inline]
 pub fn next<'a>(reader: &Reader<'a>, parent: &str) -> Result<Option<&'a [u8]>, Error> {
+    // Every struct ends here, and few have a subsection.
+    match reader.first() {
+        Some(byte) if byte != MARK => Ok(None),
+        _ => name_of_next(reader, parent),
+    }
+}
+
+fn name_of_next<'a>(reader: &Reader<'a>, parent: &str) -> Result<Option<&'a [u8]>, Error> {
     let parent = parent.as_bytes();
     let mut length = 0;
     let header = reader.peek(|index, byte| {

@@ -60,9 +60,43 @@ pub trait Value: Sized {
         Ok(run.try_into().unwrap_or_else(|_| unreachable!("load_run returns as many values as asked")))
     }
 
+    /// Reads `count` such arrays.
+    fn load_arrays<const N: usize>(
+        reader: &mut Reader<'_>,
+        count: usize,
+        version: u32,
+    ) -> Result<Vec<[Self; N]>, Error> {
+        let mut run = reader.room(count, Self::LEAST_BYTES.saturating_mul(N))?;
+        for index in 0..count {
+            run.push(Self::load_array(reader, version).map_err(|error| error.at_index(index))?);
+        }
+        Ok(run)
+    }
+
     /// Adds the entries for a run of values: none for an empty one.
     fn describe_run(run: &[Self], name: &str, description: &mut Description) {
         description.run(run, name);
+    }
+}
+
+/// Bytes of values that are turned around together, in registers, before they are appended.
+const TURNED_TOGETHER_BYTES: usize = 256;
+
+/// Places for arrays that come next, and the bytes that are to fill them.
+fn room_for_arrays<'a, T: Copy + Default, const N: usize>(
+    reader: &mut Reader<'a>,
+    count: usize,
+) -> Result<(Vec<[T; N]>, &'a [u8]), Error> {
+    let array_bytes = size_of::<[T; N]>();
+    let mut run = reader.room(count, array_bytes)?;
+    run.resize(count, [T::default(); N]);
+    Ok((run, reader.take(count * array_bytes)?))
+}
+
+/// Turns the bytes of as many values as there are places.
+fn fill<T, const SIZE: usize>(places: &mut [T], bytes: &[u8], turn: impl Fn([u8; SIZE]) -> T) {
+    for (place, value) in places.iter_mut().zip(bytes.as_chunks().0) {
+        *place = turn(*value);
     }
 }
 
@@ -82,12 +116,13 @@ macro_rules! integers {
             }
 
             fn save_run(run: &[Self], out: &mut Vec<u8>) {
-                let start = out.len();
-                out.resize(start + size_of_val(run), 0);
-                let (places, _) = out[start..].as_chunks_mut();
-                for (place, value) in places.iter_mut().zip(run) {
-                    *place = value.to_be_bytes();
+                out.reserve(size_of_val(run));
+                const TOGETHER: usize = TURNED_TOGETHER_BYTES / size_of::<$type>();
+                let (together, rest) = run.as_chunks::<TOGETHER>();
+                for values in together {
+                    out.extend_from_slice(values.map(<$type>::to_be_bytes).as_flattened());
                 }
+                rest.iter().for_each(|value| value.save(out));
             }
 
             fn load_run(reader: &mut Reader<'_>, count: usize, _version: u32) -> Result<Vec<Self>, Error> {
@@ -98,9 +133,19 @@ macro_rules! integers {
             }
 
             fn load_array<const N: usize>(reader: &mut Reader<'_>, _version: u32) -> Result<[Self; N], Error> {
-                let (values, _) = reader.take(size_of::<[Self; N]>())?.as_chunks();
-                let values: &[_; N] = values.try_into().unwrap_or_else(|_| unreachable!("as many bytes as asked"));
-                Ok(values.map(<$type>::from_be_bytes))
+                let mut array = [0; N];
+                fill(&mut array, reader.take(size_of::<[Self; N]>())?, Self::from_be_bytes);
+                Ok(array)
+            }
+
+            fn load_arrays<const N: usize>(
+                reader: &mut Reader<'_>,
+                count: usize,
+                _version: u32,
+            ) -> Result<Vec<[Self; N]>, Error> {
+                let (mut run, bytes) = room_for_arrays::<Self, N>(reader, count)?;
+                fill(run.as_flattened_mut(), bytes, Self::from_be_bytes);
+                Ok(run)
             }
 
             fn describe(&self, name: &str, description: &mut Description) {
@@ -150,6 +195,16 @@ impl Value for u8 {
     #[inline]
     fn load_array<const N: usize>(reader: &mut Reader<'_>, _version: u32) -> Result<[Self; N], Error> {
         reader.array()
+    }
+
+    fn load_arrays<const N: usize>(
+        reader: &mut Reader<'_>,
+        count: usize,
+        _version: u32,
+    ) -> Result<Vec<[Self; N]>, Error> {
+        let (mut run, bytes) = room_for_arrays::<u8, N>(reader, count)?;
+        run.as_flattened_mut().copy_from_slice(bytes);
+        Ok(run)
     }
 
     fn describe(&self, name: &str, description: &mut Description) {
@@ -230,6 +285,10 @@ impl<T: Value, const N: usize> Value for [T; N] {
 
     fn save_run(run: &[Self], out: &mut Vec<u8>) {
         T::save_run(run.as_flattened(), out);
+    }
+
+    fn load_run(reader: &mut Reader<'_>, count: usize, version: u32) -> Result<Vec<Self>, Error> {
+        T::load_arrays(reader, count, version)
     }
 
     fn describe(&self, name: &str, description: &mut Description) {

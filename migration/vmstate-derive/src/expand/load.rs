@@ -176,10 +176,15 @@ impl Length {
     }
 }
 
-/// `result?`, with the field's name put in front of the error's path.
+/// `result?`, with the field's name put in front of the error's path. Not by `map_err`, which would copy the value once more.
 fn in_field(field: &Field, result: &TokenStream) -> TokenStream {
     let name = field.name();
-    quote!(#result.map_err(|error| error.in_field(#name))?)
+    quote! {
+        match #result {
+            ::std::result::Result::Ok(value) => value,
+            ::std::result::Result::Err(error) => return ::std::result::Result::Err(error.in_field(#name)),
+        }
+    }
 }
 
 fn checked(check: &Path, value: TokenStream) -> TokenStream {
