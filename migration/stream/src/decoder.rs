@@ -1,12 +1,11 @@
 //! From bytes to events, without any I/O.
 
-use serde_json::Value as Json;
-
 use crate::Error;
+use crate::command::Command;
 use crate::configuration::Configuration;
 use crate::error::Stop;
 use crate::expected::Expected;
-use crate::parser::{Due, Parsed, Parser};
+use crate::parser::{Due, Parsed, Parser, Source};
 use crate::ram::RamBlock;
 use crate::section::DeviceSection;
 
@@ -39,16 +38,11 @@ pub enum Event<'a> {
         last: bool,
     },
     /// A command to the destination; QEMU's streams have them.
-    Command {
-        /// Which.
-        kind: u16,
-        /// Its parameters.
-        data: &'a [u8],
-    },
+    Command(Command),
     /// The state of a device. Its `description` is `null`.
     Device(DeviceSection),
-    /// What the bytes mean, from the end of a file.
-    Trailer(Json),
+    /// What the bytes mean, from the end of a file: JSON, which [`find_trailer`](crate::find_trailer) also finds.
+    Trailer(&'a str),
     /// All is complete: every expected section came, and the digests agree.
     End,
 }
@@ -73,16 +67,16 @@ pub struct Decoder {
 impl Decoder {
     /// For a file: after the end mark comes the trailer, and nothing else.
     pub fn file(expected: Expected) -> Self {
-        Self::new(expected, true)
+        Self::new(expected, Source::File)
     }
 
     /// For a live connection: the stream ends with its end mark.
     pub fn live(expected: Expected) -> Self {
-        Self::new(expected, false)
+        Self::new(expected, Source::Connection)
     }
 
-    fn new(expected: Expected, is_file: bool) -> Self {
-        let parser = Parser::new(expected, is_file);
+    pub(crate) fn new(expected: Expected, source: Source) -> Self {
+        let parser = Parser::new(expected, source);
         Decoder { buffer: Vec::new(), used: 0, before: 0, wanted: 1, input_ended: false, parser }
     }
 
@@ -113,6 +107,25 @@ impl Decoder {
             self.before += self.used as u64;
             self.used = 0;
         }
+    }
+
+    /// Where the next bytes to be fed are, in a file.
+    pub(crate) fn end_of_buffer(&self) -> u64 {
+        self.before + self.buffer.len() as u64
+    }
+
+    /// Forgets what was fed: the stream goes on at `to`.
+    fn jump(&mut self, to: u64) {
+        self.buffer.clear();
+        (self.used, self.before, self.wanted) = (0, to, 1);
+    }
+
+    pub(crate) fn parser_mut(&mut self) -> &mut Parser {
+        &mut self.parser
+    }
+
+    pub(crate) fn parser(&self) -> &Parser {
+        &self.parser
     }
 
     /// Says that no bytes will follow.
@@ -158,8 +171,10 @@ impl Decoder {
                     let start = self.used;
                     self.used += consumed;
                     self.wanted = u64::from(*self.parser.due() != Due::Nothing);
-                    if let Some(parsed) = parsed {
-                        return Ok(Some(parsed.moved(start)));
+                    match parsed {
+                        Some(Parsed::Jump { to }) => self.jump(to),
+                        Some(parsed) => return Ok(Some(parsed.moved(start))),
+                        None => {}
                     }
                 }
                 Err(Stop::Needs(_)) if self.input_ended => {
@@ -187,9 +202,13 @@ impl Decoder {
             }
             Parsed::RamZero { block, offset } => Event::RamZero { block, offset },
             Parsed::RamRound { last } => Event::RamRound { last },
-            Parsed::Command { kind, data } => Event::Command { kind, data: &self.buffer[data] },
+            Parsed::Command(command) => Event::Command(command),
             Parsed::Device(section) => Event::Device(section),
-            Parsed::Trailer(json) => Event::Trailer(json),
+            // It has been read as JSON, so it is text.
+            Parsed::Trailer { text } => {
+                Event::Trailer(std::str::from_utf8(&self.buffer[text]).unwrap_or_default())
+            }
+            Parsed::Jump { .. } => unreachable!("jumps are followed where they are parsed"),
             Parsed::End => Event::End,
         }
     }

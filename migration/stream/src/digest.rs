@@ -2,7 +2,11 @@
 //!
 //! RAM has a digest per [`CHUNK_BYTES`] of a block. Each is a chain over the records of that chunk, in the order they were sent, so
 //! it is computed while the data moves, by both sides, without another pass over RAM; a page that is sent again simply extends the
-//! chain. The digests find damage, not forgery.
+//! chain. In the mapped layout, where pages come in any order and once, it is a sum over the pages that are there, so that a reader
+//! can look at one chunk alone; its bitmaps and the table of these sums have digests of their own, which can be compared before any
+//! page is read. The digests find damage, not forgery.
+
+use std::collections::BTreeMap;
 
 use vmstate::VmState;
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64, xxh3_64_with_seed};
@@ -22,12 +26,19 @@ const CHUNKS_MAX: usize = 1 << 22;
 struct RamDigests {
     /// For each block, where its chunks begin in the table, its length and its name.
     blocks: Vec<(usize, RamBlock)>,
-    chunks: Vec<u64>,
+    /// Chunks there are.
+    count: usize,
+    /// Those with records; the digest of the others is 0. So memory is taken for what came, not for what was announced.
+    chunks: BTreeMap<usize, u64>,
+    /// The chunk of the last record, which is not in the map: records of one chunk mostly come together.
+    current: (usize, u64),
+    /// Whether the digests are sums.
+    are_sums: bool,
 }
 
 impl RamDigests {
-    fn new(blocks: &[RamBlock]) -> Result<Self, Error> {
-        let mut digests = RamDigests::default();
+    fn new(blocks: &[RamBlock], are_sums: bool) -> Result<Self, Error> {
+        let mut digests = RamDigests { are_sums, ..RamDigests::default() };
         let mut count = 0_u64;
         for block in blocks {
             digests.blocks.push((count as usize, block.clone())); // bounded below before it is used
@@ -36,18 +47,35 @@ impl RamDigests {
         if count > CHUNKS_MAX as u64 {
             return Err(Error::AboveMaximum { what: "RAM in MiB", value: count, maximum: CHUNKS_MAX as u64 });
         }
-        digests.chunks = vec![0; count as usize];
+        digests.count = count as usize;
         Ok(digests)
     }
 
-    /// Extends the chain of a page's chunk. The caller has checked block and offset.
+    fn chunk(&self, index: usize) -> u64 {
+        match self.current {
+            (current, digest) if current == index => digest,
+            _ => self.chunks.get(&index).copied().unwrap_or_default(),
+        }
+    }
+
+    fn table(&self) -> impl ExactSizeIterator<Item = u64> {
+        (0..self.count).map(|index| self.chunk(index))
+    }
+
+    /// Extends the digest of a page's chunk. The caller has checked block and offset.
     fn record(&mut self, block: usize, offset: u64, digest_of_page: u64) {
-        let first = self.blocks[block].0;
-        let chunk = &mut self.chunks[first + (offset / CHUNK_BYTES) as usize];
-        let mut link = [0; 16];
-        link[..8].copy_from_slice(&digest_of_page.to_le_bytes());
-        link[8..].copy_from_slice(&offset.to_le_bytes());
-        *chunk = xxh3_64_with_seed(&link, *chunk);
+        let index = self.blocks[block].0 + (offset / CHUNK_BYTES) as usize;
+        if self.current.0 != index {
+            let next = self.chunks.remove(&index).unwrap_or_default();
+            let (before, digest) = std::mem::replace(&mut self.current, (index, next));
+            self.chunks.insert(before, digest);
+        }
+        let link = link(offset, digest_of_page);
+        let digest = &mut self.current.1;
+        *digest = match self.are_sums {
+            true => digest.wrapping_add(xxh3_64(&link)),
+            false => xxh3_64_with_seed(&link, *digest),
+        };
     }
 
     fn name_of(&self, chunk: usize) -> String {
@@ -58,14 +86,66 @@ impl RamDigests {
     }
 }
 
+fn link(offset: u64, digest_of_page: u64) -> [u8; 16] {
+    let mut link = [0; 16];
+    link[..8].copy_from_slice(&digest_of_page.to_le_bytes());
+    link[8..].copy_from_slice(&offset.to_le_bytes());
+    link
+}
+
+/// The digest of a chunk of the mapped layout, by the pages that are there.
+pub(crate) fn sum_of_pages<'a>(pages: impl Iterator<Item = (u64, &'a [u8])>) -> u64 {
+    pages.fold(0, |sum, (offset, page)| sum.wrapping_add(xxh3_64(&link(offset, xxh3_64(page)))))
+}
+
+/// The digest of bytes that are compared as a whole.
+pub(crate) fn of_bytes(bytes: &[u8]) -> u64 {
+    xxh3_64(bytes)
+}
+
+/// One digest over pieces, as if they were one.
+#[derive(Clone, Default)]
+pub(crate) struct Pieces(Xxh3Default);
+
+impl Pieces {
+    pub(crate) fn add(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    pub(crate) fn digest(&self) -> u64 {
+        self.0.digest()
+    }
+}
+
+fn of_table(chunks: impl Iterator<Item = u64>) -> u64 {
+    let mut pieces = Pieces::default();
+    chunks.for_each(|chunk| pieces.add(&chunk.to_le_bytes()));
+    pieces.digest()
+}
+
+/// Says that something is not what was written.
+pub(crate) fn same(what: impl FnOnce() -> String, found: u64, expected: u64) -> Result<(), Error> {
+    match found == expected {
+        true => Ok(()),
+        false => Err(Error::Damaged { what: what(), found, expected }),
+    }
+}
+
+/// In the place of a section's id: what the digest of all commands has, which no section of ours has.
+const COMMANDS_ID: u32 = 0;
+
 /// The digests of a stream, as they accumulate.
 #[derive(Debug, Default)]
 pub(crate) struct Digests {
     configuration: u64,
     /// Id, name for errors, digest.
     sections: Vec<(u32, String, u64)>,
+    /// A chain over all commands, if there are any.
+    commands: Option<u64>,
     ram: RamDigests,
     zero_page: Option<u64>,
+    /// In the mapped layout, once they are known.
+    bitmaps: Option<u64>,
 }
 
 impl Digests {
@@ -78,9 +158,38 @@ impl Digests {
         self.sections.push((id, name.to_owned(), xxh3_64(bytes)));
     }
 
-    pub(crate) fn ram_blocks(&mut self, blocks: &[RamBlock]) -> Result<(), Error> {
-        self.ram = RamDigests::new(blocks)?;
+    /// `bytes` is a command from its mark to the end of its data.
+    pub(crate) fn command(&mut self, bytes: &[u8]) {
+        self.commands = Some(xxh3_64_with_seed(bytes, self.commands.unwrap_or_default()));
+    }
+
+    /// `are_mapped` if a page comes once at most, in any order.
+    pub(crate) fn ram_blocks(&mut self, blocks: &[RamBlock], are_mapped: bool) -> Result<(), Error> {
+        self.ram = RamDigests::new(blocks, are_mapped)?;
         Ok(())
+    }
+
+    /// Of all bitmaps of the mapped layout, one after the other.
+    pub(crate) fn bitmaps(&mut self, digest: u64) {
+        self.bitmaps = Some(digest);
+    }
+
+    /// Takes the table of a mapped file for granted: its pages are compared with it when they are read.
+    pub(crate) fn believe(&mut self, written: &Integrity) {
+        self.ram.chunks = written.chunks.iter().copied().enumerate().collect();
+        self.ram.current = self.ram.chunks.remove_entry(&0).unwrap_or_default();
+    }
+
+    /// The digest of a chunk, and what to call it.
+    pub(crate) fn chunk(&self, block: usize, chunk: u64) -> Option<(u64, String)> {
+        let index = self.ram.blocks.get(block)?.0.checked_add(usize::try_from(chunk).ok()?)?;
+        Some((self.ram.chunk(index), self.ram.name_of(index)))
+    }
+
+    /// Id, name for errors and digest of everything that has an entry.
+    fn entries(&self) -> impl Iterator<Item = (u32, &str, u64)> {
+        let sections = self.sections.iter().map(|(id, name, digest)| (*id, name.as_str(), *digest));
+        sections.chain(self.commands.map(|digest| (COMMANDS_ID, "commands", digest)))
     }
 
     pub(crate) fn ram_page(&mut self, block: usize, offset: u64, page: &[u8]) {
@@ -96,56 +205,68 @@ impl Digests {
     pub(crate) fn combined(&self) -> u64 {
         let mut hasher = Xxh3Default::new();
         hasher.update(&self.configuration.to_le_bytes());
-        for (id, _, digest) in &self.sections {
+        for (id, _, digest) in self.entries() {
             hasher.update(&id.to_le_bytes());
             hasher.update(&digest.to_le_bytes());
         }
-        for chunk in &self.ram.chunks {
+        for chunk in self.ram.table() {
             hasher.update(&chunk.to_le_bytes());
+        }
+        if let Some(bitmaps) = self.bitmaps {
+            hasher.update(&bitmaps.to_le_bytes());
         }
         hasher.digest()
     }
 
-    pub(crate) fn to_state(&self) -> Integrity {
-        let sections = self.sections.iter().map(|(id, _, digest)| SectionDigest { id: *id, digest: *digest });
+    /// The section's state. `trailer` is the digest of the trailer's text, in a file.
+    pub(crate) fn to_state(&self, trailer: Option<u64>) -> Integrity {
+        let chunks: Vec<u64> = self.ram.table().collect();
+        let mapped = self.bitmaps.map(|bitmaps| {
+            let chunks = of_table(chunks.iter().copied());
+            MappedDigests { bitmaps, chunks }
+        });
         Integrity {
             configuration: self.configuration,
-            section_count: self.sections.len() as u32,
-            sections: sections.collect(),
+            section_count: 0,
+            sections: self.entries().map(|(id, _, digest)| SectionDigest { id, digest }).collect(),
             chunk_bytes: CHUNK_BYTES as u32,
-            chunk_count: self.ram.chunks.len() as u32,
-            chunks: self.ram.chunks.clone(),
+            chunk_count: 0,
+            chunks,
+            trailer: trailer.map(|text| TrailerDigest { text }),
+            mapped,
         }
     }
 
-    /// Compares what was read with what the writer computed.
-    pub(crate) fn compare(&self, written: &Integrity) -> Result<(), Error> {
-        let damaged = |what: String, found: u64, expected: u64| match found == expected {
-            true => Ok(()),
-            false => Err(Error::Damaged { what, found, expected }),
-        };
-        damaged("the configuration".into(), self.configuration, written.configuration)?;
-        if self.sections.len() != written.sections.len() || self.ram.chunks.len() != written.chunks.len() {
+    /// Compares what was read with what the writer computed. In a mapped file, which `is_mapped`, no page has been read: its table
+    /// is compared with its own digest.
+    pub(crate) fn compare(&self, written: &Integrity, is_mapped: bool) -> Result<(), Error> {
+        same(|| "the configuration".into(), self.configuration, written.configuration)?;
+        let came = self.entries().count();
+        if came != written.sections.len() || self.ram.count != written.chunks.len() {
             return Err(Error::Coverage(format!(
-                "{} sections and {} MiB of RAM, but {} and {} came",
+                "{} sections and {} MiB of RAM, but {came} and {} came",
                 written.sections.len(),
                 written.chunks.len(),
-                self.sections.len(),
-                self.ram.chunks.len()
+                self.ram.count
             )));
         }
-        for ((id, name, digest), expected) in self.sections.iter().zip(&written.sections) {
-            if *id != expected.id {
+        for ((id, name, digest), expected) in self.entries().zip(&written.sections) {
+            if id != expected.id {
                 return Err(Error::Coverage(format!("section id {} where {name:?} has {id}", expected.id)));
             }
-            damaged(format!("section {name:?}"), *digest, expected.digest)?;
+            same(|| format!("section {name:?}"), digest, expected.digest)?;
         }
-        let pairs = self.ram.chunks.iter().zip(&written.chunks).enumerate();
-        let mut wrong = pairs.filter(|(_, (found, expected))| found != expected);
-        match wrong.next() {
-            None => Ok(()),
-            Some((chunk, (found, expected))) => damaged(self.ram.name_of(chunk), *found, *expected),
+        match &written.mapped {
+            Some(mapped) if is_mapped => {
+                let table = of_table(written.chunks.iter().copied());
+                return same(|| "the table of RAM digests".into(), table, mapped.chunks);
+            }
+            None if is_mapped => return Err(Error::Coverage("no bitmaps".into())),
+            Some(_) => return Err(Error::Coverage("bitmaps, which only mapped files have".into())),
+            None => {}
         }
+        let mut pairs = self.ram.table().zip(&written.chunks).enumerate();
+        pairs.try_for_each(|(index, (found, expected))| same(|| self.ram.name_of(index), found, *expected))
     }
 }
 
@@ -162,6 +283,10 @@ pub(crate) struct Integrity {
     chunk_count: u32,
     #[vmstate(len = "chunk_count", max = CHUNKS_MAX)]
     chunks: Vec<u64>,
+    #[vmstate(subsection)]
+    pub trailer: Option<TrailerDigest>,
+    #[vmstate(subsection)]
+    pub mapped: Option<MappedDigests>,
 }
 
 #[derive(Debug, VmState)]
@@ -169,4 +294,19 @@ pub(crate) struct Integrity {
 struct SectionDigest {
     id: u32,
     digest: u64,
+}
+
+/// Files have it; the first ones did not.
+#[derive(Debug, VmState)]
+#[vmstate(name = "integrity/trailer")]
+pub(crate) struct TrailerDigest {
+    pub text: u64,
+}
+
+/// What can be compared before a page is read.
+#[derive(Debug, VmState)]
+#[vmstate(name = "integrity/mapped")]
+pub(crate) struct MappedDigests {
+    pub bitmaps: u64,
+    chunks: u64,
 }

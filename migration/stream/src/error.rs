@@ -137,6 +137,30 @@ pub enum Error {
     /// Sections that came and were not asked for.
     #[error("sections left over: {}", .0.join(", "))]
     LeftOver(Vec<String>),
+    /// The start of a section that comes in parts and is not RAM. Nothing says how long its parts are.
+    #[error(
+        "section {name:?} at byte {offset} comes in parts of unknown length; only RAM can be read that way"
+    )]
+    Iterable {
+        /// The section's name.
+        name: String,
+        /// Where.
+        offset: u64,
+    },
+    /// A command that is not known.
+    #[error("unknown command {0}")]
+    UnknownCommand(u16),
+    /// A message of the return path that is not known.
+    #[error("unknown message {0} on the return path")]
+    UnknownMessage(u16),
+    /// The data of a command or a message is not what it must be.
+    #[error("{what}: {why}")]
+    Data {
+        /// The command or message.
+        what: &'static str,
+        /// What is wrong.
+        why: String,
+    },
     /// RAM that does not fit the machine or the list of blocks.
     #[error("RAM: {0}")]
     Ram(String),

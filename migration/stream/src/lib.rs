@@ -61,15 +61,22 @@
 
 #![forbid(unsafe_code)]
 
+mod canonical;
+mod command;
 mod configuration;
 mod decoder;
 mod digest;
 mod error;
 mod expected;
 pub mod frame;
+mod mapped;
+mod mapped_reader;
+mod mapped_writer;
+mod page_map;
 mod parser;
 mod ram;
 mod reader;
+pub mod return_path;
 mod section;
 mod trailer;
 mod wire;
@@ -78,11 +85,15 @@ mod writer;
 #[cfg(test)]
 mod tests;
 
+pub use command::{Command, PackagePart, PageSizes};
 pub use configuration::Configuration;
 pub use decoder::{Decoder, Event};
 pub use digest::CHUNK_BYTES;
 pub use error::Error;
 pub use expected::Expected;
+pub use mapped::MappedBlock;
+pub use mapped_reader::{MappedRam, MappedReader, ReadAt};
+pub use mapped_writer::MappedRamWriter;
 pub use ram::{PAGE_BYTES, RamBlock};
 pub use reader::StreamReader;
 pub use section::{DeviceSection, SectionSet};

@@ -6,26 +6,43 @@ use std::ops::Range;
 use serde_json::Value as Json;
 use vmstate::{Reader, Value};
 
+use crate::command::{Command, Postcopy};
 use crate::configuration::{self, Configuration};
 use crate::digest::{self, Digests, Integrity};
 use crate::error::Stop;
 use crate::expected::Expected;
+use crate::mapped::{self, MappedBlock};
 use crate::ram::{self, PAGE_BYTES, RamBlock, Record};
 use crate::section::DeviceSection;
 use crate::wire::{self, mark};
-use crate::{Error, trailer};
+use crate::{Error, canonical, trailer};
 
 /// An event; bytes are given as ranges of what was parsed.
 #[derive(Debug)]
 pub(crate) enum Parsed {
     Configuration(Configuration),
     RamBlocks,
-    RamPage { block: usize, offset: u64, bytes: Range<usize> },
-    RamZero { block: usize, offset: u64 },
-    RamRound { last: bool },
-    Command { kind: u16, data: Range<usize> },
+    RamPage {
+        block: usize,
+        offset: u64,
+        bytes: Range<usize>,
+    },
+    RamZero {
+        block: usize,
+        offset: u64,
+    },
+    RamRound {
+        last: bool,
+    },
+    Command(Command),
     Device(DeviceSection),
-    Trailer(Json),
+    Trailer {
+        text: Range<usize>,
+    },
+    /// The stream goes on elsewhere in the file.
+    Jump {
+        to: u64,
+    },
     End,
 }
 
@@ -37,10 +54,21 @@ impl Parsed {
             Parsed::RamPage { block, offset, bytes } => {
                 Parsed::RamPage { block, offset, bytes: moved(bytes) }
             }
-            Parsed::Command { kind, data } => Parsed::Command { kind, data: moved(data) },
+            Parsed::Trailer { text } => Parsed::Trailer { text: moved(text) },
             other => other,
         }
     }
+}
+
+/// Where the stream comes from, which decides what it may hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// It ends with its end mark.
+    Connection,
+    /// After the end mark comes the trailer.
+    File,
+    /// So many bytes; where its layout says so, the stream goes on elsewhere in it.
+    MappedFile { file_bytes: u64 },
 }
 
 /// What is due next.
@@ -48,6 +76,8 @@ impl Parsed {
 pub(crate) enum Due {
     Header,
     Section,
+    /// Of a mapped file.
+    Block,
     Records {
         last: bool,
     },
@@ -67,6 +97,7 @@ impl Due {
         match self {
             Due::Header => "the header",
             Due::Section => "a section",
+            Due::Block => "the list of RAM blocks",
             Due::Records { .. } => "RAM records",
             Due::Footer { .. } => "a footer",
             Due::Trailer => "the trailer",
@@ -83,38 +114,66 @@ enum Ram {
     Ended,
 }
 
+/// The START of RAM in a mapped file, of which parts have come.
+#[derive(Debug)]
+struct Start {
+    id: u32,
+    total: u64,
+    /// Its bytes without the jumps.
+    bytes: Vec<u8>,
+}
+
 /// Everything about a stream but its bytes. It changes only when a part is complete, so that a part can be tried again.
 #[derive(Debug)]
 pub(crate) struct Parser {
     expected: Expected,
-    is_file: bool,
+    source: Source,
     due: Due,
     digests: Digests,
     configured: bool,
-    verified: bool,
+    /// As the trailer of a file describes it.
+    configuration: Json,
+    /// The integrity section, once it has come and agreed.
+    integrity: Option<Integrity>,
     ram: Ram,
     blocks: Vec<RamBlock>,
+    /// The same in a mapped file.
+    mapped: Vec<MappedBlock>,
+    is_mapped: bool,
+    start: Option<Start>,
     /// The block of the last RAM record.
     current_block: Option<usize>,
     /// Ids of the sections so far.
     ids: BTreeSet<u32>,
+    postcopy: Postcopy,
+    /// Where the package ends that the stream is in.
+    package_end: Option<u64>,
+    /// Name, instance, version and length of every section, for the trailer.
+    came: Vec<canonical::Section>,
 }
 
 type Outcome = Result<(Option<Parsed>, usize), Stop>;
 
 impl Parser {
-    pub(crate) fn new(expected: Expected, is_file: bool) -> Self {
+    pub(crate) fn new(expected: Expected, source: Source) -> Self {
         Parser {
             expected,
-            is_file,
+            source,
             due: Due::Header,
             digests: Digests::default(),
             configured: false,
-            verified: false,
+            configuration: Json::Null,
+            integrity: None,
             ram: Ram::Absent,
             blocks: Vec::new(),
+            mapped: Vec::new(),
+            is_mapped: false,
+            start: None,
             current_block: None,
             ids: BTreeSet::new(),
+            postcopy: Postcopy::default(),
+            package_end: None,
+            came: Vec::new(),
         }
     }
 
@@ -126,6 +185,15 @@ impl Parser {
         &self.blocks
     }
 
+    pub(crate) fn mapped(&self) -> &[MappedBlock] {
+        &self.mapped
+    }
+
+    /// The digests, and the integrity section if it has come.
+    pub(crate) fn digests(&mut self) -> (&mut Digests, Option<&Integrity>) {
+        (&mut self.digests, self.integrity.as_ref())
+    }
+
     pub(crate) fn digest(&self) -> u64 {
         self.digests.combined()
     }
@@ -133,9 +201,28 @@ impl Parser {
     /// Parses one part from the start of `bytes`, which are at `offset` of the stream; `is_all` if none will follow. Returns the
     /// event that it makes, if it makes one, and its length.
     pub(crate) fn parse(&mut self, bytes: &[u8], offset: u64, is_all: bool) -> Outcome {
+        let left = self.package_end.map(|end| end.saturating_sub(offset));
+        match left.map(|left| (left, bytes.split_at_checked(left as usize))) {
+            Some((0, _)) if self.due == Due::Section => {
+                self.package_end = None;
+                self.part(bytes, offset, is_all)
+            }
+            Some((left, Some((inside, _)))) => match self.part(inside, offset, false) {
+                Err(Stop::Needs(_)) => {
+                    let what = "the end of a package inside a section";
+                    Err(Error::OutOfOrder { what, offset: offset + left }.into())
+                }
+                outcome => outcome,
+            },
+            _ => self.part(bytes, offset, is_all),
+        }
+    }
+
+    fn part(&mut self, bytes: &[u8], offset: u64, is_all: bool) -> Outcome {
         match self.due.clone() {
             Due::Header => self.header(bytes),
             Due::Section => self.section(bytes, offset),
+            Due::Block => self.block(bytes, offset),
             Due::Records { last } => self.record(bytes, last),
             Due::Footer { id, name } => self.footer(bytes, offset, id, name),
             Due::Trailer => self.trailer(bytes, offset),
@@ -164,12 +251,15 @@ impl Parser {
         let mark = reader.byte()?;
         let out_of_order = |what| Stop::from(Error::OutOfOrder { what, offset });
         match mark {
+            mark::END if self.package_end.is_some() => {
+                Err(out_of_order("the end of the stream in a package"))
+            }
             mark::END => {
                 self.end()?;
                 let parsed = (self.due == Due::Nothing).then_some(Parsed::End);
                 Ok((parsed, 1))
             }
-            _ if self.verified => Err(out_of_order("a section after the digests")),
+            _ if self.integrity.is_some() => Err(out_of_order("a section after the digests")),
             mark::CONFIGURATION if self.configured || !self.ids.is_empty() => {
                 Err(out_of_order("the configuration"))
             }
@@ -184,13 +274,7 @@ impl Parser {
                 Ok((None, bytes.len() - reader.left()))
             }
             mark::SECTION_FULL => self.device(bytes),
-            mark::COMMAND => {
-                let (kind, length) = (u16::load(&mut reader, 0)?, u16::load(&mut reader, 0)?);
-                let start = bytes.len() - reader.left();
-                reader.take(usize::from(length))?;
-                let end = start + usize::from(length);
-                Ok((Some(Parsed::Command { kind, data: start..end }), end))
-            }
+            mark::COMMAND => self.command(bytes, offset),
             mark => Err(Error::UnknownMark { mark, offset }.into()),
         }
     }
@@ -201,11 +285,29 @@ impl Parser {
             return Err(Error::Ram("the last round is missing".into()));
         }
         self.expected.finish(self.ram == Ram::Ended)?;
-        if self.expected.needs_integrity() && !self.verified {
+        if self.expected.needs_integrity() && self.integrity.is_none() {
             return Err(Error::NoIntegrity);
         }
-        self.due = if self.is_file { Due::Trailer } else { Due::Nothing };
+        self.due = if self.source == Source::Connection { Due::Nothing } else { Due::Trailer };
         Ok(())
+    }
+
+    fn command(&mut self, bytes: &[u8], offset: u64) -> Outcome {
+        let mut reader = Reader::partial(bytes);
+        reader.byte()?;
+        let (number, length) = (u16::load(&mut reader, 0)?, u16::load(&mut reader, 0)?);
+        let command = Command::decode(number, reader.take(length.into())?, &self.blocks)?;
+        let out_of_order = |what| Error::OutOfOrder { what, offset };
+        self.postcopy = self.postcopy.after(&command).ok_or_else(|| out_of_order(command.name()))?;
+        let length = bytes.len() - reader.left();
+        if let Command::Packaged { length_bytes } = command {
+            if self.package_end.is_some() {
+                return Err(out_of_order("a package in a package").into());
+            }
+            self.package_end = Some(offset + length as u64 + u64::from(length_bytes));
+        }
+        self.digests.command(&bytes[..length]);
+        Ok((Some(Parsed::Command(command)), length))
     }
 
     fn configuration(&mut self, bytes: &[u8]) -> Outcome {
@@ -214,13 +316,17 @@ impl Parser {
         let length = vmstate::measure::<configuration::Wire>(payload, 1)
             .map_err(|error| Stop::in_part(error, malformed))?;
         let payload = payload.get(..length).unwrap_or_default();
-        let configuration = vmstate::from_bytes::<configuration::Wire>(payload, 1)
-            .map_err(malformed)?
-            .into_configuration()?;
+        let state = vmstate::from_bytes::<configuration::Wire>(payload, 1).map_err(malformed)?;
+        self.configuration = state.describe();
+        let configuration = state.into_configuration()?;
         // Each of them changes the layout of what follows.
-        if let Some(capability) = configuration.capabilities.first() {
+        let is_known = |capability: &str| {
+            capability == mapped::CAPABILITY && matches!(self.source, Source::MappedFile { .. })
+        };
+        if let Some(capability) = configuration.capabilities.iter().find(|capability| !is_known(capability)) {
             return Err(Error::Capability(capability.clone()).into());
         }
+        self.is_mapped = configuration.is_mapped();
         self.configured = true;
         self.digests.configuration(payload);
         Ok((Some(Parsed::Configuration(configuration)), 1 + length))
@@ -254,7 +360,7 @@ impl Parser {
         let mut reader = Reader::partial(bytes);
         let head = self.head(&mut reader)?;
         if head.name != ram::NAME || head.instance_id != 0 {
-            return Err(Error::Unexpected { name: head.name.into(), instance_id: head.instance_id }.into());
+            return Err(Error::Iterable { name: head.name.into(), offset }.into());
         }
         if head.version != ram::VERSION {
             return Err(Error::Ram(format!("version {} is not {}", head.version, ram::VERSION)).into());
@@ -262,14 +368,54 @@ impl Parser {
         if self.ram != Ram::Absent {
             return Err(Error::OutOfOrder { what: "a second RAM section", offset }.into());
         }
+        if self.is_mapped {
+            let total = ram::load_total(&mut reader, self.expected.ram_limit_bytes())?;
+            let length = bytes.len() - reader.left();
+            self.start = Some(Start { id: head.id, total, bytes: bytes[..length].to_vec() });
+            self.due = Due::Block;
+            return Ok((None, length));
+        }
         let blocks = ram::load_blocks(&mut reader, self.expected.ram_limit_bytes())?;
-        self.expected.check_ram(&blocks)?;
         let length = bytes.len() - reader.left();
-        self.digests.ram_blocks(&blocks)?;
-        self.digests.section(head.id, head.name, &bytes[..length]);
+        self.ram_started(head.id, blocks, &bytes[..length])?;
+        Ok((Some(Parsed::RamBlocks), length))
+    }
+
+    /// The list of blocks is complete; `bytes` is the section.
+    fn ram_started(&mut self, id: u32, blocks: Vec<RamBlock>, bytes: &[u8]) -> Result<(), Error> {
+        self.expected.check_ram(&blocks)?;
+        self.digests.ram_blocks(&blocks, self.is_mapped)?;
+        self.digests.section(id, ram::NAME, bytes);
         self.blocks = blocks;
-        self.ram = Ram::Started { id: head.id };
-        self.came(&head);
+        self.ram = Ram::Started { id };
+        self.ids.insert(id);
+        self.due = Due::Footer { id, name: ram::NAME.into() };
+        Ok(())
+    }
+
+    /// A block of the list in a mapped file, after which the stream goes on behind the block's pages; or the end of the list.
+    fn block(&mut self, bytes: &[u8], offset: u64) -> Outcome {
+        let (Some(start), Source::MappedFile { file_bytes }) = (&mut self.start, self.source) else {
+            unreachable!("blocks come only while a mapped list is read")
+        };
+        let mut reader = Reader::partial(bytes);
+        let blocks: Vec<_> = self.mapped.iter().map(|mapped| mapped.block.clone()).collect();
+        if ram::listed_bytes(&blocks) < start.total {
+            let block = ram::load_block(&mut reader, blocks.len())?;
+            let position = |reader: &Reader<'_>| offset + (bytes.len() - reader.left()) as u64;
+            let mapped = MappedBlock::load(&mut reader, block, position, file_bytes)?;
+            let length = bytes.len() - reader.left();
+            start.bytes.extend_from_slice(&bytes[..length]);
+            let to = mapped.end();
+            self.mapped.push(mapped);
+            return Ok((Some(Parsed::Jump { to }), length));
+        }
+        ram::load_end(&mut reader, &blocks, start.total)?;
+        let length = bytes.len() - reader.left();
+        start.bytes.extend_from_slice(&bytes[..length]);
+        let (id, bytes) = (start.id, std::mem::take(&mut start.bytes));
+        self.start = None;
+        self.ram_started(id, blocks, &bytes)?;
         Ok((Some(Parsed::RamBlocks), length))
     }
 
@@ -278,6 +424,9 @@ impl Parser {
         let record = ram::load_record(&mut reader, &self.blocks, self.current_block)?;
         let start = bytes.len() - reader.left();
         match record {
+            Record::Page { .. } | Record::Zero { .. } if self.is_mapped => {
+                Err(Error::Ram("a page among the sections of a mapped file".into()).into())
+            }
             Record::Page { block, offset } => {
                 let page = reader.take(PAGE_BYTES)?;
                 self.digests.ram_page(block, offset, page);
@@ -320,6 +469,14 @@ impl Parser {
         self.expected.came(name, instance_id);
         self.digests.section(id, name, &bytes[..end]);
         self.came(&head);
+        if self.expected.needs_integrity() && self.source != Source::Connection {
+            self.came.push(canonical::Section {
+                name: name.into(),
+                instance_id,
+                version,
+                bytes: length as u64,
+            });
+        }
         let payload = payload[..length].to_vec();
         let section =
             DeviceSection { name: name.into(), instance_id, version, payload, description: Json::Null };
@@ -332,8 +489,21 @@ impl Parser {
         let length = vmstate::measure::<Integrity>(payload, head.version)
             .map_err(|error| Stop::in_part(error, refusal))?;
         let written = vmstate::from_bytes(&payload[..length], head.version).map_err(refusal)?;
-        self.digests.compare(&written)?;
-        self.verified = true;
+        self.digests.compare(&written, self.is_mapped)?;
+        if written.trailer.is_some() && self.source == Source::Connection {
+            return Err(Error::Coverage("a trailer, which only files have".into()).into());
+        }
+        if self.is_mapped {
+            self.digests.believe(&written);
+            self.digests.bitmaps(written.mapped.as_ref().map_or(0, |mapped| mapped.bitmaps));
+        }
+        self.came.push(canonical::Section {
+            name: digest::NAME.into(),
+            instance_id: 0,
+            version: head.version,
+            bytes: length as u64,
+        });
+        self.integrity = Some(written);
         Ok(length)
     }
 
@@ -357,9 +527,20 @@ impl Parser {
             let (value, maximum) = (u64::from(length), wire::TRAILER_BYTES_MAX as u64);
             return Err(Error::AboveMaximum { what: "length of the trailer", value, maximum }.into());
         }
-        let json = trailer::parse(reader.take(length as usize)?)?;
+        let text = reader.take(length as usize)?;
+        if let Some(expected) = self.integrity.as_ref().and_then(|written| written.trailer.as_ref()) {
+            digest::same(|| "the trailer".into(), digest::of_bytes(text), expected.text)?;
+        }
+        match &self.integrity {
+            Some(written) if self.expected.needs_integrity() => {
+                let integrity = DeviceSection::save(digest::NAME, 0, written);
+                canonical::check(text, &self.came, &self.configuration, &trailer::device(&integrity))?;
+            }
+            _ => canonical::check_syntax(text)?,
+        }
         self.due = Due::EndOfFile;
-        Ok((Some(Parsed::Trailer(json)), bytes.len() - reader.left()))
+        let end = bytes.len() - reader.left();
+        Ok((Some(Parsed::Trailer { text: end - text.len()..end }), end))
     }
 }
 

@@ -24,6 +24,8 @@ pub(crate) mod flag {
     pub const PAGE: u64 = 0x08;
     pub const END: u64 = 0x10;
     pub const CONTINUE: u64 = 0x20;
+    /// XBZRLE: the page as a difference to what was sent of it before.
+    pub const DIFFERENCE: u64 = 0x40;
     pub const CHANNEL_FLUSH: u64 = 0x200;
     pub const ALL: u64 = 0xfff;
 }
@@ -47,17 +49,52 @@ impl RamBlock {
 /// The START payload.
 pub(crate) fn save_blocks(blocks: &[RamBlock]) -> Result<Vec<u8>, Error> {
     let mut out = Vec::new();
-    (total_bytes(blocks)? | flag::MEMORY_SIZE).save(&mut out);
-    for block in blocks {
-        save_name(&block.name, &mut out);
-        block.length_bytes.save(&mut out);
-    }
+    save_total(blocks, &mut out)?;
+    blocks.iter().for_each(|block| save_block(block, &mut out));
     flag::END.save(&mut out);
     Ok(out)
 }
 
-/// Reads the START payload: at most `limit_bytes` in all.
-pub(crate) fn load_blocks(reader: &mut Reader<'_>, limit_bytes: u64) -> Result<Vec<RamBlock>, Stop> {
+/// Appends the word before the list of blocks, which it checks.
+pub(crate) fn save_total(blocks: &[RamBlock], out: &mut Vec<u8>) -> Result<(), Error> {
+    (total_bytes(blocks)? | flag::MEMORY_SIZE).save(out);
+    Ok(())
+}
+
+/// Appends an entry of the list.
+pub(crate) fn save_block(block: &RamBlock, out: &mut Vec<u8>) {
+    save_name(&block.name, out);
+    block.length_bytes.save(out);
+}
+
+/// The pages of a block of so many bytes.
+pub(crate) fn pages(block_bytes: u64) -> u64 {
+    block_bytes / PAGE_BYTES as u64
+}
+
+/// Whether `length` bytes at `offset` are whole pages of the block.
+pub(crate) fn are_pages_of(block: &RamBlock, offset: u64, length: u64) -> bool {
+    let page = PAGE_BYTES as u64;
+    let inside = offset.checked_add(length).is_some_and(|end| end <= block.length_bytes);
+    inside && offset.is_multiple_of(page) && length.is_multiple_of(page)
+}
+
+/// Makes sure that `length` bytes at `offset` are whole pages of block number `block`, before they are written.
+pub(crate) fn check_pages(blocks: &[RamBlock], block: usize, offset: u64, length: u64) -> Result<(), Error> {
+    let Some(block) = blocks.get(block) else {
+        return Err(Error::Ram(format!("there is no block number {block}")));
+    };
+    if !are_pages_of(block, offset, length) {
+        let RamBlock { name, length_bytes } = block;
+        return Err(Error::Ram(format!(
+            "{length:#x} bytes at {offset:#x} are not pages of block {name:?} of {length_bytes:#x} bytes"
+        )));
+    }
+    Ok(())
+}
+
+/// Reads the word before the list of blocks: the sum of their lengths, at most `limit_bytes`.
+pub(crate) fn load_total(reader: &mut Reader<'_>, limit_bytes: u64) -> Result<u64, Stop> {
     let word = u64::load(reader, 0)?;
     let total = word & !flag::ALL;
     if word & flag::ALL != flag::MEMORY_SIZE {
@@ -66,27 +103,45 @@ pub(crate) fn load_blocks(reader: &mut Reader<'_>, limit_bytes: u64) -> Result<V
     if total > limit_bytes {
         return Err(Error::AboveMaximum { what: "RAM in bytes", value: total, maximum: limit_bytes }.into());
     }
-    let (mut blocks, mut listed) = (Vec::new(), 0_u64);
-    while listed < total {
-        if blocks.len() == BLOCKS_MAX {
-            let maximum = BLOCKS_MAX as u64;
-            return Err(
-                Error::AboveMaximum { what: "number of RAM blocks", value: maximum + 1, maximum }.into()
-            );
-        }
-        let name = load_name(reader)?.to_owned();
-        let length_bytes = u64::load(reader, 0)?;
-        listed = listed.saturating_add(length_bytes);
-        blocks.push(RamBlock { name, length_bytes });
+    Ok(total)
+}
+
+/// Reads an entry of the list, of which `before` have come.
+pub(crate) fn load_block(reader: &mut Reader<'_>, before: usize) -> Result<RamBlock, Stop> {
+    if before == BLOCKS_MAX {
+        let maximum = BLOCKS_MAX as u64;
+        return Err(Error::AboveMaximum { what: "number of RAM blocks", value: maximum + 1, maximum }.into());
     }
+    let name = load_name(reader)?.to_owned();
+    Ok(RamBlock { name, length_bytes: u64::load(reader, 0)? })
+}
+
+/// Reads the end of the list and compares the list with its sum.
+pub(crate) fn load_end(reader: &mut Reader<'_>, blocks: &[RamBlock], total: u64) -> Result<(), Stop> {
     let end = u64::load(reader, 0)?;
     if end != flag::END {
         return Err(refuse(format!("the list of blocks ends with {end:#x}")));
     }
-    match total_bytes(&blocks)? {
-        sum if sum == total => Ok(blocks),
+    match total_bytes(blocks)? {
+        sum if sum == total => Ok(()),
         sum => Err(refuse(format!("the blocks have {sum} bytes but the list says {total}"))),
     }
+}
+
+/// Reads the START payload: at most `limit_bytes` in all.
+pub(crate) fn load_blocks(reader: &mut Reader<'_>, limit_bytes: u64) -> Result<Vec<RamBlock>, Stop> {
+    let total = load_total(reader, limit_bytes)?;
+    let mut blocks = Vec::new();
+    while listed_bytes(&blocks) < total {
+        blocks.push(load_block(reader, blocks.len())?);
+    }
+    load_end(reader, &blocks, total)?;
+    Ok(blocks)
+}
+
+/// The sum of the lengths of the blocks so far; more than can be is the largest number there is.
+pub(crate) fn listed_bytes(blocks: &[RamBlock]) -> u64 {
+    blocks.iter().fold(0, |sum, block| sum.saturating_add(block.length_bytes))
 }
 
 /// The sum of the blocks' lengths, if the list is one that can be written.
@@ -136,6 +191,9 @@ pub(crate) fn load_record(
         flag::ZERO | flag::PAGE => {}
         flag::END if word == flag::END => return Ok(Record::End),
         flag::CHANNEL_FLUSH if word == flag::CHANNEL_FLUSH => return Ok(Record::ChannelFlush),
+        flag::DIFFERENCE => {
+            return Err(refuse(format!("page {offset:#x} is a difference (XBZRLE), which is not read")));
+        }
         _ => return Err(refuse(format!("unknown record {word:#x}"))),
     }
     let block = if flags & flag::CONTINUE != 0 {

@@ -14,8 +14,8 @@ pub(crate) fn device(section: &DeviceSection) -> Json {
     entry
 }
 
-/// The trailer with its mark and length.
-pub(crate) fn save(configuration: &Json, devices: &[Json]) -> Result<Vec<u8>, Error> {
+/// The trailer's text.
+pub(crate) fn text(configuration: &Json, devices: &[Json]) -> Result<Vec<u8>, Error> {
     let json = json!({ "configuration": configuration, "page_size": PAGE_BYTES, "devices": devices });
     let mut text = json.to_string().into_bytes(); // control characters are escaped, so it holds no NUL
     // Foreign tools look for the last NUL, which is in the length, and take the next `{` for the start. A `{` in the length
@@ -27,10 +27,15 @@ pub(crate) fn save(configuration: &Json, devices: &[Json]) -> Result<Vec<u8>, Er
         let (value, maximum) = (text.len() as u64, TRAILER_BYTES_MAX as u64);
         return Err(Error::AboveMaximum { what: "length of the trailer", value, maximum });
     }
+    Ok(text)
+}
+
+/// The trailer with its mark and length.
+pub(crate) fn save(text: &[u8]) -> Vec<u8> {
     let mut out = vec![mark::TRAILER];
-    out.extend((text.len() as u32).to_be_bytes());
+    out.extend((text.len() as u32).to_be_bytes()); // bounded above
     out.extend(text);
-    Ok(out)
+    out
 }
 
 /// The trailer of a whole file, or of its last 10 MiB. `None` if the file has none.
@@ -54,7 +59,7 @@ pub fn find(file: &[u8]) -> Result<Option<Json>, Error> {
     Ok(None)
 }
 
-pub(crate) fn parse(text: &[u8]) -> Result<Json, Error> {
+fn parse(text: &[u8]) -> Result<Json, Error> {
     serde_json::from_slice(text).map_err(Error::Trailer)
 }
 

@@ -27,6 +27,9 @@ pub const SECTIONS_MAX: usize = 4096;
 /// The largest trailer: foreign tools look for it in the last 10 MiB of the file.
 pub const TRAILER_BYTES_MAX: usize = (10 << 20) - 1;
 
+/// The largest package: it holds every device, and is held in memory by its receiver.
+pub const PACKAGE_BYTES_MAX: u32 = 32 << 20;
+
 /// Writes all of the slices, with as few calls as the writer allows.
 pub fn write_all_vectored(out: &mut impl Write, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
     IoSlice::advance_slices(&mut slices, 0); // skips empty ones, for which `write` rightly returns 0

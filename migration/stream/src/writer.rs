@@ -5,6 +5,7 @@ use std::io::{IoSlice, Write};
 use serde_json::Value as Json;
 use vmstate::Value;
 
+use crate::command::{Command, PackagePart};
 use crate::configuration::{self, Configuration, check_name};
 use crate::digest::{self, Digests};
 use crate::ram::{self, PAGE_BYTES, RamBlock, flag};
@@ -20,11 +21,12 @@ const PAGES_PER_WRITE: usize = 64;
 /// `out` sees writes of very different sizes; give it a buffer if they are expensive. Runs of pages are written with vectored calls.
 #[derive(Debug)]
 pub struct StreamWriter<W> {
-    out: W,
+    pub(crate) out: W,
     configuration: Json,
     devices: Vec<Json>,
-    digests: Digests,
+    pub(crate) digests: Digests,
     next_id: u32,
+    is_mapped: bool,
 }
 
 impl<W: Write> StreamWriter<W> {
@@ -44,7 +46,9 @@ impl<W: Write> StreamWriter<W> {
         out.write_all(&bytes).map_err(Error::write("the configuration"))?;
         let mut digests = Digests::default();
         digests.configuration(&payload);
-        Ok(StreamWriter { out, configuration: state.describe(), devices: Vec::new(), digests, next_id: 1 })
+        let is_mapped = configuration.is_mapped();
+        let (configuration, devices) = (state.describe(), Vec::new());
+        Ok(StreamWriter { out, configuration, devices, digests, next_id: 1, is_mapped })
     }
 
     /// Starts the RAM section: the list of blocks.
@@ -53,13 +57,23 @@ impl<W: Write> StreamWriter<W> {
     ///
     /// If the blocks cannot be written (names, lengths that are not whole pages), or `out` fails.
     pub fn start_ram(&mut self, blocks: &[RamBlock]) -> Result<RamWriter, Error> {
+        self.check_layout(false)?;
         let id = self.next_id;
         let bytes =
             self.section(mark::SECTION_START, ram::NAME, 0, ram::VERSION, &ram::save_blocks(blocks)?)?;
         self.digests.section(id, ram::NAME, &bytes);
-        self.digests.ram_blocks(blocks)?;
+        self.digests.ram_blocks(blocks, false)?;
         self.finish_section(bytes, id)?;
         Ok(RamWriter { id, blocks: blocks.to_vec() })
+    }
+
+    /// Makes sure that RAM is written as the configuration said.
+    pub(crate) fn check_layout(&self, is_mapped: bool) -> Result<(), Error> {
+        match (self.is_mapped, is_mapped) {
+            (true, false) => Err(Error::Ram("the configuration says that RAM is mapped".into())),
+            (false, true) => Err(Error::Ram("the configuration does not say that RAM is mapped".into())),
+            _ => Ok(()),
+        }
     }
 
     /// Writes the state of a device. Its description, if it has one, goes into the trailer.
@@ -68,6 +82,12 @@ impl<W: Write> StreamWriter<W> {
     ///
     /// If its name cannot be written, its payload is too long, or `out` fails.
     pub fn device(&mut self, section: &DeviceSection) -> Result<(), Error> {
+        let bytes = self.device_bytes(section)?;
+        self.out.write_all(&bytes).map_err(Error::write("a section"))
+    }
+
+    /// A device's section with its footer.
+    fn device_bytes(&mut self, section: &DeviceSection) -> Result<Vec<u8>, Error> {
         let DeviceSection { name, instance_id, version, payload, description } = section;
         if payload.len() > wire::SECTION_BYTES_MAX {
             let (value, maximum) = (payload.len() as u64, wire::SECTION_BYTES_MAX as u64);
@@ -77,13 +97,54 @@ impl<W: Write> StreamWriter<W> {
             return Err(Error::Unexpected { name: name.clone(), instance_id: *instance_id });
         }
         let id = self.next_id;
-        let bytes = self.section(mark::SECTION_FULL, name, *instance_id, *version, payload)?;
+        let mut bytes = self.section(mark::SECTION_FULL, name, *instance_id, *version, payload)?;
         self.digests.section(id, name, &bytes);
-        self.finish_section(bytes, id)?;
         if !description.is_null() {
             self.devices.push(trailer::device(section));
         }
-        Ok(())
+        save_footer(id, &mut bytes);
+        Ok(bytes)
+    }
+
+    /// Writes a command.
+    ///
+    /// # Errors
+    ///
+    /// If it is a package (see [`package`](Self::package)), has a name that cannot be written or too much data, or `out` fails.
+    pub fn command(&mut self, command: &Command) -> Result<(), Error> {
+        let bytes = command_bytes(command)?;
+        self.digests.command(&bytes);
+        self.out.write_all(&bytes).map_err(Error::write("a command"))
+    }
+
+    /// Writes sections and commands as one package.
+    ///
+    /// # Errors
+    ///
+    /// As [`device`](Self::device) and [`command`](Self::command), and if the package is too long.
+    pub fn package(&mut self, parts: &[PackagePart<'_>]) -> Result<(), Error> {
+        let (mut package, mut commands) = (Vec::new(), Vec::new());
+        for part in parts {
+            let bytes = match part {
+                PackagePart::Device(section) => self.device_bytes(section)?,
+                PackagePart::Command(command) => {
+                    let bytes = command_bytes(command)?;
+                    commands.push(bytes.clone());
+                    bytes
+                }
+            };
+            package.extend(bytes);
+        }
+        let (value, maximum) = (package.len() as u64, u64::from(wire::PACKAGE_BYTES_MAX));
+        if value > maximum {
+            return Err(Error::AboveMaximum { what: "length of a package", value, maximum });
+        }
+        let mut bytes = any_command_bytes(&Command::Packaged { length_bytes: value as u32 })?;
+        // In the order in which a reader sees them.
+        self.digests.command(&bytes);
+        commands.iter().for_each(|command| self.digests.command(command));
+        bytes.extend(package);
+        self.out.write_all(&bytes).map_err(Error::write("a package"))
     }
 
     /// Where the bytes go, to be flushed or asked. Bytes written past the writer break the stream.
@@ -102,7 +163,7 @@ impl<W: Write> StreamWriter<W> {
     ///
     /// If `out` fails.
     pub fn finish_live(self) -> Result<W, Error> {
-        self.end(&[])
+        self.end(&[], None)
     }
 
     /// Ends a file: digests, the end mark and the trailer. Returns the writer, flushed.
@@ -111,14 +172,16 @@ impl<W: Write> StreamWriter<W> {
     ///
     /// If the trailer is too long or `out` fails.
     pub fn finish_file(mut self) -> Result<W, Error> {
-        let integrity = DeviceSection::save(digest::NAME, 0, &self.digests.to_state());
+        // What the trailer says of the section does not depend on the digests in it, so that one of them can be the trailer's.
+        let integrity = DeviceSection::save(digest::NAME, 0, &self.digests.to_state(Some(0)));
         self.devices.push(trailer::device(&integrity));
-        let trailer = trailer::save(&self.configuration, &self.devices)?;
-        self.end(&trailer)
+        let text = trailer::text(&self.configuration, &self.devices)?;
+        self.end(&trailer::save(&text), Some(digest::of_bytes(&text)))
     }
 
-    fn end(mut self, trailer: &[u8]) -> Result<W, Error> {
-        let integrity = DeviceSection::save_bare(digest::NAME, 0, &self.digests.to_state());
+    fn end(mut self, trailer: &[u8], trailer_digest: Option<u64>) -> Result<W, Error> {
+        let state = self.digests.to_state(trailer_digest);
+        let integrity = DeviceSection::save_bare(digest::NAME, 0, &state);
         let id = self.next_id;
         let bytes =
             self.section(mark::SECTION_FULL, digest::NAME, 0, integrity.version, &integrity.payload)?;
@@ -129,8 +192,13 @@ impl<W: Write> StreamWriter<W> {
         Ok(self.out)
     }
 
+    /// The id of the next section.
+    pub(crate) fn next_id(&self) -> u32 {
+        self.next_id
+    }
+
     /// Head and payload of a section.
-    fn section(
+    pub(crate) fn section(
         &mut self,
         mark: u8,
         name: &str,
@@ -155,11 +223,38 @@ impl<W: Write> StreamWriter<W> {
     }
 
     /// Writes a section with its footer.
-    fn finish_section(&mut self, mut bytes: Vec<u8>, id: u32) -> Result<(), Error> {
-        bytes.push(mark::FOOTER);
-        id.save(&mut bytes);
+    pub(crate) fn finish_section(&mut self, mut bytes: Vec<u8>, id: u32) -> Result<(), Error> {
+        save_footer(id, &mut bytes);
         self.out.write_all(&bytes).map_err(Error::write("a section"))
     }
+}
+
+fn command_bytes(command: &Command) -> Result<Vec<u8>, Error> {
+    match command {
+        Command::Packaged { .. } => {
+            Err(Error::Data { what: command.name(), why: "it is written with its parts".into() })
+        }
+        command => any_command_bytes(command),
+    }
+}
+
+fn any_command_bytes(command: &Command) -> Result<Vec<u8>, Error> {
+    let data = command.encode()?;
+    let length = u16::try_from(data.len()).map_err(|_| {
+        let (value, maximum) = (data.len() as u64, u16::MAX.into());
+        Error::AboveMaximum { what: "length of a command", value, maximum }
+    })?;
+    let mut bytes = vec![mark::COMMAND];
+    command.number().save(&mut bytes);
+    length.save(&mut bytes);
+    bytes.extend(data);
+    Ok(bytes)
+}
+
+/// Appends the footer of a section.
+pub(crate) fn save_footer(id: u32, out: &mut Vec<u8>) {
+    out.push(mark::FOOTER);
+    id.save(out);
 }
 
 /// The RAM section of a stream: its id and its blocks.
@@ -272,8 +367,7 @@ impl<'a, W: Write> RamRound<'a, W> {
     pub fn finish(self) -> Result<(), Error> {
         let mut tail = Vec::new();
         flag::END.save(&mut tail);
-        tail.push(mark::FOOTER);
-        self.ram.id.save(&mut tail);
+        save_footer(self.ram.id, &mut tail);
         self.stream.out.write_all(&tail).map_err(Error::write("RAM"))
     }
 
@@ -289,16 +383,6 @@ impl<'a, W: Write> RamRound<'a, W> {
     }
 
     fn check(&self, block: usize, offset: u64, length: u64) -> Result<(), Error> {
-        let page = PAGE_BYTES as u64;
-        let Some(RamBlock { name, length_bytes }) = self.ram.blocks.get(block) else {
-            return Err(Error::Ram(format!("there is no block number {block}")));
-        };
-        let inside = offset.checked_add(length).is_some_and(|end| end <= *length_bytes);
-        if !inside || !offset.is_multiple_of(page) || !length.is_multiple_of(page) {
-            return Err(Error::Ram(format!(
-                "{length:#x} bytes at {offset:#x} are not pages of block {name:?} of {length_bytes:#x} bytes"
-            )));
-        }
-        Ok(())
+        ram::check_pages(&self.ram.blocks, block, offset, length)
     }
 }

@@ -101,7 +101,9 @@ impl<'a> Receiver<'a> {
                     (self.inspect)(&section)?;
                     self.sections.insert(section).map_err(&failed)?;
                 }
-                Event::Command { kind, .. } => return Err(wrong(format!("command {kind} is not ours"))),
+                Event::Command(command) => {
+                    return Err(wrong(format!("the command {:?} is not ours", command.name())));
+                }
                 // The decoder repeats it as long as it is asked.
                 Event::End => {
                     self.complete = true;

@@ -9,6 +9,11 @@ use vmstate::{Slots, VmState};
 
 use crate::*;
 
+mod commands;
+mod hostile;
+mod mapped;
+mod return_path;
+
 #[derive(VmState, Debug, Clone, PartialEq)]
 #[vmstate(name = "controller")]
 struct Controller {
@@ -100,7 +105,7 @@ fn load(
             Event::RamRound { last } => loaded.rounds.push(last),
             Event::Device(section) => sections.insert(section)?,
             Event::Trailer(_) => loaded.trailer = true,
-            Event::Command { .. } => {}
+            Event::Command(_) => {}
             Event::End => return Ok(false),
         }
         Ok(true)
@@ -203,18 +208,6 @@ fn every_truncation_is_refused() {
     let mut longer = bytes;
     longer.push(b' ');
     assert!(matches!(load_file(&longer), Err(Error::OutOfOrder { .. })));
-}
-
-#[test]
-fn every_changed_byte_is_refused() {
-    let bytes = started().finish_file().unwrap();
-    let trailer = bytes.iter().rposition(|byte| *byte == 0).unwrap();
-    for at in offsets(&bytes) {
-        let mut damaged = bytes.clone();
-        damaged[at] ^= 1 << (at % 8);
-        // The trailer is for people and foreign tools; loading does not depend on it.
-        assert!(load_file(&damaged).is_err() || at > trailer, "byte {at:#x} changed");
-    }
 }
 
 #[test]
@@ -377,7 +370,7 @@ fn trailer_length_never_misleads_a_search_for_the_first_brace() {
     for machine in 1..127 {
         let configuration = Configuration::new("m".repeat(machine));
         let json = serde_json::json!({ "text": "x".repeat(machine) });
-        let trailer = trailer::save(&json, &[]).unwrap();
+        let trailer = trailer::save(&trailer::text(&json, &[]).unwrap());
         let nul = trailer.iter().rposition(|byte| *byte == 0).unwrap();
         let brace = nul + trailer[nul..].iter().position(|byte| *byte == b'{').unwrap();
         assert_eq!(brace, 5, "{machine}");

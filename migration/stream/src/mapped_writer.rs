@@ -1,0 +1,150 @@
+//! Writing RAM in the mapped layout.
+
+use std::io::{Seek, SeekFrom, Write};
+use std::ops::Range;
+
+use vmstate::{Bitmap, Value};
+
+use crate::digest::Pieces;
+use crate::mapped::MappedBlock;
+use crate::ram::{self, PAGE_BYTES, RamBlock, flag};
+use crate::wire::mark;
+use crate::writer::{StreamWriter, save_footer};
+use crate::{Error, page_map};
+
+/// RAM in the mapped layout, which must be finished before a device is written.
+///
+/// Pages are written to their places in any order. Those that hold nothing but zeros are not written: they stay holes of the file.
+#[derive(Debug)]
+#[must_use = "RAM that is not finished breaks the file"]
+pub struct MappedRamWriter {
+    id: u32,
+    blocks: Vec<RamBlock>,
+    places: Vec<MappedBlock>,
+    /// The pages that were written.
+    present: Vec<Bitmap>,
+}
+
+impl<W: Write + Seek> StreamWriter<W> {
+    /// Starts the RAM section of a file with the mapped layout: the list of blocks and where they are.
+    ///
+    /// # Errors
+    ///
+    /// If the configuration is not [`mapped`](crate::Configuration::mapped), the blocks cannot be written, or the file fails.
+    pub fn start_mapped_ram(&mut self, blocks: &[RamBlock]) -> Result<MappedRamWriter, Error> {
+        self.check_layout(true)?;
+        let mut offset = self.out.stream_position().map_err(Error::write("RAM"))?;
+        let id = self.next_id();
+        let mut total = Vec::new();
+        ram::save_total(blocks, &mut total)?;
+        let mut piece = self.section(mark::SECTION_START, ram::NAME, 0, ram::VERSION, &total)?;
+        let (mut section, mut places) = (Vec::new(), Vec::new());
+        for block in blocks {
+            ram::save_block(block, &mut piece);
+            let place = MappedBlock::place(block, offset + piece.len() as u64)?;
+            place.save(&mut piece);
+            self.write_at(offset, &piece)?;
+            section.append(&mut piece);
+            offset = place.end();
+            places.push(place);
+        }
+        flag::END.save(&mut piece);
+        section.extend_from_slice(&piece);
+        self.digests.section(id, ram::NAME, &section);
+        self.digests.ram_blocks(blocks, true)?;
+        save_footer(id, &mut piece);
+        self.write_at(offset, &piece)?;
+        let present = blocks.iter().map(|block| Bitmap::new(ram::pages(block.length_bytes) as usize));
+        Ok(MappedRamWriter { id, blocks: blocks.to_vec(), places, present: present.collect() })
+    }
+
+    fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        let sought = self.out.seek(SeekFrom::Start(offset));
+        sought.and_then(|_| self.out.write_all(bytes)).map_err(Error::write("RAM"))
+    }
+}
+
+impl MappedRamWriter {
+    /// Where the blocks are in the file.
+    pub fn blocks(&self) -> &[MappedBlock] {
+        &self.places
+    }
+
+    /// Writes whole pages that follow each other, from `offset` of block number `block` on, each page once.
+    ///
+    /// # Errors
+    ///
+    /// If the pages are not whole, not inside the block or were written before, or the file fails.
+    pub fn pages<W: Write + Seek>(
+        &mut self,
+        stream: &mut StreamWriter<W>,
+        block: usize,
+        offset: u64,
+        pages: &[u8],
+    ) -> Result<(), Error> {
+        ram::check_pages(&self.blocks, block, offset, pages.len() as u64)?;
+        let (place, present) = (&self.places[block], &mut self.present[block]); // one for each block
+        let first = ram::pages(offset) as usize;
+        let count = pages.len() / PAGE_BYTES;
+        if let Some(page) = (first..first + count).find(|page| present.get(*page)) {
+            let name = &place.block.name;
+            return Err(Error::Ram(format!("page {page:#x} of block {name:?} is written a second time")));
+        }
+        let resume = stream.out.stream_position().map_err(Error::write("RAM"))?;
+        for run in runs_of_data(pages) {
+            let bytes = &pages[run.clone()];
+            stream.write_at(place.pages_offset + offset + run.start as u64, bytes)?;
+            for (index, page) in bytes.chunks(PAGE_BYTES).enumerate() {
+                let at = offset + (run.start + index * PAGE_BYTES) as u64;
+                stream.digests.ram_page(block, at, page);
+                present.set(ram::pages(at) as usize, true);
+            }
+        }
+        stream.out.seek(SeekFrom::Start(resume)).map_err(Error::write("RAM"))?;
+        Ok(())
+    }
+
+    /// Ends RAM: the bitmaps, and what the sections say of it.
+    ///
+    /// # Errors
+    ///
+    /// If the file fails.
+    pub fn finish<W: Write + Seek>(self, stream: &mut StreamWriter<W>) -> Result<(), Error> {
+        let resume = stream.out.stream_position().map_err(Error::write("RAM"))?;
+        let mut digest = Pieces::default();
+        for (place, present) in self.places.iter().zip(&self.present) {
+            let mut bytes = Vec::new();
+            page_map::save(present, &mut bytes);
+            digest.add(&bytes);
+            stream.write_at(place.bitmap_offset, &bytes)?;
+        }
+        stream.digests.bitmaps(digest.digest());
+        let mut end = vec![mark::SECTION_END];
+        self.id.save(&mut end);
+        flag::END.save(&mut end);
+        save_footer(self.id, &mut end);
+        stream.write_at(resume, &end)
+    }
+}
+
+/// The runs of pages that hold something else than zeros.
+fn runs_of_data(pages: &[u8]) -> impl Iterator<Item = Range<usize>> {
+    let mut next = 0;
+    let is_zero = |at: usize| pages.get(at..at + PAGE_BYTES).is_some_and(holds_only_zeros);
+    std::iter::from_fn(move || {
+        while is_zero(next) {
+            next += PAGE_BYTES;
+        }
+        let start = next;
+        while next < pages.len() && !is_zero(next) {
+            next += PAGE_BYTES;
+        }
+        (start < next).then_some(start..next)
+    })
+}
+
+fn holds_only_zeros(page: &[u8]) -> bool {
+    let (words, _none_left) = page.as_chunks::<16>();
+    // In pieces, so that a page with data is seen at its beginning and the compiler compares many bytes at once.
+    words.chunks(16).all(|piece| piece.iter().fold(0, |any, word| any | u128::from_ne_bytes(*word)) == 0)
+}
