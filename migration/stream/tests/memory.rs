@@ -204,7 +204,7 @@ fn announced_ram_takes_nothing() {
         );
         bytes.extend(b"\x03\0\0\0\x01");
         for page in 0..20_000_u64 {
-            let word = (page << 20) % length | 2;
+            let word = ((page << 20) % length) | 2;
             bytes.extend([word.to_be_bytes().as_slice(), b"\x03ram\0"].concat());
         }
         bounded("records all over RAM", &bytes, |bytes| read(bytes, any(), false)).unwrap_err();

@@ -1,0 +1,48 @@
+//! Hostile bytes for everything that reads what others wrote.
+//!
+//! A target is a plain function of bytes: it must not panic, and what it can read it must be able to write again as it was. The test
+//! of this crate calls every target with its corpus (`corpus/TARGET/`), with fresh seeds and with a fixed number of mutations of
+//! them, always the same; `tests/fuzz/run TARGET SECONDS` lets cargo-fuzz look for more.
+//!
+//! - [`streams`], [`mapped`]: what crate `stream` reads.
+//! - [`states`]: the sections of our devices, and what two migrating processes say to each other.
+//! - [`lease`]: the record that says who owns a guest.
+//! - [`seeds`] writes valid inputs. Those of states come from their schemas, so a new field needs nothing here.
+//!
+//! # Absent
+//!
+//! The states of vCPUs and interrupt controllers, which only the VMM itself knows.
+
+#![forbid(unsafe_code)]
+
+pub mod lease;
+pub mod mapped;
+pub mod mutate;
+pub mod seeds;
+pub mod states;
+pub mod streams;
+
+/// Something that reads bytes of others.
+#[derive(Debug, Clone, Copy)]
+pub struct Target {
+    /// As `tests/fuzz/run` takes it.
+    pub name: &'static str,
+    /// Reads the bytes.
+    pub run: fn(&[u8]),
+    /// Valid inputs, always the same.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+}
+
+/// All of them.
+pub const TARGETS: &[Target] = &[
+    Target { name: "file", run: streams::file, seeds: seeds::files },
+    Target { name: "live", run: streams::live, seeds: seeds::lives },
+    Target { name: "foreign", run: streams::foreign, seeds: seeds::files },
+    Target { name: "frames", run: streams::frames, seeds: seeds::frames },
+    Target { name: "return_path", run: streams::return_path, seeds: seeds::return_paths },
+    Target { name: "mapped", run: mapped::mapped, seeds: seeds::mapped },
+    Target { name: "trailer", run: streams::trailer, seeds: seeds::trailers },
+    Target { name: "devices", run: states::devices, seeds: states::device_seeds },
+    Target { name: "messages", run: states::messages, seeds: states::message_seeds },
+    Target { name: "lease", run: lease::lease, seeds: lease::seeds },
+];
