@@ -148,6 +148,11 @@ impl Decoder {
         self.parser.digest()
     }
 
+    /// Whether the digests have come, and agree with everything before them.
+    pub fn is_verified(&self) -> bool {
+        self.parser.is_verified()
+    }
+
     /// The next event, or `None` if that takes more bytes. After the end it is [`Event::End`] again and again.
     ///
     /// # Errors

@@ -9,7 +9,8 @@
 //! - [`DeviceSection`] is one saved state with its name; [`SectionSet`] hands the received ones out, each exactly once.
 //! - [`Expected`] is what a destination knows beforehand: which sections, of which types, and how much RAM. Sections carry no
 //!   length on the wire; it follows from the type (or, for a foreign file, from its trailer).
-//! - [`frame`] is the framing of a live connection.
+//! - [`MappedReader`] and [`StreamWriter::start_mapped_ram`] are for files whose pages lie at fixed places.
+//! - [`frame`] is the framing of a live connection. [`Command`] and [`return_path`] are what QEMU has in its place.
 //!
 //! ```
 //! use stream::{Configuration, DeviceSection, Event, Expected, RamBlock, SectionSet, StreamReader, StreamWriter};
@@ -47,17 +48,57 @@
 //! # Ok::<(), stream::Error>(())
 //! ```
 //!
+//! # Mapped files
+//!
+//! In the mapped layout a page lies at a place of its own and a page of zeros is a hole of the file, so that memory can be read when
+//! it is needed. The sections, the bitmaps of the pages and the table of their digests are verified first; pages are read and verified
+//! a [chunk](CHUNK_BYTES) at a time.
+//!
+//! ```
+//! use std::io::Cursor;
+//! use stream::{CHUNK_BYTES, Configuration, Event, Expected, MappedReader, RamBlock, StreamWriter};
+//!
+//! let blocks = vec![RamBlock::new("ram", 4 << 20)];
+//! let mut writer = StreamWriter::new(Cursor::new(Vec::new()), &Configuration::mapped("ferry-1"))?;
+//! let mut ram = writer.start_mapped_ram(&blocks)?;
+//! ram.pages(&mut writer, 0, 3 << 20, &[7; 8192])?;
+//! ram.pages(&mut writer, 0, 0, &[0; 4096])?; // stays a hole
+//! ram.finish(&mut writer)?;
+//! let file = writer.finish_file()?.into_inner();
+//!
+//! let mut reader = MappedReader::open(file.as_slice(), Expected::new(blocks))?;
+//! while !matches!(reader.next_event()?, Event::End) {}
+//! let ram = reader.into_ram()?; // the bitmaps agree
+//! assert!(ram.extents(0).eq([3 << 20..(3 << 20) + 8192]));
+//!
+//! let mut chunk = vec![0; CHUNK_BYTES as usize];
+//! ram.read_chunk(0, 3, &mut chunk)?; // its pages agree
+//! assert_eq!((chunk[0], chunk[8191], chunk[8192]), (7, 7, 0));
+//! # Ok::<(), stream::Error>(())
+//! ```
+//!
 //! # Invariants
 //!
-//! - Every length is compared with a maximum before anything is allocated for it. No bytes make the reader panic or loop.
+//! - Every length is compared with a maximum before anything is allocated for it. No bytes make the reader panic or loop, or hold more
+//!   than 1 MiB and 16 times what it was given: `tests/memory.rs` counts it.
+//! - Every bit of a file is covered: a stream that was changed anywhere is refused (the holes of a mapped file are not read).
 //! - The reader never asks for more bytes than the stream still has, so on a connection it does not wait for what nobody sends.
 //! - A stream that ends early, misses a section, has one twice or one too many, or whose digests differ, is refused and the error
 //!   says which section or which MiB of which block.
 //!
 //! # Absent
 //!
-//! No I/O policy (buffering of the output, bandwidth, timeouts), no devices, no knowledge of what a section means. Iterable sections
-//! other than RAM, the `mapped-ram` layout, compressed pages and the return path of QEMU are not read here.
+//! - No I/O policy (buffering of the output, bandwidth, timeouts), no devices, no knowledge of what a section means.
+//! - Sections that come in parts are read only if they are RAM. Nothing on the wire says how long the parts of others are, so they are
+//!   refused by name; files do not have them.
+//! - RAM records with compressed pages or differences of pages (XBZRLE) are refused by name.
+//! - Commands and the return path are a codec: nobody here answers a ping or runs a postcopy.
+//! - A page of a mapped file is written once. A writer that follows a running guest would have to take the digest of the old page out
+//!   of its chunk's.
+//! - [`find_trailer`] and [`Expected::from_trailer`] are for tools: they build a tree of the JSON, which takes more memory than the
+//!   reader may, many times the trailer's at most 10 MiB. [`Event::Trailer`] is text and takes none.
+//! - A section without a length is measured again when more of it has come. Bytes fed one by one make that slow for a large section,
+//!   not endless.
 
 #![forbid(unsafe_code)]
 

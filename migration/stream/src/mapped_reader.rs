@@ -3,29 +3,6 @@
 //! The sections of a mapped file are read and verified first, then its bitmaps; its pages are read when they are asked for, a
 //! [chunk](crate::CHUNK_BYTES) at a time, and each chunk is compared with its digest. So what must be done before a guest can run does
 //! not depend on the size of its memory.
-//!
-//! ```
-//! use std::io::Cursor;
-//! use stream::{CHUNK_BYTES, Configuration, Event, Expected, MappedReader, RamBlock, StreamWriter};
-//!
-//! let blocks = vec![RamBlock::new("ram", 4 << 20)];
-//! let mut writer = StreamWriter::new(Cursor::new(Vec::new()), &Configuration::mapped("ferry-1"))?;
-//! let mut ram = writer.start_mapped_ram(&blocks)?;
-//! ram.pages(&mut writer, 0, 3 << 20, &[7; 8192])?;
-//! ram.pages(&mut writer, 0, 0, &[0; 4096])?; // stays a hole
-//! ram.finish(&mut writer)?;
-//! let file = writer.finish_file()?.into_inner();
-//!
-//! let mut reader = MappedReader::open(file.as_slice(), Expected::new(blocks))?;
-//! while !matches!(reader.next_event()?, Event::End) {}
-//! let ram = reader.into_ram()?; // the bitmaps agree
-//! assert!(ram.extents(0).eq([3 << 20..(3 << 20) + 8192]));
-//!
-//! let mut chunk = vec![0; CHUNK_BYTES as usize];
-//! ram.read_chunk(0, 3, &mut chunk)?; // its pages agree
-//! assert_eq!((chunk[0], chunk[8191], chunk[8192]), (7, 7, 0));
-//! # Ok::<(), stream::Error>(())
-//! ```
 
 use std::fs::File;
 use std::io;
