@@ -161,7 +161,7 @@ fn qemu(criterion: &mut Criterion) {
     let machine = Machine::new(config, 1..=1, 64 << 20);
     let load = |controller: Controller| {
         let section = QemuSection::from_bytes(payload, &device).expect("a section");
-        let residue = controller.load_qemu(&section, CLOCK_MS).expect("a section that loads");
+        let residue = controller.load_qemu(section, CLOCK_MS).expect("a section that loads");
         (controller, residue)
     };
     let (controller, residue) = load(machine.controller(machine.contexts()));

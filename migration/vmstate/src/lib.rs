@@ -97,6 +97,7 @@
 
 extern crate self as vmstate;
 
+mod boxed;
 mod collections;
 #[doc(hidden)]
 pub mod derived;

@@ -41,9 +41,9 @@ impl QemuSection {
         let (host_timestamp, timestamp_set_qemu_clock_ms) = timestamp(state, residue, clock_ms)?;
         let created = residue.qs_created || state.cq.present().any(|(index, _)| index > 0);
         Ok(Self {
-            pci_device: PciDevice { version_id: 2, config, irq_state: [0; 16] },
+            pci_device: Box::new(PciDevice { version_id: 2, config, irq_state: [0; 16] }),
             msix,
-            bar: bar(state, residue),
+            bar: Box::new(bar(state, residue)),
             qs_created: ready && created,
             page_size,
             page_bits,
@@ -256,15 +256,15 @@ fn namespace(
     let Some((flbas, lbaf)) = format_in_use(&residue.id_ns, residue.nlbaf, shape.block_shift) else {
         return beyond(QemuLimit::BlockSize { block_shift: shape.block_shift });
     };
-    let mut id_ns = (*residue.id_ns).clone();
+    let mut id_ns = residue.id_ns.clone();
     (id_ns.nsze, id_ns.ncap, id_ns.nuse) = (shape.blocks, shape.blocks, shape.blocks);
     id_ns.flbas = flbas;
     id_ns.nlbaf = usable_formats(residue.nlbaf, residue.host_behavior.lbafee);
     Ok(Namespace {
         tmp: state.features.write_cache,
         id_ns,
-        id_ns_nvm: (*residue.id_ns_nvm).clone(),
-        id_ns_ind: (*residue.id_ns_ind).clone(),
+        id_ns_nvm: residue.id_ns_nvm.clone(),
+        id_ns_ind: residue.id_ns_ind.clone(),
         lbaf,
         nlbaf: residue.nlbaf,
         csi: 0,

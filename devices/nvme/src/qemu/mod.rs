@@ -124,7 +124,7 @@ impl Controller {
     ///
     /// # Errors
     /// [`Error::QemuSection`] and [`Error::NotPristine`]; the controller is then not usable.
-    pub fn load_qemu(&self, section: &QemuSection, clock_ms: u64) -> Result<QemuResidue, Error> {
+    pub fn load_qemu(&self, section: QemuSection, clock_ms: u64) -> Result<QemuResidue, Error> {
         let (state, residue) = section.split(self.save(), clock_ms)?;
         self.load(&state).map_err(split::in_terms_of_the_section)?;
         Ok(residue)

@@ -27,11 +27,11 @@ fn zero<const N: usize>(bytes: &[u8; N]) -> Result<(), &'static str> {
 #[derive(VmState, Clone, Debug, PartialEq, Eq)]
 #[vmstate(name = "nvme", version = 1, context = "QemuDevice")]
 pub struct QemuSection {
-    pub(super) pci_device: PciDevice,
+    pub(super) pci_device: Box<PciDevice>,
     /// Table entries as in the BAR, then a pending bit for each.
     #[vmstate(len_from = "QemuDevice::msix_bytes", max = 2048 * 16 + 2048 / 8)]
     pub(super) msix: Vec<u8>,
-    pub(super) bar: Bar,
+    pub(super) bar: Box<Bar>,
     /// A completion queue was created since the controller was enabled.
     pub(super) qs_created: bool,
     pub(super) page_size: u32,
@@ -225,9 +225,9 @@ pub(super) struct AsyncEventResult {
 pub(super) struct Namespace {
     /// The volatile write cache is on.
     pub tmp: bool,
-    pub id_ns: IdNs,
-    pub id_ns_nvm: IdNsNvm,
-    pub id_ns_ind: IdNsInd,
+    pub id_ns: Box<IdNs>,
+    pub id_ns_nvm: Box<IdNsNvm>,
+    pub id_ns_ind: Box<IdNsInd>,
     /// The format in use: an entry of `id_ns.lbaf`.
     pub lbaf: LbaFormat,
     #[vmstate(min = 1, max = 64)]

@@ -26,13 +26,13 @@ impl QemuSection {
     ///
     /// # Errors
     /// [`Error::QemuSection`]: a field contradicts another, or the controller that `state` comes from.
-    pub fn split(&self, mut state: NvmeState, clock_ms: u64) -> Result<(NvmeState, QemuResidue), Error> {
+    pub fn split(self, mut state: NvmeState, clock_ms: u64) -> Result<(NvmeState, QemuResidue), Error> {
         self.check_shape(&state.shape)?;
         let cap = self.check_capabilities(&state.shape)?;
         let page_bits = self.check_page_size()?;
         state.registers = self.registers()?;
         state.events = self.events()?;
-        let id_ns = self.namespace(&mut state)?;
+        self.namespace(&mut state)?;
         state.sq = self.submission_queues();
         state.cq = self.completion_queues(state.shape.vectors)?;
         (state.features.timestamp_ms, state.smart.power_on_seconds) = self.times(clock_ms)?;
@@ -44,7 +44,10 @@ impl QemuSection {
             event_index: self.dbbuf_eis,
         };
         self.check_created(&state)?;
-        let mut host_behavior = Box::new(self.features.hbs.clone());
+        let cq_pending_excess = self.cq_pending.wrapping_sub(pending_queues(&state));
+        let mut id_ns = self.namespace.id_ns;
+        (id_ns.nsze, id_ns.ncap, id_ns.nuse, id_ns.flbas, id_ns.nlbaf) = (0, 0, 0, 0, 0);
+        let mut host_behavior = Box::new(self.features.hbs);
         host_behavior.acre = 0;
         let residue = QemuResidue {
             configuration,
@@ -53,15 +56,15 @@ impl QemuSection {
             qs_created: self.qs_created,
             page_bits,
             max_q_ents: self.max_q_ents,
-            cq_pending_excess: self.cq_pending.wrapping_sub(pending_queues(&state)),
+            cq_pending_excess,
             host_timestamp: self.host_timestamp,
             timestamp_set_qemu_clock_ms: self.timestamp_set_qemu_clock_ms,
             starttime_ms: self.starttime_ms,
             temperature: self.temperature,
-            parked: self.aer_reqs.present().map(|(_, request)| request.cmd.clone()).collect(),
+            parked: self.aer_reqs.into_iter().flatten().map(|request| request.cmd).collect(),
             id_ns,
-            id_ns_nvm: Box::new(self.namespace.id_ns_nvm.clone()),
-            id_ns_ind: Box::new(self.namespace.id_ns_ind.clone()),
+            id_ns_nvm: self.namespace.id_ns_nvm,
+            id_ns_ind: self.namespace.id_ns_ind,
             nlbaf: self.namespace.nlbaf,
             host_behavior,
         };
@@ -201,8 +204,8 @@ impl QemuSection {
         })
     }
 
-    /// Compares the namespace and takes over what its guest has set; returns what else is said of it.
-    fn namespace(&self, state: &mut NvmeState) -> Result<Box<IdNs>, Error> {
+    /// Compares the namespace and takes over what its guest has set.
+    fn namespace(&self, state: &mut NvmeState) -> Result<(), Error> {
         let count = state.namespaces.present().count();
         let (Some(here), 1) = (state.namespaces.get_mut(0), count) else {
             return refuse(
@@ -216,8 +219,8 @@ impl QemuSection {
         self.identify(&here.shape)
     }
 
-    /// Compares size and format with those of the image, and returns what else Identify says.
-    fn identify(&self, here: &NamespaceShape) -> Result<Box<IdNs>, Error> {
+    /// Compares size and format with those of the image.
+    fn identify(&self, here: &NamespaceShape) -> Result<(), Error> {
         let there = &self.namespace;
         let at = |field: &str| format!("namespace.{field}");
         if here.read_only {
@@ -250,9 +253,7 @@ impl QemuSection {
         if there.id_ns.nlbaf != usable_formats(there.nlbaf, self.features.hbs.lbafee) {
             return refuse(at("id_ns.nlbaf"), there.id_ns.nlbaf, "it is not what nlbaf and LBAFEE say");
         }
-        let mut rest = Box::new(there.id_ns.clone());
-        (rest.nsze, rest.ncap, rest.nuse, rest.flbas, rest.nlbaf) = (0, 0, 0, 0, 0);
-        Ok(rest)
+        Ok(())
     }
 
     fn submission_queues(&self) -> Slots<SubmissionQueueState> {

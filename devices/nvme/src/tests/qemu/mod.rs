@@ -110,7 +110,7 @@ pub fn machine(config: &ControllerConfig) -> Guest {
 pub fn load(fixture: &Fixture, payload: &[u8]) -> Result<(Guest, QemuResidue), Error> {
     let section = QemuSection::from_bytes(payload, &fixture.device())?;
     let guest = machine(&fixture.config());
-    let residue = guest.controller.load_qemu(&section, CLOCK_MS)?;
+    let residue = guest.controller.load_qemu(section, CLOCK_MS)?;
     Ok((guest, residue))
 }
 

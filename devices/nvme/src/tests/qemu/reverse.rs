@@ -86,13 +86,13 @@ fn a_controller_within_the_limits_comes_back_from_qemu_as_it_was() {
         let bytes = section.to_bytes();
         let section = QemuSection::from_bytes(&bytes, &device()).unwrap();
         let controller = another(&mut guest);
-        let (again, residue) = section.split(controller.save(), CLOCK_MS).unwrap();
+        let (again, residue) = section.clone().split(controller.save(), CLOCK_MS).unwrap();
         assert_eq!(again, state);
         // Also at another time of QEMU's clock, which has gone on.
         let later = QemuSection::join(&again, &residue, &device(), CLOCK_MS + 5000).unwrap();
         assert_eq!(later.split(controller.save(), CLOCK_MS + 5000).unwrap().0, state);
         // And it works.
-        controller.load_qemu(&section, CLOCK_MS).unwrap();
+        controller.load_qemu(section, CLOCK_MS).unwrap();
         assert_eq!(controller.save(), state);
         controller.resume();
         guest.controller = std::sync::Arc::new(controller);
@@ -120,7 +120,7 @@ fn a_controller_that_is_off_comes_back_too() {
         let residue = QemuResidue::new(&state).unwrap();
         let section = guest.controller.save_qemu(&residue, &device(), CLOCK_MS).unwrap();
         let controller = another(&mut guest);
-        controller.load_qemu(&section, CLOCK_MS).unwrap();
+        controller.load_qemu(section, CLOCK_MS).unwrap();
         assert_eq!(controller.save(), state, "step {steps}");
     }
 }

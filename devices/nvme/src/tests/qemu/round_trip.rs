@@ -221,7 +221,7 @@ fn a_reset_forgets_what_qemu_would_forget() {
     guest.controller.pause(Instant::now() + PATIENCE).unwrap();
     let section = guest.controller.save_qemu(&residue, &LINUX.device(), CLOCK_MS).unwrap();
     let again = machine(&LINUX.config());
-    let residue = again.controller.load_qemu(&section, CLOCK_MS).unwrap();
+    let residue = again.controller.load_qemu(section.clone(), CLOCK_MS).unwrap();
     let state = again.controller.save();
     assert_eq!(state, NvmeState { smart: state.smart.clone(), ..guest.controller.save() });
     assert_eq!((state.sq.present().count(), state.cq.present().count()), (0, 0));
@@ -233,7 +233,7 @@ fn a_reset_forgets_what_qemu_would_forget() {
 fn a_section_is_taken_over_by_a_new_controller_of_its_shape_only() {
     let section = LINUX.section();
     let (guest, _) = load(&LINUX, LINUX.payload()).unwrap();
-    assert!(matches!(guest.controller.load_qemu(&section, CLOCK_MS), Err(Error::NotPristine)));
+    assert!(matches!(guest.controller.load_qemu(section.clone(), CLOCK_MS), Err(Error::NotPristine)));
     assert_eq!(section.controller_config("QEMU"), LINUX.config());
     assert_eq!(FIRMWARE.section().controller_config("QEMU"), FIRMWARE.config());
     let error = QemuSection::from_bytes(LINUX.payload(), &FIRMWARE.device()).unwrap_err();
@@ -244,7 +244,7 @@ fn a_section_is_taken_over_by_a_new_controller_of_its_shape_only() {
         ("bar.cap", crate::ControllerConfig { queue_entries: 1024, ..LINUX.config() }),
         ("bar.cap", crate::ControllerConfig { contiguous_queues: false, ..LINUX.config() }),
     ] {
-        let error = machine(&config).controller.load_qemu(&section, CLOCK_MS).unwrap_err();
+        let error = machine(&config).controller.load_qemu(section.clone(), CLOCK_MS).unwrap_err();
         assert!(matches!(&error, Error::QemuSection { field: named, .. } if named == field), "{error}");
     }
 }
