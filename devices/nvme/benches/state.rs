@@ -1,5 +1,5 @@
-//! What saving and loading a controller costs. `cargo bench -p nvme`; the medians are in the documentation of `nvme::qemu` and of
-//! `nvme`.
+//! What saving and loading a controller costs: `cargo bench -p nvme -- --verbose`. The medians are in the documentation of `nvme::qemu`
+//! and of the module `state`. On a host that others use, a real-time priority (`chrt -f 20`) keeps them out of the figures.
 //!
 //! A destination makes its I/O contexts, opens its images and builds its controller before the source stops: that is not
 //! measured, and each iteration gets a controller of its own that nobody has used. One figure includes building the controller, for those who

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! [`Controller::load_qemu`] and [`Controller::save_qemu`] are the two ways in one call each. A section that nobody ran in between
-//! comes back byte for byte. What [`NvmeState`] models is never remembered beside it: [`QemuResidue`] says what is, and why.
+//! comes back byte for byte. What [`NvmeState`] models is never remembered beside it: [`QemuResidue`] says what is, and why. On the way
+//! back, [`QemuLimit`] says what a controller of ours can be and QEMU's cannot.
 //!
 //! # What the guest notices
 //!
@@ -17,18 +18,29 @@
 //! space and their offsets, parked requests, events and the features that a guest can set go on as they were. Different is what a
 //! controller says of itself, and a driver that has read it before believes the old:
 //!
-//! - Configuration space: revision and subsystem identifiers; no interrupt pin, so that a guest waits for ever that neither polls nor has
-//!   enabled MSI-X; no function level reset, which QEMU's device control register offers; no link.
-//! - CAP.TO, CAP.NSSRS, CAP.CRMS and VS are this controller's once they are read again. What limits the guest's requests (MQES, CQR, the doorbell
-//!   stride, page sizes, command sets) is compared instead.
-//! - Identify: model and firmware names, the NQN, optional commands (Compare, Copy, Verify and SGLs are gone, and are refused if they are used all
-//!   the same), and the namespace's NGUID, EUI-64 and UUID. Linux compares these when it scans again and then drops a namespace that
-//!   has changed; the image behind it must be the same for a better reason than its name.
-//! - The temperature, and the SMART counters, which QEMU does not save either: they begin again with each process.
+//! - **SGLs**, Compare, Copy and Verify, which QEMU offers, are refused here. Linux describes large transfers by SGLs unless it was started
+//!   with `nvme.sgl_threshold=0`: without that, these fail until the driver has initialised the controller anew.
+//! - **Pin interrupts**: there is no pin. A guest that neither polls nor has enabled MSI-X waits for ever. A section in which the pin
+//!   is asserted is refused.
+//! - The namespace's NGUID, EUI-64 and UUID are made from the serial number here, and QEMU's are not in its section. Linux compares them when
+//!   it scans again, and then drops a namespace that seems to be another.
+//! - CAP.TO, CAP.NSSRS, CAP.CRMS and VS, when they are read again. What limits the guest's requests (MQES, CQR, the doorbell stride,
+//!   page sizes, command sets) is compared instead, and must be the same.
+//! - Identify Controller: model, firmware, NQN, optional commands and logs.
+//! - Configuration space: revision and subsystem identifiers; no function level reset, no link.
+//! - The temperature; and the SMART counters, which QEMU does not save either: they begin again with each process.
 //!
 //! # Speed
 //!
-//! Medians of `cargo bench -p nvme` on the reference host: see `benches/state.rs` for what exactly is measured.
+//! Medians of three runs of `chrt -f 20 cargo bench -p nvme -- --verbose` on the reference host, for QEMU's own section of 22,458 bytes
+//! with 65 slots and two queue pairs. I/O contexts and images exist before and are not measured.
+//!
+//! | | microseconds |
+//! | --- | --- |
+//! | bytes to a checked controller with its queues, which [`Controller::new`] has built before | 6.8 |
+//! | the same and [`Controller::new`] | 9.6 |
+//! | of which: bytes to [`QemuSection`] | 1.8 |
+//! | controller to bytes | 3.3 |
 
 mod configuration;
 mod join;
