@@ -186,6 +186,14 @@ pub enum Error {
     /// The trailer lacks something.
     #[error("the trailer is not a description: {0}")]
     TrailerShape(String),
+    /// The bytes of a state are not what its description says.
+    #[error("at byte {offset}: {why}")]
+    Unfit {
+        /// Where.
+        offset: u64,
+        /// What is there, and what is described.
+        why: String,
+    },
     /// A live connection starts with something else.
     #[error("the peer does not speak this protocol: it starts with {0:02x?}")]
     Preamble([u8; 4]),

@@ -11,6 +11,7 @@
 //!   length on the wire; it follows from the type (or, for a foreign file, from its trailer).
 //! - [`MappedReader`] and [`StreamWriter::start_mapped_ram`] are for files whose pages lie at fixed places.
 //! - [`frame`] is the framing of a live connection. [`Command`] and [`return_path`] are what QEMU has in its place.
+//! - [`described`] reads the values of a section by its description, whoever wrote it.
 //!
 //! ```
 //! use stream::{Configuration, DeviceSection, Event, Expected, RamBlock, SectionSet, StreamReader, StreamWriter};
@@ -106,6 +107,7 @@ mod canonical;
 mod command;
 mod configuration;
 mod decoder;
+pub mod described;
 mod digest;
 mod error;
 mod expected;
@@ -118,6 +120,7 @@ mod parser;
 mod ram;
 mod reader;
 pub mod return_path;
+mod schemas;
 mod section;
 mod trailer;
 mod wire;
@@ -137,6 +140,7 @@ pub use mapped_reader::{MappedRam, MappedReader, ReadAt};
 pub use mapped_writer::MappedRamWriter;
 pub use ram::{PAGE_BYTES, RamBlock};
 pub use reader::StreamReader;
+pub use schemas::schemas;
 pub use section::{DeviceSection, SectionSet};
 pub use trailer::find as find_trailer;
 pub use writer::{RamRound, RamWriter, StreamWriter};

@@ -1,0 +1,428 @@
+//! A state read by its description: the values of a section, whoever wrote it.
+//!
+//! A description is what the trailer says of a device (or of a struct inside): entries with a name, a type and a size, in the order
+//! of the bytes. [`Described`] holds one beside its bytes and expands one level of it at a time, so that reading takes memory for
+//! the entries on the way to a value, whatever they claim. Everything is compared before it is believed: the sizes of all entries
+//! must add up to the bytes there are, slots and lists must be laid out as their entries say, subsections must have the names that
+//! the description gives. What does not fit is an error with the offset of the byte where it is seen.
+
+use serde_json::Value as Json;
+
+use crate::{Error, trailer};
+
+/// Levels of structs that are followed.
+const DEPTH_MAX: u32 = 32;
+/// The longest name of a field or a type.
+const NAME_BYTES_MAX: usize = 255;
+
+const SLOT_TYPE: &str = "ptr-marker";
+const LIST_TYPE: &str = "list-marker";
+/// QEMU's lists: one entry for all of it.
+const QUEUE_TYPE: &str = "qtailq";
+
+/// A struct with its bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct Described<'a> {
+    description: &'a Json,
+    bytes: &'a [u8],
+    offset: u64,
+    depth: u32,
+}
+
+/// One field of a struct.
+#[derive(Debug, Clone)]
+pub struct Field<'a> {
+    /// As the description has it.
+    pub name: &'a str,
+    /// The type's name in the description, for example `uint32`, `buffer` or `struct`.
+    pub kind: &'a str,
+    /// Where its bytes begin.
+    pub offset: u64,
+    /// What they say.
+    pub value: Value<'a>,
+}
+
+/// What the bytes of a field, an element or a slot say.
+#[derive(Debug, Clone)]
+pub enum Value<'a> {
+    /// A bool.
+    Bool(bool),
+    /// An unsigned integer of any size.
+    Unsigned(u64),
+    /// A signed integer of any size, or a point in time in nanoseconds.
+    Signed(i64),
+    /// A buffer, or a type that only its writer knows.
+    Bytes(&'a [u8]),
+    /// Words of 64 bits; [`set_bits`] reads them.
+    Bitmap(&'a [u8]),
+    /// A struct.
+    Struct(Described<'a>),
+    /// Elements that are laid out alike, back to back.
+    Array(Array<'a>),
+    /// Elements with layouts of their own: a list, or an array of structs that have subsections.
+    Elements(Vec<Value<'a>>),
+    /// A sparse array, slot by slot.
+    Slots(Vec<Option<Value<'a>>>),
+}
+
+/// Elements that are laid out alike.
+#[derive(Debug, Clone, Copy)]
+pub struct Array<'a> {
+    entry: &'a Json,
+    bytes: &'a [u8],
+    element_bytes: usize,
+    offset: u64,
+    depth: u32,
+}
+
+impl<'a> Described<'a> {
+    /// A state whose first byte is at `offset` of whatever the errors shall speak of.
+    ///
+    /// # Errors
+    ///
+    /// If the description is none, or does not have as many bytes as there are.
+    pub fn new(description: &'a Json, bytes: &'a [u8], offset: u64) -> Result<Self, Error> {
+        Self::at_depth(description, bytes, offset, 1)
+    }
+
+    fn at_depth(description: &'a Json, bytes: &'a [u8], offset: u64, depth: u32) -> Result<Self, Error> {
+        let this = Described { description, bytes, offset, depth };
+        if depth > DEPTH_MAX {
+            return Err(unfit(offset, format!("there are more than {DEPTH_MAX} structs in each other")));
+        }
+        let described = trailer::state_bytes(description)?;
+        if described != bytes.len() as u64 {
+            let (name, there) = (this.name(), bytes.len());
+            return Err(unfit(
+                offset,
+                format!("{described} bytes of {name:?} are described, but there are {there}"),
+            ));
+        }
+        Ok(this)
+    }
+
+    /// The description's name; empty if it has none.
+    pub fn name(&self) -> &'a str {
+        self.description["vmsd_name"].as_str().filter(|name| name.len() <= NAME_BYTES_MAX).unwrap_or_default()
+    }
+
+    /// The description's version, if it says one.
+    pub fn version(&self) -> Option<u64> {
+        self.description["version"].as_u64()
+    }
+
+    /// The bytes of it all.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// Where they begin.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// The fields, in the order of the bytes.
+    ///
+    /// # Errors
+    ///
+    /// If the bytes are not what the entries say.
+    pub fn fields(&self) -> Result<Vec<Field<'a>>, Error> {
+        let mut rest = self.entries()?;
+        let mut cursor = self.cursor();
+        let mut fields = Vec::with_capacity(rest.len());
+        while let Some((entry, after)) = rest.split_first() {
+            let (name, kind) = (text(entry, "name", &cursor)?, text(entry, "type", &cursor)?);
+            let offset = cursor.offset;
+            let (value, taken) = if kind == SLOT_TYPE {
+                cursor.slots(rest, name)?
+            } else if kind == LIST_TYPE {
+                cursor.list(rest, name)?
+            } else if entry["index"] == 0 {
+                cursor.indexed(rest, name)?
+            } else {
+                (cursor.value(entry, name)?, 1)
+            };
+            fields.push(Field { name, kind, offset, value });
+            rest = if taken > 1 { rest.get(taken..).unwrap_or_default() } else { after };
+        }
+        Ok(fields)
+    }
+
+    /// The subsections that are there.
+    ///
+    /// # Errors
+    ///
+    /// If the bytes are not what the description says.
+    pub fn subsections(&self) -> Result<Vec<Described<'a>>, Error> {
+        let mut cursor = self.cursor();
+        for entry in self.entries()? {
+            cursor.take(entry_bytes(entry, &cursor)?, "a field")?;
+        }
+        let mut parts = Vec::new();
+        for part in self.description["subsections"].as_array().into_iter().flatten() {
+            let name = text(part, "vmsd_name", &cursor)?;
+            let version = part["version"].as_u64().and_then(|version| u32::try_from(version).ok());
+            let version =
+                version.ok_or_else(|| cursor.unfit(format!("subsection {name:?} has no version")))?;
+            let mut header = vec![0x05, name.len() as u8]; // names are bounded
+            header.extend(name.bytes());
+            header.extend(version.to_be_bytes());
+            let start = cursor.offset;
+            if cursor.take(header.len() as u64, "the head of a subsection")? != header {
+                return Err(unfit(start, format!("subsection {name:?} v{version} does not begin here")));
+            }
+            let offset = cursor.offset;
+            let bytes = cursor.take(trailer::state_bytes(part)?, name)?;
+            parts.push(Self::at_depth(part, bytes, offset, self.depth + 1)?);
+        }
+        Ok(parts)
+    }
+
+    fn entries(&self) -> Result<&'a [Json], Error> {
+        let entries = self.description["fields"].as_array().map(Vec::as_slice);
+        entries.ok_or_else(|| unfit(self.offset, format!("{:?} has no fields", self.name())))
+    }
+
+    fn cursor(&self) -> Cursor<'a> {
+        Cursor { rest: self.bytes, offset: self.offset, depth: self.depth }
+    }
+}
+
+impl<'a> Array<'a> {
+    /// The number of elements, at least 1.
+    pub fn count(&self) -> usize {
+        self.bytes.len() / self.element_bytes.max(1)
+    }
+
+    /// The bytes of element `index`; empty if there is none.
+    pub fn element_bytes(&self, index: usize) -> &'a [u8] {
+        let start = index.saturating_mul(self.element_bytes);
+        self.bytes.get(start..start.saturating_add(self.element_bytes)).unwrap_or_default()
+    }
+
+    /// Element `index`.
+    ///
+    /// # Errors
+    ///
+    /// If its bytes are not what the description says, or there is no such element.
+    pub fn get(&self, index: usize) -> Result<Value<'a>, Error> {
+        let start = index.saturating_mul(self.element_bytes);
+        let offset = self.offset.saturating_add(start as u64);
+        match self.element_bytes(index) {
+            [] => Err(unfit(offset, format!("there is no element {index} of {}", self.count()))),
+            bytes => decode(self.entry, bytes, offset, self.depth),
+        }
+    }
+}
+
+/// The numbers of the bits that are set in a bitmap, in order: bit 0 is the lowest of the first word.
+pub fn set_bits(bitmap: &[u8]) -> impl Iterator<Item = usize> {
+    let words = bitmap.as_chunks::<8>().0.iter().map(|word| u64::from_be_bytes(*word)).enumerate();
+    words.flat_map(|(index, word)| {
+        (0..64).filter(move |bit| word >> bit & 1 == 1).map(move |bit| index * 64 + bit)
+    })
+}
+
+/// The bytes that follow, of a struct.
+struct Cursor<'a> {
+    rest: &'a [u8],
+    offset: u64,
+    depth: u32,
+}
+
+impl<'a> Cursor<'a> {
+    fn unfit(&self, why: String) -> Error {
+        unfit(self.offset, why)
+    }
+
+    fn take(&mut self, count: u64, what: &str) -> Result<&'a [u8], Error> {
+        let split = usize::try_from(count).ok().and_then(|count| self.rest.split_at_checked(count));
+        let (taken, rest) = split.ok_or_else(|| {
+            self.unfit(format!("{what} has {count} bytes, but {} are left", self.rest.len()))
+        })?;
+        self.rest = rest;
+        self.offset = self.offset.saturating_add(count);
+        Ok(taken)
+    }
+
+    /// The value of one entry.
+    fn value(&mut self, entry: &'a Json, name: &str) -> Result<Value<'a>, Error> {
+        let offset = self.offset;
+        let total = entry_bytes(entry, self)?;
+        let bytes = self.take(total, name)?;
+        match entry["array_len"].as_u64() {
+            None | Some(1) => decode(entry, bytes, offset, self.depth),
+            Some(0) => Ok(Value::Elements(Vec::new())),
+            Some(count) => {
+                let element_bytes = bytes.len() as u64 / count; // the sum of bytes is below 64 bits
+                if element_bytes == 0 {
+                    return Err(unfit(offset, format!("{name} has {count} elements without a byte")));
+                }
+                let element_bytes = element_bytes as usize; // no more than `bytes` has
+                Ok(Value::Array(Array { entry, bytes, element_bytes, offset, depth: self.depth }))
+            }
+        }
+    }
+
+    /// A sparse array: a marker per slot, and what is in the slot. Returns how many entries that are.
+    fn slots(&mut self, entries: &'a [Json], name: &str) -> Result<(Value<'a>, usize), Error> {
+        let (mut slots, mut taken) = (Vec::new(), 0);
+        while let Some(entry) = entries.get(taken).filter(|entry| is(entry, name, Some(SLOT_TYPE))) {
+            let present = match self.marker(entry, name)? {
+                b'0' => false,
+                b'1' => true,
+                marker => return Err(self.before(format!("{name}[{}] is marked {marker:#04x}", slots.len()))),
+            };
+            taken += 1;
+            let element = entries.get(taken).filter(|entry| is(entry, name, None));
+            match (present, element) {
+                (true, Some(element)) => {
+                    slots.push(Some(self.value(element, name)?));
+                    taken += 1;
+                }
+                (false, None) => slots.push(None),
+                (true, None) => {
+                    let index = slots.len();
+                    return Err(
+                        self.before(format!("{name}[{index}] is marked present, but described as empty"))
+                    );
+                }
+                (false, Some(_)) => {
+                    let index = slots.len();
+                    return Err(
+                        self.before(format!("{name}[{index}] is marked empty, but described as present"))
+                    );
+                }
+            }
+        }
+        Ok((Value::Slots(slots), taken))
+    }
+
+    /// A list of ours: a marker and an element each, and a marker at the end.
+    fn list(&mut self, entries: &'a [Json], name: &str) -> Result<(Value<'a>, usize), Error> {
+        let (mut elements, mut taken) = (Vec::new(), 0);
+        while let Some(entry) = entries.get(taken).filter(|entry| is(entry, name, Some(LIST_TYPE))) {
+            let marker = self.marker(entry, name)?;
+            taken += 1;
+            let element = entries.get(taken).filter(|entry| is(entry, name, None));
+            match (marker, element) {
+                (0x00, None) => return Ok((Value::Elements(elements), taken)),
+                (0x01, Some(element)) => elements.push(self.value(element, name)?),
+                _ => {
+                    let index = elements.len();
+                    return Err(self
+                        .before(format!("{name}[{index}] is marked {marker:#04x}, unlike its description")));
+                }
+            }
+            taken += 1;
+        }
+        Err(self.unfit(format!("the list {name} has no end")))
+    }
+
+    /// Elements that have an entry each.
+    fn indexed(&mut self, entries: &'a [Json], name: &str) -> Result<(Value<'a>, usize), Error> {
+        let mut elements = Vec::new();
+        let next = |index: usize| {
+            let entry = entries.get(index)?;
+            (is(entry, name, None) && entry["index"].as_u64() == Some(index as u64)).then_some(entry)
+        };
+        while let Some(entry) = next(elements.len()) {
+            elements.push(self.value(entry, name)?);
+        }
+        let taken = elements.len();
+        Ok((Value::Elements(elements), taken))
+    }
+
+    fn marker(&mut self, entry: &Json, name: &str) -> Result<u8, Error> {
+        match (entry_bytes(entry, self)?, self.take(1, name)?) {
+            (1, [marker]) => Ok(*marker),
+            (size, _) => Err(self.before(format!("a marker of {name} has {size} bytes"))),
+        }
+    }
+
+    /// An error about the byte before.
+    fn before(&self, why: String) -> Error {
+        unfit(self.offset.saturating_sub(1), why)
+    }
+}
+
+/// Whether an entry is one of `name`: a marker of this type, or something that is no marker.
+fn is(entry: &Json, name: &str, marker: Option<&str>) -> bool {
+    let kind = entry["type"].as_str().unwrap_or_default();
+    let kind = Some(kind).filter(|kind| [SLOT_TYPE, LIST_TYPE].contains(kind));
+    entry["name"] == name && kind == marker
+}
+
+/// The bytes of an entry with all its elements.
+fn entry_bytes(entry: &Json, at: &Cursor<'_>) -> Result<u64, Error> {
+    let size = entry["size"].as_u64().ok_or_else(|| at.unfit("a field has no size".into()))?;
+    let count = entry["array_len"].as_u64().unwrap_or(1);
+    size.checked_mul(count).ok_or_else(|| at.unfit(format!("{count} elements of {size} bytes")))
+}
+
+fn text<'a>(entry: &'a Json, key: &str, at: &Cursor<'_>) -> Result<&'a str, Error> {
+    match entry[key].as_str() {
+        Some(text) if text.len() <= NAME_BYTES_MAX => Ok(text),
+        Some(text) => Err(at.unfit(format!("a {key} has {} bytes", text.len()))),
+        None => Err(at.unfit(format!("an entry has no {key}"))),
+    }
+}
+
+/// One element of an entry.
+fn decode<'a>(entry: &'a Json, bytes: &'a [u8], offset: u64, depth: u32) -> Result<Value<'a>, Error> {
+    if let Some(inner) = entry.get("struct") {
+        return Ok(Value::Struct(Described::at_depth(inner, bytes, offset, depth + 1)?));
+    }
+    let kind = entry["type"].as_str().unwrap_or_default();
+    if entry.get("fields").is_some() {
+        // Containers that only QEMU has; the entry is a description too, of the last of their elements.
+        let inner = match kind {
+            QUEUE_TYPE => queue(entry, bytes, offset, depth),
+            _ => Described::at_depth(entry, bytes, offset, depth + 1).ok().map(Value::Struct),
+        };
+        return Ok(inner.unwrap_or(Value::Bytes(bytes)));
+    }
+    // `uint8 equal`: the loader compares. `int32 le`: it accepts no more than its own. Their bytes are those of the plain type.
+    let plain = kind.strip_suffix(" equal").or_else(|| kind.strip_suffix(" le")).unwrap_or(kind);
+    Ok(match (plain, bytes) {
+        ("bool", [0]) => Value::Bool(false),
+        ("bool", [1]) => Value::Bool(true),
+        ("bool", [other]) => return Err(unfit(offset, format!("{other:#04x} is not a bool"))),
+        ("uint8", [_])
+        | ("uint16", [_, _])
+        | ("uint32", [_, _, _, _])
+        | ("uint64", [_, _, _, _, _, _, _, _]) => {
+            Value::Unsigned(bytes.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
+        }
+        ("int8", [_])
+        | ("int16", [_, _])
+        | ("int32", [_, _, _, _])
+        | ("int64" | "timer", [_, _, _, _, _, _, _, _]) => {
+            // The first byte carries the sign.
+            let start = if bytes.first().is_some_and(|byte| *byte >= 0x80) { -1 } else { 0 };
+            Value::Signed(bytes.iter().fold(start, |value, byte| value << 8 | i64::from(*byte)))
+        }
+        ("bitmap", words) if words.len() % 8 == 0 => Value::Bitmap(words),
+        (QUEUE_TYPE, [0]) => Value::Elements(Vec::new()),
+        _ => Value::Bytes(bytes),
+    })
+}
+
+/// The elements of one of QEMU's lists, if all are laid out like the last: a mark and an element each, and a mark at the end.
+fn queue<'a>(entry: &'a Json, bytes: &'a [u8], offset: u64, depth: u32) -> Option<Value<'a>> {
+    let (0x00, pieces) = bytes.split_last()? else { return None };
+    let length = usize::try_from(trailer::state_bytes(entry).ok()?).ok()?.checked_add(1)?;
+    let pieces = pieces.chunks(length).zip((offset + 1..).step_by(length));
+    let element = |(piece, offset): (&'a [u8], u64)| match piece.split_first()? {
+        (0x01, bytes) => Described::at_depth(entry, bytes, offset, depth + 1).ok().map(Value::Struct),
+        _ => None,
+    };
+    pieces.map(element).collect::<Option<Vec<_>>>().map(Value::Elements)
+}
+
+fn unfit(offset: u64, why: String) -> Error {
+    Error::Unfit { offset, why }
+}
+
+#[cfg(test)]
+mod tests;
