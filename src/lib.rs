@@ -12,6 +12,8 @@
 //! 5. `migrate` starts a thread that runs the engine (crate `engine`) on this machine ([`mod@migrate`], [`dirty`]), until the
 //!    guest runs elsewhere; there, `ferry run --incoming` has prepared the same machine and fills it.
 //!
+//! [`inspect`] reads the files that guests are suspended into, without a machine.
+//!
 //! [`demo`] and [`mod@bench`] are users of all that: they run `ferry` processes through [`drive`], and look at the guests.
 //!
 //! # Invariants
@@ -36,6 +38,7 @@ pub mod control;
 pub mod demo;
 pub mod dirty;
 pub mod drive;
+pub mod inspect;
 pub mod io_thread;
 pub mod kvm;
 pub mod layout;

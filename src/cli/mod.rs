@@ -3,6 +3,7 @@
 mod bench;
 mod control;
 mod demo;
+mod inspect;
 mod migrate;
 mod run;
 
@@ -11,6 +12,7 @@ use clap::{Parser, Subcommand};
 pub use bench::BenchArguments;
 pub use control::ControlArguments;
 pub use demo::DemoArguments;
+pub use inspect::InspectArguments;
 pub use migrate::MigrateArguments;
 pub use run::RunArguments;
 
@@ -57,6 +59,12 @@ pub enum Command {
     /// commands are in flight, and prints what that cost and what the guest verified before and after. Ends with an
     /// error if the guest finds a single byte wrong. Needs /dev/kvm; leaves nothing behind.
     Demo(DemoArguments),
+    /// Print what is in a file that a guest was suspended into, or compare two.
+    ///
+    /// Reads every stream of QEMU's layout, ours or QEMU's own, from the description at its end: the machine, RAM (counted,
+    /// not printed), and every field of every section with its value. The file is not trusted: what does not fit its
+    /// description is an error that names the byte.
+    Inspect(InspectArguments),
     /// Measure, and say on which host.
     ///
     /// Every figure comes from repeated runs, with the median and the spread, and with a reference that was measured
@@ -78,6 +86,7 @@ impl Command {
             Self::Cont(arguments) => arguments.cont(),
             Self::Quit(arguments) => arguments.quit(),
             Self::Demo(arguments) => arguments.execute(),
+            Self::Inspect(arguments) => arguments.execute(),
             Self::Bench(arguments) => arguments.execute(),
         }
     }

@@ -34,7 +34,7 @@ use entropy::EntropyDevice;
 
 pub use resources::{Resources, first_writable_file};
 pub use run::{Action, Refused, RunState};
-pub use sections::schema_hashes;
+pub use sections::{schema_hashes, schemas};
 
 /// How long a stop waits for a controller's commands in flight. A disk that takes longer fails the migration, never the
 /// guest.

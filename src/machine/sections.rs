@@ -5,7 +5,7 @@ use engine::SaveFor;
 use nvme::NvmeState;
 use stream::{DeviceSection, Expected, RamBlock, SectionSet};
 use virtio::VirtioState;
-use vmstate::VmState;
+use vmstate::{Schema, VmState};
 
 use super::{ENTROPY_SLOT, FIRST_DISK_SLOT, Machine};
 use crate::config::MachineSpec;
@@ -27,17 +27,23 @@ fn section<T: VmState>(
 /// Name and description of every kind of section, for the hello: a hash each.
 #[must_use]
 pub fn schema_hashes() -> Vec<(&'static str, u64)> {
+    schemas().into_iter().map(|(name, schema)| (name, schema.hash())).collect()
+}
+
+/// Name and description of every kind of section.
+#[must_use]
+pub fn schemas() -> Vec<(&'static str, Schema)> {
     vec![
-        ("clock", vmstate::schema_hash::<ClockState>()),
-        ("cpu", vmstate::schema_hash::<VcpuState>()),
-        ("irqchip", vmstate::schema_hash::<IrqchipState>()),
-        ("pit", vmstate::schema_hash::<PitState>()),
-        ("serial", vmstate::schema_hash::<legacy::SerialState>()),
-        ("rtc", vmstate::schema_hash::<legacy::RtcState>()),
-        ("acpi-pm", vmstate::schema_hash::<legacy::AcpiPmState>()),
-        ("pci", vmstate::schema_hash::<pci::RootBusState>()),
-        ("virtio-rng", vmstate::schema_hash::<VirtioState>()),
-        ("nvme", vmstate::schema_hash::<NvmeState>()),
+        ("clock", vmstate::schema::<ClockState>()),
+        ("cpu", vmstate::schema::<VcpuState>()),
+        ("irqchip", vmstate::schema::<IrqchipState>()),
+        ("pit", vmstate::schema::<PitState>()),
+        ("serial", vmstate::schema::<legacy::SerialState>()),
+        ("rtc", vmstate::schema::<legacy::RtcState>()),
+        ("acpi-pm", vmstate::schema::<legacy::AcpiPmState>()),
+        ("pci", vmstate::schema::<pci::RootBusState>()),
+        ("virtio-rng", vmstate::schema::<VirtioState>()),
+        ("nvme", vmstate::schema::<NvmeState>()),
     ]
 }
 

@@ -1,11 +1,14 @@
-//! Integration tests: the real binary, real processes, real guests. They need /dev/kvm, except `architecture`.
+//! Integration tests: the real binary, real processes, real guests. They need /dev/kvm, except `architecture` and those of
+//! `golden` and `inspect` that read files only.
 
 mod alone;
 mod architecture;
 mod blackout;
 mod demo;
+mod golden;
 mod guest;
 mod handover;
+mod inspect;
 mod kills;
 mod linux;
 mod load;

@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use nix::libc;
 use rustix::fs::{AtFlags, CWD, RenameFlags, linkat, renameat_with};
-use stream::DeviceSection;
+use stream::{DeviceSection, Expected};
 use vmstate::VmState;
 
 use crate::handover::{Handover, Way};
@@ -47,6 +47,18 @@ struct FileState {
     /// [`Properties`], saved.
     #[vmstate(len = "description_length", max = DESCRIPTION_MAX_BYTES)]
     description: Vec<u8>,
+}
+
+/// The schema of the section that says which machine is in a file.
+#[must_use]
+pub fn file_schema() -> vmstate::Schema {
+    vmstate::schema::<FileState>()
+}
+
+/// Expects that section beside those of the devices.
+#[must_use]
+pub fn expect_file(expected: Expected) -> Expected {
+    expected.section::<FileState>(SECTION, 0)
 }
 
 /// A guest that came out of a file. It is ours.
@@ -389,7 +401,7 @@ fn restore<F: DestinationFactory>(
     };
     let mut file = File::open(path).map_err(failed("open"))?;
     let own = factory.description().map_err(Error::machine("describe this machine"))?;
-    let expected = factory.expected().section::<FileState>(SECTION, 0);
+    let expected = expect_file(factory.expected());
     let mut machine = factory.build(&own).map_err(Error::machine("build the machine"))?;
     statistics.set_status(Status::Active);
     let blocks = machine.ram_blocks();

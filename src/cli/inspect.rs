@@ -1,0 +1,242 @@
+//! `ferry inspect`.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+use clap::{Args, ValueEnum};
+use serde_json::Value;
+
+use crate::inspect::{self, Contents, Diff, Input, Limited, OUTPUT_BYTES_MAX, Section, Tree, Visitor};
+
+/// The longest file with a description or a schema that is read.
+const JSON_BYTES_MAX: u64 = 16 << 20;
+
+/// What to look at. Its help stands at [`super::Command::Inspect`].
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry inspect suspended.ferry                            # everything in it, as a tree
+  ferry inspect suspended.ferry --section nvme --format json | jq '.sections[].state.fields[].name'
+  ferry inspect suspended.ferry --verify                   # are these the bytes that were written?
+  ferry inspect --diff before.ferry after.ferry            # status 1 if they differ
+  ferry inspect nvme.section --description nvme.vmdesc.json    # one section without a stream around it
+  ferry inspect --schema >schema.json                      # what this build writes
+  ferry inspect --check-compat old.json schema.json        # status 1 if streams of OLD do not load in NEW
+
+Any stream of QEMU's layout that has its description at its end can be read, for example one that QEMU wrote with
+'migrate \"exec:cat >vm.stream\"'.")]
+pub struct InspectArguments {
+    /// A file that a machine was suspended into, or another stream, uncompressed.
+    #[arg(value_name = "FILE", required_unless_present_any = ["schema", "diff", "check_compat"])]
+    pub file: Option<PathBuf>,
+    /// What the bytes of FILE mean, where FILE does not say it itself: a device's entry of a trailer, or a whole trailer.
+    #[arg(long, value_name = "JSON", requires = "file")]
+    pub description: Option<PathBuf>,
+    /// Only sections of this name, or of this name behind the last slash.
+    #[arg(long, value_name = "NAME")]
+    pub section: Option<String>,
+    /// Print what describes FILE instead of its values; without FILE, what this build writes. Always JSON.
+    #[arg(long, conflicts_with_all = ["verify", "diff", "check_compat"])]
+    pub schema: bool,
+    /// Compare FILE with the digests in it: every section, and every MiB of RAM. Names the first that is damaged.
+    #[arg(long, requires = "file", conflicts_with_all = ["diff", "check_compat"])]
+    pub verify: bool,
+    /// How to print.
+    #[arg(long, value_enum, default_value_t)]
+    pub format: Format,
+    /// Compare two files field by field, and RAM page by page.
+    #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["file", "check_compat"])]
+    pub diff: Option<Vec<PathBuf>>,
+    /// Say whether streams of one build load in another, both ways, and every difference. Takes what --schema printed.
+    #[arg(long, num_args = 2, value_names = ["OLD.json", "NEW.json"], conflicts_with_all = ["file", "section"])]
+    pub check_compat: Option<Vec<PathBuf>>,
+}
+
+/// For whom.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// People.
+    #[default]
+    Tree,
+    /// Programs.
+    Json,
+}
+
+impl InspectArguments {
+    /// Looks and prints.
+    ///
+    /// # Errors
+    /// A file cannot be read or is not what its description says; files differ; a schema is not compatible.
+    pub fn execute(&self) -> anyhow::Result<()> {
+        let mut out = Limited::new(BufWriter::new(io::stdout().lock()), OUTPUT_BYTES_MAX);
+        let result = self.print(&mut out);
+        let flushed = out.flush().context("cannot write to standard output");
+        let result = result.and(flushed);
+        // Whoever reads the output has seen enough.
+        let is_pipe = |error: &anyhow::Error| {
+            error.chain().any(|cause| {
+                let io = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+                let json =
+                    cause.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind);
+                io.or(json) == Some(io::ErrorKind::BrokenPipe)
+            })
+        };
+        match result {
+            Err(error) if is_pipe(&error) => Ok(()),
+            result => result,
+        }
+    }
+
+    fn print(&self, out: &mut impl Write) -> anyhow::Result<()> {
+        if let Some([old, new]) = self.check_compat.as_deref() {
+            return self.check_compat(old, new, out);
+        }
+        if let Some([a, b]) = self.diff.as_deref() {
+            let (mut first, mut second) = (open(a, None)?, open(b, None)?);
+            let count = Diff::print(&mut first, &mut second, |name| self.wants(name), out)
+                .with_context(|| format!("cannot compare {} and {}", a.display(), b.display()))?;
+            out.flush()?;
+            ensure!(count == 0, "{} and {} differ in {count} places", a.display(), b.display());
+            return Ok(());
+        }
+        let Some(path) = &self.file else {
+            return self.schema(&inspect::build_schema(), out);
+        };
+        let description = self.description.as_deref().map(read_json).transpose()?;
+        let mut input = open(path, description)?;
+        let failed = || format!("cannot inspect {}", path.display());
+        if self.schema {
+            return self.schema(input.trailer(), out).with_context(failed);
+        }
+        let contents = match (self.verify, self.format) {
+            (true, Format::Tree) => self.walk(&mut input, &mut Nothing),
+            (true, Format::Json) => inspect::write_json(&mut input, &mut *out, |_| false),
+            (false, Format::Tree) => {
+                self.walk(&mut input, &mut Chosen { tree: Tree::new(&mut *out), arguments: self })
+            }
+            (false, Format::Json) => inspect::write_json(&mut input, &mut *out, |name| self.wants(name)),
+        };
+        // What came before an error is on the screen first.
+        out.flush()?;
+        let contents = contents.with_context(failed)?;
+        ensure!(
+            !self.verify || contents.verified,
+            "{} holds no digests: it was not written by ferry",
+            path.display()
+        );
+        if self.format == Format::Tree && contents.verified && (self.verify || self.section.is_none()) {
+            let mib = contents.blocks.iter().map(|block| block.length_bytes >> 20).sum::<u64>();
+            writeln!(out, "the digests of {} sections and {mib} MiB of RAM agree", contents.sections)?;
+        }
+        if let (false, Some(name)) = (self.verify, &self.section) {
+            let known = known(input.trailer());
+            ensure!(
+                known.iter().any(|known| self.wants(known)),
+                "there is no section {name}; there are {}",
+                known.join(", ")
+            );
+        }
+        Ok(())
+    }
+
+    fn walk<R: Read + io::Seek>(
+        &self,
+        input: &mut Input<R>,
+        visitor: &mut dyn Visitor,
+    ) -> anyhow::Result<Contents> {
+        let (contents, result) = input.walk(visitor);
+        result.map(|()| contents)
+    }
+
+    fn wants(&self, name: &str) -> bool {
+        self.section.as_ref().is_none_or(|wanted| name == wanted || name.rsplit('/').next() == Some(wanted))
+    }
+
+    /// Prints a schema, or the sections of it that are wanted.
+    fn schema(&self, schema: &Value, out: &mut impl Write) -> anyhow::Result<()> {
+        let mut schema = schema.clone();
+        if let (Some(name), Some(devices)) = (&self.section, schema["devices"].as_array_mut()) {
+            devices.retain(|device| device["name"].as_str().is_some_and(|name| self.wants(name)));
+            if devices.is_empty() {
+                bail!("there is no section {name}");
+            }
+        }
+        serde_json::to_writer_pretty(&mut *out, &schema)?;
+        Ok(writeln!(out)?)
+    }
+
+    fn check_compat(&self, old: &Path, new: &Path, out: &mut impl Write) -> anyhow::Result<()> {
+        let failed = || format!("cannot compare {} and {}", old.display(), new.display());
+        let comparison = inspect::compare(&read_json(old)?, &read_json(new)?).with_context(failed)?;
+        match self.format {
+            Format::Tree => write!(out, "{comparison}")?,
+            Format::Json => writeln!(out, "{}", comparison.to_json())?,
+        }
+        out.flush()?;
+        ensure!(
+            comparison.old_in_new.is_empty(),
+            "streams of {} do not load in {}",
+            old.display(),
+            new.display()
+        );
+        Ok(())
+    }
+}
+
+/// Sections of the trailer.
+fn known(trailer: &Value) -> Vec<String> {
+    let devices = trailer["devices"].as_array().into_iter().flatten();
+    devices.filter_map(|device| device["name"].as_str()).map(|name| name.escape_debug().to_string()).collect()
+}
+
+fn open(path: &Path, description: Option<Value>) -> anyhow::Result<Input<File>> {
+    let failed = || format!("cannot inspect {}", path.display());
+    let file = File::open(path).with_context(failed)?;
+    Input::new(file, description).with_context(failed)
+}
+
+fn read_json(path: &Path) -> anyhow::Result<Value> {
+    let failed = || format!("cannot read {}", path.display());
+    let mut text = Vec::new();
+    let file = File::open(path).with_context(failed)?;
+    file.take(JSON_BYTES_MAX + 1).read_to_end(&mut text).with_context(failed)?;
+    ensure!(text.len() as u64 <= JSON_BYTES_MAX, "{} is longer than {JSON_BYTES_MAX} bytes", path.display());
+    serde_json::from_slice(&text).with_context(failed)
+}
+
+/// A tree of the sections that are wanted.
+struct Chosen<'a, W> {
+    tree: Tree<W>,
+    arguments: &'a InspectArguments,
+}
+
+impl<W: Write> Visitor for Chosen<'_, W> {
+    fn configuration(&mut self, configuration: &stream::Configuration) -> anyhow::Result<()> {
+        match self.arguments.section {
+            Some(_) => Ok(()),
+            None => self.tree.configuration(configuration),
+        }
+    }
+
+    fn ram(&mut self, blocks: &[inspect::Block], rounds: u64) -> anyhow::Result<()> {
+        match self.arguments.section {
+            Some(_) => Ok(()),
+            None => self.tree.ram(blocks, rounds),
+        }
+    }
+
+    fn section(&mut self, section: &Section<'_>) -> anyhow::Result<()> {
+        if self.arguments.wants(section.name) { self.tree.section(section) } else { Ok(()) }
+    }
+}
+
+/// Looks at the digests only.
+struct Nothing;
+
+impl Visitor for Nothing {
+    fn section(&mut self, _section: &Section<'_>) -> anyhow::Result<()> {
+        Ok(())
+    }
+}

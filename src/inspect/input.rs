@@ -1,0 +1,365 @@
+//! A file, its description, and the way through it.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Seek, SeekFrom};
+
+use anyhow::{Context, bail, ensure};
+use serde_json::{Value as Json, json};
+use stream::described::Described;
+use stream::{Configuration, Decoder, Event, Expected, RamBlock};
+use vmstate::{Reader, Value};
+
+/// Trailers are at the end of a file, and shorter.
+const TAIL_BYTES: u64 = (10 << 20) + 16;
+/// The longest file that holds but one section: the section, its head and its footer.
+const BARE_BYTES_MAX: u64 = (64 << 20) + 256;
+/// What a file may say of RAM: as much as digests can cover.
+const RAM_BYTES_MAX: u64 = 4 << 40;
+/// Bytes read at a time.
+const PIECE_BYTES: usize = 256 << 10;
+const MAGIC: &[u8] = b"QEVM";
+const GZIP: &[u8] = &[0x1f, 0x8b];
+/// Marks of the sections with a head and a payload, and of their footers.
+const SECTION_MARKS: [u8; 2] = [0x01, 0x04];
+const FOOTER_MARK: u8 = 0x7e;
+
+/// What a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layout {
+    /// A stream with its trailer.
+    File,
+    /// A stream whose description was given; it ends with its end mark.
+    Stream,
+    /// One section.
+    Section,
+}
+
+/// A file and what describes it.
+#[derive(Debug)]
+pub struct Input<R> {
+    bytes: R,
+    length_bytes: u64,
+    layout: Layout,
+    trailer: Json,
+}
+
+/// A section, its bytes still to be read by their description.
+#[derive(Clone, Copy, Debug)]
+pub struct Section<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Tells several of one name apart.
+    pub instance_id: u32,
+    /// In the section itself.
+    pub version: u32,
+    /// What it holds.
+    pub state: Described<'a>,
+    /// How it is described.
+    pub description: &'a Json,
+}
+
+/// A block of RAM, counted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// Its name.
+    pub name: String,
+    /// Its length.
+    pub length_bytes: u64,
+    /// Pages sent with their contents; a page that is sent again counts again.
+    pub pages: u64,
+    /// Pages sent as zeros.
+    pub zero_pages: u64,
+}
+
+/// What a walk has come by, sections aside.
+#[derive(Debug, Default, PartialEq)]
+pub struct Contents {
+    /// What machine the stream is for.
+    pub configuration: Option<Configuration>,
+    /// RAM.
+    pub blocks: Vec<Block>,
+    /// Rounds in which it was sent.
+    pub rounds: u64,
+    /// Commands to the destination: how many of each.
+    pub commands: BTreeMap<u16, u64>,
+    /// Number of sections with a state.
+    pub sections: u64,
+    /// Whether digests came and agree with all of it.
+    pub verified: bool,
+}
+
+/// Who is shown a file.
+pub trait Visitor {
+    /// The machine.
+    fn configuration(&mut self, _configuration: &Configuration) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    /// A page of RAM; without bytes it is zeros.
+    fn page(&mut self, _block: usize, _offset: u64, _bytes: Option<&[u8]>) {}
+
+    /// RAM is complete, or will not become so.
+    fn ram(&mut self, _blocks: &[Block], _rounds: u64) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    /// A section.
+    fn section(&mut self, section: &Section<'_>) -> anyhow::Result<()>;
+}
+
+impl<R: Read + Seek> Input<R> {
+    /// Finds out what `bytes` are. A `description` is that of a bare section, or a whole trailer.
+    ///
+    /// # Errors
+    /// It is nothing that is read here, or nothing describes it.
+    pub fn new(mut bytes: R, description: Option<Json>) -> anyhow::Result<Self> {
+        let length_bytes = bytes.seek(SeekFrom::End(0)).context("cannot find its end")?;
+        bytes.rewind()?;
+        let mut start = Vec::new();
+        bytes.by_ref().take(MAGIC.len() as u64).read_to_end(&mut start).context("cannot read its start")?;
+        let is_stream = start == MAGIC;
+        let (layout, trailer) = match description {
+            Some(description) if is_stream => (Layout::Stream, whole(description)),
+            Some(description) => (Layout::Section, whole(description)),
+            None if is_stream => (Layout::File, find_trailer(&mut bytes, length_bytes)?),
+            None if start.starts_with(GZIP) => bail!("it is compressed: let gunzip write it out first"),
+            None if start.first().is_some_and(|mark| SECTION_MARKS.contains(mark)) => {
+                bail!("it starts like a section without a stream: give its description with --description")
+            }
+            None => bail!("it is no migration stream: it starts with {start:02x?}, not with \"QEVM\""),
+        };
+        Ok(Self { bytes, length_bytes, layout, trailer })
+    }
+
+    /// What describes the file.
+    pub fn trailer(&self) -> &Json {
+        &self.trailer
+    }
+
+    /// Shows the file to `visitor`. Returns what came before the end, or before the error.
+    pub fn walk(&mut self, visitor: &mut dyn Visitor) -> (Contents, anyhow::Result<()>) {
+        let mut contents = Contents::default();
+        let result = match self.layout {
+            Layout::Section => self.walk_section(&mut contents, visitor),
+            Layout::File | Layout::Stream => self.walk_stream(&mut contents, visitor),
+        };
+        (contents, result)
+    }
+
+    fn walk_stream(&mut self, contents: &mut Contents, visitor: &mut dyn Visitor) -> anyhow::Result<()> {
+        self.bytes.rewind()?;
+        let expected = Expected::from_trailer(&self.trailer, RAM_BYTES_MAX)?;
+        let mut decoder = match self.layout {
+            Layout::File => Decoder::file(expected),
+            _ => Decoder::live(expected),
+        };
+        let devices = devices(&self.trailer);
+        let mut walk = Walk { contents, visitor, told: false };
+        let result = loop {
+            match walk.next(&mut decoder, &devices) {
+                Ok(Next::Feed) => feed(&mut decoder, &mut self.bytes)?,
+                Ok(Next::Again) => {}
+                Ok(Next::End) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        walk.tell_ram()?;
+        contents.verified = decoder.is_verified();
+        result
+    }
+
+    fn walk_section(&mut self, contents: &mut Contents, visitor: &mut dyn Visitor) -> anyhow::Result<()> {
+        ensure!(
+            self.length_bytes <= BARE_BYTES_MAX,
+            "{} bytes are no single section: those have at most {BARE_BYTES_MAX}",
+            self.length_bytes
+        );
+        self.bytes.rewind()?;
+        let mut bytes = Vec::new();
+        self.bytes.read_to_end(&mut bytes).context("cannot read the section")?;
+        let head = section_head(&bytes).context("the head of the section, at byte 0, is cut off")?;
+        let mark = bytes.first().copied().unwrap_or_default();
+        ensure!(SECTION_MARKS.contains(&mark), "byte 0 is {mark:#04x}, which starts no section");
+        let (rest, footer) = bytes.split_last_chunk::<5>().context("the section ends in its head")?;
+        let (end, [footer_mark, id @ ..]) = (rest.len(), *footer);
+        ensure!(
+            footer_mark == FOOTER_MARK && id == head.id,
+            "the section does not end with its footer: {footer:02x?} is at byte {end}"
+        );
+        let name =
+            std::str::from_utf8(head.name).context("the name of the section, at byte 6, is no text")?;
+        let payload = rest.get(head.length_bytes..).context("the section ends in its head")?;
+        let devices = devices(&self.trailer);
+        let key = (name, u64::from(head.instance_id));
+        let description = *devices.get(&key).with_context(|| {
+            let known: Vec<_> =
+                devices.keys().map(|(name, instance)| format!("{name:?} {instance}")).collect();
+            format!("the description is of {}, not of {name:?} {}", known.join(", "), head.instance_id)
+        })?;
+        let state = Described::new(description, payload, head.length_bytes as u64)?;
+        contents.sections = 1;
+        let (instance_id, version) = (head.instance_id, head.version);
+        visitor.section(&Section { name, instance_id, version, state, description })
+    }
+}
+
+/// What stands before a section's payload.
+struct Head<'a> {
+    id: [u8; 4],
+    name: &'a [u8],
+    instance_id: u32,
+    version: u32,
+    length_bytes: usize,
+}
+
+fn section_head(bytes: &[u8]) -> Option<Head<'_>> {
+    let mut reader = Reader::new(bytes);
+    reader.byte().ok()?;
+    let id = reader.array().ok()?;
+    let name = usize::from(reader.byte().ok()?);
+    let name = reader.take(name).ok()?;
+    let instance_id = u32::load(&mut reader, 0).ok()?;
+    let version = u32::load(&mut reader, 0).ok()?;
+    Some(Head { id, name, instance_id, version, length_bytes: bytes.len() - reader.left() })
+}
+
+/// A description as a trailer of its own.
+fn whole(description: Json) -> Json {
+    match description.get("devices") {
+        Some(_) => description,
+        None => json!({ "devices": [description] }),
+    }
+}
+
+fn find_trailer(bytes: &mut (impl Read + Seek), length_bytes: u64) -> anyhow::Result<Json> {
+    bytes.seek(SeekFrom::Start(length_bytes.saturating_sub(TAIL_BYTES)))?;
+    let mut tail = Vec::new();
+    bytes.take(TAIL_BYTES).read_to_end(&mut tail).context("cannot read its end")?;
+    stream::find_trailer(&tail)?.with_context(|| {
+        format!(
+            "it ends at byte {length_bytes} without a trailer, which would say what its bytes mean: it is cut off, or was \
+             never a file; give the trailer with --description"
+        )
+    })
+}
+
+/// The descriptions by name and instance.
+fn devices(trailer: &Json) -> BTreeMap<(&str, u64), &Json> {
+    let devices = trailer["devices"].as_array().into_iter().flatten();
+    devices
+        .filter_map(|device| Some(((device["name"].as_str()?, device["instance_id"].as_u64()?), device)))
+        .collect()
+}
+
+fn feed(decoder: &mut Decoder, bytes: &mut impl Read) -> anyhow::Result<()> {
+    let mut piece = vec![0; PIECE_BYTES];
+    loop {
+        match bytes.read(&mut piece) {
+            Ok(0) => decoder.end_of_input(),
+            Ok(count) => decoder.feed(piece.get(..count).unwrap_or_default()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                return Err(error)
+                    .with_context(|| format!("cannot read what follows byte {}", decoder.offset()));
+            }
+        }
+        return Ok(());
+    }
+}
+
+/// What a walk is to do next.
+enum Next {
+    Feed,
+    Again,
+    End,
+}
+
+/// A walk on its way.
+struct Walk<'a> {
+    contents: &'a mut Contents,
+    visitor: &'a mut dyn Visitor,
+    /// The visitor knows of RAM.
+    told: bool,
+}
+
+impl Walk<'_> {
+    fn next(
+        &mut self,
+        decoder: &mut Decoder,
+        devices: &BTreeMap<(&str, u64), &Json>,
+    ) -> anyhow::Result<Next> {
+        let event = match decoder.next_event() {
+            Ok(Some(event)) => event,
+            Ok(None) => return Ok(Next::Feed),
+            Err(error) => return Err(refusal(error, decoder.offset())),
+        };
+        let contents = &mut *self.contents;
+        match event {
+            Event::Configuration(configuration) => {
+                self.visitor.configuration(&configuration)?;
+                contents.configuration = Some(configuration);
+            }
+            Event::RamBlocks(blocks) => contents.blocks = blocks.iter().map(counted).collect(),
+            Event::RamPage { block, offset, bytes } => {
+                contents.blocks.get_mut(block).into_iter().for_each(|block| block.pages += 1);
+                self.visitor.page(block, offset, Some(bytes));
+            }
+            Event::RamZero { block, offset } => {
+                contents.blocks.get_mut(block).into_iter().for_each(|block| block.zero_pages += 1);
+                self.visitor.page(block, offset, None);
+            }
+            Event::RamRound { last } => {
+                contents.rounds += 1;
+                if last {
+                    self.tell_ram()?;
+                }
+            }
+            Event::Command { kind, .. } => *contents.commands.entry(kind).or_default() += 1,
+            Event::Device(section) => {
+                let key = (section.name.as_str(), u64::from(section.instance_id));
+                // The decoder passes on only sections that the same trailer describes.
+                let description = *devices.get(&key).context("a section without a description")?;
+                let offset = decoder.offset().saturating_sub(section.payload.len() as u64);
+                contents.sections += 1;
+                let state = Described::new(description, &section.payload, offset)
+                    .with_context(|| format!("section {:?}", section.name))?;
+                let (name, instance_id, version) = (key.0, section.instance_id, section.version);
+                self.visitor.section(&Section { name, instance_id, version, state, description })?;
+            }
+            Event::Trailer(_) => {}
+            Event::End => return Ok(Next::End),
+        }
+        Ok(Next::Again)
+    }
+
+    fn tell_ram(&mut self) -> anyhow::Result<()> {
+        if !self.told && !self.contents.blocks.is_empty() {
+            self.told = true;
+            self.visitor.ram(&self.contents.blocks, self.contents.rounds)?;
+        }
+        Ok(())
+    }
+}
+
+fn counted(block: &RamBlock) -> Block {
+    let RamBlock { name, length_bytes } = block.clone();
+    Block { name, length_bytes, pages: 0, zero_pages: 0 }
+}
+
+/// The decoder's error, with the place up to which all is well unless it names a place or speaks of the whole.
+fn refusal(error: stream::Error, offset: u64) -> anyhow::Error {
+    use stream::Error as E;
+    let has_place = matches!(
+        error,
+        E::Truncated { .. }
+            | E::UnknownMark { .. }
+            | E::OutOfOrder { .. }
+            | E::Footer { .. }
+            | E::Unfit { .. }
+    );
+    let is_whole = matches!(error, E::Damaged { .. } | E::Coverage(_) | E::Missing(_) | E::NotAStream { .. });
+    match has_place || is_whole {
+        true => error.into(),
+        false => anyhow::Error::from(error).context(format!("what follows byte {offset} cannot be read")),
+    }
+}

@@ -1,0 +1,35 @@
+//! `ferry inspect`: what is in a stream, ours or another VMM's, from its description alone.
+//!
+//! - [`Input`] is a file with its description; [`Input::walk`] shows it to a [`Visitor`], part by part, without keeping any.
+//! - [`Tree`] prints for people, [`write_json`] for programs, [`Diff`] compares two files field by field.
+//! - [`compare`] holds two schemas against each other: which streams load where. [`build_schema`] is the schema of this build.
+//!
+//! # Invariants
+//!
+//! - Nothing that a file says is believed: names are escaped, sizes and depths bounded (by crate `stream`), and the output ends
+//!   at [`OUTPUT_BYTES_MAX`]. RAM is counted, never kept.
+//! - What does not fit its description is an error with the offset in the file; what came before it is printed all the same.
+//!
+//! # Absent
+//!
+//! Loading: that a file can be printed does not mean that a machine takes it. Compressed files.
+
+mod compat;
+mod diff;
+mod input;
+mod json;
+mod output;
+mod schema;
+mod text;
+mod tree;
+
+#[cfg(test)]
+mod tests;
+
+pub use compat::{Comparison, compare};
+pub use diff::Diff;
+pub use input::{Block, Contents, Input, Section, Visitor};
+pub use json::write as write_json;
+pub use output::{Limited, OUTPUT_BYTES_MAX};
+pub use schema::build_schema;
+pub use tree::Tree;
