@@ -3,12 +3,12 @@
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{Hash, Hasher};
-use std::io::{Read, Seek, Write};
+use std::io::Write;
 
 use anyhow::{Context, ensure};
 use serde_json::Value as Json;
-use stream::Configuration;
 use stream::described::{Described, Value};
+use stream::{Configuration, ReadAt};
 
 use super::text::{Name, hex, line};
 use super::{Block, Input, Section, Visitor};
@@ -40,9 +40,9 @@ impl Diff {
     ///
     /// # Errors
     /// One of them is not what its description says, or `out` fails.
-    pub fn print<A: Read + Seek, B: Read + Seek>(
-        a: &mut Input<A>,
-        b: &mut Input<B>,
+    pub fn print<A: ReadAt, B: ReadAt>(
+        a: &Input<A>,
+        b: &Input<B>,
         wanted: impl Fn(&str) -> bool,
         out: &mut impl Write,
     ) -> anyhow::Result<u64> {
@@ -66,7 +66,7 @@ impl Diff {
         Ok(lines.count)
     }
 
-    fn of<R: Read + Seek>(input: &mut Input<R>) -> anyhow::Result<Self> {
+    fn of<R: ReadAt>(input: &Input<R>) -> anyhow::Result<Self> {
         let mut this = Self::default();
         let (contents, result) = input.walk(&mut this);
         result?;
@@ -79,6 +79,10 @@ impl Visitor for Diff {
     fn configuration(&mut self, configuration: &Configuration) -> anyhow::Result<()> {
         self.configuration = Some(configuration.clone());
         Ok(())
+    }
+
+    fn wants_pages(&self) -> bool {
+        true
     }
 
     fn page(&mut self, block: usize, offset: u64, bytes: Option<&[u8]>) {

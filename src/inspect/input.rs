@@ -1,12 +1,15 @@
 //! A file, its description, and the way through it.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
 
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value as Json, json};
 use stream::described::Described;
-use stream::{Configuration, Decoder, Event, Expected, RamBlock};
+use stream::{
+    CHUNK_BYTES, Configuration, Decoder, DeviceSection, Event, Expected, MappedReader, PAGE_BYTES, RamBlock,
+    ReadAt,
+};
 use vmstate::{Reader, Value};
 
 /// Trailers are at the end of a file, and shorter.
@@ -16,7 +19,7 @@ const BARE_BYTES_MAX: u64 = (64 << 20) + 256;
 /// What a file may say of RAM: as much as digests can cover.
 const RAM_BYTES_MAX: u64 = 4 << 40;
 /// Bytes read at a time.
-const PIECE_BYTES: usize = 256 << 10;
+const PIECE_BYTES: u64 = 256 << 10;
 const MAGIC: &[u8] = b"QEVM";
 const GZIP: &[u8] = &[0x1f, 0x8b];
 /// Marks of the sections with a head and a payload, and of their footers.
@@ -84,8 +87,10 @@ pub struct Contents {
     pub commands: BTreeMap<u16, u64>,
     /// Number of sections with a state.
     pub sections: u64,
-    /// Whether digests came and agree with all of it.
+    /// Whether digests came and agree with all that was read.
     pub verified: bool,
+    /// Pages of a file in the mapped layout are only read for a visitor who wants them.
+    pub are_pages_unread: bool,
 }
 
 /// Who is shown a file.
@@ -93,6 +98,11 @@ pub trait Visitor {
     /// The machine.
     fn configuration(&mut self, _configuration: &Configuration) -> anyhow::Result<()> {
         Ok(())
+    }
+
+    /// Whether pages are to be read where they could be left out.
+    fn wants_pages(&self) -> bool {
+        false
     }
 
     /// A page of RAM; without bytes it is zeros.
@@ -107,21 +117,19 @@ pub trait Visitor {
     fn section(&mut self, section: &Section<'_>) -> anyhow::Result<()>;
 }
 
-impl<R: Read + Seek> Input<R> {
+impl<R: ReadAt> Input<R> {
     /// Finds out what `bytes` are. A `description` is that of a bare section, or a whole trailer.
     ///
     /// # Errors
     /// It is nothing that is read here, or nothing describes it.
-    pub fn new(mut bytes: R, description: Option<Json>) -> anyhow::Result<Self> {
-        let length_bytes = bytes.seek(SeekFrom::End(0)).context("cannot find its end")?;
-        bytes.rewind()?;
-        let mut start = Vec::new();
-        bytes.by_ref().take(MAGIC.len() as u64).read_to_end(&mut start).context("cannot read its start")?;
+    pub fn new(bytes: R, description: Option<Json>) -> anyhow::Result<Self> {
+        let length_bytes = bytes.length_bytes().context("cannot find its end")?;
+        let start = read(&bytes, 0, MAGIC.len() as u64).context("cannot read its start")?;
         let is_stream = start == MAGIC;
         let (layout, trailer) = match description {
             Some(description) if is_stream => (Layout::Stream, whole(description)),
             Some(description) => (Layout::Section, whole(description)),
-            None if is_stream => (Layout::File, find_trailer(&mut bytes, length_bytes)?),
+            None if is_stream => (Layout::File, find_trailer(&bytes, length_bytes)?),
             None if start.starts_with(GZIP) => bail!("it is compressed: let gunzip write it out first"),
             None if start.first().is_some_and(|mark| SECTION_MARKS.contains(mark)) => {
                 bail!("it starts like a section without a stream: give its description with --description")
@@ -137,46 +145,100 @@ impl<R: Read + Seek> Input<R> {
     }
 
     /// Shows the file to `visitor`. Returns what came before the end, or before the error.
-    pub fn walk(&mut self, visitor: &mut dyn Visitor) -> (Contents, anyhow::Result<()>) {
+    pub fn walk(&self, visitor: &mut dyn Visitor) -> (Contents, anyhow::Result<()>) {
         let mut contents = Contents::default();
-        let result = match self.layout {
-            Layout::Section => self.walk_section(&mut contents, visitor),
-            Layout::File | Layout::Stream => self.walk_stream(&mut contents, visitor),
+        let expected = Expected::from_trailer(&self.trailer, RAM_BYTES_MAX).map_err(anyhow::Error::from);
+        let result = match (self.layout, expected) {
+            (Layout::Section, _) => self.walk_section(&mut contents, visitor),
+            (_, Err(error)) => Err(error),
+            (Layout::File, Ok(expected)) => self.walk_file(expected, &mut contents, visitor),
+            (Layout::Stream, Ok(expected)) => self.walk_stream(expected, &mut contents, visitor),
         };
         (contents, result)
     }
 
-    fn walk_stream(&mut self, contents: &mut Contents, visitor: &mut dyn Visitor) -> anyhow::Result<()> {
-        self.bytes.rewind()?;
-        let expected = Expected::from_trailer(&self.trailer, RAM_BYTES_MAX)?;
-        let mut decoder = match self.layout {
-            Layout::File => Decoder::file(expected),
-            _ => Decoder::live(expected),
-        };
-        let devices = devices(&self.trailer);
-        let mut walk = Walk { contents, visitor, told: false };
+    /// A file of either layout.
+    fn walk_file(
+        &self,
+        expected: Expected,
+        contents: &mut Contents,
+        visitor: &mut dyn Visitor,
+    ) -> anyhow::Result<()> {
+        let mut reader = MappedReader::open(&self.bytes, expected)?;
+        let mut walk = Walk { contents, visitor, devices: devices(&self.trailer), told: false };
         let result = loop {
-            match walk.next(&mut decoder, &devices) {
-                Ok(Next::Feed) => feed(&mut decoder, &mut self.bytes)?,
-                Ok(Next::Again) => {}
-                Ok(Next::End) => break Ok(()),
-                Err(error) => break Err(error),
+            let event = match reader.next_event() {
+                Ok(event) => event,
+                Err(error) => break Err(refusal(error, reader.offset())),
+            };
+            let result = match event {
+                Event::End => break Ok(()),
+                Event::Device(section) => {
+                    let end = reader.offset();
+                    walk.device(&section, end)
+                }
+                event => walk.other(event),
+            };
+            if let Err(error) = result {
+                break Err(error);
             }
         };
+        walk.contents.verified = reader.is_verified();
+        let result = result.and_then(|()| walk.mapped(reader));
         walk.tell_ram()?;
-        contents.verified = decoder.is_verified();
         result
     }
 
-    fn walk_section(&mut self, contents: &mut Contents, visitor: &mut dyn Visitor) -> anyhow::Result<()> {
+    /// A stream whose description was given, up to its end mark.
+    fn walk_stream(
+        &self,
+        expected: Expected,
+        contents: &mut Contents,
+        visitor: &mut dyn Visitor,
+    ) -> anyhow::Result<()> {
+        let mut decoder = Decoder::live(expected);
+        let mut walk = Walk { contents, visitor, devices: devices(&self.trailer), told: false };
+        let mut next = 0;
+        let result = loop {
+            let event = match decoder.next_event() {
+                Ok(Some(event)) => event,
+                Ok(None) => {
+                    let piece = read(&self.bytes, next, PIECE_BYTES)
+                        .with_context(|| format!("cannot read what follows byte {next}"))?;
+                    next += piece.len() as u64;
+                    if piece.is_empty() {
+                        decoder.end_of_input()
+                    } else {
+                        decoder.feed(&piece)
+                    }
+                    continue;
+                }
+                Err(error) => break Err(refusal(error, decoder.offset())),
+            };
+            let result = match event {
+                Event::End => break Ok(()),
+                Event::Device(section) => {
+                    let end = decoder.offset();
+                    walk.device(&section, end)
+                }
+                event => walk.other(event),
+            };
+            if let Err(error) = result {
+                break Err(error);
+            }
+        };
+        walk.contents.verified = decoder.is_verified();
+        walk.tell_ram()?;
+        result
+    }
+
+    fn walk_section(&self, contents: &mut Contents, visitor: &mut dyn Visitor) -> anyhow::Result<()> {
         ensure!(
             self.length_bytes <= BARE_BYTES_MAX,
             "{} bytes are no single section: those have at most {BARE_BYTES_MAX}",
             self.length_bytes
         );
-        self.bytes.rewind()?;
-        let mut bytes = Vec::new();
-        self.bytes.read_to_end(&mut bytes).context("cannot read the section")?;
+        let bytes = read(&self.bytes, 0, BARE_BYTES_MAX).context("cannot read the section")?;
         let head = section_head(&bytes).context("the head of the section, at byte 0, is cut off")?;
         let mark = bytes.first().copied().unwrap_or_default();
         ensure!(SECTION_MARKS.contains(&mark), "byte 0 is {mark:#04x}, which starts no section");
@@ -231,10 +293,26 @@ fn whole(description: Json) -> Json {
     }
 }
 
-fn find_trailer(bytes: &mut (impl Read + Seek), length_bytes: u64) -> anyhow::Result<Json> {
-    bytes.seek(SeekFrom::Start(length_bytes.saturating_sub(TAIL_BYTES)))?;
-    let mut tail = Vec::new();
-    bytes.take(TAIL_BYTES).read_to_end(&mut tail).context("cannot read its end")?;
+/// Up to `length_bytes` from `offset` on; fewer only at the end.
+fn read(bytes: &impl ReadAt, offset: u64, length_bytes: u64) -> io::Result<Vec<u8>> {
+    let there = bytes.length_bytes()?.saturating_sub(offset).min(length_bytes);
+    let mut piece = vec![0; usize::try_from(there).map_err(io::Error::other)?];
+    let mut filled = 0;
+    while let Some(space) = piece.get_mut(filled..).filter(|space| !space.is_empty()) {
+        match bytes.read_at(space, offset + filled as u64) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    piece.truncate(filled);
+    Ok(piece)
+}
+
+fn find_trailer(bytes: &impl ReadAt, length_bytes: u64) -> anyhow::Result<Json> {
+    let tail =
+        read(bytes, length_bytes.saturating_sub(TAIL_BYTES), TAIL_BYTES).context("cannot read its end")?;
     stream::find_trailer(&tail)?.with_context(|| {
         format!(
             "it ends at byte {length_bytes} without a trailer, which would say what its bytes mean: it is cut off, or was \
@@ -251,48 +329,30 @@ fn devices(trailer: &Json) -> BTreeMap<(&str, u64), &Json> {
         .collect()
 }
 
-fn feed(decoder: &mut Decoder, bytes: &mut impl Read) -> anyhow::Result<()> {
-    let mut piece = vec![0; PIECE_BYTES];
-    loop {
-        match bytes.read(&mut piece) {
-            Ok(0) => decoder.end_of_input(),
-            Ok(count) => decoder.feed(piece.get(..count).unwrap_or_default()),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => {
-                return Err(error)
-                    .with_context(|| format!("cannot read what follows byte {}", decoder.offset()));
-            }
-        }
-        return Ok(());
-    }
-}
-
-/// What a walk is to do next.
-enum Next {
-    Feed,
-    Again,
-    End,
-}
-
 /// A walk on its way.
 struct Walk<'a> {
     contents: &'a mut Contents,
     visitor: &'a mut dyn Visitor,
+    devices: BTreeMap<(&'a str, u64), &'a Json>,
     /// The visitor knows of RAM.
     told: bool,
 }
 
 impl Walk<'_> {
-    fn next(
-        &mut self,
-        decoder: &mut Decoder,
-        devices: &BTreeMap<(&str, u64), &Json>,
-    ) -> anyhow::Result<Next> {
-        let event = match decoder.next_event() {
-            Ok(Some(event)) => event,
-            Ok(None) => return Ok(Next::Feed),
-            Err(error) => return Err(refusal(error, decoder.offset())),
-        };
+    /// A section whose last byte is before `end`.
+    fn device(&mut self, section: &DeviceSection, end: u64) -> anyhow::Result<()> {
+        let DeviceSection { name, instance_id, version, payload, .. } = section;
+        // The decoder passes on only sections that the same trailer describes.
+        let description = self.devices.get(&(name.as_str(), u64::from(*instance_id)));
+        let description = *description.context("a section without a description")?;
+        self.contents.sections += 1;
+        let state = Described::new(description, payload, end.saturating_sub(payload.len() as u64))
+            .with_context(|| format!("section {name:?}"))?;
+        let (instance_id, version) = (*instance_id, *version);
+        self.visitor.section(&Section { name, instance_id, version, state, description })
+    }
+
+    fn other(&mut self, event: Event<'_>) -> anyhow::Result<()> {
         let contents = &mut *self.contents;
         match event {
             Event::Configuration(configuration) => {
@@ -310,26 +370,44 @@ impl Walk<'_> {
             }
             Event::RamRound { last } => {
                 contents.rounds += 1;
-                if last {
+                let are_pages_elsewhere =
+                    contents.configuration.iter().any(|one| !one.capabilities.is_empty());
+                if last && !are_pages_elsewhere {
                     self.tell_ram()?;
                 }
             }
-            Event::Command { kind, .. } => *contents.commands.entry(kind).or_default() += 1,
-            Event::Device(section) => {
-                let key = (section.name.as_str(), u64::from(section.instance_id));
-                // The decoder passes on only sections that the same trailer describes.
-                let description = *devices.get(&key).context("a section without a description")?;
-                let offset = decoder.offset().saturating_sub(section.payload.len() as u64);
-                contents.sections += 1;
-                let state = Described::new(description, &section.payload, offset)
-                    .with_context(|| format!("section {:?}", section.name))?;
-                let (name, instance_id, version) = (key.0, section.instance_id, section.version);
-                self.visitor.section(&Section { name, instance_id, version, state, description })?;
-            }
-            Event::Trailer(_) => {}
-            Event::End => return Ok(Next::End),
+            Event::Command(command) => *contents.commands.entry(command.number()).or_default() += 1,
+            Event::Device(_) | Event::Trailer(_) | Event::End => {}
         }
-        Ok(Next::Again)
+        Ok(())
+    }
+
+    /// The pages of a file in the mapped layout, which are beside the sections.
+    fn mapped<R: ReadAt>(&mut self, reader: MappedReader<R>) -> anyhow::Result<()> {
+        let ram = reader.into_ram()?;
+        self.contents.are_pages_unread = ram.blocks().len() > 0 && !self.visitor.wants_pages();
+        let mut buffer = vec![0; if self.visitor.wants_pages() { CHUNK_BYTES as usize } else { 0 }];
+        for block in 0..ram.blocks().len() {
+            let mut verified = None;
+            for extent in ram.extents(block) {
+                if let Some(counted) = self.contents.blocks.get_mut(block) {
+                    counted.pages += (extent.end - extent.start) / PAGE_BYTES as u64;
+                }
+                if !self.visitor.wants_pages() {
+                    continue;
+                }
+                for offset in extent.step_by(PAGE_BYTES) {
+                    let chunk = offset / CHUNK_BYTES;
+                    if verified != Some(chunk) {
+                        ram.read_chunk(block, chunk, &mut buffer)?;
+                        verified = Some(chunk);
+                    }
+                    let start = (offset % CHUNK_BYTES) as usize;
+                    self.visitor.page(block, offset, buffer.get(start..start + PAGE_BYTES));
+                }
+            }
+        }
+        Ok(())
     }
 
     fn tell_ram(&mut self) -> anyhow::Result<()> {

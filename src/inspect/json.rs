@@ -3,22 +3,24 @@
 //! ```text
 //! { "sections": [{ "name", "instance_id", "version", "offset", "size", "state": STATE }],
 //!   "configuration": { "machine", "capabilities" } or null,
-//!   "ram": { "rounds", "blocks": [{ "name", "length_bytes", "pages", "zero_pages" }] },
+//!   "ram": { "rounds", "pages_read": bool, "blocks": [{ "name", "length_bytes", "pages", "zero_pages" }] },
 //!   "commands": [{ "kind", "count" }], "verified": bool, "error": text or null }
 //! STATE: { "vmsd_name", "version", "fields": [{ "name", "type", "offset", "value": VALUE }], "subsections": [STATE] }
 //! VALUE: a number or a bool; a buffer is { "hex" }, with "text" if it holds nothing else; a bitmap is { "bits", "set": [number] };
 //!        elements are a list, slots a list with null for the empty ones; a struct is a STATE
 //! ```
 //!
+//! `pages_read` is false if RAM lies beside the sections and was left there, so that `verified` does not speak of it.
 //! Sections are written while the file is read, so nothing of them is kept.
 
 use std::cell::RefCell;
-use std::io::{Read, Seek, Write};
+use std::io::Write;
 
 use anyhow::{Context, ensure};
 use serde::ser::{Error as _, SerializeMap, SerializeSeq};
 use serde::{Serialize, Serializer};
 use serde_json::json;
+use stream::ReadAt;
 use stream::described::{Described, Field, Value, set_bits};
 
 use super::text::{as_text, hex};
@@ -27,17 +29,19 @@ use super::{Contents, Input, Section, Visitor};
 /// Values of one section.
 const VALUES_MAX: usize = 4 << 20;
 
-/// Writes what is in a file; sections that `wanted` refuses are left out. An error of the file is told in the document, and returned.
+/// Writes what is in a file; sections that `wanted` refuses are left out. `wants_pages`: RAM is read even where it could be left out. An error of the
+/// file is told in the document, and returned.
 ///
 /// # Errors
 /// The file is not what its description says, or `out` fails.
-pub fn write<R: Read + Seek>(
-    input: &mut Input<R>,
+pub fn write<R: ReadAt>(
+    input: &Input<R>,
     mut out: impl Write,
     wanted: impl Fn(&str) -> bool,
+    wants_pages: bool,
 ) -> anyhow::Result<Contents> {
     write!(out, "{{\"sections\":[")?;
-    let mut sections = Sections { out: &mut out, wanted, is_first: true };
+    let mut sections = Sections { out: &mut out, wanted, wants_pages, is_first: true };
     let (contents, result) = input.walk(&mut sections);
     let blocks: Vec<_> = contents.blocks.iter().map(|block| {
         json!({ "name": block.name, "length_bytes": block.length_bytes, "pages": block.pages, "zero_pages": block.zero_pages })
@@ -52,7 +56,7 @@ pub fn write<R: Read + Seek>(
         out,
         "],\"configuration\":{},\"ram\":{},\"commands\":{},\"verified\":{},\"error\":{}}}",
         json!(configuration),
-        json!({ "rounds": contents.rounds, "blocks": blocks }),
+        json!({ "rounds": contents.rounds, "blocks": blocks, "pages_read": !contents.are_pages_unread }),
         json!(commands),
         contents.verified,
         json!(error)
@@ -64,10 +68,15 @@ pub fn write<R: Read + Seek>(
 struct Sections<W, F> {
     out: W,
     wanted: F,
+    wants_pages: bool,
     is_first: bool,
 }
 
 impl<W: Write, F: Fn(&str) -> bool> Visitor for Sections<W, F> {
+    fn wants_pages(&self) -> bool {
+        self.wants_pages
+    }
+
     fn section(&mut self, section: &Section<'_>) -> anyhow::Result<()> {
         if !(self.wanted)(section.name) {
             return Ok(());

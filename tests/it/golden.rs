@@ -233,8 +233,7 @@ fn streams_of_every_version_keep_loading() {
 
         // What is in it, by its own description; then the same by the types of this build.
         let mut noted = Noted::default();
-        let (contents, result) =
-            Input::new(std::io::Cursor::new(bytes.clone()), None).expect("a stream").walk(&mut noted);
+        let (contents, result) = Input::new(bytes.as_slice(), None).expect("a stream").walk(&mut noted);
         result.unwrap_or_else(|error| panic!("{}: {error:#}", path.display()));
         assert!(contents.verified, "the digests of {}", path.display());
         assert!(

@@ -123,6 +123,16 @@ impl<F: ReadAt> MappedReader<F> {
         self.decoder.digest()
     }
 
+    /// Bytes of the file up to the end of what has been turned into events.
+    pub fn offset(&self) -> u64 {
+        self.decoder.offset()
+    }
+
+    /// Whether the digests have come, and agree with everything that was read.
+    pub fn is_verified(&self) -> bool {
+        self.decoder.is_verified()
+    }
+
     /// The memory, once [`Event::End`] has come. It has no blocks if the file is not mapped.
     ///
     /// # Errors

@@ -1,13 +1,13 @@
 //! Whole files: printed, compared, verified.
 
-use std::io::{Cursor, Read as _};
+use std::io::Read as _;
 use std::path::Path;
 
 use serde_json::Value as Json;
 use stream::{Configuration, DeviceSection, PAGE_BYTES, RamBlock, StreamWriter};
 use vmstate::{Slots, VmState};
 
-use crate::inspect::{Contents, Diff, Input, Tree, write_json};
+use crate::inspect::{Contents, Diff, Input, Section, Tree, Visitor, write_json};
 
 #[derive(VmState, Clone)]
 #[vmstate(name = "controller", version = 2)]
@@ -64,14 +64,14 @@ pub fn file(state: &Controller, fill: u8) -> Vec<u8> {
     writer.finish_file().unwrap()
 }
 
-pub fn input(bytes: &[u8]) -> anyhow::Result<Input<Cursor<Vec<u8>>>> {
-    Input::new(Cursor::new(bytes.to_vec()), None)
+pub fn input(bytes: &[u8]) -> anyhow::Result<Input<&[u8]>> {
+    Input::new(bytes, None)
 }
 
 /// The tree and what else came; the tree has what came before an error.
 pub fn tree(bytes: &[u8]) -> (String, anyhow::Result<Contents>) {
     let mut out = Vec::new();
-    let result = input(bytes).and_then(|mut input| {
+    let result = input(bytes).and_then(|input| {
         let (contents, result) = input.walk(&mut Tree::new(&mut out));
         result.map(|()| contents)
     });
@@ -80,14 +80,14 @@ pub fn tree(bytes: &[u8]) -> (String, anyhow::Result<Contents>) {
 
 pub fn json(bytes: &[u8]) -> (Option<Json>, anyhow::Result<Contents>) {
     let mut out = Vec::new();
-    let result = input(bytes).and_then(|mut input| write_json(&mut input, &mut out, |_| true));
+    let result = input(bytes).and_then(|input| write_json(&input, &mut out, |_| true, true));
     let json = (!out.is_empty()).then(|| serde_json::from_slice(&out).expect("JSON, whatever the file is"));
     (json, result)
 }
 
 pub fn diff(a: &[u8], b: &[u8]) -> anyhow::Result<Vec<String>> {
     let mut out = Vec::new();
-    let count = Diff::print(&mut input(a)?, &mut input(b)?, |_| true, &mut out)?;
+    let count = Diff::print(&input(a)?, &input(b)?, |_| true, &mut out)?;
     let lines: Vec<_> = String::from_utf8(out)?.lines().map(str::to_owned).collect();
     assert_eq!(lines.len() as u64, count);
     Ok(lines)
@@ -149,7 +149,7 @@ fn a_file_of_ours_is_json_with_stable_keys() {
         { "name": "low", "length_bytes": 61440, "pages": 2, "zero_pages": 0 },
         { "name": "high", "length_bytes": 4096, "pages": 0, "zero_pages": 1 },
     ]);
-    assert_eq!(json["ram"], serde_json::json!({ "rounds": 1, "blocks": blocks }));
+    assert_eq!(json["ram"], serde_json::json!({ "rounds": 1, "pages_read": true, "blocks": blocks }));
     let section = &json["sections"][0];
     assert_eq!(keys(section), ["instance_id", "name", "offset", "size", "state", "version"]);
     let state = &section["state"];
@@ -222,7 +222,7 @@ fn bare_sections_are_printed_with_their_description() {
         let description: Json = serde_json::from_slice(&golden(&format!("nvme-{name}.vmdesc.json"))).unwrap();
         let section = golden(&format!("nvme-{name}.section"));
         let mut out = Vec::new();
-        let mut input = Input::new(Cursor::new(section.clone()), Some(description.clone())).unwrap();
+        let input = Input::new(section.as_slice(), Some(description.clone())).unwrap();
         let (contents, result) = input.walk(&mut Tree::new(&mut out));
         result.unwrap();
         assert_eq!(contents.sections, 1);
@@ -230,7 +230,7 @@ fn bare_sections_are_printed_with_their_description() {
         assert!(tree.contains(&format!(" {slots} slots, ")), "{tree}");
 
         let walk = |section: &[u8]| {
-            let mut input = Input::new(Cursor::new(section.to_vec()), Some(description.clone())).unwrap();
+            let input = Input::new(section, Some(description.clone())).unwrap();
             input.walk(&mut Tree::new(std::io::sink())).1.map_err(|error| format!("{error:#}"))
         };
         let mut longer = section.clone();
@@ -248,4 +248,60 @@ fn bare_sections_are_printed_with_their_description() {
             walk(&section[..length]).unwrap_err();
         }
     }
+}
+
+/// A file in the mapped layout, of which two pages of the second MiB are present.
+fn mapped() -> Vec<u8> {
+    let out = std::io::Cursor::new(Vec::new());
+    let mut writer = StreamWriter::new(out, &Configuration::mapped("ferry")).unwrap();
+    let mut ram = writer.start_mapped_ram(&[RamBlock::new("low", 2 << 20)]).unwrap();
+    ram.pages(&mut writer, 0, 1 << 20, &[7; 2 * PAGE_BYTES]).unwrap();
+    ram.finish(&mut writer).unwrap();
+    writer.device(&DeviceSection::save("0000:00:02.0/nvme", 0, &controller())).unwrap();
+    writer.finish_file().unwrap().into_inner()
+}
+
+/// Wants pages, and counts them.
+#[derive(Default)]
+struct Pages(Vec<(usize, u64, u8)>);
+
+impl Visitor for Pages {
+    fn wants_pages(&self) -> bool {
+        true
+    }
+
+    fn page(&mut self, block: usize, offset: u64, bytes: Option<&[u8]>) {
+        self.0.push((block, offset, bytes.map_or(0, |bytes| bytes[0])));
+    }
+
+    fn section(&mut self, _section: &Section<'_>) -> anyhow::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn pages_of_mapped_files_are_read_only_if_they_are_wanted() {
+    let mut bytes = mapped();
+    let (printed, contents) = tree(&bytes);
+    let contents = contents.unwrap();
+    assert!(contents.verified && contents.are_pages_unread);
+    assert!(printed.starts_with("machine ferry, mapped-ram\nsection 0000:00:02.0/nvme "), "{printed}");
+    let last = printed.lines().last();
+    assert_eq!(last, Some("  low  2097152 bytes  2 pages  0 zero pages"), "{printed}");
+
+    let mut pages = Pages::default();
+    let (contents, result) = input(&bytes).unwrap().walk(&mut pages);
+    result.unwrap();
+    assert!(contents.verified && !contents.are_pages_unread);
+    assert_eq!(pages.0, [(0, 1 << 20, 7), (0, (1 << 20) + 4096, 7)]);
+
+    let old = bytes.clone();
+    let page = bytes.windows(64).position(|window| window == [7; 64]).unwrap();
+    bytes[page + 5000] ^= 1;
+    assert!(tree(&bytes).1.is_ok(), "nobody has looked");
+    let error = format!("{:#}", input(&bytes).unwrap().walk(&mut Pages::default()).1.unwrap_err());
+    assert!(error.starts_with("MiB 1 of RAM block \"low\" is damaged: "), "{error}");
+    assert!(diff(&old, &bytes).is_err());
+    assert_eq!(diff(&old, &old).unwrap(), Vec::<String>::new());
+    assert_eq!(diff(&file(&controller(), 7), &old).unwrap()[0], "machine: ferry -> ferry, mapped-ram");
 }

@@ -1,7 +1,5 @@
 //! Files that are not what was written: every cut, every flip, and descriptions that promise too much.
 
-use std::io::Cursor;
-
 use serde_json::json;
 
 use super::files::{controller, diff, file, foreign, input, json, tree};
@@ -132,7 +130,7 @@ fn small_files_cannot_print_without_end() {
     assert!(error.contains("more to print than a file should have"), "{error}");
     assert!(out.len() <= 1 << 20);
     let mut out = Vec::new();
-    assert!(write_json(&mut input(&bytes).unwrap(), Limited::new(&mut out, 1 << 20), |_| true).is_err());
+    assert!(write_json(&input(&bytes).unwrap(), Limited::new(&mut out, 1 << 20), |_| true, true).is_err());
     assert!(out.len() <= 1 << 20);
     let result = diff(&bytes, &described(&entries, &vec![1; 30000]));
     let error = format!("{:#}", result.map(|lines| lines.len()).unwrap_err());
@@ -147,7 +145,7 @@ fn what_is_no_stream_is_said_so() {
     assert!(refused(b"\x1f\x8b\x08").contains("gunzip"));
     assert!(refused(b"\x04\0\0\0\x01").contains("--description"));
     assert!(refused(b"QEVM\0\0\0\x03\0").contains("ends at byte 9 without a trailer"));
-    let error = Input::new(Cursor::new(b"QEVM\0\0\0\x03\0".to_vec()), Some(json!([1])))
+    let error = Input::new(b"QEVM\0\0\0\x03\0".as_slice(), Some(json!([1])))
         .unwrap()
         .walk(&mut Tree::new(std::io::sink()))
         .1
