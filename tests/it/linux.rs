@@ -80,6 +80,12 @@ impl Guest {
         self.wait(vm, expected, |said| (said == expected).then_some(()));
     }
 
+    /// Waits until it begins a step of its script.
+    fn runs(&mut self, vm: &Vm, step: &str) {
+        let line = format!("command {step}");
+        self.wait_up_to(COMMANDS_WATCHDOG, vm, &line, |said| (said == line).then_some(()));
+    }
+
     fn verifies(&mut self, vm: &Vm, least: u64) -> u64 {
         self.wait(vm, &format!("{least} verified blocks"), |said| {
             said.strip_prefix("verified ")?.parse().ok().filter(|&count: &u64| count >= least)
@@ -126,9 +132,10 @@ fn linux_starts_by_its_own_64_bit_protocol_too() {
     Guest { next: 0 }.says(&vm, "mounted");
 }
 
-/// ACPI tables, ECAM, virtio-rng, nvme-cli's view of the controller, and power-off: the guest's own script checks each.
+/// ACPI tables, ECAM, virtio-rng, nvme-cli's view of the controller, and power-off: the guest's own script checks each. It lies in
+/// a file between its first steps and its last, and both have virtio-rng give it random bytes.
 #[test]
-fn the_tools_guest_finds_its_devices_by_acpi_and_nvme_cli_agrees_with_the_controller() {
+fn the_tools_guest_agrees_with_its_devices_before_and_after_it_lay_in_a_file() {
     let bed = bed();
     let folder = guest_folder("tools");
     let file = |name: &str| folder.join(name).display().to_string();
@@ -136,14 +143,26 @@ fn the_tools_guest_finds_its_devices_by_acpi_and_nvme_cli_agrees_with_the_contro
     let machine = Machine::new("192M")
         .controller("serial=d0,queues=4")
         .image("d0", 1, &image)
-        .namespace("controller=d0,nsid=2,backend=memory,size=16M")
-        .flag("--initrd", file("initramfs.cpio"));
+        .namespace("controller=d0,nsid=2,backend=memory,size=16M");
+    let booted = machine.clone().flag("--initrd", file("initramfs.cpio"));
     let cmdline = format!("{CMDLINE} ferry.loop=commands ferry.end=poweroff");
-    let mut vm = machine.boot(&bed, "tools", &file("vmlinux"), &cmdline);
+    let mut vm = booted.boot(&bed, "tools", &file("vmlinux"), &cmdline);
     let mut guest = Guest { next: 0 };
-    for step in ["test -f /sys/firmware/acpi/tables/MCFG", "dd if=/dev/hwrng of=/tmp/random bs=64 count=1"] {
-        let step = format!("command {step}");
-        guest.wait_up_to(COMMANDS_WATCHDOG, &vm, &step, |said| (said == step).then_some(()));
+    let random = "dd if=/dev/hwrng of=/tmp/random bs=64 count=4";
+    for step in [random, "nvme list", "nvme id-ctrl /dev/nvme0"] {
+        guest.runs(&vm, step);
+    }
+    let file = bed.path("suspended.ferry");
+    vm.migrate(&format!("file:{}", file.display()));
+    vm.migrated();
+    vm.execute("quit", json!({}));
+    assert_eq!(vm.exit().code(), Some(0));
+
+    let incoming = machine.flag("--incoming", format!("file:{}", file.display()));
+    let mut vm = Vm::start(&bed, "restored", incoming.flags().to_vec());
+    let mut guest = Guest { next: 0 };
+    for step in ["test -f /sys/firmware/acpi/tables/MCFG", random] {
+        guest.runs(&vm, step);
     }
     guest.says(&vm, "commands passed");
     assert_eq!(vm.exit().code(), Some(0), "the guest powers its machine off");
