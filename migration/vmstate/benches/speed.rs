@@ -1,8 +1,9 @@
 //! What the engine costs: long fields against a copy of the same bytes, and a controller with many queues and namespaces.
 //!
-//! `cargo bench -p vmstate`. The copies are made in the same run, into memory that is allocated for them, as it is for a load.
+//! `cargo bench -p vmstate -- --verbose`. The copies are made in the same run, into memory that is allocated for them, as it is for a load.
 
 use std::hint::black_box;
+use std::time::Duration;
 
 use criterion::measurement::WallTime;
 use criterion::{BatchSize, BenchmarkGroup, BenchmarkId, Criterion};
@@ -31,7 +32,10 @@ bulk! {
 }
 
 fn main() {
-    let mut criterion = Criterion::default().configure_from_args();
+    // Samples shorter than a scheduler's slice: on a busy host the medians still mean something. They are printed with `--verbose`.
+    let brief = Duration::from_millis(200);
+    let criterion = Criterion::default().sample_size(200).warm_up_time(brief).measurement_time(brief);
+    let mut criterion = criterion.configure_from_args();
     bulk(&mut criterion, "64 KiB", 64 << 10);
     bulk(&mut criterion, "1 MiB", 1 << 20);
     controller(&mut criterion);

@@ -3,13 +3,18 @@
 //! A device keeps its saved state apart from itself, as a struct that derives [`VmState`]. Saving builds that struct from the
 //! paused device and writes it; loading reads it and hands it to the device's checking constructor. This crate is the middle: it
 //! turns the struct into bytes and bytes into the struct, says what the bytes mean ([`describe`]) and what the type can hold
-//! ([`schema()`]). The `stream` crate puts the bytes into sections.
+//! ([`schema()`]). The bytes are those that QEMU's vmstate would write; what is read is not trusted.
+//!
+//! # In ten minutes
+//!
+//! **A device with a sparse array.** Queues live in slots: the index is the identity, and holes are meaningful. The number of slots
+//! is an earlier field. Whatever comes from a stream and counts something has a maximum.
 //!
 //! ```
 //! use vmstate::{Slots, VmState};
 //!
 //! #[derive(VmState, Debug, PartialEq)]
-//! #[vmstate(name = "queue", version = 1)]
+//! #[vmstate(name = "queue")]
 //! struct Queue {
 //!     base: u64,
 //!     #[vmstate(max = 65536)]
@@ -17,30 +22,164 @@
 //! }
 //!
 //! #[derive(VmState, Debug, PartialEq)]
-//! #[vmstate(name = "controller", version = 2, oldest = 1)]
+//! #[vmstate(name = "controller")]
 //! struct Controller {
 //!     enabled: bool,
 //!     queue_count: u16,
 //!     #[vmstate(len = "queue_count", max = 256)]
 //!     queues: Slots<Queue>,
-//!     #[vmstate(since = 2, default = "320")]
-//!     kelvin: u16,
 //! }
 //!
 //! let mut queues = Slots::empty(3);
 //! queues.put(1, Queue { base: 0x1000, size: 64 });
-//! let state = Controller { enabled: true, queue_count: 3, queues, kelvin: 300 };
+//! let state = Controller { enabled: true, queue_count: 3, queues };
 //!
-//! let bytes = vmstate::to_bytes(&state);
-//! assert_eq!(vmstate::from_bytes::<Controller>(&bytes, 2)?, state);
-//! // What version 1 wrote ends before the temperature.
-//! assert_eq!(vmstate::from_bytes::<Controller>(&bytes[..bytes.len() - 2], 1)?.kelvin, 320);
+//! let mut bytes = vmstate::to_bytes(&state);
+//! assert_eq!(bytes[..5], [1, 0, 3, b'0', b'1']); // enabled, three slots, the first is empty, the second is not
+//! assert_eq!(vmstate::from_bytes::<Controller>(&bytes, 1)?, state);
 //!
-//! let mut bad = bytes.clone();
-//! bad[14] = 1; // the size of queue 1 becomes 65600
-//! let error = vmstate::from_bytes::<Controller>(&bad, 2).unwrap_err();
+//! bytes[14] = 1; // the size of queue 1 becomes 65600
+//! let error = vmstate::from_bytes::<Controller>(&bytes, 1).unwrap_err();
 //! assert_eq!(error.to_string(), "queues[1].size: 65600 is above 65536");
 //! # Ok::<(), vmstate::Error>(())
+//! ```
+//!
+//! **A new field in version 2.** Older streams end before it, and get the default. A build that knows only version 1 refuses
+//! version 2 by name and number.
+//!
+//! ```
+//! # use vmstate::VmState;
+//! #[derive(VmState)]
+//! #[vmstate(name = "sensor", version = 2, oldest = 1)]
+//! struct Sensor {
+//!     enabled: bool,
+//!     #[vmstate(since = 2, default = "320")]
+//!     kelvin: u16,
+//! }
+//!
+//! assert_eq!(vmstate::from_bytes::<Sensor>(&[1, 1, 44], 2)?.kelvin, 300);
+//! assert_eq!(vmstate::from_bytes::<Sensor>(&[1], 1)?.kelvin, 320);
+//! # Ok::<(), vmstate::Error>(())
+//! ```
+//!
+//! **A subsection** is a part that is written only where it matters, so that states without it still load in builds that never
+//! heard of it. One that is there and unknown is refused.
+//!
+//! ```
+//! # use vmstate::VmState;
+//! #[derive(VmState)]
+//! #[vmstate(name = "clock/alarm")]
+//! struct Alarm {
+//!     at_ns: u64,
+//! }
+//!
+//! #[derive(VmState)]
+//! #[vmstate(name = "clock")]
+//! struct Clock {
+//!     now_ns: u64,
+//!     #[vmstate(subsection, needed = "Clock::has_alarm")]
+//!     alarm: Option<Alarm>,
+//! }
+//!
+//! impl Clock {
+//!     fn has_alarm(&self) -> bool {
+//!         self.alarm.as_ref().is_some_and(|alarm| alarm.at_ns > self.now_ns)
+//!     }
+//! }
+//!
+//! let mut clock = Clock { now_ns: 5, alarm: Some(Alarm { at_ns: 4 }) };
+//! assert_eq!(vmstate::to_bytes(&clock).len(), 8); // it has rung
+//! clock.now_ns = 3;
+//! let bytes = vmstate::to_bytes(&clock);
+//! assert!(vmstate::from_bytes::<Clock>(&bytes, 1)?.alarm.is_some());
+//! # Ok::<(), vmstate::Error>(())
+//! ```
+//!
+//! **A check of your own**, of a field or of the whole struct, refuses what bounds cannot express.
+//!
+//! ```
+//! # use vmstate::VmState;
+//! #[derive(VmState)]
+//! #[vmstate(name = "ring", check = "Ring::consistent")]
+//! struct Ring {
+//!     #[vmstate(check = "power_of_two")]
+//!     size: u32,
+//!     head: u32,
+//! }
+//!
+//! fn power_of_two(size: &u32) -> Result<(), String> {
+//!     if size.is_power_of_two() { Ok(()) } else { Err(format!("{size} is no power of two")) }
+//! }
+//!
+//! impl Ring {
+//!     fn consistent(&self) -> Result<(), &'static str> {
+//!         if self.head < self.size { Ok(()) } else { Err("the head is beyond the end") }
+//!     }
+//! }
+//!
+//! let load = |bytes: [u8; 8]| vmstate::from_bytes::<Ring>(&bytes, 1).map(|_| ()).map_err(|error| error.to_string());
+//! assert_eq!(load([0, 0, 0, 8, 0, 0, 0, 7]), Ok(()));
+//! assert_eq!(load([0, 0, 0, 9, 0, 0, 0, 7]).unwrap_err(), "size: 9 is no power of two");
+//! assert_eq!(load([0, 0, 0, 8, 0, 0, 0, 8]).unwrap_err(), "the head is beyond the end");
+//! ```
+//!
+//! **A context** is what this side knows already: the length of an array that is a property of the device and not in the stream,
+//! or a value that both sides must have. It goes along into the structs inside.
+//!
+//! ```
+//! # use vmstate::{Slots, VmState};
+//! struct Local {
+//!     page_bytes: u32,
+//!     lanes: usize,
+//! }
+//!
+//! #[derive(VmState)]
+//! #[vmstate(name = "lane")]
+//! struct Lane {
+//!     speed: u8,
+//! }
+//!
+//! #[derive(VmState)]
+//! #[vmstate(name = "link", context = "Local")]
+//! struct Link {
+//!     #[vmstate(equal = "Local::page_bytes")]
+//!     page_bytes: u32,
+//!     #[vmstate(len_from = "Local::lanes", max = 32)]
+//!     lanes: Slots<Lane>,
+//! }
+//!
+//! impl Local {
+//!     fn page_bytes(&self) -> u32 {
+//!         self.page_bytes
+//!     }
+//!     fn lanes(&self) -> usize {
+//!         self.lanes
+//!     }
+//! }
+//!
+//! let bytes = [0, 0, 16, 0, b'0', b'1', 5];
+//! let link: Link = vmstate::from_bytes_with(&bytes, 1, &Local { page_bytes: 4096, lanes: 2 })?;
+//! assert_eq!(link.lanes.get(1).map(|lane| lane.speed), Some(5));
+//! let error = vmstate::from_bytes_with::<Link, _>(&bytes, 1, &Local { page_bytes: 8192, lanes: 2 }).map(|_| ());
+//! assert_eq!(error.unwrap_err().to_string(), "page_bytes: 4096 differs from this side's 8192");
+//! # Ok::<(), vmstate::Error>(())
+//! ```
+//!
+//! **A struct that contains itself** says how deep, and which field leads back. Deeper streams are an error, never an overflow.
+//!
+//! ```
+//! # use vmstate::{Slots, VmState};
+//! #[derive(VmState)]
+//! #[vmstate(name = "bus", depth = 8)]
+//! struct Bus {
+//!     slot_count: u8,
+//!     #[vmstate(len = "slot_count", max = 32, recursive)]
+//!     bridges: Slots<Bus>,
+//! }
+//!
+//! let chain = [1, b'1'].repeat(8);
+//! let error = vmstate::from_bytes::<Bus>(&chain, 1).map(|_| ()).unwrap_err();
+//! assert!(error.to_string().ends_with("\"bus\" is nested more than 8 levels deep"));
 //! ```
 //!
 //! # Attributes
@@ -88,10 +227,38 @@
 //! }
 //! ```
 //!
+//! # Speed
+//!
+//! Medians that `cargo bench -p vmstate -- --verbose` printed on the reference host, which other work kept busy; the copies (`to_vec`
+//! of the same bytes) are of the same run. No field costs more than 3.5 copies.
+//!
+//! | | 64 KiB, save | load | 1 MiB, save | load |
+//! | --- | --- | --- | --- | --- |
+//! | a copy | 0.70 µs | | 18.8 µs | |
+//! | bytes | 0.72 µs | 0.77 µs | 18.4 µs | 18.8 µs |
+//! | bools | 0.72 µs | 2.06 µs | 18.6 µs | 35.6 µs |
+//! | 16-bit integers | 1.32 µs | 1.07 µs | 21.7 µs | 20.2 µs |
+//! | 32-bit integers | 2.02 µs | 2.01 µs | 34.2 µs | 32.7 µs |
+//! | 64-bit integers | 2.29 µs | 2.35 µs | 38.0 µs | 38.4 µs |
+//! | entries of 64 bytes | 0.55 µs | 1.46 µs | 18.5 µs | 29.2 µs |
+//! | a bitmap | 2.29 µs | 2.43 µs | 38.1 µs | 37.8 µs |
+//!
+//! A controller with 64 queue pairs, 256 namespaces and holes among both (45,181 bytes; 386 elements in sparse arrays, 256 with an
+//! array of their own) is saved in 5.6 µs and loaded in 17.4 µs; a copy takes 0.30 µs.
+//!
 //! # Absent
 //!
-//! No reflection at run time, no map types, no floating point, no strings (bytes are counted `Vec<u8>`), no enums (integers, which
-//! the device's constructor checks), no writing of older versions, and no default "nothing to save".
+//! - No reflection at run time, no map types, no floating point, no strings (bytes are counted `Vec<u8>`), no enums (integers, which
+//!   the device's constructor checks), no writing of older versions, and no default "nothing to save".
+//! - Of what QEMU's descriptions know: no single pointers (a sparse array of one slot has the same bytes), no sparse arrays of plain
+//!   integers, no lists of collections, no counts that are signed, 64 bits wide, or a field of another struct. A list is described
+//!   mark by mark, where QEMU says `qtailq` once.
+//! - One type of context in a load: a struct inside that names another type than the outermost was given is an error.
+//! - Saving cannot fail, so a state that breaks its own description (longer than a `max`, deeper than a `depth`, collections that
+//!   share a length and have different ones) is written and cannot be loaded; lengths are asserted in debug builds. The same goes
+//!   for a state of very many elements that take more than 16 times their bytes in memory, and over 1 MiB in all.
+//! - The format cannot tell a subsection of a nested struct from fields that follow it and read the same, name and all: these are
+//!   refused. Subsections may come in any order and, though not needed, be there.
 
 #![forbid(unsafe_code)]
 
@@ -112,6 +279,11 @@ mod value;
 
 #[cfg(test)]
 mod tests;
+
+/// The examples of the README are tested like those above.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 use std::any::Any;
 
