@@ -152,3 +152,29 @@ fn bulk_values_are_strict_too() {
     let error = from_bytes::<Switches>(&[1, 0, 1, 0, 0, 0, 3, 0, 0], 1).unwrap_err();
     assert_eq!(error.to_string(), "more: needs 12 bytes but only 2 are left");
 }
+
+/// Takes three bytes on the wire and 32 in memory.
+#[derive(VmState, Debug, Clone, PartialEq)]
+#[vmstate(name = "thin")]
+struct Thin {
+    count: u8,
+    #[vmstate(len = "count", max = 4)]
+    bytes: Vec<u8>,
+    word: u16,
+}
+
+#[derive(VmState, Debug, Clone, PartialEq)]
+#[vmstate(name = "many")]
+struct Many {
+    count: u32,
+    #[vmstate(len = "count", max = 100_000)]
+    arrays: Vec<[Thin; 4]>,
+}
+
+#[test]
+fn memory_that_is_free_again_does_not_count() {
+    // On their way into an array its elements lie in memory twice: 64 bytes for three of the stream would be too many.
+    let thin = Thin { count: 0, bytes: vec![], word: 1 };
+    let state = Many { count: 50_000, arrays: vec![[(); 4].map(|()| thin.clone()); 50_000] };
+    assert_eq!(from_bytes::<Many>(&to_bytes(&state), 1), Ok(state));
+}
