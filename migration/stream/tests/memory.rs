@@ -95,6 +95,17 @@ struct Device {
     bytes: Vec<u8>,
     #[vmstate(list, max = 1 << 20)]
     list: Vec<u64>,
+    #[vmstate(list, max = 1 << 20)]
+    texts: Vec<Text>,
+}
+
+/// Takes much more memory than bytes.
+#[derive(VmState, Clone)]
+#[vmstate(name = "text")]
+struct Text {
+    byte_count: u8,
+    #[vmstate(len = "byte_count", max = 255)]
+    bytes: Vec<u8>,
 }
 
 #[derive(VmState)]
@@ -134,7 +145,8 @@ fn started() -> StreamWriter<Vec<u8>> {
 fn device(count: usize) -> Device {
     let slots = (0..count).map(|slot| (slot % 3 == 0).then_some(Queue { base: 1, size: 2 })).collect();
     let (bits, bytes, list) = (Bitmap::new(count), vec![3; count], (0..count as u64).collect());
-    Device { slot_count: 0, slots, bit_count: 0, bits, byte_count: 0, bytes, list }
+    let texts = vec![Text { byte_count: 0, bytes: vec![7; 30] }; count / 10];
+    Device { slot_count: 0, slots, bit_count: 0, bits, byte_count: 0, bytes, list, texts }
 }
 
 fn whole(count: usize) -> Vec<u8> {
@@ -176,6 +188,7 @@ fn valid_streams_take_little() {
 #[test]
 fn announced_counts_take_nothing() {
     let count = |bytes: u32| bytes.to_be_bytes().to_vec();
+    let texts = |number: usize| [[0; 13].as_slice(), &[1, 0].repeat(number)].concat();
     let mut lists = vec![0; 12];
     lists.extend((0..100_000).flat_map(|_| [1, 0, 0, 0, 0, 0, 0, 0, 0]));
     for (what, payload) in [
@@ -184,6 +197,10 @@ fn announced_counts_take_nothing() {
         ("bits", [count(0), count(1 << 28)].concat()),
         ("bytes", [count(0), count(0), count(1 << 28)].concat()),
         ("a list", lists),
+        ("slots and slots", [count(400_000), [b'1'; 13].repeat(400_000)].concat()),
+        ("empty slots", [count(1 << 20), vec![b'0'; 1 << 20]].concat()),
+        ("empty texts", texts(100_000)),
+        ("many empty texts", texts(900_000)),
     ] {
         let input = section(&payload);
         bounded(what, &input, |input| read(input, expected(), false)).unwrap_err();
