@@ -177,3 +177,72 @@ impl Write for Same<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRAILER: &str = concat!(
+        r#"{"configuration":{"fields":[{"name":"len","size":4,"type":"uint32"}],"version":1,"vmsd_name":"configuration"},"#,
+        r#""devices":[{"fields":[{"array_len":3,"name":"a","size":4,"type":"uint32"},"#,
+        r#"{"name":"b","size":2,"struct":{"fields":[{"name":"c","size":2,"type":"uint16"}],"version":1,"vmsd_name":"q"},"type":"struct"},"#,
+        r#"{"index":0,"name":"d","size":1,"type":"uint8"},{"index":1,"name":"d","size":1,"type":"uint8"}],"instance_id":0,"name":"x","#,
+        r#""subsections":[{"fields":[],"version":1,"vmsd_name":"x/s"}],"version":2,"vmsd_name":"x"},"#,
+        r#"{"fields":[],"instance_id":0,"name":"integrity","version":1,"vmsd_name":"integrity"}],"page_size":4096}"#,
+    );
+
+    fn checked(text: &str) -> Result<(), Error> {
+        let section =
+            |name: &str, version, bytes| Section { name: name.into(), instance_id: 0, version, bytes };
+        // Three numbers, a struct, two elements, and the subsection with its header.
+        let sections = [section("x", 2, 12 + 2 + 2 + 9), section("integrity", 1, 0)];
+        let json: Json = serde_json::from_str(TRAILER).unwrap();
+        check(text.as_bytes(), &sections, &json["configuration"], &json["devices"][1])
+    }
+
+    #[test]
+    fn trailer_describes_what_came_and_is_written_in_one_way() {
+        checked(TRAILER).unwrap();
+        checked(&format!("{TRAILER}  ")).unwrap();
+        let written = "it is not written as it should be";
+        for (from, to, why) in [
+            (
+                r#""size":4,"type":"uint32"},{"#,
+                r#""size":5,"type":"uint32"},{"#,
+                "28 bytes of section \"x\", but 25 came",
+            ),
+            (r#""array_len":3"#, r#""array_len":4"#, "29 bytes of section \"x\", but 25 came"),
+            (r#""array_len":3"#, r#""array_len":9223372036854775807"#, "a size is too large"),
+            (r#"x/s"#, r#"x/st"#, "26 bytes of section \"x\", but 25 came"),
+            (r#""size":2,"struct""#, r#""size":3,"struct""#, "\"b\" has 3 bytes, but 2 are described"),
+            (r#""index":1"#, r#""index":2"#, "element 2 of \"d\" is out of order"),
+            (r#"0,"name":"x""#, r#"1,"name":"x""#, "(\"x\", 1, 2), but (\"x\", 0, 2) came"),
+            (r#""name":"x""#, r#""name":"y""#, "(\"y\", 0, 2), but (\"x\", 0, 2) came"),
+            (r#""version":2"#, r#""version":3"#, "(\"x\", 0, 3), but (\"x\", 0, 2) came"),
+            ("4096", "8192", "pages of 8192 bytes"),
+            (r#""len""#, r#""lem""#, "the configuration is described as another"),
+            (
+                r#""vmsd_name":"integrity""#,
+                r#""vmsd_name":"integer""#,
+                "the integrity section is described as another",
+            ),
+            (r#""index":1,"#, r#""index": 1,"#, written),
+            (r#"{"index":1,"name":"d","#, r#"{"name":"d","index":1,"#, written),
+            ("\"a\"", r#""\u0061""#, written),
+        ] {
+            let text = TRAILER.replacen(from, to, 1);
+            assert_ne!(text, TRAILER, "{from}");
+            let message = format!("the trailer is not a description: {why}");
+            assert_eq!(checked(&text).unwrap_err().to_string(), message, "{to}");
+        }
+        for (from, to) in [
+            (r#""index":1"#, r#""indey":1"#),
+            (r#""index":1"#, r#""index":1,"index":1"#),
+            (r#","page_size":4096"#, ""),
+            (r#""type":"uint8""#, r#""type":8"#),
+            ("}", ""),
+        ] {
+            assert!(matches!(checked(&TRAILER.replacen(from, to, 1)), Err(Error::Trailer(_))), "{to}");
+        }
+    }
+}
