@@ -11,9 +11,24 @@ use std::fmt;
 use anyhow::{Context, ensure};
 use serde_json::{Value as Json, json};
 
-/// What a field says beside its name, its bounds and its versions: a difference in any of it changes the bytes, or what is accepted.
-const WITHOUT_RULE: [&str; 10] =
-    ["name", "max", "min", "since", "until", "struct_versions", "struct", "count", "default", "index"];
+/// What a field says that has a rule of its own below, or does not matter. A difference in anything else changes the bytes, or what
+/// is accepted, as far as this build can know.
+const WITH_RULE: [&str; 14] = [
+    "name",
+    "max",
+    "min",
+    "equal",
+    "since",
+    "until",
+    "struct_versions",
+    "struct",
+    "count",
+    "count_from_context",
+    "each",
+    "element",
+    "default",
+    "index",
+];
 
 /// What [`compare`] found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -114,12 +129,13 @@ fn layout(path: &str, writer: &Json, reader: &Json, expected: u64, reasons: &mut
             break;
         }
         let path = format!("{path}.{our_name}");
-        if !same_count(&ours["count"], &written_at, &theirs["count"], &read_at) {
-            let (ours, theirs) = (show(&ours["count"]), show(&theirs["count"]));
-            reasons
-                .push(format!("{path}: the number of elements is written as {ours}, but read from {theirs}"));
-        }
-        field(&path, ours, theirs, expected, reader, reasons);
+        let at = Positions { written: &written_at, read: &read_at };
+        field(&path, ours, theirs, &at, (reader, expected), reasons);
+    }
+    if let (Some(deep), Some(most)) = (writer["depth"].as_u64(), reader["depth"].as_u64())
+        && deep > most
+    {
+        reasons.push(format!("{path}: {deep} levels may be written, and more than {most} are refused"));
     }
     let known: HashMap<_, _> = subsections(reader).collect();
     for (part_name, part) in subsections(writer) {
@@ -130,18 +146,27 @@ fn layout(path: &str, writer: &Json, reader: &Json, expected: u64, reasons: &mut
     }
 }
 
-/// Whether two counts are the same field, or the same words about where the number comes from.
-fn same_count(
-    ours: &Json,
-    written_at: &HashMap<&str, usize>,
-    theirs: &Json,
-    read_at: &HashMap<&str, usize>,
-) -> bool {
-    let position = |count: &Json, at: &HashMap<&str, usize>| at.get(count.as_str()?).copied();
-    match (position(ours, written_at), position(theirs, read_at)) {
-        (None, None) => ours == theirs,
-        (ours, theirs) => ours == theirs,
+/// Where the fields of a struct are that hold numbers of elements.
+struct Positions<'a> {
+    written: &'a HashMap<&'a str, usize>,
+    read: &'a HashMap<&'a str, usize>,
+}
+
+impl Positions<'_> {
+    /// Whether two fields have their numbers of elements from the same place.
+    fn agree(&self, ours: &Json, theirs: &Json) -> bool {
+        let position = |of: &Json, at: &HashMap<&str, usize>| at.get(of["count"].as_str()?).copied();
+        ours["count_from_context"] == theirs["count_from_context"]
+            && match (position(ours, self.written), position(theirs, self.read)) {
+                (None, None) => ours["count"] == theirs["count"],
+                (ours, theirs) => ours == theirs,
+            }
     }
+}
+
+/// Where a number of elements comes from.
+fn count(field: &Json) -> String {
+    if field["count_from_context"] == true { "the context".to_owned() } else { show(&field["count"]) }
 }
 
 /// Subsections by name.
@@ -150,9 +175,35 @@ fn subsections(description: &Json) -> impl Iterator<Item = (&str, &Json)> {
     parts.map(|part| (part["vmsd_name"].as_str().unwrap_or_default(), part))
 }
 
-/// Whether a field that is written is the one that is read.
-fn field(path: &str, ours: &Json, theirs: &Json, expected: u64, reader: &Json, reasons: &mut Vec<String>) {
-    for key in keys(ours, theirs).filter(|key| !WITHOUT_RULE.contains(key)) {
+/// Whether a field that is written is the one that is read, by a `reader` of the version that it expects.
+fn field(
+    path: &str,
+    ours: &Json,
+    theirs: &Json,
+    at: &Positions<'_>,
+    (reader, expected): (&Json, u64),
+    reasons: &mut Vec<String>,
+) {
+    if !at.agree(ours, theirs) {
+        let (ours, theirs) = (count(ours), count(theirs));
+        reasons.push(format!("{path}: the number of elements is written as {ours}, but read from {theirs}"));
+    }
+    if theirs["equal"] == true && ours["equal"] != true {
+        reasons.push(format!("{path}: values other than the reader's own may be written, and are refused"));
+    }
+    for part in ["each", "element"] {
+        match (ours.get(part), theirs.get(part)) {
+            (Some(ours), Some(theirs)) => {
+                field(&format!("{path}[{part}]"), ours, theirs, at, (reader, expected), reasons);
+            }
+            (None, None) => {}
+            (ours, _) => {
+                let side = if ours.is_some() { "written" } else { "read" };
+                reasons.push(format!("{path}: it has its {part} only where it is {side}"));
+            }
+        }
+    }
+    for key in keys(ours, theirs).filter(|key| !WITH_RULE.contains(key)) {
         if ours[key] != theirs[key] {
             let (ours, theirs) = (show(&ours[key]), show(&theirs[key]));
             reasons
@@ -187,7 +238,8 @@ fn bounds(field: &Json) -> (i128, i128) {
         value.as_u64().map(i128::from).or_else(|| value.as_i64().map(i128::from))
     };
     let kind = field["type"].as_str().unwrap_or_default();
-    let is_counted = field.get("count").is_some() || !kind.contains("int");
+    let is_counted =
+        field.get("count").is_some() || field["count_from_context"] == true || !kind.contains("int");
     let bits = kind.trim_start_matches(|character: char| !character.is_ascii_digit());
     let bits: u32 = bits.split(' ').next().and_then(|bits| bits.parse().ok()).unwrap_or(64);
     let (low, high) = match (is_counted, kind.starts_with("int")) {
@@ -200,7 +252,7 @@ fn bounds(field: &Json) -> (i128, i128) {
 
 /// Everything that two descriptions do not have in common.
 fn differences(path: &str, old: &Json, new: &Json, found: &mut Vec<String>) {
-    for key in ["vmsd_name", "version", "oldest"] {
+    for key in ["vmsd_name", "version", "oldest", "depth"] {
         difference(path, key, &old[key], &new[key], found);
     }
     for (list, key) in [("fields", "name"), ("subsections", "vmsd_name")] {
@@ -210,19 +262,7 @@ fn differences(path: &str, old: &Json, new: &Json, found: &mut Vec<String>) {
             match news.get(&(name, number)) {
                 None => found.push(format!("{path}: only in the old schema")),
                 Some(new) if list == "subsections" => differences(&path, old, new, found),
-                Some(new) => {
-                    for key in keys(old, new).filter(|key| *key != "struct") {
-                        difference(&path, key, &old[key], &new[key], found);
-                    }
-                    match (old.get("struct"), new.get("struct")) {
-                        (Some(old), Some(new)) => differences(&path, old, new, found),
-                        (None, None) => {}
-                        (old, _) => {
-                            let side = if old.is_some() { "old" } else { "new" };
-                            found.push(format!("{path}: a struct only in the {side} schema"));
-                        }
-                    }
-                }
+                Some(new) => field_differences(&path, old, new, found),
             }
         }
         for (name, _) in news.keys().filter(|name| !olds.contains_key(*name)) {
@@ -235,6 +275,24 @@ fn differences(path: &str, old: &Json, new: &Json, found: &mut Vec<String>) {
             };
             if order(old) != order(new) {
                 found.push(format!("{path}: the {list} are in another order"));
+            }
+        }
+    }
+}
+
+fn field_differences(path: &str, old: &Json, new: &Json, found: &mut Vec<String>) {
+    const NESTED: [&str; 3] = ["struct", "each", "element"];
+    for key in keys(old, new).filter(|key| !NESTED.contains(key)) {
+        difference(path, key, &old[key], &new[key], found);
+    }
+    for key in NESTED {
+        match (old.get(key), new.get(key)) {
+            (Some(old), Some(new)) if key == "struct" => differences(path, old, new, found),
+            (Some(old), Some(new)) => field_differences(&format!("{path}[{key}]"), old, new, found),
+            (None, None) => {}
+            (old, _) => {
+                let side = if old.is_some() { "old" } else { "new" };
+                found.push(format!("{path}: {key}: only in the {side} schema"));
             }
         }
     }

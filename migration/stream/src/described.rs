@@ -127,25 +127,7 @@ impl<'a> Described<'a> {
     ///
     /// If the bytes are not what the entries say.
     pub fn fields(&self) -> Result<Vec<Field<'a>>, Error> {
-        let mut rest = self.entries()?;
-        let mut cursor = self.cursor();
-        let mut fields = Vec::with_capacity(rest.len());
-        while let Some((entry, after)) = rest.split_first() {
-            let (name, kind) = (text(entry, "name", &cursor)?, text(entry, "type", &cursor)?);
-            let offset = cursor.offset;
-            let (value, taken) = if kind == SLOT_TYPE {
-                cursor.slots(rest, name)?
-            } else if kind == LIST_TYPE {
-                cursor.list(rest, name)?
-            } else if entry["index"] == 0 {
-                cursor.indexed(rest, name)?
-            } else {
-                (cursor.value(entry, name)?, 1)
-            };
-            fields.push(Field { name, kind, offset, value });
-            rest = if taken > 1 { rest.get(taken..).unwrap_or_default() } else { after };
-        }
-        Ok(fields)
+        self.cursor().fields(self.entries()?)
     }
 
     /// The subsections that are there.
@@ -245,6 +227,27 @@ impl<'a> Cursor<'a> {
         Ok(taken)
     }
 
+    /// What the entries of a struct, or of a part of it, say.
+    fn fields(&mut self, entries: &'a [Json]) -> Result<Vec<Field<'a>>, Error> {
+        let (mut rest, mut fields) = (entries, Vec::with_capacity(entries.len()));
+        while let Some(entry) = rest.first() {
+            let (name, kind) = (text(entry, "name", self)?, text(entry, "type", self)?);
+            let offset = self.offset;
+            let (value, taken) = if kind == SLOT_TYPE {
+                self.slots(rest, name)?
+            } else if kind == LIST_TYPE {
+                self.list(rest, name)?
+            } else if entry["index"] == 0 {
+                self.indexed(rest, name)?
+            } else {
+                (self.value(entry, name)?, 1)
+            };
+            fields.push(Field { name, kind, offset, value });
+            rest = rest.get(taken.max(1)..).unwrap_or_default();
+        }
+        Ok(fields)
+    }
+
     /// The value of one entry.
     fn value(&mut self, entry: &'a Json, name: &str) -> Result<Value<'a>, Error> {
         let offset = self.offset;
@@ -298,25 +301,42 @@ impl<'a> Cursor<'a> {
         Ok((Value::Slots(slots), taken))
     }
 
-    /// A list of ours: a marker and an element each, and a marker at the end.
+    /// A list of ours: a marker and the entries of an element each, and a marker at the end.
     fn list(&mut self, entries: &'a [Json], name: &str) -> Result<(Value<'a>, usize), Error> {
         let (mut elements, mut taken) = (Vec::new(), 0);
         while let Some(entry) = entries.get(taken).filter(|entry| is(entry, name, Some(LIST_TYPE))) {
             let marker = self.marker(entry, name)?;
             taken += 1;
-            let element = entries.get(taken).filter(|entry| is(entry, name, None));
-            match (marker, element) {
-                (0x00, None) => return Ok((Value::Elements(elements), taken)),
-                (0x01, Some(element)) => elements.push(self.value(element, name)?),
+            let rest = entries.get(taken..).unwrap_or_default();
+            // Looked for only where there is an element, so that no entry is looked at twice.
+            let end = || rest.iter().position(|entry| is(entry, name, Some(LIST_TYPE)));
+            match (marker, rest.first()) {
+                (0x00, next) if next.is_none_or(|next| next["name"] != name) => {
+                    return Ok((Value::Elements(elements), taken));
+                }
+                (0x01, Some(_)) => {
+                    let element = end().and_then(|end| rest.get(..end));
+                    let element = element.ok_or_else(|| self.unfit(format!("the list {name} has no end")))?;
+                    taken += element.len();
+                    elements.push(self.element(element)?);
+                }
                 _ => {
                     let index = elements.len();
                     return Err(self
                         .before(format!("{name}[{index}] is marked {marker:#04x}, unlike its description")));
                 }
             }
-            taken += 1;
         }
         Err(self.unfit(format!("the list {name} has no end")))
+    }
+
+    /// An element of a list: mostly one entry, but an array has as many as its elements differ.
+    fn element(&mut self, entries: &'a [Json]) -> Result<Value<'a>, Error> {
+        let mut parts = self.fields(entries)?;
+        match (parts.pop(), parts.is_empty()) {
+            (Some(only), true) => Ok(only.value),
+            (last, _) => Ok(Value::Elements(parts.into_iter().chain(last).map(|part| part.value).collect())),
+        }
     }
 
     /// Elements that have an entry each.

@@ -218,3 +218,47 @@ fn what_is_no_schema_is_refused() {
         assert!(error.starts_with("the old schema: "), "{error}");
     }
 }
+
+#[test]
+fn numbers_from_outside_lists_and_levels_are_compared() {
+    let one = |field: Json| schema(1, 1, json!([plain("n"), field]));
+    let list = |extra: Json| {
+        let mut field = json!({ "name": "list", "type": "uint16", "size": 2, "max": 4 });
+        extra.as_object().unwrap().iter().for_each(|(key, value)| field[key] = value.clone());
+        one(field)
+    };
+    let counted = list(json!({ "count": "n" }));
+    let outside = list(json!({ "count_from_context": true }));
+    let expected = ["s.list: the number of elements is written as n, but read from the context"];
+    assert_eq!(both(&counted, &outside).old_in_new, expected);
+    let free = one(json!({ "name": "v", "type": "uint8", "size": 1 }));
+    let equal = one(json!({ "name": "v", "type": "uint8", "size": 1, "equal": true }));
+    let comparison = both(&free, &equal);
+    assert_eq!(
+        comparison.old_in_new,
+        ["s.v: values other than the reader's own may be written, and are refused"]
+    );
+    assert_eq!(comparison.new_in_old, Vec::<String>::new());
+    let rows = |most: u32| list(json!({ "count": "n", "each": { "array_len": 3, "max": most } }));
+    assert_eq!(both(&rows(5), &rows(5)), Comparison::default());
+    assert_eq!(
+        both(&rows(5), &rows(4)).old_in_new,
+        ["s.list[each]: values above 4 may be written, and are refused"]
+    );
+    assert_eq!(both(&rows(5), &counted).old_in_new, ["s.list: it has its each only where it is written"]);
+    let elements = |kind: &str| list(json!({ "element": { "type": kind, "size": 2 } }));
+    let comparison = both(&elements("uint16"), &elements("int16"));
+    assert_eq!(comparison.differences, ["s.list[element]: type: uint16 -> int16"]);
+    assert!(
+        comparison.old_in_new[0].starts_with("s.list[element]: its type is uint16 where"),
+        "{comparison}"
+    );
+    let levels = |depth: u32| {
+        let mut schema = schema(1, 1, json!([plain("n")]));
+        schema["devices"][0]["depth"] = json!(depth);
+        schema
+    };
+    let comparison = both(&levels(4), &levels(3));
+    assert_eq!(comparison.old_in_new, ["s: 4 levels may be written, and more than 3 are refused"]);
+    assert_eq!(comparison.new_in_old, Vec::<String>::new());
+}

@@ -23,6 +23,10 @@ struct Controller {
     events: Vec<u16>,
     #[vmstate(list, max = 8)]
     nothing: Vec<u16>,
+    #[vmstate(list, max = 8)]
+    pairs: Vec<[Queue; 2]>,
+    #[vmstate(list, max = 8)]
+    voids: Vec<[u16; 0]>,
     pair: [Queue; 2],
     #[vmstate(subsection)]
     buffers: Option<Buffers>,
@@ -70,6 +74,8 @@ fn controller() -> Controller {
         queues,
         events: vec![5, 6],
         nothing: vec![],
+        pairs: vec![[queue(3, None), queue(4, Some(1))], [queue(5, None), queue(6, None)]],
+        voids: vec![[], []],
         pair: [queue(1, None), queue(2, Some(3))],
         buffers: Some(Buffers { address: 0x5000 }),
     }
@@ -117,6 +123,8 @@ fn every_kind_of_field_is_read_back() {
                     map=bits [0, 63, 64, 69] queue_count=5 \
                     queues=[- {base=4096 size=7} - - {base=8192 size=7 queue/extra v2={depth=9}}] \
                     events=[5 6] nothing=[] \
+                    pairs=[[{base=3 size=7} {base=4 size=7 queue/extra v2={depth=1}}] [{base=5 size=7} {base=6 size=7}]] \
+                    voids=[[] []] \
                     pair=[{base=1 size=7} {base=2 size=7 queue/extra v2={depth=3}}] \
                     controller/buffers v4={address=20480}}";
     assert_eq!(read(&vmstate::describe(&controller()), &bytes).unwrap(), expected);
