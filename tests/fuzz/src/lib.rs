@@ -5,19 +5,22 @@
 //! them, always the same; `tests/fuzz/run TARGET SECONDS` lets cargo-fuzz look for more.
 //!
 //! - [`streams`], [`mapped`]: what crate `stream` reads.
-//! - [`states`]: the sections of our devices, and what two migrating processes say to each other.
+//! - [`states`]: the sections of our machine, and what two migrating processes say to each other.
+//! - [`inspect`]: any file, printed. [`qemu`]: the controller of another VMM.
 //! - [`lease`]: the record that says who owns a guest.
 //! - [`seeds`] writes valid inputs. Those of states come from their schemas, so a new field needs nothing here.
 //!
 //! # Absent
 //!
-//! The states of vCPUs and interrupt controllers, which only the VMM itself knows.
+//! Devices that take a state over once it is read: their crates' own tests attack that.
 
 #![forbid(unsafe_code)]
 
+pub mod inspect;
 pub mod lease;
 pub mod mapped;
 pub mod mutate;
+pub mod qemu;
 pub mod seeds;
 pub mod states;
 pub mod streams;
@@ -42,6 +45,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "return_path", run: streams::return_path, seeds: seeds::return_paths },
     Target { name: "mapped", run: mapped::mapped, seeds: seeds::mapped },
     Target { name: "trailer", run: streams::trailer, seeds: seeds::trailers },
+    Target { name: "inspect", run: inspect::inspect, seeds: seeds::files },
+    Target { name: "qemu_nvme", run: qemu::nvme, seeds: qemu::nvme_seeds },
     Target { name: "devices", run: states::devices, seeds: states::device_seeds },
     Target { name: "messages", run: states::messages, seeds: states::message_seeds },
     Target { name: "lease", run: lease::lease, seeds: lease::seeds },

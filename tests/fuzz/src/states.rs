@@ -1,4 +1,4 @@
-//! States that come from other processes: sections of our devices, and messages of the migration protocol.
+//! States that come from other processes: sections of our machine, and messages of the migration protocol.
 
 use engine::protocol;
 use vmstate::VmState;
@@ -28,6 +28,10 @@ const DEVICES: &[Kind] = &[
     kind::<virtio::VirtioState>(),
     kind::<nvme::NvmeState>(),
     kind::<nvme::Inventory>(),
+    kind::<ferry::vcpu::VcpuState>(),
+    kind::<ferry::kvm::IrqchipState>(),
+    kind::<ferry::kvm::PitState>(),
+    kind::<ferry::kvm::ClockState>(),
 ];
 
 /// The bodies of frames.
