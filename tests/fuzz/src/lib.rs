@@ -32,7 +32,7 @@ pub struct Target {
     pub name: &'static str,
     /// Reads the bytes.
     pub run: fn(&[u8]),
-    /// Valid inputs, always the same.
+    /// Valid inputs, always the same but for names that a lease draws at random.
     pub seeds: fn() -> Vec<Vec<u8>>,
 }
 
