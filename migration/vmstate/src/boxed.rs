@@ -15,6 +15,7 @@ impl<T: VmState> VmState for Box<T> {
     }
 
     fn load_fields(reader: &mut Reader<'_>, version: u32) -> Result<Self, Error> {
+        reader.spend(size_of::<T>())?;
         T::load_fields(reader, version).map(Box::new)
     }
 

@@ -194,7 +194,7 @@
 //!
 //! | on a field | |
 //! | --- | --- |
-//! | none | integers, `bool`, arrays, nested structs |
+//! | none | integers, `bool`, arrays, nested structs (large ones in a `Box`) |
 //! | `len = "field", max = N` | `Vec`, [`Slots`] or [`Bitmap`], or an array of these, whose length is the earlier field (`u8`, `u16`, `u32`); saving writes the real length there |
 //! | `len_from = "path", max = N` | the same with the length in the context: `fn(&Context) -> usize` |
 //! | `len = N` | the same with a length that never changes |

@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use proptest::prelude::*;
-use vmstate::{Bitmap, Error, Problem, Slots, VmState, from_bytes_with, measure_with};
+use vmstate::{Bitmap, Error, Problem, Slots, VmState, from_bytes, from_bytes_with, measure_with};
 
 /// The system's allocator, which also counts what each thread holds and has held at most.
 struct Counting;
@@ -73,6 +73,21 @@ struct Hollow {
 #[vmstate(name = "hollow/part")]
 struct Part {
     words: [u64; 32],
+}
+
+/// Takes a pointer of its outer struct, one byte on the wire, and more elsewhere.
+#[derive(VmState)]
+#[vmstate(name = "boxed", version = 2, oldest = 1)]
+struct Boxed {
+    #[vmstate(versions = [1, 2])]
+    hollow: Box<Hollow>,
+}
+
+#[derive(VmState)]
+#[vmstate(name = "boxes", version = 2, oldest = 1)]
+struct Boxes {
+    #[vmstate(list, max = usize::MAX, versions = [1, 2])]
+    list: Vec<Boxed>,
 }
 
 /// Every kind of collection, each as large as can be.
@@ -155,6 +170,15 @@ fn collections_of_hollow_structs_end_at_the_limit() {
     assert_eq!(ends_at_the_limit(&attack(3, 0, &width_and_list, width_and_list.len())), "list");
     // 65,536 rows take 1 MiB, though they be empty.
     assert_eq!(ends_at_the_limit(&attack(3, 0, &[0], 1000)), "rows");
+}
+
+#[test]
+fn boxes_end_at_the_limit() {
+    let bytes = [1, 0].repeat(100_000);
+    let (result, most) = most_held(|| from_bytes::<Boxes>(&bytes, 1));
+    let error = result.map(|boxes| boxes.list.len()).unwrap_err();
+    assert!(matches!(error.problem, Problem::TooMuchMemory { .. }), "{error}");
+    assert!(most <= (1 << 20) + 16 * bytes.len(), "loading {} bytes took {most}", bytes.len());
 }
 
 #[test]
