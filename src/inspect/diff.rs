@@ -17,6 +17,8 @@ use super::{Block, Input, Section, Visitor};
 const SECTIONS_BYTES_MAX: usize = 256 << 20;
 /// Values of one section, which are compared.
 const VALUES_MAX: usize = 1 << 20;
+/// The most text of the values of a section, paths included, that is kept to be compared.
+const TEXT_BYTES_MAX: usize = 64 << 20;
 
 /// What is kept of a file: its sections, and a hash of every page that is not zero.
 #[derive(Debug, Default)]
@@ -158,18 +160,15 @@ impl Kept {
             return Ok(());
         }
         let (old, new) = (self.leaves()?, other.leaves()?);
-        let index = |leaves: &[(String, Leaf<'_>)]| -> HashMap<String, usize> {
-            leaves.iter().enumerate().map(|(index, (path, _))| (path.clone(), index)).collect()
-        };
         let (in_old, in_new) = (index(&old), index(&new));
         for (path, leaf) in &old {
-            match in_new.get(path).and_then(|index| new.get(*index)) {
+            match in_new.get(path.as_str()).and_then(|index| new.get(*index)) {
                 None => lines.add(format_args!("{title}: {path}: {}, only in the first file", leaf.text))?,
                 Some((_, other)) if leaf.bytes == other.bytes && leaf.text == other.text => {}
                 Some((_, other)) => lines.add(format_args!("{title}: {path}: {}", leaf.change(other)))?,
             }
         }
-        for (path, leaf) in new.iter().filter(|(path, _)| !in_old.contains_key(path)) {
+        for (path, leaf) in new.iter().filter(|(path, _)| !in_old.contains_key(path.as_str())) {
             lines.add(format_args!("{title}: {path}: {}, only in the second file", leaf.text))?;
         }
         Ok(())
@@ -180,6 +179,10 @@ impl Kept {
         state("", &Described::new(&self.description, &self.payload, 0)?, &mut leaves)?;
         Ok(leaves.found)
     }
+}
+
+fn index<'a>(leaves: &'a [(String, Leaf<'_>)]) -> HashMap<&'a str, usize> {
+    leaves.iter().enumerate().map(|(index, (path, _))| (path.as_str(), index)).collect()
 }
 
 /// A value without parts; of a buffer also its bytes, of which the text has only the first.
@@ -214,11 +217,19 @@ impl Leaf<'_> {
 struct Leaves<'a> {
     found: Vec<(String, Leaf<'a>)>,
     looked_at: usize,
+    /// Of paths and texts.
+    text_bytes: usize,
 }
 
 impl<'a> Leaves<'a> {
-    fn add(&mut self, path: &str, text: String, bytes: Option<&'a [u8]>) {
+    fn add(&mut self, path: &str, text: String, bytes: Option<&'a [u8]>) -> anyhow::Result<()> {
+        self.text_bytes += path.len() + text.len();
+        ensure!(
+            self.text_bytes <= TEXT_BYTES_MAX,
+            "names and values have more than {TEXT_BYTES_MAX} bytes; that is too much to compare"
+        );
         self.found.push((path.to_owned(), Leaf { text, bytes }));
+        Ok(())
     }
 }
 
@@ -233,7 +244,7 @@ fn state<'a>(path: &str, described: &Described<'a>, leaves: &mut Leaves<'a>) -> 
     }
     for part in described.subsections()? {
         let path = join(part.name());
-        leaves.add(&path, format!("version {}", part.version().unwrap_or_default()), None);
+        leaves.add(&path, format!("version {}", part.version().unwrap_or_default()), None)?;
         state(&path, &part, leaves)?;
     }
     Ok(())
@@ -253,7 +264,7 @@ fn value<'a>(path: &str, it: &Value<'a>, leaves: &mut Leaves<'a>) -> anyhow::Res
             }
         }
         Value::Elements(elements) => {
-            leaves.add(path, format!("{} elements", elements.len()), None);
+            leaves.add(path, format!("{} elements", elements.len()), None)?;
             for (index, element) in elements.iter().enumerate() {
                 value(&format!("{path}[{index}]"), element, leaves)?;
             }
@@ -262,15 +273,15 @@ fn value<'a>(path: &str, it: &Value<'a>, leaves: &mut Leaves<'a>) -> anyhow::Res
             for (index, slot) in slots.iter().enumerate() {
                 let path = format!("{path}[{index}]");
                 let text = if slot.is_some() { "present" } else { "empty" };
-                leaves.add(&path, text.to_owned(), None);
+                leaves.add(&path, text.to_owned(), None)?;
                 slot.iter().try_for_each(|element| value(&path, element, leaves))?;
             }
         }
         Value::Bytes(bytes) | Value::Bitmap(bytes) => {
-            leaves.add(path, line(it)?.unwrap_or_default(), Some(*bytes));
+            leaves.add(path, line(it)?.unwrap_or_default(), Some(*bytes))?;
         }
         Value::Bool(_) | Value::Unsigned(_) | Value::Signed(_) => {
-            leaves.add(path, line(it)?.unwrap_or_default(), None);
+            leaves.add(path, line(it)?.unwrap_or_default(), None)?;
         }
     }
     Ok(())

@@ -27,7 +27,7 @@ use super::text::{as_text, hex};
 use super::{Contents, Input, Section, Visitor};
 
 /// Values of one section.
-const VALUES_MAX: usize = 4 << 20;
+pub(super) const VALUES_MAX: usize = 4 << 20;
 
 /// Writes what is in a file; sections that `wanted` refuses are left out. `wants_pages`: RAM is read even where it could be left out. An error of the
 /// file is told in the document, and returned.

@@ -2,10 +2,11 @@
 
 use std::io::Write;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use stream::Configuration;
 use stream::described::{Array, Described, Value};
 
+use super::json::VALUES_MAX;
 use super::text::{Name, line};
 use super::{Block, Section, Visitor};
 
@@ -16,12 +17,14 @@ const NAME_COLUMN_MAX: usize = 32;
 #[derive(Debug)]
 pub struct Tree<W> {
     out: W,
+    /// Values of the section so far.
+    values: usize,
 }
 
 impl<W: Write> Tree<W> {
     /// Prints to `out`.
     pub fn new(out: W) -> Self {
-        Self { out }
+        Self { out, values: 0 }
     }
 
     fn state(&mut self, state: &Described<'_>, depth: usize) -> anyhow::Result<()> {
@@ -42,6 +45,11 @@ impl<W: Write> Tree<W> {
     }
 
     fn value(&mut self, name: &str, value: &Value<'_>, depth: usize, width: usize) -> anyhow::Result<()> {
+        self.values += 1;
+        ensure!(
+            self.values <= VALUES_MAX,
+            "a section has more than {VALUES_MAX} values; that is too much to print"
+        );
         if let Some(line) = line(value)? {
             return self.line(name, &line, depth, width);
         }
@@ -156,6 +164,7 @@ impl<W: Write> Visitor for Tree<W> {
 
     fn section(&mut self, section: &Section<'_>) -> anyhow::Result<()> {
         let Section { name, instance_id, version, state, .. } = section;
+        self.values = 0;
         writeln!(
             self.out,
             "section {} instance {instance_id} version {version}: {} bytes from byte {}",

@@ -75,6 +75,10 @@ pub struct Array<'a> {
     depth: u32,
 }
 
+/// Elements of a list that take fewer bytes, marks included, are shown as bytes: each takes the memory of a [`Value`].
+const QUEUE_ELEMENT_BYTES_MIN: usize = 4;
+const _: () = assert!(size_of::<Value<'_>>() <= 16 * QUEUE_ELEMENT_BYTES_MIN);
+
 impl<'a> Described<'a> {
     /// A state whose first byte is at `offset` of whatever the errors shall speak of.
     ///
@@ -432,9 +436,15 @@ fn decode<'a>(entry: &'a Json, bytes: &'a [u8], offset: u64, depth: u32) -> Resu
 fn queue<'a>(entry: &'a Json, bytes: &'a [u8], offset: u64, depth: u32) -> Option<Value<'a>> {
     let (0x00, pieces) = bytes.split_last()? else { return None };
     let length = usize::try_from(trailer::state_bytes(entry).ok()?).ok()?.checked_add(1)?;
+    if length < QUEUE_ELEMENT_BYTES_MIN || depth >= DEPTH_MAX || !pieces.len().is_multiple_of(length) {
+        return None;
+    }
     let pieces = pieces.chunks(length).zip((offset + 1..).step_by(length));
     let element = |(piece, offset): (&'a [u8], u64)| match piece.split_first()? {
-        (0x01, bytes) => Described::at_depth(entry, bytes, offset, depth + 1).ok().map(Value::Struct),
+        // Its length is right: the description was measured once for all of them.
+        (0x01, bytes) => {
+            Some(Value::Struct(Described { description: entry, bytes, offset, depth: depth + 1 }))
+        }
         _ => None,
     };
     pieces.map(element).collect::<Option<Vec<_>>>().map(Value::Elements)

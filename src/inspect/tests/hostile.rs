@@ -152,3 +152,27 @@ fn what_is_no_stream_is_said_so() {
         .unwrap_err();
     assert_eq!(format!("{error:#}"), "the trailer is not a description: a nameless device");
 }
+
+#[test]
+fn long_names_of_many_values_are_too_much_to_compare() {
+    let name = "n".repeat(255);
+    let leaf = json!([{ "name": name, "type": "uint8", "size": 1, "array_len": 40_000 }]);
+    let entries = (0..20).fold(leaf, |inner, _| {
+        json!([{ "name": name, "type": "struct", "size": 40_000, "struct": { "vmsd_name": "s", "fields": inner } }])
+    });
+    let files = [0, 1].map(|fill| described(&entries, &[fill; 40_000]));
+    let error = format!("{:#}", diff(&files[0], &files[1]).unwrap_err());
+    assert!(error.contains("too much to compare"), "{error}");
+}
+
+#[test]
+fn values_without_bytes_are_not_printed_for_ever() {
+    let nothing =
+        json!({ "name": "", "type": "struct", "size": 0, "struct": { "vmsd_name": "", "fields": [] } });
+    let many = json!({ "vmsd_name": "", "fields": vec![nothing; 2_000] });
+    let entries: Vec<_> =
+        (0..3_000).map(|_| json!({ "name": "", "type": "struct", "size": 0, "struct": many })).collect();
+    let (_, result) = tree(&described(&json!(entries), &[]));
+    let error = format!("{:#}", result.unwrap_err());
+    assert!(error.contains("too much to print"), "{error}");
+}

@@ -156,16 +156,34 @@ fn types_of_other_writers_are_read() {
         { "name": "tmp", "type": "tmp", "size": 1, "vmsd_name": "tmp", "version": 0,
           "fields": [{ "name": "x", "type": "uint8", "size": 1 }] },
         { "name": "empty", "type": "qtailq", "size": 1 },
-        { "name": "queue", "type": "qtailq", "size": 7, "vmsd_name": "element", "version": 1,
-          "fields": [{ "name": "y", "type": "uint16", "size": 2 }] },
+        { "name": "queue", "type": "qtailq", "size": 11, "vmsd_name": "element", "version": 1,
+          "fields": [{ "name": "y", "type": "uint32", "size": 4 }] },
         { "name": "odd", "type": "qtailq", "size": 3, "vmsd_name": "element", "version": 1,
           "fields": [{ "name": "y", "type": "uint32", "size": 4 }] },
         { "name": "state", "type": "msix state", "size": 2 },
         { "name": "none", "type": "uint8", "size": 1, "array_len": 0 },
     ] });
-    let bytes = b"\xff\xff\xff\xfe\xff\xff\xff\xff\xff\xff\xff\xff\x30\x05\x00\x01\x00\x01\x01\x00\x02\x00\x01\x00\x00\xaa\xbb";
+    let bytes = b"\xff\xff\xff\xfe\xff\xff\xff\xff\xff\xff\xff\xff\x30\x05\x00\x01\x00\x00\x00\x01\x01\x00\x00\x00\x02\x00\x01\x00\x00\xaa\xbb";
     let expected = "{a=-2 b=-1 null=[30] tmp={x=5} empty=[] queue=[{y=1} {y=2}] odd=[01, 00, 00] state=[aa, bb] none=[]}";
     assert_eq!(read(&description, bytes).unwrap(), expected);
+}
+
+/// Each element would take the memory of many bytes, and measuring each anew would take for ever.
+#[test]
+fn lists_of_elements_of_nothing_are_bytes() {
+    let mut bytes = vec![1; 1 << 20];
+    bytes.push(0);
+    let entry = json!({ "name": "q", "type": "qtailq", "size": bytes.len(), "fields": [] });
+    let description = json!({ "vmsd_name": "x", "fields": [entry] });
+    let state = Described::new(&description, &bytes, 0).unwrap();
+    assert!(matches!(state.fields().unwrap()[0].value, Value::Bytes(it) if it.len() == bytes.len()));
+
+    let element = json!([{ "name": "id", "type": "uint32", "size": 4 }]);
+    let bytes: Vec<u8> = [1, 0, 0, 0, 7].repeat(100_000).into_iter().chain([0]).collect();
+    let entry = json!({ "name": "q", "type": "qtailq", "size": bytes.len(), "fields": element });
+    let description = json!({ "vmsd_name": "x", "fields": [entry] });
+    let state = Described::new(&description, &bytes, 0).unwrap();
+    assert!(matches!(&state.fields().unwrap()[0].value, Value::Elements(all) if all.len() == 100_000));
 }
 
 #[test]
