@@ -185,8 +185,11 @@ impl Machine {
     /// # Errors
     /// A vCPU or a disk does not stop in time.
     pub fn halt(&self) -> anyhow::Result<u32> {
+        // Before the kick: the disks go on while the vCPUs are on their way out.
+        let disks = self.disks.iter().map(|disk| disk.controller().statistics().in_flight);
+        let in_flight = disks.fold(0, u32::saturating_add);
         self.vcpus.pause()?;
-        self.pause_devices()
+        Ok(in_flight.max(self.pause_devices()?))
     }
 
     fn pause_devices(&self) -> anyhow::Result<u32> {

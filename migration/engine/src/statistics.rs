@@ -178,6 +178,7 @@ impl Statistics {
                 Status::Active => inner.snapshot.setup = elapsed,
                 Status::Completed | Status::Failed | Status::Cancelled => {
                     inner.snapshot.elapsed = elapsed;
+                    inner.snapshot.handover_unknown = None;
                     inner.ended = true;
                 }
                 _ => {}
