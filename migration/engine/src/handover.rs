@@ -92,9 +92,6 @@ impl Handover {
             Some(Verdict::Ours(error)) => self.ours(machine, error),
             None => Outcome::Unknown(self),
         };
-        if !matches!(outcome, Outcome::Unknown(_)) {
-            context.statistics.update(|snapshot| snapshot.handover_unknown = None);
-        }
         report(&outcome, context.statistics);
         outcome
     }
