@@ -227,7 +227,7 @@ fn a_stream_that_an_installed_qemu_writes_is_printed() {
     let folder = tempfile::tempdir().expect("a folder");
     let stream = folder.path().join("qemu.stream");
     let version = qemu_writes(&stream);
-    println!("the stream is QEMU's {version}");
+    println!("measured: the stream is QEMU's {version}");
     let tree = inspected([&stream]).output;
     assert!(tree.starts_with("machine pc-q35-"), "{tree}");
     let ram = lines_with(&tree, "  pc.ram ");

@@ -76,7 +76,7 @@ pub fn were_busy<const N: usize>(mut moves: impl FnMut() -> [u32; N]) {
     let mut seen = Vec::new();
     for _ in 0..RUNS {
         let in_flight = moves();
-        println!("commands in flight at the stops: {in_flight:?}");
+        println!("measured: commands in flight at the stops: {in_flight:?}");
         if in_flight.iter().filter(|&&count| count > 0).count() * 2 >= N {
             return;
         }

@@ -289,6 +289,23 @@ pub(crate) struct Integrity {
     pub mapped: Option<MappedDigests>,
 }
 
+#[cfg(test)]
+impl Integrity {
+    /// The same with `digest` in the place of every digest.
+    pub(crate) fn with_all(&self, digest: u64) -> Self {
+        Self {
+            configuration: digest,
+            section_count: 0,
+            sections: self.sections.iter().map(|one| SectionDigest { id: one.id, digest }).collect(),
+            chunk_bytes: self.chunk_bytes,
+            chunk_count: 0,
+            chunks: vec![digest; self.chunks.len()],
+            trailer: self.trailer.iter().map(|_| TrailerDigest { text: digest }).next(),
+            mapped: self.mapped.iter().map(|_| MappedDigests { bitmaps: digest, chunks: digest }).next(),
+        }
+    }
+}
+
 #[derive(Debug, VmState)]
 #[vmstate(name = "section-digest")]
 struct SectionDigest {

@@ -76,7 +76,7 @@ fn bounded<T>(what: &str, input: &[u8], work: impl FnOnce(&[u8]) -> T) -> T {
     });
     let result = work(input);
     let most = HELD.with(Cell::get).1 - before;
-    println!("{what}: {most} bytes at most for {} bytes of input", input.len());
+    println!("measured: {what}: {most} bytes at most for {} bytes of input", input.len());
     assert!(most <= MIB + 16 * input.len(), "{what}: {most} bytes for {} bytes of input", input.len());
     result
 }

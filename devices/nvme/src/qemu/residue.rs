@@ -18,7 +18,7 @@ use crate::state::NvmeState;
 /// | `cq_pending_excess` | how far QEMU's count of queues for the interrupt pin is from the queues: a reset, or a head doorbell written twice, makes it wrong |
 /// | `host_timestamp`, `timestamp_set_qemu_clock_ms`, `starttime_ms` | QEMU keeps times as differences of its virtual clock; ours are running numbers. Used only as long as they say what the state says |
 /// | `temperature` | a constant of QEMU's; ours is another |
-/// | `parked` | parked Asynchronous Event Requests whole; only their identifiers mean something, and those are in the state: of a request that is no longer parked nothing is used |
+/// | `parked` | parked Asynchronous Event Requests whole. Which of them are parked the state says; the identifier here is the key by which the rest of a request is found, and of one that is no longer parked nothing is used |
 /// | `id_ns`, `id_ns_nvm`, `id_ns_ind` | Identify data of QEMU's namespace; without sizes and the format in use |
 /// | `nlbaf` | how many of the formats listed there are usable |
 /// | `host_behavior` | Host Behavior Support that only QEMU has a use for; without ACRE |

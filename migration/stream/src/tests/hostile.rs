@@ -1,6 +1,7 @@
 //! The stream of a model machine, with every byte cut off and every bit turned.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use vmstate::{Bitmap, Slots, VmState};
@@ -190,7 +191,13 @@ fn places(model: &[u8]) -> (usize, usize, usize) {
     (name - 5, name + 10 + 8, model.iter().rposition(|byte| *byte == 0).unwrap() + 3)
 }
 
-/// Writes the digests of what the bytes say over those that are there. An error says that nothing was read that far.
+/// Which bytes of the integrity section's payload are digests: those in which all zeros and all ones differ.
+fn digest_bytes(state: &Integrity) -> impl Iterator<Item = bool> {
+    let [zeros, ones] = [0, u64::MAX].map(|digest| vmstate::to_bytes(&state.with_all(digest)));
+    zeros.into_iter().zip(ones).map(|(zero, one)| zero != one)
+}
+
+/// Writes the digests of what the bytes say over those that are there, and nothing else. An error says that nothing was read that far.
 fn recompute(bytes: &mut [u8], (section, payload, text): (usize, usize, usize)) -> Result<(), Error> {
     let mut decoder = Decoder::file(expected());
     decoder.feed(&bytes[..section]);
@@ -201,41 +208,65 @@ fn recompute(bytes: &mut [u8], (section, payload, text): (usize, usize, usize)) 
     let length = u32::from_be_bytes(*bytes[..text].last_chunk().unwrap()) as usize;
     let trailer = digest::of_bytes(&bytes[text..bytes.len().min(text.saturating_add(length))]);
     let state: Integrity = decoder.parser_mut().digests().0.to_state(Some(trailer));
-    let state = vmstate::to_bytes(&state);
-    bytes[payload..payload + state.len()].copy_from_slice(&state);
+    let places = bytes[payload..].iter_mut().zip(digest_bytes(&state)).zip(vmstate::to_bytes(&state));
+    places.filter(|((_, is_digest), _)| *is_digest).for_each(|((place, _), byte)| *place = byte);
     Ok(())
 }
 
-/// Calls `look` with the model and every bit of it turned, and returns how many there were and how many were refused; in all, and
-/// outside of the page's contents, which may be anything.
-fn turn_every_bit(model: &[u8], look: impl Fn(&mut Vec<u8>, usize) -> bool + Sync) -> [(u64, u64); 2] {
-    let page = position(model, &page());
-    let in_page = |at: usize| (page..page + PAGE_BYTES).contains(&at);
-    let next = AtomicU64::new(0);
-    let counts: [[AtomicU64; 2]; 2] = Default::default();
-    thread::scope(|scope| {
-        for _ in 0..thread::available_parallelism().map_or(1, usize::from).min(8) {
-            scope.spawn(|| {
-                let mut bytes = model.to_vec();
-                loop {
-                    let at = next.fetch_add(1, Ordering::Relaxed) as usize;
-                    if at >= model.len() {
-                        break;
-                    }
-                    for bit in 0..8 {
-                        bytes.copy_from_slice(model);
-                        bytes[at] ^= 1 << bit;
-                        let is_refused = look(&mut bytes, at);
-                        for [turned, refused] in &counts[..if in_page(at) { 1 } else { 2 }] {
-                            turned.fetch_add(1, Ordering::Relaxed);
-                            refused.fetch_add(is_refused.into(), Ordering::Relaxed);
-                        }
-                    }
+/// What became of a turned bit.
+enum Fate {
+    /// By the check with this name.
+    Refused(String),
+    Loaded,
+}
+
+/// Calls `look` with the model and every bit of it turned, and counts: turned bits, and how many were refused by which check.
+fn turn_every_bit(
+    model: &[u8],
+    is_turned: impl Fn(usize) -> bool + Sync,
+    look: impl Fn(&mut Vec<u8>, usize) -> Fate + Sync,
+) -> (u64, BTreeMap<String, u64>) {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let (mut turned, mut refused) = (0, BTreeMap::new());
+        let mut bytes = model.to_vec();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            if at >= model.len() {
+                return (turned, refused);
+            }
+            for bit in (0..8).filter(|_| is_turned(at)) {
+                bytes.copy_from_slice(model);
+                bytes[at] ^= 1 << bit;
+                turned += 1;
+                if let Fate::Refused(check) = look(&mut bytes, at) {
+                    *refused.entry(check).or_default() += 1;
                 }
-            });
+            }
         }
-    });
-    counts.map(|[turned, refused]| (turned.into_inner(), refused.into_inner()))
+    };
+    thread::scope(|scope| {
+        let count = thread::available_parallelism().map_or(1, usize::from).min(8);
+        let threads: Vec<_> = (0..count).map(|_| scope.spawn(work)).collect();
+        let counts = threads.into_iter().map(|thread| thread.join().expect("it does not panic"));
+        counts
+            .reduce(|(mut turned, mut refused), (more, by_check)| {
+                turned += more;
+                by_check.into_iter().for_each(|(check, count)| *refused.entry(check).or_default() += count);
+                (turned, refused)
+            })
+            .expect("one thread at least")
+    })
+}
+
+/// The name of the check that refuses with `error`: the error's kind, and in a section the kind of the problem.
+fn check(error: &Error) -> String {
+    let word =
+        |text: String| text.split(|one: char| !one.is_alphanumeric()).next().unwrap_or_default().to_owned();
+    match error {
+        Error::Section { source, .. } => format!("Section/{}", word(format!("{:?}", source.problem))),
+        error => word(format!("{error:?}")),
+    }
 }
 
 fn position(bytes: &[u8], part: &[u8]) -> usize {
@@ -254,43 +285,78 @@ fn model_machine_loads_and_saves_the_same_bytes() {
 #[test]
 fn every_truncation_of_the_model_machine_is_refused() {
     let model = model();
+    let places = places(&model);
+    let mut under_new_digests = 0;
     for length in 0..model.len() {
-        let error = read(&model[..length]).err().expect("a shorter stream");
+        let mut bytes = model[..length].to_vec();
+        let error = read(&bytes).err().expect("a shorter stream");
         assert!(matches!(error, Error::Truncated { .. }), "of {length}: {error:?}");
+        // Before the trailer's text there are no digests, or nothing that they could hide.
+        if length >= places.2 {
+            recompute(&mut bytes, places).unwrap();
+            let error = read(&bytes).err().expect("a shorter stream");
+            assert!(matches!(error, Error::Truncated { .. }), "of {length}, new digests: {error:?}");
+            under_new_digests += 1;
+        }
     }
-    println!("{} truncations of {} bytes, 100 % refused", model.len(), model.len());
+    println!(
+        "measured: {} truncations of {} bytes, 100 % refused; and {under_new_digests} in the trailer under new digests",
+        model.len(),
+        model.len()
+    );
 }
 
 #[test]
 fn every_turned_bit_of_the_model_machine_is_refused() {
     let model = model();
-    let [(turned, refused), _] = turn_every_bit(&model, |bytes, _| read(bytes).is_err());
-    println!("digests as written: {refused} of {turned} turned bits refused");
-    assert_eq!(refused, turned);
+    let (turned, refused) = turn_every_bit(
+        &model,
+        |_| true,
+        |bytes, _| match read(bytes) {
+            Ok(_) => Fate::Loaded,
+            Err(error) => Fate::Refused(check(&error)),
+        },
+    );
+    let count: u64 = refused.values().sum();
+    println!("measured: digests as written: {count} of {turned} turned bits refused, by {refused:?}");
+    assert_eq!((count, turned), (turned, model.len() as u64 * 8));
 }
 
 #[test]
 fn every_turned_bit_under_new_digests_is_refused_by_its_check_or_saved_as_it_was_loaded() {
     let model = model();
     let places = places(&model);
-    let counts = turn_every_bit(&model, |bytes, at| {
-        let result = recompute(bytes, places).and_then(|()| read(bytes));
-        match result {
-            Ok(said) => {
-                assert!(write(&said) == *bytes, "byte {at:#x} loads, and is saved as something else");
-                false
+    let page = position(&model, &page());
+    let page = page..page + PAGE_BYTES;
+    let state: Integrity = vmstate::from_bytes(&model[places.1..places.2 - 11], 1).unwrap();
+    let digests: Vec<usize> = (places.1..)
+        .zip(digest_bytes(&state))
+        .filter(|(_, is_digest)| *is_digest)
+        .map(|(at, _)| at)
+        .collect();
+    // A digest that is turned is written over; a page may hold anything, and is counted apart.
+    for (what, is_counted) in [("in the page", true), ("elsewhere", false)] {
+        let is_turned = |at: usize| !digests.contains(&at) && page.contains(&at) == is_counted;
+        let (turned, refused) = turn_every_bit(&model, is_turned, |bytes, at| {
+            match recompute(bytes, places).and_then(|()| read(bytes)) {
+                Ok(said) => {
+                    assert!(write(&said) == *bytes, "byte {at:#x} loads, and is saved as something else");
+                    Fate::Loaded
+                }
+                Err(error) => Fate::Refused(check(&error)),
             }
-            Err(error) => {
-                assert!(!matches!(error, Error::Damaged { .. }), "byte {at:#x}: {error}");
-                true
-            }
-        }
-    });
-    for ((turned, refused), what) in counts.into_iter().zip(["", " outside of the page"]) {
-        let share = refused as f64 * 100.0 / turned as f64;
+        });
+        let count: u64 = refused.values().sum();
+        let share = count as f64 * 100.0 / turned as f64;
         println!(
-            "digests recomputed: {refused} of {turned} turned bits{what} refused ({share:.1} %), the others saved as loaded"
+            "measured: digests recomputed: {count} of {turned} turned bits {what} refused ({share:.1} %), the others saved as loaded; by {refused:?}"
         );
-        assert!(refused > 0 && refused < turned);
+        assert!(!refused.contains_key("Damaged"), "{refused:?}");
+        match is_counted {
+            true => assert_eq!((count, turned), (0, 8 * PAGE_BYTES as u64)),
+            false => assert!(count > turned / 2 && count < turned),
+        }
     }
+    let outside = 8 * (model.len() - digests.len() - PAGE_BYTES);
+    println!("measured: {} bits of digests are not turned, {outside} are elsewhere", 8 * digests.len());
 }

@@ -194,11 +194,17 @@ fn places_are_checked() {
 #[test]
 fn every_truncation_is_refused() {
     let file = file();
-    let parts = [0..400_u64, MIB - 1..MIB + 2, 4 * MIB - 1..4 * MIB + 120, 5 * MIB..5 * MIB + 1];
-    let end = 6 * MIB + 8191..file.len() as u64;
-    for length in parts.into_iter().flatten().chain(end) {
-        assert!(open(&file[..length as usize]).is_err(), "of {length:#x}");
+    // Where nothing is read but pages and the holes between them, every 61st; all others.
+    let parsed = [0..400, 4 << 20..(4 << 20) + 120, (6 << 20) + 8192..file.len()];
+    let is_looked_at =
+        |length: &usize| length.is_multiple_of(61) || parsed.iter().any(|part| part.contains(length));
+    let lengths = (0..file.len()).filter(is_looked_at);
+    let mut refused = 0;
+    for length in lengths {
+        assert!(open(&file[..length]).is_err(), "of {length:#x}");
+        refused += 1;
     }
+    println!("measured: mapped layout: {refused} truncations of {} bytes, 100 % refused", file.len());
 }
 
 #[test]
