@@ -13,7 +13,7 @@ use nvme_spec::{Status, SubmissionEntry};
 
 use crate::command::features::Features;
 use crate::doorbell::{Buffers, MemoryGone};
-use crate::namespace::NamespaceTable;
+use crate::namespace::{self, NamespaceTable};
 use crate::prp::PrpWalker;
 use crate::queue::{CONGESTED_BACKLOG, CompletionQueue, Ended, Location, QueuePlace, SubmissionQueue};
 use crate::regs::{IOCQES, IOSQES, MPSMAX, Wanted};
@@ -112,7 +112,10 @@ pub(crate) struct Admin {
     /// When the host must have sent Keep Alive.
     pub keep_alive: Option<Instant>,
     pub buffers: Option<Buffers>,
+    /// Those that are attached to this controller.
     pub namespaces: NamespaceTable,
+    /// The generation of the subsystem that they are of.
+    namespaces_generation: u64,
     /// Namespaces that changed since the host read the log, for log page 04h.
     pub changed_namespaces: Vec<u32>,
     pub health: Health,
@@ -124,7 +127,7 @@ pub(crate) struct Admin {
 }
 
 impl Admin {
-    pub fn new(shared: &Shared, namespaces: NamespaceTable) -> Self {
+    pub fn new(shared: &Shared, (namespaces_generation, namespaces): (u64, NamespaceTable)) -> Self {
         Self {
             phase: Phase::Disabled,
             queues: None,
@@ -139,6 +142,7 @@ impl Admin {
             keep_alive: None,
             buffers: None,
             namespaces,
+            namespaces_generation,
             changed_namespaces: Vec::new(),
             health: Health::new(),
             counters_before: Counters::default(),
@@ -149,6 +153,7 @@ impl Admin {
 
     /// One pass. `true`: there is more to do now.
     pub fn process(&mut self, pool: &Pool) -> bool {
+        self.follow_subsystem(pool);
         self.control(pool);
         self.finish_jobs(pool);
         self.finish_deletes(pool);
@@ -160,6 +165,21 @@ impl Admin {
                 false
             }
         }
+    }
+
+    /// Takes over what is attached now. The workers' tables are replaced under their locks: a command that was fetched before went to
+    /// the old namespace, one that is fetched after finds the new one.
+    fn follow_subsystem(&mut self, pool: &Pool) {
+        let shared = &pool.shared;
+        if shared.subsystem.generation() == self.namespaces_generation {
+            return;
+        }
+        let (generation, table) = shared.subsystem.attached_to(shared.controller_id);
+        for index in 0..pool.workers.len() {
+            pool.worker(index).namespaces = namespace::copy_for_worker(&table);
+        }
+        self.namespaces = table;
+        self.namespaces_generation = generation;
     }
 
     /// Nothing that this controller has begun is unfinished.

@@ -13,6 +13,7 @@ use crate::admin::{Admin, Phase, Pool};
 use crate::config::{ControllerConfig, NamespaceConfig};
 use crate::namespace;
 use crate::shared::{Host, Shared, lock};
+use crate::subsystem::{FIRST_CONTROLLER_ID, Subsystem};
 use crate::worker::Worker;
 
 /// How long [`Controller::pause`] lets the backends work before it looks again.
@@ -51,7 +52,7 @@ pub struct Controller {
 }
 
 impl Controller {
-    /// A controller as after power-on.
+    /// A controller as after power-on, alone in a subsystem of its own that has `namespaces`.
     ///
     /// There is one worker for each of `contexts`, at least one; worker 0 also serves the admin queue. Interrupts go to `sink`.
     ///
@@ -66,6 +67,24 @@ impl Controller {
         host: Arc<dyn Host>,
     ) -> Result<Self, Error> {
         config.check()?;
+        let subsystem = Subsystem::new(&config.serial, namespaces, false)?;
+        Self::join(&subsystem, FIRST_CONTROLLER_ID, config, memory, contexts, sink, host)
+    }
+
+    /// A controller as after power-on, which is controller `id` of `subsystem`; its namespaces are attached to it.
+    ///
+    /// # Errors
+    /// [`Error::Serial`], [`Error::Config`], [`Error::ControllerId`], [`Error::Pci`].
+    pub fn join(
+        subsystem: &Arc<Subsystem>,
+        id: u16,
+        config: ControllerConfig,
+        memory: GuestMemory,
+        contexts: Vec<IoContext>,
+        sink: Arc<dyn MsixSink>,
+        host: Arc<dyn Host>,
+    ) -> Result<Self, Error> {
+        config.check()?;
         if contexts.is_empty() {
             return Err(Error::Config {
                 serial: config.serial,
@@ -74,14 +93,16 @@ impl Controller {
                 allowed: "at least 1",
             });
         }
-        let table = namespace::table(namespaces, &config.serial)?;
         let endpoint = Endpoint::new(crate::pci::config_space(&config)?, sink).map_err(Error::Pci)?;
-        let shared = Shared::new(config, memory, endpoint, contexts.len(), host);
+        subsystem.join(id, Arc::clone(&host))?;
+        let table = subsystem.attached_to(id);
+        let membership = (Arc::clone(subsystem), id);
+        let shared = Shared::new(membership, config, memory, endpoint, contexts.len(), host);
         let workers = contexts
             .into_iter()
             .enumerate()
             .map(|(index, context)| {
-                Mutex::new(Worker::new(index, context, namespace::copy_for_worker(&table)))
+                Mutex::new(Worker::new(index, context, namespace::copy_for_worker(&table.1)))
             })
             .collect();
         let admin = Mutex::new(Admin::new(&shared, table));
@@ -191,6 +212,12 @@ impl Controller {
         }
     }
 
+    /// The subsystem.
+    #[must_use]
+    pub fn subsystem(&self) -> &Arc<Subsystem> {
+        &self.pool.shared.subsystem
+    }
+
     /// The images, by namespace identifier, for the handover of their locks.
     #[must_use]
     pub fn namespaces(&self) -> Vec<(u32, Arc<dyn Backend>)> {
@@ -206,5 +233,11 @@ impl Controller {
             completed: lanes.map(|lane| lane.completed.load(Ordering::Relaxed)).sum(),
             in_flight: self.pool.shared.in_flight(),
         }
+    }
+}
+
+impl Drop for Controller {
+    fn drop(&mut self) {
+        self.pool.shared.subsystem.leave(self.pool.shared.controller_id);
     }
 }

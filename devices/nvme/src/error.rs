@@ -30,6 +30,17 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// A controller that cannot be in a subsystem.
+    #[error(
+        "NVM subsystem {serial:?}: controller {id} cannot join: the identifier is taken, or another controller is there and nothing is \
+         shared"
+    )]
+    ControllerId {
+        /// Serial number of the subsystem.
+        serial: String,
+        /// Controller identifier.
+        id: u16,
+    },
     /// The PCI function could not be built.
     #[error("the PCI function of the NVMe controller cannot be built")]
     Pci(#[source] pci::Error),

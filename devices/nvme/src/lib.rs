@@ -11,7 +11,8 @@
 //!                       (or, from and to QEMU, qemu/: section.rs <- join.rs, section.rs -> split.rs)
 //! ```
 //!
-//! A [`Controller`] has as many workers as it was given I/O contexts. A completion queue and all submission queues that use it belong
+//! A [`Subsystem`] owns the namespaces; its controllers' workers have copies of those that are attached ([`Controller::new`] makes a
+//! subsystem of its own for one controller). A [`Controller`] has as many workers as it was given I/O contexts. A completion queue and all submission queues that use it belong
 //! to one worker; the admin queue belongs to none, and is served on worker 0's thread, since its commands reach into all of them.
 //! The terms and the numbers in comments are those of the NVM Express Base Specification 2.0 ("Base") and the NVM Command Set
 //! Specification 1.0 ("NVM").
@@ -19,7 +20,8 @@
 //! # Invariants
 //!
 //! - A worker's lock is taken once for a pass over its queues; on that path nothing allocates once buffers have grown, and nothing is
-//!   locked or called in the kernel for a single command. Locks are taken in the order admin, workers, events, registers.
+//!   locked or called in the kernel for a single command. Locks are taken in the order admin, workers, subsystem, events,
+//!   registers.
 //! - No guest input panics, hangs, allocates without bound or reaches outside guest memory. Lists end with the length that they
 //!   describe; what a worker has in flight is bounded by its context's depth.
 //! - A command ends once. What finds a full completion queue waits, and its submission queues are not fetched meanwhile.
@@ -54,6 +56,7 @@ mod save;
 mod shared;
 mod smart;
 mod state;
+mod subsystem;
 #[cfg(test)]
 mod tests;
 mod worker;
@@ -67,3 +70,4 @@ pub use state::{
     CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState, NamespaceState,
     NvmeState, RegistersState, SmartState, SubmissionQueueState,
 };
+pub use subsystem::Subsystem;

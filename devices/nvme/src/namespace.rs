@@ -30,7 +30,7 @@ pub(crate) type NamespaceTable = Arc<[Option<Arc<Namespace>>]>;
 impl Namespace {
     /// Checks `config` and names the namespace after the controller's `serial`, so that source and destination of a
     /// migration give the same identifiers.
-    fn new(config: &NamespaceConfig, serial: &str) -> Result<Self, Error> {
+    pub fn new(config: &NamespaceConfig, serial: &str) -> Result<Self, Error> {
         let refuse = |reason: String| Err(Error::Namespace { nsid: config.nsid, reason });
         if !(1..=MAX_NAMESPACES).contains(&config.nsid) {
             return refuse(format!("identifiers are 1 to {MAX_NAMESPACES}"));
@@ -61,6 +61,11 @@ impl Namespace {
         })
     }
 
+    /// Size in bytes.
+    pub fn size_bytes(&self) -> u128 {
+        u128::from(self.blocks) << self.block_shift
+    }
+
     /// The byte range of `count` blocks from `first`.
     pub fn byte_range(&self, first: u64, count: u64) -> Result<(u64, u64), Status> {
         match first.checked_add(count) {
@@ -78,23 +83,6 @@ impl Namespace {
     }
 }
 
-/// Builds the table.
-pub(crate) fn table(configs: &[NamespaceConfig], serial: &str) -> Result<NamespaceTable, Error> {
-    let mut table = vec![None; MAX_NAMESPACES as usize];
-    for config in configs {
-        let namespace = Namespace::new(config, serial)?;
-        let place = &mut table[namespace.nsid as usize - 1];
-        if place.is_some() {
-            return Err(Error::Namespace {
-                nsid: config.nsid,
-                reason: "the identifier is used twice".to_owned(),
-            });
-        }
-        *place = Some(Arc::new(namespace));
-    }
-    Ok(table.into())
-}
-
 /// The same namespaces for one worker, so that workers share no reference counts.
 pub(crate) fn copy_for_worker(table: &NamespaceTable) -> NamespaceTable {
     table.iter().map(|place| place.as_deref().cloned().map(Arc::new)).collect()
@@ -103,6 +91,11 @@ pub(crate) fn copy_for_worker(table: &NamespaceTable) -> NamespaceTable {
 /// The namespace of a command that needs an active one (Base 3.2.1): an NSID that cannot exist is Invalid Namespace
 /// or Format, one that is not attached is Invalid Field in Command.
 pub(crate) fn find(table: &NamespaceTable, nsid: u32) -> Result<&Arc<Namespace>, Status> {
+    slot(table, nsid)
+}
+
+/// What a table has for an identifier.
+pub(crate) fn slot<T>(table: &[Option<T>], nsid: u32) -> Result<&T, Status> {
     let slot = (nsid as usize).checked_sub(1).and_then(|index| table.get(index));
     match slot {
         None => Err(Status::INVALID_NAMESPACE.do_not_retry()),

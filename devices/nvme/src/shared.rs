@@ -10,6 +10,7 @@ use crate::config::ControllerConfig;
 use crate::doorbell::{Doorbells, MemoryGone};
 use crate::event::Events;
 use crate::regs::Registers;
+use crate::subsystem::Subsystem;
 
 /// What a controller asks of the process around it.
 pub trait Host: Send + Sync {
@@ -33,8 +34,11 @@ pub(crate) struct Lane {
 
 /// Shared by all threads that enter the controller.
 ///
-/// Locks are taken in this order: admin, workers by index, `events`, `registers`; then those of the endpoint.
+/// Locks are taken in this order: admin, workers by index, that of the subsystem, `events`, `registers`; then those of the endpoint.
 pub(crate) struct Shared {
+    pub subsystem: Arc<Subsystem>,
+    /// Identify Controller CNTLID.
+    pub controller_id: u16,
     pub config: ControllerConfig,
     pub memory: GuestMemory,
     pub host: Arc<dyn Host>,
@@ -53,6 +57,7 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub fn new(
+        (subsystem, controller_id): (Arc<Subsystem>, u16),
         config: ControllerConfig,
         memory: GuestMemory,
         endpoint: Endpoint,
@@ -67,6 +72,8 @@ impl Shared {
             paused: AtomicBool::new(false),
             write_cache: AtomicBool::new(true),
             events: Mutex::new(Events::default()),
+            subsystem,
+            controller_id,
             config,
             memory,
             host,

@@ -10,8 +10,6 @@ use crate::config::{MAX_NAMESPACES, padded};
 use crate::event::ERROR_LOG_ENTRIES;
 use crate::namespace::{self, FORMATS, Namespace};
 
-/// The only controller of the subsystem.
-const CONTROLLER_ID: u16 = 0;
 /// Critical temperature: 90 degrees Celsius.
 const CRITICAL_TEMPERATURE_KELVIN: u16 = 363;
 /// Model number.
@@ -41,16 +39,20 @@ impl Admin {
             return Err(invalid);
         }
         let page = match structure {
-            // Every allocated namespace is attached here.
-            cns::NAMESPACE | cns::ALLOCATED_NAMESPACE => self.page_of(entry.nsid, namespace_page)?,
+            cns::NAMESPACE => self.page_of(entry.nsid, namespace_page)?,
+            cns::ALLOCATED_NAMESPACE => allocated_page(pool, entry.nsid, namespace_page)?,
             cns::CONTROLLER => self.controller_page(pool),
-            cns::ACTIVE_NAMESPACES
-            | cns::ALLOCATED_NAMESPACES
-            | cns::CSI_ACTIVE_NAMESPACES
-            | cns::CSI_ALLOCATED_NAMESPACES => self.namespace_list(entry.nsid)?,
+            cns::ACTIVE_NAMESPACES | cns::CSI_ACTIVE_NAMESPACES => {
+                namespace_list(entry.nsid, namespace::active(&self.namespaces).map(|active| active.nsid))?
+            }
+            cns::ALLOCATED_NAMESPACES | cns::CSI_ALLOCATED_NAMESPACES => {
+                let contents = pool.shared.subsystem.contents();
+                namespace_list(entry.nsid, contents.allocated().map(|allocated| allocated.namespace.nsid))?
+            }
             cns::NAMESPACE_DESCRIPTORS => descriptors_page(namespace::find(&self.namespaces, entry.nsid)?),
             // No protection information, so nothing in the extended formats.
-            cns::CSI_NAMESPACE | cns::CSI_ALLOCATED_NAMESPACE => self.page_of(entry.nsid, |_| zeroes())?,
+            cns::CSI_NAMESPACE => self.page_of(entry.nsid, |_| zeroes())?,
+            cns::CSI_ALLOCATED_NAMESPACE => allocated_page(pool, entry.nsid, |_| zeroes())?,
             // No limits beyond MDTS.
             cns::CSI_CONTROLLER => spec::IdentifyNvmController::default().to_bytes(),
             cns::INDEPENDENT_NAMESPACE => self.page_of(entry.nsid, independent_page)?,
@@ -62,10 +64,10 @@ impl Admin {
                 if structure == cns::FORMAT_NAMESPACE { format_page(format) } else { zeroes() }
             }
             cns::ATTACHED_CONTROLLERS => {
-                namespace::find(&self.namespaces, entry.nsid)?;
-                controller_list(first_controller)
+                let contents = pool.shared.subsystem.contents();
+                controller_list(first_controller, contents.find(entry.nsid)?.attached.iter().copied())
             }
-            cns::CONTROLLERS => controller_list(first_controller),
+            cns::CONTROLLERS => controller_list(first_controller, pool.shared.subsystem.controllers()),
             cns::COMMAND_SETS => {
                 // Combination 0 is the NVM command set alone; there is no other.
                 let mut page = zeroes();
@@ -80,24 +82,7 @@ impl Admin {
 
     /// A structure about one namespace; zeroes if the identifier is valid but inactive.
     fn page_of(&self, nsid: u32, page: impl FnOnce(&Namespace) -> Page) -> Result<Page, Status> {
-        match namespace::find(&self.namespaces, nsid) {
-            Ok(namespace) => Ok(page(namespace)),
-            Err(status) if status.code() == Status::INVALID_FIELD => Ok(zeroes()),
-            Err(status) => Err(status),
-        }
-    }
-
-    /// The identifiers above `after`, in order, at most 1,024.
-    fn namespace_list(&self, after: u32) -> Result<Page, Status> {
-        if after >= 0xffff_fffe {
-            return Err(Status::INVALID_NAMESPACE.do_not_retry());
-        }
-        let mut page = zeroes();
-        let found = namespace::active(&self.namespaces).filter(|namespace| namespace.nsid > after);
-        for (place, namespace) in page.as_chunks_mut::<4>().0.iter_mut().zip(found) {
-            *place = namespace.nsid.to_le_bytes();
-        }
-        Ok(page)
+        page_or_zeroes(namespace::find(&self.namespaces, nsid).map(|active| page(active)))
     }
 
     fn controller_page(&self, pool: &Pool) -> Page {
@@ -106,7 +91,7 @@ impl Admin {
         let nqn = format!("nqn.2014-08.org.nvmexpress:ferry:{}", config.serial);
         subnqn[..nqn.len()].copy_from_slice(nqn.as_bytes());
         let capacity: u128 =
-            namespace::active(&self.namespaces).map(|ns| u128::from(ns.blocks) << ns.block_shift).sum();
+            pool.shared.subsystem.contents().allocated().map(|ns| ns.namespace.size_bytes()).sum();
         let mut psd = [spec::PowerState::default(); 32];
         // 25 W, in units of 0.01 W.
         psd[0].maximum_power = 2500;
@@ -117,7 +102,7 @@ impl Admin {
             mn: padded(MODEL),
             fr: padded(FIRMWARE),
             mdts: config.mdts,
-            cntlid: CONTROLLER_ID,
+            cntlid: pool.shared.controller_id,
             ver: VERSION_2_0,
             oaes: spec::OAES_NAMESPACE_ATTRIBUTE,
             ctratt: spec::CTRATT_HOST_IDENTIFIER_128,
@@ -150,6 +135,31 @@ impl Admin {
     }
 }
 
+/// A structure about one namespace; zeroes if the identifier is valid but not allocated.
+fn allocated_page(pool: &Pool, nsid: u32, page: impl FnOnce(&Namespace) -> Page) -> Result<Page, Status> {
+    page_or_zeroes(pool.shared.subsystem.contents().find(nsid).map(|allocated| page(&allocated.namespace)))
+}
+
+fn page_or_zeroes(page: Result<Page, Status>) -> Result<Page, Status> {
+    match page {
+        Err(status) if status.code() == Status::INVALID_FIELD => Ok(zeroes()),
+        page => page,
+    }
+}
+
+/// Those of `identifiers`, which are in order, above `after`, at most 1,024.
+fn namespace_list(after: u32, identifiers: impl Iterator<Item = u32>) -> Result<Page, Status> {
+    if after >= 0xffff_fffe {
+        return Err(Status::INVALID_NAMESPACE.do_not_retry());
+    }
+    let mut page = zeroes();
+    let found = identifiers.filter(|&nsid| nsid > after);
+    for (place, nsid) in page.as_chunks_mut::<4>().0.iter_mut().zip(found) {
+        *place = nsid.to_le_bytes();
+    }
+    Ok(page)
+}
+
 fn zeroes() -> Page {
     [0; IDENTIFY_SIZE_BYTES]
 }
@@ -168,7 +178,7 @@ fn namespace_page(namespace: &Namespace) -> Page {
         nuse: namespace.blocks,
         flbas: FORMATS.iter().position(|&shift| shift == namespace.block_shift).unwrap_or(0) as u8,
         dlfeat: spec::DLFEAT_WRITE_ZEROES_DEALLOCATE,
-        nvmcap: u128::from(namespace.blocks) << namespace.block_shift,
+        nvmcap: namespace.size_bytes(),
         nsattr: if namespace.read_only { spec::NSATTR_WRITE_PROTECTED } else { 0 },
         nguid: namespace.uuid,
         eui64: namespace.eui64(),
@@ -218,12 +228,15 @@ fn descriptors_page(namespace: &Namespace) -> Page {
     page
 }
 
-/// A controller list (Base 4.4.1) of the controllers from `first`: there is only number 0.
-fn controller_list(first: u16) -> Page {
+/// A controller list (Base 4.4.1) of those of `controllers`, which are in order, from `first`: their number and they.
+fn controller_list(first: u16, controllers: impl IntoIterator<Item = u16>) -> Page {
     let mut page = zeroes();
-    if first == CONTROLLER_ID {
-        page[..2].copy_from_slice(&1u16.to_le_bytes());
-        page[2..4].copy_from_slice(&CONTROLLER_ID.to_le_bytes());
+    let mut count = 0u16;
+    let found = controllers.into_iter().filter(|&id| id >= first);
+    for (place, id) in page.as_chunks_mut::<2>().0.iter_mut().skip(1).zip(found) {
+        *place = id.to_le_bytes();
+        count += 1;
     }
+    page[..2].copy_from_slice(&count.to_le_bytes());
     page
 }
