@@ -4,6 +4,7 @@ use std::fmt::{self, Debug};
 use std::io;
 
 use bus::GuestRange;
+use vm_memory::GuestAddress;
 
 use crate::IoContext;
 
@@ -39,15 +40,44 @@ pub enum Operation {
     },
     /// The contents of the range no longer matter. Afterwards it reads as zeroes or as before.
     Discard,
+    /// Whether the image holds what guest memory holds; [`Failure::Miscompare`] if not. Changes neither.
+    Compare,
+    /// Reads the range and drops what it reads: whether it can be read at all.
+    Verify,
+    /// `length_bytes` from another place in the same image, through bounded host memory. Where the two ranges overlap, what the
+    /// destination holds afterwards is any of the bytes of both. With `fua` stable before completion.
+    Copy {
+        /// Where the bytes come from.
+        source_offset_bytes: u64,
+        /// Force unit access.
+        fua: bool,
+    },
 }
+
+impl Operation {
+    /// Whether the image is other afterwards.
+    #[must_use]
+    pub fn writes(self) -> bool {
+        !matches!(self, Self::Read | Self::Flush | Self::Compare | Self::Verify)
+    }
+
+    /// Whether it goes with guest memory of `length_bytes`.
+    fn transfers(self) -> bool {
+        matches!(self, Self::Read | Self::Write { .. } | Self::Compare)
+    }
+}
+
+/// The address of a range that stands for no memory: a read skips as many bytes there. No memory can be at it, since its second byte
+/// would be beyond the address space.
+pub const NOWHERE: GuestAddress = GuestAddress(u64::MAX);
 
 /// The memory side of a request.
 #[derive(Clone, Copy, Debug)]
 pub enum Buffers<'a> {
-    /// No data (flush, zeroes, discard).
+    /// No data (flush, zeroes, discard, verify, copy).
     None,
     /// Guest memory, in order. The backend resolves it against the guest memory of the [`IoContext`] and fails the
-    /// request with [`Failure::GuestMemory`] if any byte lies outside.
+    /// request with [`Failure::GuestMemory`] if any byte lies outside. What a read has for a range at [`NOWHERE`] is dropped.
     Guest(&'a [GuestRange]),
 }
 
@@ -70,18 +100,33 @@ pub struct Request<'a> {
 impl Request<'_> {
     /// The checks that every backend makes before it touches anything: access, range and totals.
     pub(crate) fn check(&self, identity: &Identity) -> Result<(), Failure> {
-        let writes = !matches!(self.operation, Operation::Read | Operation::Flush);
-        if writes && identity.read_only {
+        if self.operation.writes() && identity.read_only {
             return Err(Failure::ReadOnly);
         }
-        let transfers = matches!(self.operation, Operation::Read | Operation::Write { .. });
-        let expected_bytes = if transfers { self.length_bytes } else { 0 };
-        let end = self.offset_bytes.checked_add(self.length_bytes);
-        match end {
-            Some(end) if end <= identity.capacity_bytes && self.buffers.length_bytes() == expected_bytes => {
-                Ok(())
-            }
-            _ => Err(Failure::OutOfRange),
+        let is_inside = |offset: u64| {
+            offset.checked_add(self.length_bytes).is_some_and(|end| end <= identity.capacity_bytes)
+        };
+        let source_is_inside = match self.operation {
+            Operation::Copy { source_offset_bytes, .. } => is_inside(source_offset_bytes),
+            _ => true,
+        };
+        let expected_bytes = if self.operation.transfers() { self.length_bytes } else { 0 };
+        if !is_inside(self.offset_bytes) || !source_is_inside || self.buffers.length_bytes() != expected_bytes
+        {
+            return Err(Failure::OutOfRange);
+        }
+        // Nothing can be written from, or compared with, no memory.
+        if self.operation != Operation::Read && self.buffers.have_gaps() {
+            return Err(Failure::GuestMemory);
+        }
+        Ok(())
+    }
+
+    /// The bits that any of its positions in the image has set.
+    pub(crate) fn offset_bits(&self) -> u64 {
+        match self.operation {
+            Operation::Copy { source_offset_bytes, .. } => self.offset_bytes | source_offset_bytes,
+            _ => self.offset_bytes,
         }
     }
 }
@@ -101,6 +146,8 @@ pub enum Failure {
     Io(i32),
     /// The image has been released (its lock was handed over).
     Released,
+    /// What was compared is different.
+    Miscompare,
 }
 
 impl fmt::Display for Failure {
@@ -112,6 +159,7 @@ impl fmt::Display for Failure {
             Self::NoSpace => f.write_str("no space is left for it"),
             Self::Io(errno) => write!(f, "{}", io::Error::from_raw_os_error(*errno)),
             Self::Released => f.write_str("the image has been released"),
+            Self::Miscompare => f.write_str("the image and guest memory hold different bytes"),
         }
     }
 }

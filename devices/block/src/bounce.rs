@@ -3,7 +3,9 @@
 use bus::{GuestMemory, GuestRange};
 use vm_memory::Bytes;
 
-use crate::Failure;
+use crate::guest::for_each_slice;
+use crate::memory::in_pieces;
+use crate::{Failure, NOWHERE};
 
 /// What a device may ask of a buffer's address at most; also a page.
 const ALIGNMENT: usize = 4096;
@@ -28,6 +30,11 @@ impl Bounce {
         }
         let address = self.storage.as_ptr().addr();
         self.start = address.next_multiple_of(ALIGNMENT) - address;
+    }
+
+    /// Ends the turn at `count` bytes.
+    pub(crate) fn shorten(&mut self, count: usize) {
+        self.length = self.length.min(count);
     }
 
     /// The bytes of this turn.
@@ -61,9 +68,32 @@ impl Bounce {
             memory.write_slice(bytes, range.address).map_err(|_| Failure::GuestMemory)
         })
     }
+
+    /// Whether guest memory, from `skip_bytes` into `ranges` on, holds the first `count` bytes.
+    pub(crate) fn equals(
+        &mut self,
+        memory: &GuestMemory,
+        ranges: &[GuestRange],
+        skip_bytes: u64,
+        count: usize,
+    ) -> Result<bool, Failure> {
+        let bytes = self.bytes();
+        let count = count.min(bytes.len());
+        let mut equal = true;
+        walk(&mut bytes[..count], ranges, skip_bytes, |bytes, range| {
+            for_each_slice(memory, &[range], |position, guest| {
+                equal = equal
+                    && in_pieces(&guest, |within, piece| {
+                        let start = position + within;
+                        bytes.get(start..start + piece.len()).is_some_and(|image| image == piece)
+                    });
+            })
+        })?;
+        Ok(equal)
+    }
 }
 
-/// Pairs `bytes` with the guest memory that starts `skip_bytes` into `ranges`.
+/// Pairs `bytes` with the guest memory that starts `skip_bytes` into `ranges`, but for what is [`NOWHERE`].
 fn walk(
     mut bytes: &mut [u8],
     ranges: &[GuestRange],
@@ -79,6 +109,10 @@ fn walk(
         skip_bytes -= skipped;
         let count = bytes.len().min((length - skipped) as usize);
         if count == 0 {
+            continue;
+        }
+        if range.address == NOWHERE {
+            bytes = &mut bytes[count..];
             continue;
         }
         let address = vm_memory::Address::checked_add(&range.address, skipped).ok_or(Failure::GuestMemory)?;

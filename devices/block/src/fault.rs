@@ -31,9 +31,9 @@ pub enum Fault {
 pub enum Target {
     /// All.
     Any,
-    /// Reads.
+    /// Reads, compares, verifies.
     Read,
-    /// Writes, zeroes, discards.
+    /// Writes, zeroes, discards, copies.
     Write,
     /// Flushes.
     Flush,
@@ -43,9 +43,9 @@ impl Target {
     fn matches(self, operation: Operation) -> bool {
         match self {
             Self::Any => true,
-            Self::Read => operation == Operation::Read,
+            Self::Read => !operation.writes() && operation != Operation::Flush,
             Self::Flush => operation == Operation::Flush,
-            Self::Write => !matches!(operation, Operation::Read | Operation::Flush),
+            Self::Write => operation.writes(),
         }
     }
 }

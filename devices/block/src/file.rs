@@ -94,7 +94,7 @@ impl FileImage {
     fn start(&self, context: &mut IoContext, request: &Request<'_>) -> Result<(), Failure> {
         let file = self.held.load_full().ok_or(Failure::Released)?;
         request.check(&self.identity())?;
-        let aligned = (request.offset_bytes | request.length_bytes).is_multiple_of(file.granule_bytes());
+        let aligned = (request.offset_bits() | request.length_bytes).is_multiple_of(file.granule_bytes());
         if !aligned && request.operation != Operation::Flush {
             return Err(Failure::OutOfRange);
         }

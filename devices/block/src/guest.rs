@@ -4,7 +4,7 @@ use bus::{GuestMemory, GuestRange};
 use vm_memory::bitmap::{Bitmap, MS};
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
-use crate::{Buffers, Failure};
+use crate::{Buffers, Failure, NOWHERE};
 
 /// Host view of guest memory that carries the dirty bitmap.
 type Slice<'a> = VolatileSlice<'a, MS<'a, GuestMemory>>;
@@ -24,32 +24,46 @@ impl<'a> Buffers<'a> {
     pub fn length_bytes(&self) -> u64 {
         self.ranges().iter().map(|range| u64::from(range.length_bytes)).sum()
     }
+
+    /// Whether some of the ranges are at [`NOWHERE`].
+    pub(crate) fn have_gaps(&self) -> bool {
+        self.ranges().iter().any(|range| range.address == NOWHERE)
+    }
 }
 
-/// Calls `visit` for every contiguous piece of `ranges`, in order.
+/// Calls `visit` for every contiguous piece of `ranges`, in order, with its position in the whole. There are none at [`NOWHERE`].
 ///
 /// # Errors
 /// [`Failure::GuestMemory`] if a byte lies outside `memory`; pieces before it were visited.
 pub(crate) fn for_each_slice<'a>(
     memory: &'a GuestMemory,
     ranges: &[GuestRange],
-    mut visit: impl FnMut(Slice<'a>),
+    mut visit: impl FnMut(usize, Slice<'a>),
 ) -> Result<(), Failure> {
+    let mut position = 0;
     for range in ranges {
-        for slice in memory.get_slices(range.address, range.length_bytes as usize) {
-            visit(slice.map_err(|_| Failure::GuestMemory)?);
+        let length = range.length_bytes as usize;
+        if range.address != NOWHERE {
+            let mut within = position;
+            for slice in memory.get_slices(range.address, length) {
+                let slice = slice.map_err(|_| Failure::GuestMemory)?;
+                let slice_length = slice.len();
+                visit(within, slice);
+                within += slice_length;
+            }
         }
+        position += length;
     }
     Ok(())
 }
 
 /// Checks that every byte of `ranges` lies inside `memory`.
 pub(crate) fn check_ranges(memory: &GuestMemory, ranges: &[GuestRange]) -> Result<(), Failure> {
-    for_each_slice(memory, ranges, |_| ())
+    for_each_slice(memory, ranges, |_, _| ())
 }
 
 /// Marks all pages of `ranges` in the bitmap: whoever let the kernel write there calls this.
 pub(crate) fn mark_dirty(memory: &GuestMemory, ranges: &[GuestRange]) {
     // The ranges were resolved when the request began and guest memory does not change under a context.
-    let _ = for_each_slice(memory, ranges, |slice| slice.bitmap().mark_dirty(0, slice.len()));
+    let _ = for_each_slice(memory, ranges, |_, slice| slice.bitmap().mark_dirty(0, slice.len()));
 }

@@ -43,7 +43,7 @@ mod uring;
 #[cfg(test)]
 mod tests;
 
-pub use backend::{Backend, Buffers, Completion, Failure, Identity, Operation, Request};
+pub use backend::{Backend, Buffers, Completion, Failure, Identity, NOWHERE, Operation, Request};
 pub use context::IoContext;
 pub use error::Error;
 pub use fault::{Fault, FaultControl, FaultImage, Target};

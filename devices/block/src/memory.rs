@@ -10,6 +10,9 @@ use vm_memory::{VolatileMemory, VolatileSlice};
 use crate::guest::{check_ranges, for_each_slice};
 use crate::{Backend, Error, Failure, Identity, IoContext, Operation, Request};
 
+/// What is looked at at a time of memory that others may change meanwhile.
+const PIECE_BYTES: usize = 4096;
+
 /// An image whose bytes are a mapping. The mapping's bitmap notes every write, so the contents can travel like RAM.
 /// There is no storage behind it: flush has nothing to do.
 #[derive(Debug)]
@@ -43,23 +46,35 @@ impl MemoryImage {
             .mapping
             .get_slice(request.offset_bytes as usize, request.length_bytes as usize)
             .map_err(|_| Failure::OutOfRange)?;
-        let mut position = 0;
         match request.operation {
-            Operation::Read => for_each_slice(context.memory(), ranges, |guest| {
+            Operation::Read => for_each_slice(context.memory(), ranges, |position, guest| {
                 if let Ok(bytes) = image.subslice(position, guest.len()) {
                     bytes.copy_to_volatile_slice(guest);
                 }
-                position += guest.len();
             })?,
-            Operation::Write { .. } => for_each_slice(context.memory(), ranges, |guest| {
+            Operation::Write { .. } => for_each_slice(context.memory(), ranges, |position, guest| {
                 if let Ok(bytes) = image.subslice(position, guest.len()) {
                     guest.copy_to_volatile_slice(bytes);
                 }
-                position += guest.len();
             })?,
+            Operation::Compare => {
+                let mut equal = true;
+                for_each_slice(context.memory(), ranges, |position, guest| {
+                    equal = equal
+                        && image.subslice(position, guest.len()).is_ok_and(|bytes| is_equal(&bytes, &guest));
+                })?;
+                if !equal {
+                    return Err(Failure::Miscompare);
+                }
+            }
+            Operation::Copy { source_offset_bytes, .. } => self
+                .mapping
+                .get_slice(source_offset_bytes as usize, request.length_bytes as usize)
+                .map_err(|_| Failure::OutOfRange)?
+                .copy_to_volatile_slice(image),
             Operation::WriteZeroes { .. } => fill_with_zeroes(&image),
             // As before is a legal content; zeroes would cost time and dirty pages, without a bound if ranges overlap.
-            Operation::Discard | Operation::Flush => {}
+            Operation::Discard | Operation::Flush | Operation::Verify => {}
         }
         Ok(())
     }
@@ -99,4 +114,39 @@ pub(crate) fn fill_with_zeroes<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) {
         let Ok(next) = rest.offset(rest.len().min(ZEROES.len())) else { return };
         rest = next;
     }
+}
+
+/// Whether both, which are equally long, hold the same bytes.
+fn is_equal<A: BitmapSlice, B: BitmapSlice>(
+    one: &VolatileSlice<'_, A>,
+    other: &VolatileSlice<'_, B>,
+) -> bool {
+    in_pieces(other, |position, bytes| {
+        let mut same = [0; PIECE_BYTES];
+        let same = &mut same[..bytes.len()];
+        one.subslice(position, bytes.len()).is_ok_and(|piece| {
+            piece.copy_to(&mut *same);
+            same == bytes
+        })
+    })
+}
+
+/// Whether there is nothing but zeroes in `slice`.
+pub(crate) fn is_zeroes<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) -> bool {
+    in_pieces(slice, |_, bytes| bytes.iter().all(|&byte| byte == 0))
+}
+
+/// Whether `holds` holds of every piece of `slice`, each copied, with its position.
+pub(crate) fn in_pieces<B: BitmapSlice>(
+    slice: &VolatileSlice<'_, B>,
+    mut holds: impl FnMut(usize, &[u8]) -> bool,
+) -> bool {
+    let mut copy = [0; PIECE_BYTES];
+    (0..slice.len()).step_by(PIECE_BYTES).all(|position| {
+        let length = PIECE_BYTES.min(slice.len() - position);
+        slice.subslice(position, length).is_ok_and(|piece| {
+            piece.copy_to(&mut copy[..length]);
+            holds(position, &copy[..length])
+        })
+    })
 }

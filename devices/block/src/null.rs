@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::guest::{check_ranges, for_each_slice};
-use crate::memory::fill_with_zeroes;
+use crate::memory::{fill_with_zeroes, is_zeroes};
 use crate::{Backend, Error, Failure, Identity, IoContext, Operation, Request};
 
 /// Reads zeroes and forgets writes: what is left when the cost of a disk is taken away, for measurement.
@@ -34,8 +34,18 @@ impl NullImage {
         request.check(&self.identity())?;
         let ranges = request.buffers.ranges();
         check_ranges(context.memory(), ranges)?;
-        if request.operation == Operation::Read {
-            for_each_slice(context.memory(), ranges, |guest| fill_with_zeroes(&guest))?;
+        match request.operation {
+            Operation::Read => {
+                for_each_slice(context.memory(), ranges, |_, guest| fill_with_zeroes(&guest))?;
+            }
+            Operation::Compare => {
+                let mut equal = true;
+                for_each_slice(context.memory(), ranges, |_, guest| equal &= is_zeroes(&guest))?;
+                if !equal {
+                    return Err(Failure::Miscompare);
+                }
+            }
+            _ => {}
         }
         Ok(())
     }

@@ -2,6 +2,8 @@
 //!
 //! ```text
 //! Read, Write           Data -> ... -> Data -> done      more turns after short results and for bounced buffers
+//! Compare, Verify       Data -> ... -> Data -> done      reads, always into the bounce buffer
+//! Copy                  Data (read) -> Data (write) -> Data (read) -> ... -> done      what was read, however short, is written
 //! Flush                 Synchronize -> done
 //! WriteZeroes, Discard  Allocate [-> Data of zeroes, where the file cannot] [-> Synchronize with FUA] -> done
 //! ```
@@ -16,8 +18,8 @@ use rustix::fs::FallocateFlags;
 use crate::bounce::Bounce;
 use crate::error::failure_of;
 use crate::file::OpenFile;
-use crate::guest::{for_each_slice, mark_dirty};
-use crate::{Failure, Operation, Request};
+use crate::guest::{check_ranges, for_each_slice, mark_dirty};
+use crate::{Buffers, Failure, Operation, Request};
 
 /// The most segments that one system call takes (UIO_MAXIOV).
 const MAXIMUM_SEGMENTS: usize = 1024;
@@ -75,6 +77,10 @@ enum Source {
     Bounced,
     /// The bounce buffer, full of zeroes.
     Zeroes,
+    /// The bounce buffer, filled from the image itself: the next step reads.
+    ImageRead,
+    /// The same: the next step writes.
+    ImageWrite,
 }
 
 /// What a test bends in one request.
@@ -146,14 +152,20 @@ impl Transfer {
         self.ranges.clear();
         self.ranges.extend_from_slice(request.buffers.ranges());
         self.distortion = distortion;
-        self.source = Source::Guest;
+        self.source = match request.operation {
+            Operation::Compare | Operation::Verify => Source::Bounced,
+            Operation::Copy { .. } => Source::ImageRead,
+            _ => Source::Guest,
+        };
         self.phase = match request.operation {
-            Operation::Read | Operation::Write { .. } => Phase::Data,
             Operation::WriteZeroes { .. } | Operation::Discard => Phase::Allocate,
             Operation::Flush => Phase::Synchronize,
+            _ => Phase::Data,
         };
-        if self.phase == Phase::Data {
-            self.resolve(memory, &file)?;
+        match request.operation {
+            Operation::Read | Operation::Write { .. } => self.resolve(memory, &file)?,
+            Operation::Compare => check_ranges(memory, &self.ranges)?,
+            _ => {}
         }
         self.file = Some(file);
         Ok(())
@@ -163,7 +175,7 @@ impl Transfer {
     fn resolve(&mut self, memory: &GuestMemory, file: &OpenFile) -> Result<(), Failure> {
         let segments = &mut self.segments;
         let mut bits = 0;
-        for_each_slice(memory, &self.ranges, |slice| {
+        for_each_slice(memory, &self.ranges, |_, slice| {
             let (address, length) = (slice.ptr_guard_mut().as_ptr().expose_provenance(), slice.len());
             bits |= address;
             match segments.last_mut() {
@@ -172,7 +184,8 @@ impl Transfer {
             }
         })?;
         let lengths = segments.iter().fold(0, |bits, segment| bits | segment.length);
-        if self.always_bounce || !file.takes_buffers(bits, lengths) {
+        let gaps = Buffers::Guest(&self.ranges).have_gaps();
+        if self.always_bounce || gaps || !file.takes_buffers(bits, lengths) {
             self.source = Source::Bounced;
             self.segments.clear();
         }
@@ -219,10 +232,15 @@ impl Transfer {
                 }
                 let segments = &self.segments[self.cursor..end];
                 Ok(match operation {
-                    Operation::Read => Step::Read { segments, offset_bytes },
-                    Operation::Write { fua: stable } | Operation::WriteZeroes { fua: stable, .. } => {
-                        Step::Write { segments, offset_bytes, stable }
+                    Operation::Read | Operation::Compare | Operation::Verify => {
+                        Step::Read { segments, offset_bytes }
                     }
+                    Operation::Copy { source_offset_bytes, .. } if self.source == Source::ImageRead => {
+                        Step::Read { segments, offset_bytes: source_offset_bytes + self.done_bytes }
+                    }
+                    Operation::Write { fua: stable }
+                    | Operation::WriteZeroes { fua: stable, .. }
+                    | Operation::Copy { fua: stable, .. } => Step::Write { segments, offset_bytes, stable },
                     Operation::Flush | Operation::Discard => Step::Synchronize,
                 })
             }
@@ -231,7 +249,10 @@ impl Transfer {
 
     /// Prepares the next turn through the bounce buffer.
     fn refill(&mut self, memory: &GuestMemory) -> Result<(), Failure> {
-        self.bounce.prepare(self.remaining_bytes);
+        // What was just read for a copy is not prepared anew but written.
+        if self.source != Source::ImageWrite {
+            self.bounce.prepare(self.remaining_bytes);
+        }
         match (self.source, self.operation) {
             (Source::Zeroes, _) => self.bounce.bytes().fill(0),
             (_, Operation::Write { .. }) => self.bounce.fill_from(memory, &self.ranges, self.done_bytes)?,
@@ -311,18 +332,37 @@ impl Transfer {
         if self.source == Source::Guest {
             self.consume(count);
         } else {
-            if self.operation == Operation::Read
-                && let Err(failure) = self.bounce.empty_into(memory, &self.ranges, self.done_bytes, count)
-            {
+            if let Err(failure) = self.bounced(memory, count) {
                 return self.finish(memory, Err(failure));
             }
             // The next turn starts with a fresh buffer.
             self.cursor = self.segments.len();
         }
+        match self.source {
+            Source::ImageRead => {
+                self.bounce.shorten(count);
+                self.source = Source::ImageWrite;
+                return Progress::Again;
+            }
+            Source::ImageWrite => self.source = Source::ImageRead,
+            _ => {}
+        }
         self.offset_bytes += count as u64;
         self.done_bytes += count as u64;
         self.remaining_bytes -= count as u64;
         if self.remaining_bytes > 0 { Progress::Again } else { self.finish(memory, Ok(())) }
+    }
+
+    /// Takes the first `count` bytes out of the bounce buffer, if they are for the guest.
+    fn bounced(&mut self, memory: &GuestMemory, count: usize) -> Result<(), Failure> {
+        match self.operation {
+            Operation::Read => self.bounce.empty_into(memory, &self.ranges, self.done_bytes, count),
+            Operation::Compare => match self.bounce.equals(memory, &self.ranges, self.done_bytes, count)? {
+                true => Ok(()),
+                false => Err(Failure::Miscompare),
+            },
+            _ => Ok(()),
+        }
     }
 
     /// Moves the cursor `count` bytes on.
@@ -345,7 +385,7 @@ impl Transfer {
             mark_dirty(memory, &self.ranges);
         }
         if let Some(file) = self.file.take()
-            && !matches!(self.operation, Operation::Read | Operation::Flush)
+            && self.operation.writes()
         {
             file.note_write();
         }

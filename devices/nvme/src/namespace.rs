@@ -131,5 +131,6 @@ pub(crate) fn failure_status(failure: Failure, write: bool) -> Status {
         Failure::Io(_) if write => Status::WRITE_FAULT,
         Failure::Io(_) => Status::UNRECOVERED_READ_ERROR,
         Failure::Released => Status::NAMESPACE_NOT_READY,
+        Failure::Miscompare => Status::COMPARE_FAILURE.do_not_retry(),
     }
 }

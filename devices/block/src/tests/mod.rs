@@ -4,6 +4,7 @@ mod faults;
 mod hostile;
 mod images;
 mod locks;
+mod operations;
 mod steps;
 
 use std::sync::Arc;

@@ -145,6 +145,48 @@ fn a_read_that_failed_halfway_is_noted_as_dirty() {
 }
 
 #[test]
+fn a_copy_writes_what_it_has_read_and_goes_on_behind_it() {
+    const TURN: usize = 256 * 1024;
+    let read_of = |step: &Step<'_>| match *step {
+        Step::Read { segments, offset_bytes } => (offset_bytes, segments[0].length),
+        ref other => panic!("a read was expected: {other:?}"),
+    };
+    let copy = Operation::Copy { source_offset_bytes: 512 * 1024, fua: true };
+    let mut machine = begin(copy, 400 * 1024, &[]);
+    assert_eq!(read_of(&machine.step()), (512 * 1024, TURN));
+    assert_eq!(machine.advance(1024), Progress::Again);
+    assert_eq!(write_of(&machine.step()), (4096, 1024, true), "no more than was read");
+    // The disk takes half of it: the other half is read again.
+    assert_eq!(machine.advance(512), Progress::Again);
+    assert_eq!(read_of(&machine.step()), (512 * 1024 + 512, TURN));
+    assert_eq!(machine.advance(-libc::EINTR), Progress::Again);
+    assert_eq!(read_of(&machine.step()), (512 * 1024 + 512, TURN));
+    assert_eq!(machine.advance(TURN as i32), Progress::Again);
+    assert_eq!(write_of(&machine.step()), (4096 + 512, TURN, true));
+    assert_eq!(machine.advance(TURN as i32), Progress::Again);
+    let rest = 400 * 1024 - 512 - TURN;
+    assert_eq!(read_of(&machine.step()), ((512 * 1024 + 512 + TURN) as u64, rest));
+    assert_eq!(machine.advance(rest as i32), Progress::Again);
+    assert_eq!(write_of(&machine.step()), ((4096 + 512 + TURN) as u64, rest, true));
+    assert_eq!(machine.advance(rest as i32), Progress::Done(Ok(())));
+}
+
+#[test]
+fn a_comparison_ends_at_the_first_difference() {
+    let mut compare = begin(Operation::Compare, 8192, &[range(0x3000, 8192)]);
+    compare.memory.write_slice(&[7; 8192], GuestAddress(0x3000)).unwrap();
+    clear_dirty(&compare.memory);
+    assert!(matches!(compare.step(), Step::Read { offset_bytes: 4096, .. }));
+    compare.transfer.bounce_bytes().fill(7);
+    assert_eq!(compare.advance(4096), Progress::Again);
+    assert!(matches!(compare.step(), Step::Read { offset_bytes: 8192, .. }));
+    compare.transfer.bounce_bytes()[..4095].fill(7);
+    compare.transfer.bounce_bytes()[4095] = 8;
+    assert_eq!(compare.advance(4096), Progress::Done(Err(Failure::Miscompare)));
+    assert!(!is_dirty(&compare.memory, 0x3000), "what is compared is not changed");
+}
+
+#[test]
 fn memory_that_lies_together_is_one_segment() {
     let pages: Vec<_> = (0..32).map(|page| range(0x10_000 + page * 4096, 4096)).collect();
     let mut read = begin(Operation::Read, 131_072, &pages);
