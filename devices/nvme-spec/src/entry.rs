@@ -38,6 +38,18 @@ wire_struct! {
     }
 }
 
+/// PSDT 00b: PRPs.
+pub const PSDT_PRP: u8 = 0;
+/// PSDT 01b: an SGL; MPTR is the address of a buffer.
+pub const PSDT_SGL_BUFFER: u8 = 1;
+/// PSDT 10b: an SGL; MPTR is the address of one SGL descriptor.
+pub const PSDT_SGL_DESCRIPTOR: u8 = 2;
+
+/// FUSE 01b: the first command of a fused operation.
+pub const FUSE_FIRST: u8 = 1;
+/// FUSE 10b: the second command of a fused operation.
+pub const FUSE_SECOND: u8 = 2;
+
 impl SubmissionEntry {
     /// FUSE: 0 normal, 1 first, 2 second of a fused operation.
     #[must_use]
@@ -45,7 +57,7 @@ impl SubmissionEntry {
         self.flags & 3
     }
 
-    /// PSDT: 0 means that PRPs are used.
+    /// PSDT: see the `PSDT_*` values.
     #[must_use]
     pub const fn psdt(&self) -> u8 {
         self.flags >> 6

@@ -207,6 +207,16 @@ pub const ONCS_WRITE_ZEROES: u16 = 1 << 3;
 pub const ONCS_FEATURE_SELECT: u16 = 1 << 4;
 /// ONCS bit 6: Timestamp feature.
 pub const ONCS_TIMESTAMP: u16 = 1 << 6;
+/// SGLS bits 1:0 = 1: SGLs, of data at any alignment and of any length.
+pub const SGLS_BYTES: u32 = 1;
+/// SGLS bit 16: bit buckets.
+pub const SGLS_BIT_BUCKET: u32 = 1 << 16;
+/// SGLS bit 17: MPTR may be a byte aligned buffer (PSDT 01b).
+pub const SGLS_METADATA_BUFFER: u32 = 1 << 17;
+/// SGLS bit 18: an SGL may be longer than the data.
+pub const SGLS_LONGER: u32 = 1 << 18;
+/// SGLS bit 19: MPTR may be the address of a descriptor (PSDT 10b).
+pub const SGLS_METADATA_DESCRIPTOR: u32 = 1 << 19;
 /// VWC bit 0: a volatile write cache is present.
 pub const VWC_PRESENT: u8 = 1 << 0;
 /// VWC bits 2:1: Flush accepts the broadcast NSID.

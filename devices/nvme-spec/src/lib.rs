@@ -8,6 +8,7 @@
 //! | [`regs`] | controller registers: offsets and bit fields |
 //! | [`opcode`] | admin and I/O command opcodes |
 //! | [`entry`] | submission and completion queue entries |
+//! | [`sgl`] | scatter gather list descriptors |
 //! | [`status`] | status codes |
 //! | [`identify`] | Identify data structures |
 //! | [`feature`] | feature identifiers and their bit fields |
@@ -36,9 +37,11 @@ pub mod identify;
 pub mod log;
 pub mod opcode;
 pub mod regs;
+pub mod sgl;
 pub mod status;
 
 pub use entry::{CompletionEntry, SubmissionEntry};
+pub use sgl::SglDescriptor;
 pub use status::Status;
 
 /// The namespace identifier that means "all namespaces" (Base 3.2.1.2).

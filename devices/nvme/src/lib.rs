@@ -32,7 +32,7 @@
 //!
 //! # Absent
 //!
-//! SGLs and metadata, the controller memory buffer, pin interrupts, interrupt coalescing (accepted, not acted on), weighted arbitration,
+//! Metadata, the controller memory buffer, pin interrupts, interrupt coalescing (accepted, not acted on), weighted arbitration,
 //! fused operations, Compare, Verify, Copy, Write Uncorrectable, reservations, namespace management, firmware update, self-test, format,
 //! sanitize, and state that outlives the process. None of them is claimed in Identify, and their commands are refused.
 #![forbid(unsafe_code)]
@@ -41,6 +41,7 @@ mod admin;
 mod command;
 mod config;
 mod controller;
+mod data;
 mod doorbell;
 mod error;
 mod event;
@@ -53,6 +54,7 @@ mod queue;
 mod regs;
 mod restore;
 mod save;
+mod sgl;
 mod shared;
 mod smart;
 mod state;

@@ -123,12 +123,12 @@ impl PrpWalker {
 }
 
 /// Appends a run, merging it with the last one where they touch.
-fn push(ranges: &mut Vec<GuestRange>, address: u64, length_bytes: u64) -> Result<(), Status> {
+pub(crate) fn push(ranges: &mut Vec<GuestRange>, address: u64, length_bytes: u64) -> Result<(), Status> {
     let overflow = Status::DATA_TRANSFER_ERROR.do_not_retry();
     address.checked_add(length_bytes).ok_or(overflow)?;
     let length_bytes = u32::try_from(length_bytes).map_err(|_| overflow)?;
     if let Some(last) = ranges.last_mut()
-        && last.address.0 + u64::from(last.length_bytes) == address
+        && last.address.0.checked_add(u64::from(last.length_bytes)) == Some(address)
         && let Some(sum) = last.length_bytes.checked_add(length_bytes)
     {
         last.length_bytes = sum;

@@ -14,9 +14,9 @@ use nvme_spec::event::Event;
 use nvme_spec::log::ErrorEntry;
 use nvme_spec::{NSID_BROADCAST, Status};
 
+use crate::data::DataWalker;
 use crate::doorbell::MemoryGone;
 use crate::namespace::{self, NamespaceTable};
-use crate::prp::PrpWalker;
 use crate::queue::{CompletionQueue, Ended, SubmissionQueue};
 use crate::shared::Shared;
 use crate::smart::Counters;
@@ -78,7 +78,7 @@ pub(crate) struct Worker {
     /// In any order; an index is reused only after its queue was deleted.
     pub sqs: Vec<Option<SubmissionQueue>>,
     pub namespaces: NamespaceTable,
-    pub walker: PrpWalker,
+    pub walker: DataWalker,
     pub counters: Counters,
     /// Admin tokens of what ended, for worker 0.
     pub admin_ended: Vec<(u32, Status)>,
@@ -115,7 +115,7 @@ impl Worker {
             cqs: Vec::new(),
             sqs: Vec::new(),
             namespaces,
-            walker: PrpWalker::new(u64::from(crate::config::MIN_PAGE_BYTES)),
+            walker: DataWalker::new(u64::from(crate::config::MIN_PAGE_BYTES)),
             counters: Counters::default(),
             admin_ended: Vec::new(),
             slots: (0..depth).map(slot).collect(),

@@ -126,6 +126,7 @@ impl Admin {
                 | spec::ONCS_FEATURE_SELECT
                 | spec::ONCS_TIMESTAMP,
             vwc: spec::VWC_PRESENT | spec::VWC_BROADCAST_FLUSH,
+            sgls: crate::sgl::SUPPORT,
             mnan: MAX_NAMESPACES,
             subnqn,
             psd,

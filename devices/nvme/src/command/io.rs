@@ -4,6 +4,7 @@ use block::{Buffers, Operation, Request};
 use nvme_spec::opcode::{self, nvm};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 
+use crate::data::Direction;
 use crate::namespace::{self, Namespace};
 use crate::prp;
 use crate::shared::Shared;
@@ -22,8 +23,8 @@ impl Worker {
         if !known {
             return Err(Status::INVALID_OPCODE.do_not_retry());
         }
-        // Neither fused operations (Identify FUSES) nor SGLs (Identify SGLS) are offered.
-        if entry.fuse() != 0 || entry.psdt() != 0 {
+        // Fused operations are not offered (Identify FUSES).
+        if entry.fuse() != 0 {
             return Err(Status::INVALID_FIELD.do_not_retry());
         }
         if entry.opcode == nvm::FLUSH && entry.nsid == NSID_BROADCAST {
@@ -95,7 +96,8 @@ impl Worker {
         }
         let mut ranges = std::mem::take(&mut self.ranges);
         ranges.clear();
-        let walked = self.walker.walk(&shared.memory, entry.prp1, entry.prp2, length_bytes, &mut ranges);
+        let direction = if write { Direction::FromGuest } else { Direction::ToGuest };
+        let walked = self.walker.walk(&shared.memory, entry, length_bytes, direction, &mut ranges);
         let slot = walked.and_then(|()| {
             self.take_slot(Owner::Queue(sq_index), entry.cid, entry.nsid).ok_or(Status::INTERNAL_ERROR)
         });
@@ -187,11 +189,12 @@ impl Worker {
         outcome
     }
 
-    /// Copies the data that a command's PRPs describe.
+    /// Copies the data that a command's data pointer describes.
     fn read_data(&mut self, shared: &Shared, entry: &SubmissionEntry, data: &mut [u8]) -> Result<(), Status> {
         let mut ranges = std::mem::take(&mut self.ranges);
         ranges.clear();
-        let walked = self.walker.walk(&shared.memory, entry.prp1, entry.prp2, data.len() as u64, &mut ranges);
+        let length_bytes = data.len() as u64;
+        let walked = self.walker.walk(&shared.memory, entry, length_bytes, Direction::FromGuest, &mut ranges);
         let read = walked.and_then(|()| prp::read_ranges(&shared.memory, &ranges, data));
         self.ranges = ranges;
         read

@@ -12,4 +12,5 @@ mod migrate;
 mod qemu;
 mod queues;
 mod random;
+mod sgl;
 mod threads;

@@ -1,0 +1,54 @@
+//! The data of an I/O command (Base 4.1): PRPs or an SGL, as PSDT says. Admin commands have PRPs: "SGLs shall not be used for Admin
+//! commands in NVMe over PCIe implementations" (Base figure 87).
+
+use bus::{GuestMemory, GuestRange};
+use nvme_spec::{Status, SubmissionEntry, entry};
+
+use crate::prp::PrpWalker;
+use crate::sgl::SglWalker;
+
+/// Which way data go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// From guest memory to the controller, as with Write.
+    FromGuest,
+    /// From the controller to guest memory, as with Read.
+    ToGuest,
+}
+
+/// Finds the guest memory of commands; keeps its buffers between them.
+pub(crate) struct DataWalker {
+    prp: PrpWalker,
+    sgl: SglWalker,
+}
+
+impl DataWalker {
+    /// A walker for memory pages of `page_bytes`, a power of two of at least 4096.
+    pub fn new(page_bytes: u64) -> Self {
+        Self { prp: PrpWalker::new(page_bytes), sgl: SglWalker::new() }
+    }
+
+    pub fn set_page_bytes(&mut self, page_bytes: u64) {
+        self.prp.set_page_bytes(page_bytes);
+    }
+
+    /// Appends to `ranges` the memory of a transfer of `length_bytes` (not 0) that the data pointer of `entry` describes; what a bit
+    /// bucket takes is a range at [`block::NOWHERE`]. Whether data lie in guest memory is checked by whoever accesses them.
+    pub fn walk(
+        &mut self,
+        memory: &GuestMemory,
+        entry: &SubmissionEntry,
+        length_bytes: u64,
+        direction: Direction,
+        ranges: &mut Vec<GuestRange>,
+    ) -> Result<(), Status> {
+        match entry.psdt() {
+            entry::PSDT_PRP => self.prp.walk(memory, entry.prp1, entry.prp2, length_bytes, ranges),
+            // They differ in MPTR, which is not used where no metadata go with the command.
+            entry::PSDT_SGL_BUFFER | entry::PSDT_SGL_DESCRIPTOR => {
+                self.sgl.walk(memory, entry.data_sgl(), length_bytes, direction, ranges)
+            }
+            _ => Err(Status::INVALID_FIELD.do_not_retry()),
+        }
+    }
+}
