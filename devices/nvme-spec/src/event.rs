@@ -16,10 +16,18 @@ impl Event {
     pub const INVALID_DOORBELL_REGISTER: Self = Self { kind: ERROR, information: 0, log_page: 1 };
     /// Error: the host wrote an invalid value to a doorbell.
     pub const INVALID_DOORBELL_VALUE: Self = Self { kind: ERROR, information: 1, log_page: 1 };
+    /// SMART: the reliability of the subsystem is degraded.
+    pub const RELIABILITY_DEGRADED: Self = Self { kind: SMART, information: 0, log_page: 2 };
     /// SMART: temperature threshold crossed.
     pub const TEMPERATURE_THRESHOLD: Self = Self { kind: SMART, information: 1, log_page: 2 };
+    /// SMART: available spare is below its threshold.
+    pub const SPARE_BELOW_THRESHOLD: Self = Self { kind: SMART, information: 2, log_page: 2 };
     /// Notice: namespace attribute changed.
     pub const NAMESPACE_CHANGED: Self = Self { kind: NOTICE, information: 0, log_page: 4 };
+    /// Notice: firmware activation starting.
+    pub const FIRMWARE_ACTIVATION: Self = Self { kind: NOTICE, information: 1, log_page: 3 };
+    /// I/O command specific: a sanitize operation has completed.
+    pub const SANITIZE_COMPLETED: Self = Self { kind: COMMAND_SPECIFIC, information: 1, log_page: 0x81 };
 
     /// Completion dword 0.
     #[must_use]

@@ -26,6 +26,8 @@ pub const TIMESTAMP: u8 = 0x0e;
 pub const KEEP_ALIVE_TIMER: u8 = 0x0f;
 /// Host Behavior Support.
 pub const HOST_BEHAVIOR_SUPPORT: u8 = 0x16;
+/// Sanitize Config.
+pub const SANITIZE_CONFIG: u8 = 0x17;
 /// I/O Command Set Profile.
 pub const COMMAND_SET_PROFILE: u8 = 0x19;
 /// Host Identifier.
@@ -36,6 +38,15 @@ pub const RESERVATION_NOTIFICATION_MASK: u8 = 0x82;
 pub const RESERVATION_PERSISTENCE: u8 = 0x83;
 /// Namespace Write Protection Config.
 pub const NAMESPACE_WRITE_PROTECTION: u8 = 0x84;
+
+/// Namespace Write Protection Config: the namespace can be written (Base 5.27.1.30).
+pub const NO_WRITE_PROTECT: u32 = 0;
+/// It cannot, until that is changed.
+pub const WRITE_PROTECT: u32 = 1;
+/// It cannot, and that can be changed after a power cycle.
+pub const WRITE_PROTECT_UNTIL_POWER_CYCLE: u32 = 2;
+/// It cannot any more.
+pub const PERMANENT_WRITE_PROTECT: u32 = 3;
 
 /// Get Features CDW10 bits 10:8: the current value (Base 5.15).
 pub const SELECT_CURRENT: u8 = 0;

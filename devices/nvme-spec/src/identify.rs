@@ -138,6 +138,12 @@ wire_struct! {
         280: tnvmcap: u128,
         /// Unallocated NVM Capacity in bytes.
         296: unvmcap: u128,
+        /// Extended Device Self-test Time in minutes.
+        316: edstt: u16,
+        /// Device Self-test Options: bit 0 one at a time in the subsystem.
+        318: dsto: u8,
+        /// Firmware Update Granularity in units of 4 KiB, FFh none.
+        319: fwug: u8,
         /// Keep Alive Support: granularity in units of 100 ms.
         320: kas: u16,
         /// Sanitize Capabilities.
@@ -146,6 +152,8 @@ wire_struct! {
         344: anagrpmax: u32,
         /// Number of ANA Group Identifiers.
         348: nanagrpid: u32,
+        /// Persistent Event Log Size: the most it can have, in units of 64 KiB.
+        352: pels: u32,
         /// Submission Queue Entry Size: bits 3:0 required, 7:4 maximum, powers of two.
         512: sqes: u8,
         /// Completion Queue Entry Size: bits 3:0 required, 7:4 maximum, powers of two.
@@ -187,8 +195,16 @@ wire_struct! {
 
 /// OAES and Asynchronous Event Configuration bit 8: Namespace Attribute Notices.
 pub const OAES_NAMESPACE_ATTRIBUTE: u32 = 1 << 8;
+/// OAES and Asynchronous Event Configuration bit 9: Firmware Activation Notices.
+pub const OAES_FIRMWARE_ACTIVATION: u32 = 1 << 9;
 /// CTRATT bit 0: 128-bit Host Identifier.
 pub const CTRATT_HOST_IDENTIFIER_128: u32 = 1 << 0;
+/// OACS bit 1: Format NVM.
+pub const OACS_FORMAT: u16 = 1 << 1;
+/// OACS bit 2: Firmware Commit and Firmware Image Download.
+pub const OACS_FIRMWARE: u16 = 1 << 2;
+/// OACS bit 4: Device Self-test.
+pub const OACS_SELF_TEST: u16 = 1 << 4;
 /// OACS bit 8: Doorbell Buffer Config.
 pub const OACS_DOORBELL_BUFFER_CONFIG: u16 = 1 << 8;
 /// LPA bit 0: SMART log per namespace.
@@ -197,8 +213,28 @@ pub const LPA_SMART_PER_NAMESPACE: u8 = 1 << 0;
 pub const LPA_COMMANDS_SUPPORTED: u8 = 1 << 1;
 /// LPA bit 2: extended data (offsets and 32-bit lengths) for Get Log Page.
 pub const LPA_EXTENDED_DATA: u8 = 1 << 2;
+/// LPA bit 4: Persistent Event log.
+pub const LPA_PERSISTENT_EVENT: u8 = 1 << 4;
 /// LPA bit 5: Supported Log Pages, Feature Identifiers Supported and Effects logs.
 pub const LPA_SUPPORTED_PAGES: u8 = 1 << 5;
+/// FRMW bit 0: slot 1 is read-only.
+pub const FRMW_FIRST_SLOT_READ_ONLY: u8 = 1 << 0;
+/// FRMW bit 4: firmware is activated without a reset if asked for.
+pub const FRMW_ACTIVATION_WITHOUT_RESET: u8 = 1 << 4;
+/// SANICAP bit 1: Block Erase.
+pub const SANICAP_BLOCK_ERASE: u32 = 1 << 1;
+/// SANICAP bit 2: Overwrite.
+pub const SANICAP_OVERWRITE: u32 = 1 << 2;
+/// SANICAP bits 31:30 = 01b: media is not modified after a sanitize that was not to deallocate.
+pub const SANICAP_MEDIA_NOT_MODIFIED_AFTERWARDS: u32 = 1 << 30;
+/// NWPC bit 0: namespaces can be write protected.
+pub const NWPC_WRITE_PROTECT: u8 = 1 << 0;
+/// NWPC bit 1: until a power cycle.
+pub const NWPC_UNTIL_POWER_CYCLE: u8 = 1 << 1;
+/// NWPC bit 2: for ever.
+pub const NWPC_PERMANENT: u8 = 1 << 2;
+/// FPI bit 7: the progress of a format is reported in the other bits, as percents that remain.
+pub const FPI_SUPPORTED: u8 = 1 << 7;
 /// ONCS bit 2: Dataset Management.
 pub const ONCS_DATASET_MANAGEMENT: u16 = 1 << 2;
 /// ONCS bit 3: Write Zeroes.

@@ -97,7 +97,7 @@ wire_struct! {
 wire_struct! {
     /// Firmware Slot Information (Base figure 208).
     pub struct FirmwareSlotLog [512] {
-        /// Active Firmware Info: bits 2:0 the active slot.
+        /// Active Firmware Info: bits 2:0 the active slot, 6:4 the slot that is activated at the next reset, 0 if none.
         0: active: u8,
         /// Firmware Revision of slots 1 to 7.
         8: revisions: [[u8; 8]; 7],
@@ -109,7 +109,17 @@ pub const CHANGED_NAMESPACES_MAX: usize = 1024;
 
 /// Commands Supported and Effects: the command is supported (Base figure 211).
 pub const EFFECT_SUPPORTED: u32 = 1 << 0;
-/// The command may change the contents of a namespace.
+/// The command may change the contents of a namespace (LBCC).
 pub const EFFECT_CONTENT_CHANGE: u32 = 1 << 1;
+/// The command may change the capability of a namespace (NCC).
+pub const EFFECT_NAMESPACE_CAPABILITY: u32 = 1 << 2;
+/// The command may change the inventory of namespaces (NIC).
+pub const EFFECT_NAMESPACE_INVENTORY: u32 = 1 << 3;
+/// The command may change the capability of the controller (CCC).
+pub const EFFECT_CONTROLLER_CAPABILITY: u32 = 1 << 4;
+/// CSE 001b: no other command to the same namespace should be outstanding.
+pub const EFFECT_EXCLUSIVE_IN_NAMESPACE: u32 = 1 << 16;
+/// CSE 010b: no other command to any namespace should be outstanding.
+pub const EFFECT_EXCLUSIVE: u32 = 2 << 16;
 /// Supported Log Pages: the page is supported (Base figure 204).
 pub const PAGE_SUPPORTED: u32 = 1 << 0;

@@ -72,6 +72,14 @@ pub mod nvm {
     pub const COPY: u8 = 0x19;
 }
 
+/// Firmware Commit CDW10 bits 5:3, Commit Action (Base 5.11): put the image into the slot.
+pub const COMMIT_REPLACE: u8 = 0;
+/// Put it there, and activate it at the next reset.
+pub const COMMIT_REPLACE_AND_ACTIVATE: u8 = 1;
+/// Activate what is in the slot at the next reset.
+pub const COMMIT_ACTIVATE: u8 = 2;
+/// Put the image there if one was downloaded, and activate the slot now.
+pub const COMMIT_ACTIVATE_NOW: u8 = 3;
 /// CDW12 bit 31 of Read and Write: Limited Retry (NVM 3.2.4).
 pub const CDW12_LIMITED_RETRY: u32 = 1 << 31;
 /// CDW12 bit 30 of Read, Write and Write Zeroes: Force Unit Access.

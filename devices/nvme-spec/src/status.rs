@@ -115,6 +115,8 @@ statuses! {
     INVALID_LOG_PAGE = command_specific 0x09,
     /// Invalid Format.
     INVALID_FORMAT = command_specific 0x0a,
+    /// Firmware Activation Requires Conventional Reset.
+    FIRMWARE_NEEDS_CONVENTIONAL_RESET = command_specific 0x0b,
     /// Invalid Queue Deletion.
     INVALID_QUEUE_DELETION = command_specific 0x0c,
     /// Feature Identifier Not Saveable.
@@ -123,6 +125,14 @@ statuses! {
     FEATURE_NOT_CHANGEABLE = command_specific 0x0e,
     /// Feature Not Namespace Specific.
     FEATURE_NOT_NAMESPACE_SPECIFIC = command_specific 0x0f,
+    /// Firmware Activation Requires Controller Level Reset.
+    FIRMWARE_NEEDS_CONTROLLER_RESET = command_specific 0x11,
+    /// Firmware Activation Prohibited.
+    FIRMWARE_ACTIVATION_PROHIBITED = command_specific 0x13,
+    /// Overlapping Range (Firmware Image Download).
+    OVERLAPPING_RANGE = command_specific 0x14,
+    /// Device Self-test In Progress.
+    SELF_TEST_IN_PROGRESS = command_specific 0x1d,
     /// Conflicting Attributes (NVM).
     CONFLICTING_ATTRIBUTES = command_specific 0x80,
     /// Invalid Protection Information (NVM).

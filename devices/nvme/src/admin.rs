@@ -4,7 +4,7 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use nvme_spec::log::ErrorEntry;
@@ -13,7 +13,9 @@ use nvme_spec::{Status, SubmissionEntry};
 
 use crate::command::features::Features;
 use crate::doorbell::{Buffers, MemoryGone};
-use crate::namespace::{self, NamespaceTable};
+use crate::firmware::Firmware;
+use crate::namespace::{self, Namespace, NamespaceTable};
+use crate::non_volatile::NonVolatile;
 use crate::prp::PrpWalker;
 use crate::queue::{CONGESTED_BACKLOG, CompletionQueue, Ended, Location, QueuePlace, SubmissionQueue};
 use crate::regs::{IOCQES, IOSQES, MPSMAX, Wanted};
@@ -69,6 +71,8 @@ pub(crate) enum Job {
     Shutdown,
     /// Set Features (volatile write cache off) is answered.
     WriteCacheOff { cid: u16 },
+    /// Set Features (namespace write protection) is answered.
+    WriteProtect { cid: u16 },
 }
 
 /// The admin queue pair. It lives here and not in a worker, so that its commands can reach into every worker.
@@ -98,6 +102,12 @@ pub(crate) struct Admin {
     pub phase: Phase,
     pub queues: Option<Queues>,
     pub features: Features,
+    /// What the features are after a reset.
+    pub saved_features: Features,
+    pub firmware: Firmware,
+    pub non_volatile: Option<Arc<dyn NonVolatile>>,
+    /// The log has spoken of a failure to keep something.
+    pub keep_failure_reported: bool,
     /// Command identifiers of Asynchronous Event Requests, oldest first.
     pub parked: Vec<u16>,
     pub deletes: Vec<PendingDelete>,
@@ -132,6 +142,10 @@ impl Admin {
             phase: Phase::Disabled,
             queues: None,
             features: Features::new(shared.config.vectors),
+            saved_features: Features::new(shared.config.vectors),
+            firmware: Firmware::new(),
+            non_volatile: None,
+            keep_failure_reported: false,
             parked: Vec::new(),
             deletes: Vec::new(),
             jobs: Vec::new(),
@@ -265,8 +279,11 @@ impl Admin {
             shared.doorbells.close_sq(0);
             shared.doorbells.close_cq(0);
         }
-        self.features = Features::new(shared.config.vectors);
-        shared.write_cache.store(true, Ordering::Release);
+        self.features = self.saved_features.clone();
+        shared.write_cache.store(self.features.write_cache, Ordering::Release);
+        if self.firmware.reset() {
+            self.keep();
+        }
         self.parked.clear();
         self.deletes.clear();
         self.jobs.clear();
@@ -400,8 +417,20 @@ impl Admin {
                 // A shutdown is possible while CC.EN is 0, and then an enable may follow.
                 self.phase = if registers.cc.en() == 1 { Phase::Stopped } else { Phase::Disabled };
             }
-            Job::WriteCacheOff { cid } => self.end(cid, 0, status),
+            Job::WriteCacheOff { cid } | Job::WriteProtect { cid } => self.end(cid, 0, status),
         }
+    }
+
+    /// Changes a namespace for the admin queue and for all workers: commands that begin from now on find it as `change` leaves it.
+    pub fn change_namespace(&mut self, pool: &Pool, nsid: u32, change: impl Fn(&mut Namespace)) {
+        let Some(index) = (nsid as usize).checked_sub(1) else { return };
+        let apply = |table: &mut NamespaceTable| {
+            if let Some(Some(namespace)) = Arc::make_mut(table).get_mut(index) {
+                change(Arc::make_mut(namespace));
+            }
+        };
+        apply(&mut self.namespaces);
+        (0..pool.workers.len()).for_each(|index| apply(&mut pool.worker(index).namespaces));
     }
 
     /// Answers Delete I/O Submission Queue commands whose queues have nothing in flight any more.

@@ -100,7 +100,7 @@ impl NamespaceShape {
             nsid: namespace.nsid,
             block_shift: namespace.block_shift,
             blocks: namespace.blocks,
-            read_only: namespace.read_only,
+            read_only: namespace.backend.identity().read_only,
             uuid: namespace.uuid,
             backend: padded(namespace.backend.identity().kind),
         }

@@ -45,8 +45,10 @@ mod data;
 mod doorbell;
 mod error;
 mod event;
+mod firmware;
 mod inventory;
 mod namespace;
+mod non_volatile;
 mod pci;
 mod prp;
 pub mod qemu;
@@ -67,9 +69,11 @@ pub use config::{ControllerConfig, MAX_NAMESPACES, MAX_QUEUE_ENTRIES, NamespaceC
 pub use controller::{Controller, PauseReport, Progress, Statistics};
 pub use error::Error;
 pub use inventory::{Inventory, NamespaceShape, Shape};
+pub use non_volatile::{KeptState, NonVolatile};
 pub use shared::Host;
 pub use state::{
-    CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState, NamespaceState,
-    NvmeState, RegistersState, SmartState, SubmissionQueueState,
+    CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState, FirmwareState,
+    MoreFeaturesState, NamespaceState, NvmeState, RegistersState, SavedFeaturesState, SmartState,
+    SubmissionQueueState, WriteProtectionState,
 };
 pub use subsystem::Subsystem;

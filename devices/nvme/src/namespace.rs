@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use block::{Backend, Failure};
-use nvme_spec::Status;
+use nvme_spec::{Status, feature};
 
 use crate::Error;
 use crate::config::{MAX_NAMESPACES, NamespaceConfig};
@@ -19,9 +19,43 @@ pub(crate) struct Namespace {
     pub block_shift: u8,
     /// Size in logical blocks.
     pub blocks: u64,
+    /// Writes are refused: the image is read-only, or the namespace is write protected.
     pub read_only: bool,
+    pub protection: WriteProtection,
     pub uuid: [u8; 16],
     pub backend: Arc<dyn Backend>,
+}
+
+/// The write protection state of a namespace (Base 8.12).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WriteProtection {
+    None,
+    Protected,
+    UntilPowerCycle,
+    Permanent,
+}
+
+impl WriteProtection {
+    /// From the value of the feature.
+    pub fn from_value(value: u32) -> Option<Self> {
+        Some(match value {
+            feature::NO_WRITE_PROTECT => Self::None,
+            feature::WRITE_PROTECT => Self::Protected,
+            feature::WRITE_PROTECT_UNTIL_POWER_CYCLE => Self::UntilPowerCycle,
+            feature::PERMANENT_WRITE_PROTECT => Self::Permanent,
+            _ => return None,
+        })
+    }
+
+    /// The value of the feature.
+    pub fn to_value(self) -> u32 {
+        match self {
+            Self::None => feature::NO_WRITE_PROTECT,
+            Self::Protected => feature::WRITE_PROTECT,
+            Self::UntilPowerCycle => feature::WRITE_PROTECT_UNTIL_POWER_CYCLE,
+            Self::Permanent => feature::PERMANENT_WRITE_PROTECT,
+        }
+    }
 }
 
 /// Namespaces by NSID less one. Holes are normal.
@@ -56,6 +90,7 @@ impl Namespace {
             block_shift,
             blocks,
             read_only: identity.read_only,
+            protection: WriteProtection::None,
             uuid: uuid(serial, config.nsid),
             backend: Arc::clone(&config.backend),
         })
@@ -64,6 +99,12 @@ impl Namespace {
     /// Size in bytes.
     pub fn size_bytes(&self) -> u128 {
         u128::from(self.blocks) << self.block_shift
+    }
+
+    /// Changes the write protection.
+    pub fn protect(&mut self, protection: WriteProtection) {
+        self.protection = protection;
+        self.read_only = self.backend.identity().read_only || protection != WriteProtection::None;
     }
 
     /// The byte range of `count` blocks from `first`.

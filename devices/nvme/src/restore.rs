@@ -3,6 +3,8 @@
 //! Queues are made by the functions that serve the guest's own Create commands, with the same checks; pointers are set afterwards.
 //! Nothing here touches guest memory.
 
+pub(crate) mod admin;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -82,6 +84,7 @@ impl Controller {
         load_features(pool, &mut admin, state, now);
         load_events(pool, &mut admin, &state.events);
         load_smart(&mut admin, state, now);
+        admin::load(pool, &mut admin, state)?;
         load_queues(pool, &mut admin, state)?;
         load_doorbell_buffers(pool, &mut admin, state)?;
         admin.phase = phase;

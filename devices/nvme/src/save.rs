@@ -1,5 +1,7 @@
 //! From a paused controller to plain state. Only reads.
 
+pub(crate) mod admin;
+
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
@@ -61,6 +63,7 @@ impl Controller {
             namespace_count: MAX_NAMESPACES,
             namespaces: namespaces_state(&admin),
             pci: shared.endpoint.save(),
+            firmware: admin::firmware_state(&admin),
         }
     }
 }
@@ -98,6 +101,8 @@ fn features_state(shared: &Shared, admin: &Admin) -> FeaturesState {
         timestamp_set: features.timestamp.set,
         command_retry: features.command_retry,
         host_identifier: features.host_identifier,
+        saved: admin::saved_features_state(admin),
+        more: admin::more_features_state(features),
     }
 }
 
@@ -136,6 +141,7 @@ fn namespaces_state(admin: &Admin) -> Slots<NamespaceState> {
         namespace.as_ref().map(|namespace| NamespaceState {
             shape: NamespaceShape::of(namespace),
             error_recovery: admin.features.error_recovery.get(index).copied().unwrap_or(0),
+            write_protection: admin::write_protection_state(namespace),
         })
     };
     admin.namespaces.iter().enumerate().map(state).collect()

@@ -11,11 +11,15 @@
 //! `chrt -f 20 cargo bench -p nvme -- --verbose` on the reference host: 14 microseconds from the controller to them, 30 from them to a
 //! checked controller with its queues (16 of these to [`NvmeState`]); I/O contexts, images and the unused controller exist before.
 
+mod admin;
+
 use pci::EndpointState;
 use vmstate::{Bitmap, Slots, VmState};
 
 use crate::config::MAX_NAMESPACES;
 use crate::inventory::{NamespaceShape, Shape};
+
+pub use admin::{FirmwareState, MoreFeaturesState, SavedFeaturesState, WriteProtectionState};
 
 /// A paused controller.
 #[derive(VmState, Clone, Debug, PartialEq, Eq)]
@@ -56,6 +60,9 @@ pub struct NvmeState {
     pub namespaces: Slots<NamespaceState>,
     /// Configuration space, BARs and MSI-X.
     pub pci: EndpointState,
+    /// Firmware slots, unless they are as they left the factory.
+    #[vmstate(subsection)]
+    pub firmware: Option<FirmwareState>,
 }
 
 /// The registers that the guest can change (Base 3.1.3).
@@ -76,7 +83,7 @@ pub struct RegistersState {
     pub interrupt_mask: u32,
 }
 
-/// Current values of the features (Base 5.27). None is savable by the guest.
+/// Values of the features (Base 5.27), the current ones where nothing else is said.
 #[derive(VmState, Clone, Debug, PartialEq, Eq)]
 #[vmstate(name = "nvme/features", version = 1)]
 pub struct FeaturesState {
@@ -109,6 +116,12 @@ pub struct FeaturesState {
     pub command_retry: u8,
     /// Host Identifier.
     pub host_identifier: [u8; 16],
+    /// Saved values, unless they are the defaults.
+    #[vmstate(subsection)]
+    pub saved: Option<SavedFeaturesState>,
+    /// Values of other features, unless they are the defaults.
+    #[vmstate(subsection)]
+    pub more: Option<MoreFeaturesState>,
 }
 
 /// Asynchronous events (Base 5.2) and the error log (Base 5.16.1.2).
@@ -254,4 +267,7 @@ pub struct NamespaceState {
     pub shape: NamespaceShape,
     /// Error Recovery: time limit in units of 100 ms.
     pub error_recovery: u16,
+    /// Write protection, unless there is none.
+    #[vmstate(subsection)]
+    pub write_protection: Option<WriteProtectionState>,
 }

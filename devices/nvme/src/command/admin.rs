@@ -28,6 +28,8 @@ impl Admin {
             admin::SET_FEATURES => self.set_features(pool, entry),
             admin::GET_FEATURES => self.get_features(pool, entry),
             admin::ASYNC_EVENT_REQUEST => self.async_event_request(entry),
+            admin::FIRMWARE_DOWNLOAD => self.firmware_download(pool, entry),
+            admin::FIRMWARE_COMMIT => self.firmware_commit(pool, entry),
             admin::DOORBELL_BUFFER_CONFIG => self.doorbell_buffer_config(pool, entry),
             // Keep Alive.
             _ => {
@@ -93,11 +95,22 @@ impl Admin {
         pool: &Pool,
         entry: &SubmissionEntry,
     ) -> Result<[u8; N], Status> {
-        let memory = &pool.shared.memory;
-        let (mut ranges, mut data) = (Vec::new(), [0; N]);
-        self.walker.walk(memory, entry.prp1, entry.prp2, N as u64, &mut ranges)?;
-        prp::read_ranges(memory, &ranges, &mut data)?;
+        let mut data = [0; N];
+        self.read_bytes(pool, entry, &mut data)?;
         Ok(data)
+    }
+
+    /// Fills `data` from where the PRPs of `entry` say.
+    pub fn read_bytes(
+        &mut self,
+        pool: &Pool,
+        entry: &SubmissionEntry,
+        data: &mut [u8],
+    ) -> Result<(), Status> {
+        let memory = &pool.shared.memory;
+        let mut ranges = Vec::new();
+        self.walker.walk(memory, entry.prp1, entry.prp2, data.len() as u64, &mut ranges)?;
+        prp::read_ranges(memory, &ranges, data)
     }
 }
 
@@ -115,6 +128,8 @@ pub(crate) fn is_supported(opcode: u8) -> bool {
             | admin::SET_FEATURES
             | admin::GET_FEATURES
             | admin::ASYNC_EVENT_REQUEST
+            | admin::FIRMWARE_COMMIT
+            | admin::FIRMWARE_DOWNLOAD
             | admin::KEEP_ALIVE
             | admin::DOORBELL_BUFFER_CONFIG
     )

@@ -9,15 +9,22 @@ use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 
 use crate::admin::{Admin, Answer, Job, Pool};
 use crate::config::MAX_NAMESPACES;
-use crate::namespace;
+use crate::namespace::{self, WriteProtection};
 use crate::smart::TEMPERATURE_KELVIN;
 
 /// Over temperature threshold after a reset: 70 degrees Celsius, which Identify Controller gives as WCTEMP.
 pub(crate) const DEFAULT_OVER_TEMPERATURE_KELVIN: u16 = 343;
 /// Granularity of the keep alive timer: one second.
 pub(crate) const KEEP_ALIVE_GRANULARITY_MS: u32 = 1000;
-/// Bits of Asynchronous Event Configuration that mean something here: SMART warnings and namespace notices.
-pub(crate) const ASYNC_EVENT_BITS: u32 = 0xff | nvme_spec::identify::OAES_NAMESPACE_ATTRIBUTE;
+/// Bits of Asynchronous Event Configuration that mean something here: SMART warnings, namespace and firmware notices.
+pub(crate) const ASYNC_EVENT_BITS: u32 =
+    0xff | nvme_spec::identify::OAES_NAMESPACE_ATTRIBUTE | nvme_spec::identify::OAES_FIRMWARE_ACTIVATION;
+/// Power Management bits 4:0, the power state; 0 is the only one.
+const POWER_STATE: u32 = 0x1f;
+/// Power Management bits 7:5, Workload Hint.
+pub(crate) const WORKLOAD_HINT: u32 = 7 << 5;
+/// Temperature Threshold TMPSEL 1111b: all sensors.
+const ALL_SENSORS: u32 = 0xf << 16;
 /// Asynchronous Event Configuration bit 1: tell of temperature.
 const ASYNC_EVENT_TEMPERATURE: u32 = 1 << 1;
 /// Critical warning bit 1: the temperature is beyond a threshold.
@@ -25,12 +32,17 @@ const WARNING_TEMPERATURE: u8 = 1 << 1;
 /// Milliseconds of a Timestamp: 48 bits.
 pub(crate) const TIMESTAMP_MASK: u64 = (1 << 48) - 1;
 
-/// The current values. Nothing is saved across power cycles, so the saved values are the defaults.
+/// Values of the features: the current ones, or those that a reset brings back ([`Admin::saved_features`]; of these only what
+/// [`is_savable`] matters, the rest is as by default).
 #[derive(Clone, Debug)]
 pub(crate) struct Features {
     pub arbitration: u32,
+    /// Power Management: the workload hint, in its place.
+    pub workload_hint: u32,
     pub over_temperature_kelvin: u16,
     pub under_temperature_kelvin: u16,
+    /// Volatile Write Cache. The one that is current is in [`crate::shared::Shared`], where workers see it.
+    pub write_cache: bool,
     pub interrupt_coalescing: u32,
     /// By vector: coalescing disabled.
     pub coalescing_disabled: Box<[bool]>,
@@ -38,6 +50,8 @@ pub(crate) struct Features {
     pub async_events: u32,
     pub keep_alive_ms: u32,
     pub timestamp: Timestamp,
+    /// Sanitize Config: No-Deallocate Response Mode, which is without effect as long as no-deallocate is not inhibited.
+    pub sanitize_config: u32,
     /// Advanced Command Retry Enable.
     pub command_retry: u8,
     pub host_identifier: [u8; 16],
@@ -72,17 +86,38 @@ impl Features {
     pub fn new(vectors: u16) -> Self {
         Self {
             arbitration: 0,
+            workload_hint: 0,
             over_temperature_kelvin: DEFAULT_OVER_TEMPERATURE_KELVIN,
             under_temperature_kelvin: 0,
+            write_cache: true,
             interrupt_coalescing: 0,
             coalescing_disabled: vec![false; usize::from(vectors)].into_boxed_slice(),
             write_atomicity: 0,
             async_events: 0,
             keep_alive_ms: 0,
             timestamp: Timestamp { milliseconds: 0, at: Instant::now(), set: false },
+            sanitize_config: 0,
             command_retry: 0,
             host_identifier: [0; 16],
             error_recovery: vec![0; MAX_NAMESPACES as usize].into_boxed_slice(),
+        }
+    }
+
+    /// Takes the value of one savable feature from `other`.
+    fn take(&mut self, feature: u8, other: &Self) {
+        match feature {
+            id::ARBITRATION => self.arbitration = other.arbitration,
+            id::POWER_MANAGEMENT => self.workload_hint = other.workload_hint,
+            id::TEMPERATURE_THRESHOLD => {
+                self.over_temperature_kelvin = other.over_temperature_kelvin;
+                self.under_temperature_kelvin = other.under_temperature_kelvin;
+            }
+            id::VOLATILE_WRITE_CACHE => self.write_cache = other.write_cache,
+            id::INTERRUPT_COALESCING => self.interrupt_coalescing = other.interrupt_coalescing,
+            id::WRITE_ATOMICITY => self.write_atomicity = other.write_atomicity,
+            id::ASYNC_EVENT_CONFIGURATION => self.async_events = other.async_events,
+            id::SANITIZE_CONFIG => self.sanitize_config = other.sanitize_config,
+            _ => {}
         }
     }
 
@@ -108,15 +143,32 @@ pub(crate) fn is_changeable(feature: u8) -> Option<bool> {
         | id::TIMESTAMP
         | id::KEEP_ALIVE_TIMER
         | id::HOST_BEHAVIOR_SUPPORT
+        | id::SANITIZE_CONFIG
+        | id::NAMESPACE_WRITE_PROTECTION
         | id::COMMAND_SET_PROFILE
         | id::HOST_IDENTIFIER => Some(true),
         _ => None,
     }
 }
 
+/// Whether a feature can be saved where there is a place for it.
+pub(crate) fn is_savable(feature: u8) -> bool {
+    matches!(
+        feature,
+        id::ARBITRATION
+            | id::POWER_MANAGEMENT
+            | id::TEMPERATURE_THRESHOLD
+            | id::VOLATILE_WRITE_CACHE
+            | id::INTERRUPT_COALESCING
+            | id::WRITE_ATOMICITY
+            | id::ASYNC_EVENT_CONFIGURATION
+            | id::SANITIZE_CONFIG
+    )
+}
+
 /// Whether a feature has a value for each namespace.
 pub(crate) fn is_namespace_specific(feature: u8) -> bool {
-    feature == id::ERROR_RECOVERY
+    matches!(feature, id::ERROR_RECOVERY | id::NAMESPACE_WRITE_PROTECTION)
 }
 
 impl Admin {
@@ -131,8 +183,9 @@ impl Admin {
         let defaults;
         let features = match select {
             id::SELECT_CURRENT => &self.features,
-            // Without the Save field a saved value is the default one.
-            id::SELECT_DEFAULT | id::SELECT_SAVED => {
+            // What cannot be saved, or never was, has the default value there.
+            id::SELECT_SAVED => &self.saved_features,
+            id::SELECT_DEFAULT => {
                 defaults = Features::new(pool.shared.config.vectors);
                 &defaults
             }
@@ -140,19 +193,27 @@ impl Admin {
                 let changeable = if changeable { id::CAPABILITY_CHANGEABLE } else { 0 };
                 let specific =
                     if is_namespace_specific(feature) { id::CAPABILITY_NAMESPACE_SPECIFIC } else { 0 };
-                return Ok(Answer::Now(changeable | specific));
+                let savable = is_savable(feature) && self.non_volatile.is_some();
+                let savable = if savable { id::CAPABILITY_SAVEABLE } else { 0 };
+                return Ok(Answer::Now(changeable | specific | savable));
             }
             _ => return Err(Status::INVALID_FIELD.do_not_retry()),
         };
         let dw0 = match feature {
             id::ARBITRATION => features.arbitration,
+            id::POWER_MANAGEMENT => features.workload_hint,
             id::TEMPERATURE_THRESHOLD => threshold(features, entry.cdw11)?,
             id::ERROR_RECOVERY => {
                 features.error_recovery.get(entry.nsid as usize - 1).copied().map_or(0, u32::from)
             }
             id::VOLATILE_WRITE_CACHE => {
-                u32::from(select != id::SELECT_CURRENT || pool.shared.write_cache.load(Ordering::Acquire))
+                let current = || pool.shared.write_cache.load(Ordering::Acquire);
+                u32::from(if select == id::SELECT_CURRENT { current() } else { features.write_cache })
             }
+            id::NAMESPACE_WRITE_PROTECTION if select == id::SELECT_CURRENT => {
+                namespace::find(&self.namespaces, entry.nsid)?.protection.to_value()
+            }
+            id::SANITIZE_CONFIG => features.sanitize_config,
             id::NUMBER_OF_QUEUES => queue_counts(pool),
             id::INTERRUPT_COALESCING => features.interrupt_coalescing,
             id::INTERRUPT_VECTOR_CONFIGURATION => {
@@ -181,7 +242,7 @@ impl Admin {
                 self.write_data(pool, entry, &identifier[..length])?;
                 0
             }
-            // Power state 0 and I/O command set combination 0 are the only ones.
+            // I/O command set combination 0 is the only one, and no namespace is protected by default.
             _ => 0,
         };
         Ok(Answer::Now(dw0))
@@ -196,17 +257,29 @@ impl Admin {
             Some(false) => return Err(Status::FEATURE_NOT_CHANGEABLE.do_not_retry()),
             Some(true) => {}
         }
-        if entry.cdw10 & id::SAVE != 0 {
+        let save = entry.cdw10 & id::SAVE != 0;
+        if save && !(is_savable(feature) && self.non_volatile.is_some()) {
             return Err(Status::FEATURE_NOT_SAVEABLE.do_not_retry());
         }
         if !is_namespace_specific(feature) && !matches!(entry.nsid, 0 | NSID_BROADCAST) {
             return Err(Status::FEATURE_NOT_NAMESPACE_SPECIFIC.do_not_retry());
         }
+        let answer = self.set_feature(pool, entry, feature)?;
+        if save {
+            self.saved_features.take(feature, &self.features);
+            self.keep();
+        }
+        Ok(answer)
+    }
+
+    /// Sets the current value.
+    fn set_feature(&mut self, pool: &Pool, entry: &SubmissionEntry, feature: u8) -> Result<Answer, Status> {
+        let invalid = Status::INVALID_FIELD.do_not_retry();
         let value = entry.cdw11;
         match feature {
             id::ARBITRATION => self.features.arbitration = value,
-            id::POWER_MANAGEMENT if value & 0x1f != 0 => return Err(invalid),
-            id::POWER_MANAGEMENT => {}
+            id::POWER_MANAGEMENT if value & POWER_STATE != 0 => return Err(invalid),
+            id::POWER_MANAGEMENT => self.features.workload_hint = value & WORKLOAD_HINT,
             id::TEMPERATURE_THRESHOLD => self.set_threshold(pool, value)?,
             id::ERROR_RECOVERY => self.set_error_recovery(entry.nsid, value)?,
             id::VOLATILE_WRITE_CACHE => return Ok(self.set_write_cache(pool, entry)),
@@ -247,6 +320,8 @@ impl Admin {
                 }
                 self.features.command_retry = bytes[0];
             }
+            id::SANITIZE_CONFIG => self.features.sanitize_config = value & 1,
+            id::NAMESPACE_WRITE_PROTECTION => return self.set_write_protection(pool, entry),
             id::COMMAND_SET_PROFILE if value & 0x1ff != 0 => return Err(invalid),
             id::COMMAND_SET_PROFILE => {}
             // The host identifier: 8 bytes, or 16 with EXHID.
@@ -264,12 +339,36 @@ impl Admin {
     /// meanwhile are flushed before they complete (`Worker::reap`).
     fn set_write_cache(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Answer {
         let enable = entry.cdw11 & 1 == 1;
+        self.features.write_cache = enable;
         let was_enabled = pool.shared.write_cache.swap(enable, Ordering::SeqCst);
         if enable || !was_enabled {
             return Answer::Now(0);
         }
         self.start_job(pool, Job::WriteCacheOff { cid: entry.cid });
         Answer::Later
+    }
+
+    /// Namespace Write Protection Config (Base 5.27.1.30): from now on the namespace's writes are refused, and the command completes
+    /// when those before it are stable ("commit all volatile write cache data and metadata associated with the namespace to
+    /// non-volatile storage ... as part of transitioning"). What protects until a power cycle, or for ever, is not changed before.
+    fn set_write_protection(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Result<Answer, Status> {
+        let before = namespace::find(&self.namespaces, entry.nsid)?.protection;
+        let wanted = WriteProtection::from_value(entry.cdw11 & 7)
+            .filter(|&wanted| wanted != WriteProtection::Permanent || self.non_volatile.is_some())
+            .ok_or(Status::INVALID_FIELD.do_not_retry())?;
+        if wanted == before {
+            return Ok(Answer::Now(0));
+        }
+        if matches!(before, WriteProtection::UntilPowerCycle | WriteProtection::Permanent) {
+            return Err(Status::FEATURE_NOT_CHANGEABLE.do_not_retry());
+        }
+        self.change_namespace(pool, entry.nsid, |namespace| namespace.protect(wanted));
+        self.keep();
+        if wanted == WriteProtection::None {
+            return Ok(Answer::Now(0));
+        }
+        self.start_job(pool, Job::WriteProtect { cid: entry.cid });
+        Ok(Answer::Later)
     }
 
     /// The host lives: the timer starts again (Base 3.9).
@@ -280,6 +379,8 @@ impl Admin {
 
     fn set_threshold(&mut self, pool: &Pool, value: u32) -> Result<(), Status> {
         let kelvin = value as u16;
+        // All sensors are the composite temperature, the only one that there is.
+        let value = if value & ALL_SENSORS == ALL_SENSORS { value & !ALL_SENSORS } else { value };
         threshold(&self.features, value)?;
         match value >> 20 & 3 {
             0 => self.features.over_temperature_kelvin = kelvin,

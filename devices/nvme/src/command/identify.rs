@@ -8,14 +8,13 @@ use crate::admin::{Admin, Answer, MAX_PARKED, Pool};
 use crate::command::features::{DEFAULT_OVER_TEMPERATURE_KELVIN, KEEP_ALIVE_GRANULARITY_MS};
 use crate::config::{MAX_NAMESPACES, padded};
 use crate::event::ERROR_LOG_ENTRIES;
+use crate::firmware;
 use crate::namespace::{self, FORMATS, Namespace};
 
 /// Critical temperature: 90 degrees Celsius.
 const CRITICAL_TEMPERATURE_KELVIN: u16 = 363;
 /// Model number.
 const MODEL: &str = "ferry NVMe";
-/// Firmware revision of the only slot.
-pub(crate) const FIRMWARE: &str = env!("CARGO_PKG_VERSION");
 
 type Page = [u8; IDENTIFY_SIZE_BYTES];
 
@@ -100,18 +99,23 @@ impl Admin {
             ssvid: crate::pci::VENDOR_ID,
             sn: config.serial_field(),
             mn: padded(MODEL),
-            fr: padded(FIRMWARE),
+            fr: self.firmware.running,
             mdts: config.mdts,
             cntlid: pool.shared.controller_id,
             ver: VERSION_2_0,
-            oaes: spec::OAES_NAMESPACE_ATTRIBUTE,
+            oaes: spec::OAES_NAMESPACE_ATTRIBUTE | spec::OAES_FIRMWARE_ACTIVATION,
             ctratt: spec::CTRATT_HOST_IDENTIFIER_128,
             cntrltype: 1,
-            oacs: spec::OACS_DOORBELL_BUFFER_CONFIG,
+            oacs: spec::OACS_FIRMWARE | spec::OACS_DOORBELL_BUFFER_CONFIG,
             acl: 3,
             aerl: (MAX_PARKED - 1) as u8,
-            // Bits 3:1: one slot; bit 0: it is read-only.
-            frmw: 1 << 1 | 1,
+            // Bits 3:1: the number of slots.
+            frmw: (firmware::SLOTS as u8) << 1
+                | spec::FRMW_FIRST_SLOT_READ_ONLY
+                | spec::FRMW_ACTIVATION_WITHOUT_RESET,
+            // Activation takes no time that could be told in units of 100 ms.
+            mtfa: 1,
+            fwug: (firmware::GRANULARITY_BYTES / 4096) as u8,
             lpa: spec::LPA_COMMANDS_SUPPORTED | spec::LPA_EXTENDED_DATA | spec::LPA_SUPPORTED_PAGES,
             elpe: (ERROR_LOG_ENTRIES - 1) as u8,
             wctemp: DEFAULT_OVER_TEMPERATURE_KELVIN,
@@ -125,6 +129,9 @@ impl Admin {
                 | spec::ONCS_WRITE_ZEROES
                 | spec::ONCS_FEATURE_SELECT
                 | spec::ONCS_TIMESTAMP,
+            nwpc: spec::NWPC_WRITE_PROTECT
+                | spec::NWPC_UNTIL_POWER_CYCLE
+                | if self.non_volatile.is_some() { spec::NWPC_PERMANENT } else { 0 },
             vwc: spec::VWC_PRESENT | spec::VWC_BROADCAST_FLUSH,
             sgls: crate::sgl::SUPPORT,
             mnan: MAX_NAMESPACES,

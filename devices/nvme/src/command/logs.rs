@@ -7,8 +7,6 @@ use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, event};
 use crate::admin::{Admin, Answer, Pool};
 use crate::command::admin::is_supported;
 use crate::command::features;
-use crate::command::identify::FIRMWARE;
-use crate::config::padded;
 use crate::event::ERROR_LOG_ENTRIES;
 
 /// The pages that exist.
@@ -52,7 +50,7 @@ impl Admin {
             }
             id::ERROR_INFORMATION => error_log(pool),
             id::SMART => self.smart_log(pool, entry.nsid)?,
-            id::FIRMWARE_SLOT => firmware_log(),
+            id::FIRMWARE_SLOT => self.firmware_log(),
             id::CHANGED_NAMESPACES => self.changed_namespaces_log(),
             id::COMMANDS_SUPPORTED => commands_log((entry.cdw14 >> 24) as u8)?,
             id::FEATURES_SUPPORTED => dword_table(256, feature_effects),
@@ -76,6 +74,7 @@ impl Admin {
         match page {
             id::ERROR_INFORMATION => pool.shared.events().unmask(event::ERROR),
             id::SMART => pool.shared.events().unmask(event::SMART),
+            id::FIRMWARE_SLOT => pool.shared.events().unmask(event::NOTICE),
             id::CHANGED_NAMESPACES => {
                 self.changed_namespaces.clear();
                 pool.shared.events().unmask(event::NOTICE);
@@ -97,6 +96,12 @@ impl Admin {
         Ok(counters.log(&self.health, errors).to_bytes().to_vec())
     }
 
+    fn firmware_log(&self) -> Vec<u8> {
+        let firmware = &self.firmware;
+        let revisions = firmware.revisions.map(Option::unwrap_or_default);
+        log::FirmwareSlotLog { active: firmware.active | firmware.next << 4, revisions }.to_bytes().to_vec()
+    }
+
     fn changed_namespaces_log(&self) -> Vec<u8> {
         let mut page: Vec<u8> = self.changed_namespaces.iter().flat_map(|nsid| nsid.to_le_bytes()).collect();
         page.resize(log::CHANGED_NAMESPACES_MAX * 4, 0);
@@ -109,12 +114,6 @@ fn error_log(pool: &Pool) -> Vec<u8> {
     let mut page: Vec<u8> = events.errors.iter().flat_map(|entry| entry.to_bytes()).collect();
     page.resize(ERROR_LOG_ENTRIES * log::ErrorEntry::SIZE_BYTES, 0);
     page
-}
-
-fn firmware_log() -> Vec<u8> {
-    let mut revisions = [[0; 8]; 7];
-    revisions[0] = padded(FIRMWARE);
-    log::FirmwareSlotLog { active: 1, revisions }.to_bytes().to_vec()
 }
 
 /// Commands Supported and Effects: 256 dwords for admin commands, 256 for I/O commands of the command set, reserved.

@@ -2,6 +2,7 @@
 
 pub(crate) mod admin;
 pub(crate) mod features;
+mod firmware;
 mod identify;
 mod io;
 mod logs;

@@ -1,0 +1,34 @@
+//! Firmware Image Download and Firmware Commit (Base 5.12, 5.11).
+
+use nvme_spec::event::Event;
+use nvme_spec::{Status, SubmissionEntry, identify};
+
+use crate::admin::{Admin, Answer, Pool};
+use crate::firmware::MAX_IMAGE_BYTES;
+
+impl Admin {
+    /// Firmware Image Download: CDW10 is the number of dwords, 0's based, CDW11 where they go in the image, in dwords.
+    pub fn firmware_download(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Result<Answer, Status> {
+        let length_bytes = (u64::from(entry.cdw10) + 1) * 4;
+        let most = pool.shared.config.max_transfer_bytes().min(MAX_IMAGE_BYTES as u64);
+        if length_bytes > most {
+            return Err(Status::INVALID_FIELD.do_not_retry());
+        }
+        let mut data = vec![0; length_bytes as usize];
+        self.read_bytes(pool, entry, &mut data)?;
+        self.firmware.staging.put(u64::from(entry.cdw11) * 4, &data)?;
+        Ok(Answer::Now(0))
+    }
+
+    /// Firmware Commit: CDW10 bits 2:0 are the slot, 5:3 the action.
+    pub fn firmware_commit(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Result<Answer, Status> {
+        let (slot, action) = ((entry.cdw10 & 7) as u8, (entry.cdw10 >> 3 & 7) as u8);
+        let activated = self.firmware.commit(slot, action)?;
+        if activated && self.features.async_events & identify::OAES_FIRMWARE_ACTIVATION != 0 {
+            // It has been activated when the host learns of it: CSTS.PP never is 1.
+            pool.shared.events().queue(Event::FIRMWARE_ACTIVATION);
+        }
+        self.keep();
+        Ok(Answer::Now(0))
+    }
+}

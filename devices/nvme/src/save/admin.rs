@@ -1,0 +1,85 @@
+//! What `save.rs` takes of the admin commands' own state: nothing where it is as in a new controller.
+
+use vmstate::Bitmap;
+
+use crate::admin::Admin;
+use crate::command::features::Features;
+use crate::firmware::Firmware;
+use crate::namespace::{self, Namespace, WriteProtection};
+use crate::non_volatile::KeptState;
+use crate::state::{FirmwareState, MoreFeaturesState, SavedFeaturesState, WriteProtectionState};
+
+pub(crate) fn firmware_state(admin: &Admin) -> Option<FirmwareState> {
+    (admin.firmware != Firmware::new()).then(|| firmware(&admin.firmware))
+}
+
+fn firmware(firmware: &Firmware) -> FirmwareState {
+    let staging = &firmware.staging;
+    let mut granules = Bitmap::new(staging.granules.len());
+    for (index, &come) in staging.granules.iter().enumerate() {
+        granules.set(index, come);
+    }
+    let present = firmware.revisions.iter().enumerate();
+    FirmwareState {
+        active: firmware.active,
+        next: firmware.next,
+        running: firmware.running,
+        present: present.fold(0, |bits, (index, revision)| bits | u8::from(revision.is_some()) << index),
+        revisions: firmware.revisions.map(Option::unwrap_or_default),
+        granule_count: staging.granules.len() as u32,
+        granules,
+        staged_bytes: staging.bytes.len() as u32,
+        staged: staging.bytes.clone(),
+    }
+}
+
+pub(crate) fn saved_features_state(admin: &Admin) -> Option<SavedFeaturesState> {
+    let saved = saved_features(&admin.saved_features);
+    (saved != saved_features(&Features::new(0))).then_some(saved)
+}
+
+fn saved_features(features: &Features) -> SavedFeaturesState {
+    SavedFeaturesState {
+        arbitration: features.arbitration,
+        workload_hint: features.workload_hint as u8,
+        over_temperature_kelvin: features.over_temperature_kelvin,
+        under_temperature_kelvin: features.under_temperature_kelvin,
+        write_cache: features.write_cache,
+        interrupt_coalescing: features.interrupt_coalescing,
+        write_atomicity: features.write_atomicity,
+        async_events: features.async_events,
+        sanitize_config: features.sanitize_config as u8,
+    }
+}
+
+pub(crate) fn more_features_state(features: &Features) -> Option<MoreFeaturesState> {
+    let more = MoreFeaturesState {
+        workload_hint: features.workload_hint as u8,
+        sanitize_config: features.sanitize_config as u8,
+    };
+    (more != MoreFeaturesState { workload_hint: 0, sanitize_config: 0 }).then_some(more)
+}
+
+pub(crate) fn write_protection_state(namespace: &Namespace) -> Option<WriteProtectionState> {
+    let value = namespace.protection.to_value() as u8;
+    (value != 0).then_some(WriteProtectionState { value })
+}
+
+/// What outlives the power: see [`crate::NonVolatile`].
+pub(crate) fn kept_state(admin: &Admin) -> KeptState {
+    let with = |protections: &[WriteProtection]| -> Vec<u32> {
+        let protected = namespace::active(&admin.namespaces);
+        protected.filter(|namespace| protections.contains(&namespace.protection)).map(|ns| ns.nsid).collect()
+    };
+    let protected = with(&[WriteProtection::Protected, WriteProtection::Permanent]);
+    let permanent = with(&[WriteProtection::Permanent]);
+    let slots = Firmware { staging: Default::default(), ..admin.firmware.clone() };
+    KeptState {
+        features: saved_features(&admin.saved_features),
+        firmware: firmware(&slots),
+        protected_count: protected.len() as u32,
+        protected,
+        permanent_count: permanent.len() as u32,
+        permanent,
+    }
+}
