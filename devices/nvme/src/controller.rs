@@ -118,12 +118,31 @@ impl Controller {
             let mut admin = lock(&self.admin);
             more |= admin.process(&self.pool);
             job_waits = !admin.waiting_jobs.is_empty();
+            self.pool.shared.admin_waits.store(job_waits, Ordering::Relaxed);
         }
         let mut worker = lock(worker);
         more |= worker.process(&self.pool.shared);
         // A job that waits for a slot is not called again by the end of the commands that had them all.
         more |= index == 0 && (!worker.admin_ended.is_empty() || job_waits && worker.has_free_slot());
         if more { Progress::More } else { Progress::Idle }
+    }
+
+    /// As [`Controller::process`], by a thread that looks again soon whatever this says, and calls [`Controller::process`] before it
+    /// sleeps: guests with shadow doorbells need not ring meanwhile. Serves I/O queues alone, so that the thread also calls
+    /// [`Controller::process`] after each [`Host::wake`]. `true`: something was done.
+    pub fn poll(&self, index: usize) -> bool {
+        let shared = &self.pool.shared;
+        let Some(worker) = self.pool.workers.get(index) else { return false };
+        let mut worker = lock(worker);
+        let busy = worker.poll(shared);
+        let admin_waits = index == 0
+            && (!worker.admin_ended.is_empty()
+                || worker.has_free_slot() && shared.admin_waits.load(Ordering::Relaxed));
+        drop(worker);
+        if admin_waits {
+            self.process(index);
+        }
+        busy || admin_waits
     }
 
     /// When [`Controller::process`] of worker 0 must be called even if nothing wakes it (the keep alive timer).

@@ -94,6 +94,14 @@ impl Ring {
         if index + 1 == self.entries { 0 } else { index + 1 }
     }
 
+    /// The EventIdx to publish so that a guest whose doorbell is at `index` does not ring; `None` while the one that was `published`
+    /// will do. An entry behind the doorbell is passed last of all, so it must move only when the doorbell has come half way round.
+    pub fn quiet_event_index(&self, index: u32, published: Option<u32>) -> Option<u32> {
+        let is_far = published.is_some_and(|published| self.distance(index, published) >= self.entries / 2);
+        let behind = if index == 0 { self.entries - 1 } else { index - 1 };
+        (!is_far).then_some(behind)
+    }
+
     /// How far `to` is ahead of `from`.
     pub fn distance(&self, from: u32, to: u32) -> u32 {
         if to >= from { to - from } else { to + self.entries - from }
@@ -248,6 +256,10 @@ pub(crate) struct CompletionQueue {
     /// Submission queues that use it.
     pub users: u32,
     pub shadow: Option<Shadow>,
+    /// The EventIdx that was published last.
+    pub published: Option<u32>,
+    /// The host raises an event for the doorbell without calling us.
+    pub doorbell_event: bool,
     /// The worker waits for the guest to take entries.
     pub waiting: bool,
     /// It is in the worker's list of queues to post.
@@ -273,6 +285,8 @@ impl CompletionQueue {
             backlog: VecDeque::new(),
             users: 0,
             shadow: None,
+            published: None,
+            doorbell_event: false,
             waiting: false,
             listed: false,
         })

@@ -49,6 +49,8 @@ pub(crate) struct Shared {
     pub active: AtomicBool,
     /// A migration (or another stop) holds the controller: nothing is fetched.
     pub paused: AtomicBool,
+    /// An admin command waits for a slot of worker 0.
+    pub admin_waits: AtomicBool,
     /// The volatile write cache is on; off means that every write is as with FUA.
     pub write_cache: AtomicBool,
     pub events: Mutex<Events>,
@@ -70,6 +72,7 @@ impl Shared {
             lanes: (0..workers).map(|_| Lane::default()).collect(),
             active: AtomicBool::new(false),
             paused: AtomicBool::new(false),
+            admin_waits: AtomicBool::new(false),
             write_cache: AtomicBool::new(true),
             events: Mutex::new(Events::default()),
             subsystem,

@@ -90,6 +90,8 @@ pub(crate) struct Worker {
     pub ranges: Vec<GuestRange>,
     pub scratch: Vec<u8>,
     completions: Vec<Completion>,
+    /// Something was fetched or reaped in this pass.
+    busy: bool,
     /// Namespaces of whose failures the log has spoken.
     failures_told: Vec<u32>,
 }
@@ -125,22 +127,34 @@ impl Worker {
             ranges: Vec::new(),
             scratch: Vec::new(),
             completions: Vec::with_capacity(depth as usize),
+            busy: false,
             failures_told: Vec::new(),
         }
     }
 
-    /// One pass: reap, fetch and start, submit, reap, post. `true`: there is more to do now, nobody will wake us for it.
+    /// One pass: reap, fetch and start, submit, reap, post. `true`: there is more to do now, nobody will wake us for it. Otherwise the
+    /// guest has been asked to ring, and the worker may sleep.
     pub fn process(&mut self, shared: &Shared) -> bool {
-        match self.try_process(shared) {
-            Ok(more) => more,
-            Err(gone) => {
-                shared.fail("an I/O queue or a shadow doorbell", &gone);
-                false
-            }
-        }
+        let passed = self
+            .pass(shared)
+            .and_then(|more| if !more && shared.may_fetch() { self.arm(shared) } else { Ok(more) });
+        passed.unwrap_or_else(|gone| {
+            shared.fail("an I/O queue or a shadow doorbell", &gone);
+            false
+        })
     }
 
-    fn try_process(&mut self, shared: &Shared) -> Result<bool, MemoryGone> {
+    /// The same for a worker that does not sleep and looks again soon: the guest is kept from ringing. `true`: something was done.
+    pub fn poll(&mut self, shared: &Shared) -> bool {
+        self.busy = false;
+        let passed = self.pass(shared).and_then(|more| self.quieten(shared).map(|()| more));
+        passed.unwrap_or_else(|gone| {
+            shared.fail("an I/O queue or a shadow doorbell", &gone);
+            false
+        }) || self.busy
+    }
+
+    fn pass(&mut self, shared: &Shared) -> Result<bool, MemoryGone> {
         self.reap(shared);
         self.post(shared)?;
         let mut more = false;
@@ -164,9 +178,6 @@ impl Worker {
         if !shared.active.load(Ordering::SeqCst) && before != 0 && self.in_flight() == 0 {
             // A reset or shutdown waits for this.
             shared.host.wake(0);
-        }
-        if !more && shared.may_fetch() {
-            more = self.arm(shared)?;
         }
         Ok(more)
     }
@@ -213,6 +224,7 @@ impl Worker {
             }
             let Some(entry) = queue.fetch(&shared.memory)? else { continue };
             queue.in_flight += 1;
+            self.busy = true;
             let cid = entry.cid;
             match self.start(shared, index as u32, &entry) {
                 Ok(true) => {}
@@ -288,6 +300,7 @@ impl Worker {
         let mut stepped = false;
         let mut completions = std::mem::take(&mut self.completions);
         self.context.completions(&mut completions);
+        self.busy |= !completions.is_empty();
         for completion in completions.drain(..) {
             let index = completion.token as u32;
             let generation = (completion.token >> 32) as u32;
@@ -443,6 +456,21 @@ impl Worker {
         Ok(more)
     }
 
+    /// Between two looks: moves every EventIdx out of the way of the guest's tail.
+    fn quieten(&mut self, shared: &Shared) -> Result<(), MemoryGone> {
+        if !shared.may_fetch() {
+            return Ok(());
+        }
+        for queue in self.sqs.iter_mut().flatten() {
+            let Some(shadow) = queue.shadow else { continue };
+            if let Some(index) = queue.ring.quiet_event_index(queue.tail, queue.published) {
+                shadow.publish(&shared.memory, index)?;
+                queue.published = Some(index);
+            }
+        }
+        Ok(())
+    }
+
     /// After a pause or a restore: every EventIdx is published again before sleep, and what could not be posted is tried again.
     pub fn wake_up(&mut self) {
         for queue in self.sqs.iter_mut().flatten() {
@@ -465,7 +493,7 @@ impl Worker {
             close_sq(shared, self.index, &queue);
         }
         for queue in self.cqs.drain(..).flatten() {
-            shared.doorbells.close_cq(queue.id);
+            close_cq(shared, self.index, &queue);
         }
         self.listed.clear();
         for slot in self.slots.iter_mut().filter(|slot| slot.owner != Owner::Nobody) {
@@ -494,6 +522,14 @@ pub(crate) fn close_sq(shared: &Shared, worker: usize, queue: &SubmissionQueue) 
     }
 }
 
+/// Closes the doorbell of a completion queue that goes away.
+pub(crate) fn close_cq(shared: &Shared, worker: usize, queue: &CompletionQueue) {
+    shared.doorbells.close_cq(queue.id);
+    if queue.doorbell_event {
+        shared.host.set_doorbell_event(nvme_spec::regs::cq_head_doorbell(queue.id), worker, false);
+    }
+}
+
 /// Reads the guest's head of `cq`.
 pub(crate) fn refresh_head(shared: &Shared, cq: &mut CompletionQueue) -> Result<(), MemoryGone> {
     let head = match cq.shadow {
@@ -507,7 +543,8 @@ pub(crate) fn refresh_head(shared: &Shared, cq: &mut CompletionQueue) -> Result<
 }
 
 /// Posts the backlog of `cq` as far as it has room, with one interrupt, and says how many entries that were. If some are
-/// left the guest is asked to tell when it has made room.
+/// left the guest is asked to tell when it has made room, and nothing but an event is needed to tell it; otherwise the guest is kept
+/// from ringing.
 pub(crate) fn post_queue(
     shared: &Shared,
     cq: &mut CompletionQueue,
@@ -527,11 +564,23 @@ pub(crate) fn post_queue(
             cq.waiting = waiting;
             shared.doorbells.set_waiting(cq.id, waiting);
         }
+        if let Some(shadow) = cq.shadow {
+            if waiting != cq.doorbell_event {
+                cq.doorbell_event = waiting;
+                let offset = nvme_spec::regs::cq_head_doorbell(cq.id);
+                shared.host.set_doorbell_event(offset, shared.worker_of(cq.id), waiting);
+            }
+            let index = match waiting {
+                true => Some(cq.head),
+                false => cq.ring.quiet_event_index(cq.head, cq.published),
+            };
+            if let Some(index) = index {
+                shadow.publish(&shared.memory, index)?;
+                cq.published = Some(index);
+            }
+        }
         if !waiting {
             break;
-        }
-        if let Some(shadow) = cq.shadow {
-            shadow.publish(&shared.memory, cq.head)?;
         }
         // Room may have been made before the guest could know that we wait for it.
         refresh_head(shared, cq)?;

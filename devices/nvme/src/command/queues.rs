@@ -9,7 +9,7 @@ use crate::doorbell::{Buffers, MemoryGone};
 use crate::queue::{CompletionQueue, Ended, QueuePlace, SubmissionQueue};
 use crate::regs::{IOCQES, IOSQES};
 use crate::shared::Shared;
-use crate::worker::{Worker, close_sq, refresh_head};
+use crate::worker::{Worker, close_cq, close_sq, refresh_head};
 
 impl Admin {
     /// Create I/O Completion Queue.
@@ -102,8 +102,9 @@ impl Admin {
         if worker.cq_mut(shared, id).is_none_or(|cq| cq.users > 0) {
             return Err(Status::INVALID_QUEUE_DELETION.do_not_retry());
         }
-        shared.doorbells.close_cq(id);
-        worker.cqs[usize::from(id) / pool.workers.len()] = None;
+        if let Some(cq) = worker.cqs[usize::from(id) / pool.workers.len()].take() {
+            close_cq(shared, worker.index, &cq);
+        }
         Ok(Answer::Now(0))
     }
 
@@ -162,6 +163,7 @@ impl Admin {
                     shadow.publish(memory, queue.head)?;
                 }
                 queue.shadow = shadow;
+                queue.published = None;
             }
             shared.host.wake(index);
         }
@@ -182,6 +184,7 @@ impl Admin {
             }
             for queue in worker.cqs.iter_mut().flatten() {
                 queue.shadow = buffers.cq(queue.id);
+                queue.published = None;
             }
         }
     }

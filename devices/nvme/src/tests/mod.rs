@@ -10,6 +10,7 @@ mod init;
 mod io;
 mod messages;
 mod migrate;
+mod polling;
 mod protection;
 mod qemu;
 mod queues;
