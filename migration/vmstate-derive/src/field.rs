@@ -68,6 +68,14 @@ impl Field {
         (self.since.unwrap_or(0).max(oldest), self.until.unwrap_or(u32::MAX).min(version))
     }
 
+    /// The largest value, if it is a number and has one.
+    pub fn max(&self) -> Option<&Expr> {
+        match &self.kind {
+            Kind::Plain { max } | Kind::Count { max, .. } => max.as_ref(),
+            _ => None,
+        }
+    }
+
     /// Its lengths.
     pub fn lengths(&self) -> impl Iterator<Item = &Length> {
         let (length, each) = match &self.kind {

@@ -1,6 +1,7 @@
 //! The attributes of a field, parsed, and checked against each other and against the fields before.
 
 use proc_macro2::Span;
+use syn::ext::IdentExt;
 use syn::spanned::Spanned;
 use syn::{Attribute, Error, Expr, ExprLit, Ident, Lit, LitInt, LitStr, Path, Result, Type};
 
@@ -273,7 +274,7 @@ impl LengthOptions {
 fn count_field(name: &LitStr, collection: &Field, which: Which, earlier: &mut [Field]) -> Result<Ident> {
     let text = name.value();
     let refuse = |why: &str| Err(Error::new(name.span(), format!("`{text}` cannot be a length: {why}")));
-    let Some(at) = earlier.iter().position(|field| field.ident == text) else {
+    let Some(at) = earlier.iter().position(|field| field.ident.unraw() == text) else {
         let message = format!("there is no field `{text}` before `{}`", collection.ident);
         return Err(Error::new(name.span(), message));
     };

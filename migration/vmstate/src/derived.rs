@@ -12,7 +12,7 @@ pub mod list {
 
 pub mod subsection {
     //! Optional parts.
-    pub use crate::subsection::{describe, is_part_of, load, next, save, unknown};
+    pub use crate::subsection::{describe, is_part_of, is_same, load, next, save, unknown};
 }
 
 /// What the structs of a state, one inside the other, may take of the stack. A load has up to a dozen copies of each at hand, and runs on
@@ -78,14 +78,35 @@ pub fn leave(reader: &mut Reader<'_>) {
     reader.leave();
 }
 
+/// What can be above or below something.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` cannot have a `max` or a `min`",
+    label = "bounds are for integers, and a `max` for what has a length"
+)]
+pub trait Bounded: Copy + Into<i128> {}
+
+impl Bounded for u8 {}
+impl Bounded for u16 {}
+impl Bounded for u32 {}
+impl Bounded for u64 {}
+impl Bounded for i8 {}
+impl Bounded for i16 {}
+impl Bounded for i32 {}
+impl Bounded for i64 {}
+
+/// The bound as the schema holds it.
+pub fn bound<T: Bounded>(bound: T) -> i128 {
+    bound.into()
+}
+
 /// Refuses a value above `maximum`.
-pub fn at_most<T: Copy + Into<i128>>(value: T, maximum: T) -> Result<(), Error> {
+pub fn at_most<T: Bounded>(value: T, maximum: T) -> Result<(), Error> {
     let (value, maximum) = (value.into(), maximum.into());
     if value > maximum { Err(Problem::AboveMaximum { value, maximum }.into()) } else { Ok(()) }
 }
 
 /// Refuses a value below `minimum`.
-pub fn at_least<T: Copy + Into<i128>>(value: T, minimum: T) -> Result<(), Error> {
+pub fn at_least<T: Bounded>(value: T, minimum: T) -> Result<(), Error> {
     let (value, minimum) = (value.into(), minimum.into());
     if value < minimum { Err(Problem::BelowMinimum { value, minimum }.into()) } else { Ok(()) }
 }

@@ -94,3 +94,26 @@ pub const fn is_part_of(name: &str, parent: &str) -> bool {
     }
     true
 }
+
+/// For the derive: whether two subsections have one name.
+pub const fn is_same(name: &str, other: &str) -> bool {
+    let (name, other) = (name.as_bytes(), other.as_bytes());
+    let mut at = 0;
+    while at < name.len() && at < other.len() && name[at] == other[at] {
+        at += 1;
+    }
+    at == name.len() && at == other.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_same;
+
+    #[test]
+    fn a_name_is_the_same_only_to_its_end() {
+        assert!(is_same("parent/part", "parent/part"));
+        for other in ["parent/part2", "parent/par", "parent/tart", ""] {
+            assert!(!is_same("parent/part", other) && !is_same(other, "parent/part"), "{other}");
+        }
+    }
+}

@@ -3,6 +3,7 @@
 use proc_macro2::{Literal, TokenStream};
 use quote::{quote, quote_spanned};
 use syn::Path;
+use syn::ext::IdentExt;
 use syn::spanned::Spanned;
 
 use super::local;
@@ -108,10 +109,10 @@ impl Field {
         match self.guard() {
             None => quote!(let #local: #ty = #value;),
             Some(guard) => {
-                let default = self
-                    .default
-                    .as_ref()
-                    .map_or_else(|| quote!(::std::default::Default::default()), |e| quote!(#e));
+                let default = self.default.as_ref().map_or_else(
+                    || quote_spanned!(ty.span()=> ::std::default::Default::default()),
+                    |e| quote!(#e),
+                );
                 quote!(let #local: #ty = if #guard { #value } else { #default };)
             }
         }
@@ -128,13 +129,12 @@ impl Field {
     }
 
     fn checks(&self) -> TokenStream {
-        let max = match &self.kind {
-            Kind::Plain { max } | Kind::Count { max, .. } => max.as_ref(),
-            _ => None,
-        };
-        let max = max.map(|max| in_field(self, &quote!(::vmstate::derived::at_most(value, #max))));
-        let min =
-            self.min.as_ref().map(|min| in_field(self, &quote!(::vmstate::derived::at_least(value, #min))));
+        // A bound of what has none is a mistake of the field's type.
+        let ty = self.ty.span();
+        let max = self.max().map(|max| quote_spanned!(ty=> ::vmstate::derived::at_most(value, #max)));
+        let max = max.map(|bound| in_field(self, &bound));
+        let min = self.min.as_ref().map(|min| quote_spanned!(ty=> ::vmstate::derived::at_least(value, #min)));
+        let min = min.map(|bound| in_field(self, &bound));
         let equal = self.equal.as_ref().map(|equal| {
             let ours = quote_spanned!(equal.span()=> #equal(context));
             in_field(self, &quote!(::vmstate::derived::same(&value, #ours)))
@@ -163,7 +163,7 @@ impl Length {
     fn found(&self, field: &Field) -> TokenStream {
         match self {
             Length::Field { count, max } => {
-                let (local, name) = (local(count), count.to_string());
+                let (local, name) = (local(count), count.unraw().to_string());
                 let bounded = quote!(::vmstate::derived::bounded(#local, (#max) as usize));
                 quote!(#bounded.map_err(|error| error.in_field(#name))?)
             }

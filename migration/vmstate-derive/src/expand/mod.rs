@@ -3,6 +3,7 @@
 use proc_macro2::TokenStream;
 use quote::{ToTokens, format_ident, quote, quote_spanned};
 use syn::Ident;
+use syn::ext::IdentExt;
 use syn::spanned::Spanned;
 
 use crate::attributes::{Description, Header};
@@ -64,6 +65,8 @@ impl Description {
         let versions = fields.iter().map(|field| field.versions_fit(*oldest, *version));
         let maxima =
             fields.iter().flat_map(|field| field.lengths()).map(|length| self.count_can_hold(length));
+        let bounds = fields.iter().map(Field::bounds_agree);
+        let names = self.parts_differ();
         let recursion = depth.map(|(depth, span)| {
             let levels =
                 fields.iter().filter(|field| field.recursive).map(|field| field.constant("STACK_BYTES"));
@@ -76,6 +79,8 @@ impl Description {
         });
         quote_spanned! {ident.span()=>
             #(#versions)*
+            #(#names)*
+            #(#bounds)*
             #(#maxima)*
             ::std::assert!(
                 ::vmstate::derived::stack_suffices(<#ident as ::vmstate::VmState>::STACK_BYTES, 1),
@@ -85,13 +90,49 @@ impl Description {
         }
     }
 
-    /// A maximum that the count cannot reach is a mistake: saving would cut the length.
+    /// A maximum that the count cannot reach is a mistake: saving would cut the length, or write what is refused on load.
     fn count_can_hold(&self, length: &Length) -> Option<TokenStream> {
         let Length::Field { count, max } = length else { return None };
-        let ty = &self.fields.iter().find(|field| field.ident == *count)?.ty;
-        let message = format!("`{count}` cannot hold so large a length");
-        let holds = quote!((#max) as usize as u128 <= #ty::MAX as u128);
-        Some(quote_spanned!(max.span()=> ::std::assert!(#holds, #message);))
+        let field = self.fields.iter().find(|field| field.ident == *count)?;
+        let ty = &field.ty;
+        let largest = quote!((#max) as usize as u128);
+        let must = |holds: TokenStream, otherwise: &str| {
+            let message = format!("`{count}` {otherwise}");
+            quote_spanned!(max.span()=> ::std::assert!(#holds, #message);)
+        };
+        let type_holds = must(quote!(#largest <= #ty::MAX as u128), "cannot hold so large a length");
+        let max_allows = field.max().map(|own| {
+            must(quote!(#largest <= { const MAX: #ty = #own; MAX as u128 }), "has a smaller `max` of its own")
+        });
+        let min_allows = field.min.as_ref().map(|own| {
+            must(quote!(#largest >= { const MIN: #ty = #own; MIN as u128 }), "has a `min` above this")
+        });
+        Some(quote!(#type_holds #max_allows #min_allows))
+    }
+
+    /// The loader knows a subsection by its name alone: of two with one name it would fill the first twice.
+    fn parts_differ(&self) -> Vec<TokenStream> {
+        let (_, parts) = self.parts();
+        let pairs =
+            parts.iter().enumerate().flat_map(|(at, later)| parts[..at].iter().map(move |one| (one, later)));
+        let differ = pairs.map(|(earlier, later)| {
+            let message = format!(
+                "`{}` has the name of `{}`: a stream cannot tell them apart",
+                later.name(),
+                earlier.name()
+            );
+            let (earlier, later) = (earlier.part(), later.part());
+            quote_spanned! {later.span()=>
+                ::std::assert!(
+                    !::vmstate::derived::subsection::is_same(
+                        <#later as ::vmstate::VmState>::NAME,
+                        <#earlier as ::vmstate::VmState>::NAME,
+                    ),
+                    #message
+                );
+            }
+        });
+        differ.collect()
     }
 }
 
@@ -101,8 +142,9 @@ impl Field {
         local(&self.ident)
     }
 
+    /// Its name in descriptions and errors. `r#type` is there for the compiler alone.
     fn name(&self) -> String {
-        self.ident.to_string()
+        self.ident.unraw().to_string()
     }
 
     /// The type of a subsection.
@@ -138,6 +180,16 @@ impl Field {
             Kind::List { .. } => quote!(1),
             Kind::Counted { .. } | Kind::Rows { .. } | Kind::Subsection { .. } => quote!(0),
         }
+    }
+
+    /// No value is above the one and below the other.
+    fn bounds_agree(&self) -> Option<TokenStream> {
+        let (ty, min, max) = (&self.ty, self.min.as_ref()?, self.max()?);
+        Some(quote_spanned! {min.span()=> {
+            const MIN: #ty = #min;
+            const MAX: #ty = #max;
+            ::std::assert!(MIN <= MAX, "`min` is above `max`");
+        }})
     }
 
     /// The version of the struct inside must be clear in every version of ours.
@@ -177,7 +229,7 @@ impl Field {
 
 /// The variable that holds the field `name` while a struct is loaded.
 fn local(name: &Ident) -> Ident {
-    format_ident!("field_{name}")
+    format_ident!("field_{}", name.unraw())
 }
 
 fn option(value: Option<impl ToTokens>) -> TokenStream {

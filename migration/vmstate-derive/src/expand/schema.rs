@@ -1,7 +1,10 @@
 //! The schema: what a description says of every value.
 
 use proc_macro2::TokenStream;
-use quote::quote;
+use quote::{quote, quote_spanned};
+use syn::Expr;
+use syn::ext::IdentExt;
+use syn::spanned::Spanned;
 
 use super::option;
 use crate::attributes::{Description, Header};
@@ -35,7 +38,7 @@ impl Description {
 
 impl Field {
     fn schema(&self) -> TokenStream {
-        let (name, versions, ty) = (self.name(), &self.versions, &self.ty);
+        let (name, versions) = (self.name(), &self.versions);
         let layout = match &self.kind {
             Kind::List { item, .. } => quote!(::vmstate::derived::list::schema::<#item>(&mut field, outer);),
             _ => {
@@ -45,7 +48,8 @@ impl Field {
         };
         let lengths = match &self.kind {
             Kind::Plain { max: Some(max) } | Kind::Count { max: Some(max), .. } => {
-                quote!(field.max = ::std::option::Option::Some({ let max: #ty = #max; max as i128 });)
+                let max = self.bound(max);
+                quote!(field.max = ::std::option::Option::Some(#max);)
             }
             Kind::List { max, .. } => {
                 quote!(field.max = ::std::option::Option::Some((#max) as usize as i128);)
@@ -67,7 +71,7 @@ impl Field {
                 TokenStream::new()
             }
         };
-        let min = option(self.min.as_ref().map(|min| quote!({ let min: #ty = #min; min as i128 })));
+        let min = option(self.min.as_ref().map(|min| self.bound(min)));
         let (since, until, equal) = (option(self.since), option(self.until), self.equal.is_some());
         quote! {{
             let mut field = ::vmstate::FieldSchema {
@@ -84,6 +88,12 @@ impl Field {
             field
         }}
     }
+
+    /// A bound as the schema holds it.
+    fn bound(&self, bound: &Expr) -> TokenStream {
+        let ty = &self.ty;
+        quote_spanned!(ty.span()=> ::vmstate::derived::bound::<#ty>(#bound))
+    }
 }
 
 impl Length {
@@ -92,7 +102,7 @@ impl Length {
         let some_max = |max| quote!(field.max = ::std::option::Option::Some((#max) as usize as i128););
         match self {
             Length::Field { count, max } => {
-                let (count, max) = (count.to_string(), some_max(max));
+                let (count, max) = (count.unraw().to_string(), some_max(max));
                 quote!(field.count = ::std::option::Option::Some(#count); #max)
             }
             Length::Context { max, .. } => {

@@ -1,5 +1,5 @@
 use super::{All, Number, all};
-use crate::{Bitmap, Problem, from_bytes, measure, to_bytes};
+use crate::{Bitmap, Problem, VmState, from_bytes, measure, schema, to_bytes};
 
 #[test]
 fn every_kind_of_field_has_its_bytes() {
@@ -82,5 +82,27 @@ fn length_is_measured_once_the_bytes_decide_it() {
         } else {
             assert!(matches!(measured.unwrap_err().problem, Problem::Truncated { .. }), "of {length} bytes");
         }
+    }
+}
+
+#[test]
+fn a_field_may_have_the_name_of_a_keyword() {
+    #[derive(VmState, Debug, PartialEq)]
+    #[vmstate(name = "keywords")]
+    struct Keywords {
+        #[vmstate(max = 3)]
+        r#type: u8,
+        r#box: u8,
+        #[vmstate(len = "box", max = 3)]
+        r#loop: Vec<u8>,
+    }
+
+    let state = Keywords { r#type: 3, r#box: 1, r#loop: vec![7] };
+    assert_eq!(to_bytes(&state), [3, 1, 7]);
+    assert_eq!(from_bytes::<Keywords>(&[3, 1, 7], 1), Ok(state));
+    let names = schema::<Keywords>().fields.into_iter().map(|field| (field.name, field.count));
+    assert_eq!(names.collect::<Vec<_>>(), [("type", None), ("box", None), ("loop", Some("box"))]);
+    for (bytes, error) in [([4, 0], "type: 4 is above 3"), ([0, 4], "box: 4 is above 3")] {
+        assert_eq!(from_bytes::<Keywords>(&bytes, 1).unwrap_err().to_string(), error);
     }
 }
