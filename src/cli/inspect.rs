@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
+use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::Value;
 use stream::ReadAt;
+use stream::description::{Description, Node};
 
 use crate::inspect::{self, Contents, Diff, Input, Limited, OUTPUT_BYTES_MAX, Section, Tree, Visitor};
 
@@ -105,11 +107,11 @@ impl InspectArguments {
         let Some(path) = &self.file else {
             return self.schema(&inspect::build_schema(), out);
         };
-        let description = self.description.as_deref().map(read_json).transpose()?;
+        let description = self.description.as_deref().map(read_description).transpose()?;
         let input = open(path, description)?;
         let failed = || format!("cannot inspect {}", path.display());
         if self.schema {
-            return self.schema(input.trailer(), out).with_context(failed);
+            return self.description(input.trailer(), out).with_context(failed);
         }
         let contents = match (self.verify, self.format) {
             (true, Format::Tree) => self.walk(&input, &mut Nothing),
@@ -171,6 +173,16 @@ impl InspectArguments {
         Ok(writeln!(out)?)
     }
 
+    /// Prints what describes a file, or the sections of it that are wanted.
+    fn description(&self, trailer: &Description, out: &mut impl Write) -> anyhow::Result<()> {
+        if let Some(name) = &self.section {
+            let mut known = sections(trailer).filter_map(|device| device.text("name"));
+            ensure!(known.any(|name| self.wants(name)), "there is no section {name}");
+        }
+        serde_json::to_writer_pretty(&mut *out, &Wanted { arguments: self, trailer })?;
+        Ok(writeln!(out)?)
+    }
+
     fn check_compat(&self, old: &Path, new: &Path, out: &mut impl Write) -> anyhow::Result<()> {
         let failed = || format!("cannot compare {} and {}", old.display(), new.display());
         let comparison = inspect::compare(&read_json(old)?, &read_json(new)?).with_context(failed)?;
@@ -189,25 +201,68 @@ impl InspectArguments {
     }
 }
 
-/// Sections of the trailer.
-fn known(trailer: &Value) -> Vec<String> {
-    let devices = trailer["devices"].as_array().into_iter().flatten();
-    devices.filter_map(|device| device["name"].as_str()).map(|name| name.escape_debug().to_string()).collect()
+/// A trailer with those of its sections that are wanted.
+struct Wanted<'a> {
+    arguments: &'a InspectArguments,
+    trailer: &'a Description,
 }
 
-fn open(path: &Path, description: Option<Value>) -> anyhow::Result<Input<File>> {
+impl Serialize for Wanted<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if self.arguments.section.is_none() {
+            return self.trailer.serialize(serializer);
+        }
+        let mut map = serializer.serialize_map(None)?;
+        for (key, value) in self.trailer.root().members() {
+            match key {
+                "devices" => map.serialize_entry(key, &Sections(self))?,
+                _ => map.serialize_entry(key, &value)?,
+            }
+        }
+        map.end()
+    }
+}
+
+struct Sections<'a>(&'a Wanted<'a>);
+
+impl Serialize for Sections<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let wants = |device: &Node<'_>| device.text("name").is_some_and(|name| self.0.arguments.wants(name));
+        serializer.collect_seq(sections(self.0.trailer).filter(wants))
+    }
+}
+
+fn sections(trailer: &Description) -> impl Iterator<Item = Node<'_>> {
+    trailer.root().list("devices").into_iter().flatten()
+}
+
+/// Names of the sections in the trailer.
+fn known(trailer: &Description) -> Vec<String> {
+    let names = sections(trailer).filter_map(|device| device.text("name"));
+    names.map(|name| name.escape_debug().to_string()).collect()
+}
+
+fn open(path: &Path, description: Option<Description>) -> anyhow::Result<Input<File>> {
     let failed = || format!("cannot inspect {}", path.display());
     let file = File::open(path).with_context(failed)?;
     Input::new(file, description).with_context(failed)
 }
 
 fn read_json(path: &Path) -> anyhow::Result<Value> {
+    read_with(path, |text| serde_json::from_slice(text))
+}
+
+fn read_description(path: &Path) -> anyhow::Result<Description> {
+    read_with(path, Description::parse)
+}
+
+fn read_with<T>(path: &Path, parse: fn(&[u8]) -> serde_json::Result<T>) -> anyhow::Result<T> {
     let failed = || format!("cannot read {}", path.display());
     let mut text = Vec::new();
     let file = File::open(path).with_context(failed)?;
     file.take(JSON_BYTES_MAX + 1).read_to_end(&mut text).with_context(failed)?;
     ensure!(text.len() as u64 <= JSON_BYTES_MAX, "{} is longer than {JSON_BYTES_MAX} bytes", path.display());
-    serde_json::from_slice(&text).with_context(failed)
+    parse(&text).with_context(failed)
 }
 
 /// A tree of the sections that are wanted.

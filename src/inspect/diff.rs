@@ -6,10 +6,11 @@ use std::hash::{Hash, Hasher};
 use std::io::Write;
 
 use anyhow::{Context, ensure};
-use serde_json::Value as Json;
 use stream::described::{Described, Value};
+use stream::description::Node;
 use stream::{Configuration, ReadAt};
 
+use super::input::devices;
 use super::text::{Name, hex, line};
 use super::{Block, Input, Section, Visitor};
 
@@ -34,7 +35,6 @@ pub struct Diff {
 struct Kept {
     version: u32,
     payload: Vec<u8>,
-    description: Json,
 }
 
 impl Diff {
@@ -54,11 +54,18 @@ impl Diff {
             lines.add(format_args!("machine: {} -> {}", machine(&old), machine(&new)))?;
         }
         ram(&old, &new, &mut lines)?;
+        let (in_old, in_new) = (devices(a.trailer()), devices(b.trailer()));
         for ((name, instance), one) in old.sections.iter().filter(|((name, _), _)| wanted(name)) {
             let title = title(name, *instance);
             match new.sections.get(&(name.clone(), *instance)) {
                 None => lines.add(format_args!("{title}: only in the first file"))?,
-                Some(other) => one.compare(other, &title, &mut lines).with_context(|| title.clone())?,
+                Some(other) => {
+                    let key = (name.as_str(), u64::from(*instance));
+                    let described = in_old.get(&key).zip(in_new.get(&key));
+                    let (ours, theirs) = described.context("a section without a description")?;
+                    let (one, other) = (one.described(*ours), other.described(*theirs));
+                    one.compare(&other, &title, &mut lines).with_context(|| title.clone())?;
+                }
             }
         }
         let only = new.sections.keys().filter(|key| wanted(&key.0) && !old.sections.contains_key(*key));
@@ -107,7 +114,7 @@ impl Visitor for Diff {
             self.bytes <= SECTIONS_BYTES_MAX,
             "the sections have more than {SECTIONS_BYTES_MAX} bytes; that is too much to compare"
         );
-        let kept = Kept { version: section.version, payload, description: section.description.clone() };
+        let kept = Kept { version: section.version, payload };
         self.sections.insert((section.name.to_owned(), section.instance_id), kept);
         Ok(())
     }
@@ -152,11 +159,24 @@ fn ram(old: &Diff, new: &Diff, lines: &mut Lines<'_, impl Write>) -> anyhow::Res
 }
 
 impl Kept {
+    fn described<'a>(&'a self, description: Node<'a>) -> DescribedKept<'a> {
+        DescribedKept { kept: self, description }
+    }
+}
+
+/// A section that was kept, with what describes it.
+struct DescribedKept<'a> {
+    kept: &'a Kept,
+    description: Node<'a>,
+}
+
+impl DescribedKept<'_> {
     fn compare(&self, other: &Self, title: &str, lines: &mut Lines<'_, impl Write>) -> anyhow::Result<()> {
-        if self.version != other.version {
-            lines.add(format_args!("{title}: version {} -> {}", self.version, other.version))?;
+        let (ours, theirs) = (self.kept, other.kept);
+        if ours.version != theirs.version {
+            lines.add(format_args!("{title}: version {} -> {}", ours.version, theirs.version))?;
         }
-        if self.payload == other.payload && self.description == other.description {
+        if ours.payload == theirs.payload && self.description == other.description {
             return Ok(());
         }
         let (old, new) = (self.leaves()?, other.leaves()?);
@@ -176,7 +196,7 @@ impl Kept {
 
     fn leaves(&self) -> anyhow::Result<Vec<(String, Leaf<'_>)>> {
         let mut leaves = Leaves::default();
-        state("", &Described::new(&self.description, &self.payload, 0)?, &mut leaves)?;
+        state("", &Described::new(self.description, &self.kept.payload, 0)?, &mut leaves)?;
         Ok(leaves.found)
     }
 }
@@ -261,6 +281,12 @@ fn value<'a>(path: &str, it: &Value<'a>, leaves: &mut Leaves<'a>) -> anyhow::Res
         Value::Array(array) => {
             for index in 0..array.count() {
                 value(&format!("{path}[{index}]"), &array.get(index)?, leaves)?;
+            }
+        }
+        Value::List(list) => {
+            leaves.add(path, format!("{} elements", list.count()), None)?;
+            for index in 0..list.count() {
+                value(&format!("{path}[{index}]"), &list.get(index)?, leaves)?;
             }
         }
         Value::Elements(elements) => {

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::io;
 
 use anyhow::{Context, bail, ensure};
-use serde_json::{Value as Json, json};
 use stream::described::Described;
+use stream::description::Node;
 use stream::{
-    CHUNK_BYTES, Configuration, Decoder, DeviceSection, Event, Expected, MappedReader, PAGE_BYTES, RamBlock,
-    ReadAt,
+    CHUNK_BYTES, Configuration, Decoder, Description, DeviceSection, Event, Expected, MappedReader,
+    PAGE_BYTES, RamBlock, ReadAt,
 };
 use vmstate::{Reader, Value};
 
@@ -43,7 +43,7 @@ pub struct Input<R> {
     bytes: R,
     length_bytes: u64,
     layout: Layout,
-    trailer: Json,
+    trailer: Description,
 }
 
 /// A section, its bytes still to be read by their description.
@@ -58,7 +58,7 @@ pub struct Section<'a> {
     /// What it holds.
     pub state: Described<'a>,
     /// How it is described.
-    pub description: &'a Json,
+    pub description: Node<'a>,
 }
 
 /// A block of RAM, counted.
@@ -122,13 +122,13 @@ impl<R: ReadAt> Input<R> {
     ///
     /// # Errors
     /// It is nothing that is read here, or nothing describes it.
-    pub fn new(bytes: R, description: Option<Json>) -> anyhow::Result<Self> {
+    pub fn new(bytes: R, description: Option<Description>) -> anyhow::Result<Self> {
         let length_bytes = bytes.length_bytes().context("cannot find its end")?;
         let start = read(&bytes, 0, MAGIC.len() as u64).context("cannot read its start")?;
         let is_stream = start == MAGIC;
         let (layout, trailer) = match description {
-            Some(description) if is_stream => (Layout::Stream, whole(description)),
-            Some(description) => (Layout::Section, whole(description)),
+            Some(description) if is_stream => (Layout::Stream, description.into_trailer()),
+            Some(description) => (Layout::Section, description.into_trailer()),
             None if is_stream => (Layout::File, find_trailer(&bytes, length_bytes)?),
             None if start.starts_with(GZIP) => bail!("it is compressed: let gunzip write it out first"),
             None if start.first().is_some_and(|mark| SECTION_MARKS.contains(mark)) => {
@@ -140,7 +140,7 @@ impl<R: ReadAt> Input<R> {
     }
 
     /// What describes the file.
-    pub fn trailer(&self) -> &Json {
+    pub fn trailer(&self) -> &Description {
         &self.trailer
     }
 
@@ -285,14 +285,6 @@ fn section_head(bytes: &[u8]) -> Option<Head<'_>> {
     Some(Head { id, name, instance_id, version, length_bytes: bytes.len() - reader.left() })
 }
 
-/// A description as a trailer of its own.
-fn whole(description: Json) -> Json {
-    match description.get("devices") {
-        Some(_) => description,
-        None => json!({ "devices": [description] }),
-    }
-}
-
 /// Up to `length_bytes` from `offset` on; fewer only at the end.
 fn read(bytes: &impl ReadAt, offset: u64, length_bytes: u64) -> io::Result<Vec<u8>> {
     let there = bytes.length_bytes()?.saturating_sub(offset).min(length_bytes);
@@ -310,7 +302,7 @@ fn read(bytes: &impl ReadAt, offset: u64, length_bytes: u64) -> io::Result<Vec<u
     Ok(piece)
 }
 
-fn find_trailer(bytes: &impl ReadAt, length_bytes: u64) -> anyhow::Result<Json> {
+fn find_trailer(bytes: &impl ReadAt, length_bytes: u64) -> anyhow::Result<Description> {
     let tail =
         read(bytes, length_bytes.saturating_sub(TAIL_BYTES), TAIL_BYTES).context("cannot read its end")?;
     stream::find_trailer(&tail)?.with_context(|| {
@@ -322,10 +314,10 @@ fn find_trailer(bytes: &impl ReadAt, length_bytes: u64) -> anyhow::Result<Json> 
 }
 
 /// The descriptions by name and instance.
-fn devices(trailer: &Json) -> BTreeMap<(&str, u64), &Json> {
-    let devices = trailer["devices"].as_array().into_iter().flatten();
+pub(super) fn devices(trailer: &Description) -> BTreeMap<(&str, u64), Node<'_>> {
+    let devices = trailer.root().list("devices").into_iter().flatten();
     devices
-        .filter_map(|device| Some(((device["name"].as_str()?, device["instance_id"].as_u64()?), device)))
+        .filter_map(|device| Some(((device.text("name")?, device.number("instance_id")?), device)))
         .collect()
 }
 
@@ -333,7 +325,7 @@ fn devices(trailer: &Json) -> BTreeMap<(&str, u64), &Json> {
 struct Walk<'a> {
     contents: &'a mut Contents,
     visitor: &'a mut dyn Visitor,
-    devices: BTreeMap<(&'a str, u64), &'a Json>,
+    devices: BTreeMap<(&'a str, u64), Node<'a>>,
     /// The visitor knows of RAM.
     told: bool,
 }

@@ -110,7 +110,9 @@ impl Check {
         ensure!(self.values <= VALUES_MAX, "there are more than {VALUES_MAX} values");
         match value {
             Value::Struct(inner) => self.state(inner),
-            Value::Array(array) => (0..array.count()).try_for_each(|index| self.value(&array.get(index)?)),
+            Value::Array(array) | Value::List(array) => {
+                (0..array.count()).try_for_each(|index| self.value(&array.get(index)?))
+            }
             Value::Elements(elements) => elements.iter().try_for_each(|element| self.value(element)),
             Value::Slots(slots) => slots.iter().flatten().try_for_each(|element| self.value(element)),
             Value::Bool(_) | Value::Unsigned(_) | Value::Signed(_) | Value::Bytes(_) | Value::Bitmap(_) => {
@@ -188,7 +190,7 @@ impl Serialize for Plain<'_> {
                 map.end()
             }
             Value::Struct(inner) => State(inner).serialize(serializer),
-            Value::Array(array) => {
+            Value::Array(array) | Value::List(array) => {
                 let mut list = serializer.serialize_seq(Some(array.count()))?;
                 for index in 0..array.count() {
                     list.serialize_element(&Plain(&array.get(index).map_err(S::Error::custom)?))?;

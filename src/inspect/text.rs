@@ -55,7 +55,7 @@ pub fn line(value: &Value<'_>) -> anyhow::Result<Option<String>> {
         Value::Bytes(bytes) => buffer(bytes),
         Value::Bitmap(words) => bitmap(words),
         Value::Array(array) => return run(array),
-        Value::Struct(_) | Value::Elements(_) | Value::Slots(_) => return Ok(None),
+        Value::Struct(_) | Value::List(_) | Value::Elements(_) | Value::Slots(_) => return Ok(None),
     }))
 }
 

@@ -71,6 +71,15 @@ impl<W: Write> Tree<W> {
                 }
                 Ok(())
             }
+            Value::List(list) => {
+                let count = list.count();
+                self.line(name, &format!("{count} element{}", plural(count)), depth, width)?;
+                for index in 0..count {
+                    let name = format!("[{index}]");
+                    self.value(&name, &list.get(index)?, depth + 1, 0).with_context(|| name.clone())?;
+                }
+                Ok(())
+            }
             Value::Slots(slots) => self.slots(name, slots, depth, width),
             _ => Ok(()), // it was a line
         }

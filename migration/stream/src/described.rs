@@ -6,8 +6,7 @@
 //! must add up to the bytes there are, slots and lists must be laid out as their entries say, subsections must have the names that
 //! the description gives. What does not fit is an error with the offset of the byte where it is seen.
 
-use serde_json::Value as Json;
-
+use crate::description::{Node, Nodes};
 use crate::{Error, trailer};
 
 /// Levels of structs that are followed.
@@ -23,7 +22,7 @@ const QUEUE_TYPE: &str = "qtailq";
 /// A struct with its bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Described<'a> {
-    description: &'a Json,
+    description: Node<'a>,
     bytes: &'a [u8],
     offset: u64,
     depth: u32,
@@ -59,6 +58,8 @@ pub enum Value<'a> {
     Struct(Described<'a>),
     /// Elements that are laid out alike, back to back.
     Array(Array<'a>),
+    /// The elements of one of QEMU's lists: laid out alike, behind a mark each.
+    List(Array<'a>),
     /// Elements with layouts of their own: a list, or an array of structs that have subsections.
     Elements(Vec<Value<'a>>),
     /// A sparse array, slot by slot.
@@ -68,16 +69,17 @@ pub enum Value<'a> {
 /// Elements that are laid out alike.
 #[derive(Debug, Clone, Copy)]
 pub struct Array<'a> {
-    entry: &'a Json,
+    entry: Node<'a>,
     bytes: &'a [u8],
     element_bytes: usize,
     offset: u64,
     depth: u32,
+    /// Each starts with a byte of its own.
+    is_marked: bool,
 }
 
-/// Elements of a list that take fewer bytes, marks included, are shown as bytes: each takes the memory of a [`Value`].
+/// Elements of a list that take fewer bytes, marks included, are shown as bytes: there would be more to read than they say.
 const QUEUE_ELEMENT_BYTES_MIN: usize = 4;
-const _: () = assert!(size_of::<Value<'_>>() <= 16 * QUEUE_ELEMENT_BYTES_MIN);
 
 impl<'a> Described<'a> {
     /// A state whose first byte is at `offset` of whatever the errors shall speak of.
@@ -85,11 +87,11 @@ impl<'a> Described<'a> {
     /// # Errors
     ///
     /// If the description is none, or does not have as many bytes as there are.
-    pub fn new(description: &'a Json, bytes: &'a [u8], offset: u64) -> Result<Self, Error> {
+    pub fn new(description: Node<'a>, bytes: &'a [u8], offset: u64) -> Result<Self, Error> {
         Self::at_depth(description, bytes, offset, 1)
     }
 
-    fn at_depth(description: &'a Json, bytes: &'a [u8], offset: u64, depth: u32) -> Result<Self, Error> {
+    fn at_depth(description: Node<'a>, bytes: &'a [u8], offset: u64, depth: u32) -> Result<Self, Error> {
         let this = Described { description, bytes, offset, depth };
         if depth > DEPTH_MAX {
             return Err(unfit(offset, format!("there are more than {DEPTH_MAX} structs in each other")));
@@ -107,12 +109,12 @@ impl<'a> Described<'a> {
 
     /// The description's name; empty if it has none.
     pub fn name(&self) -> &'a str {
-        self.description["vmsd_name"].as_str().filter(|name| name.len() <= NAME_BYTES_MAX).unwrap_or_default()
+        self.description.text("vmsd_name").filter(|name| name.len() <= NAME_BYTES_MAX).unwrap_or_default()
     }
 
     /// The description's version, if it says one.
     pub fn version(&self) -> Option<u64> {
-        self.description["version"].as_u64()
+        self.description.number("version")
     }
 
     /// The bytes of it all.
@@ -145,9 +147,9 @@ impl<'a> Described<'a> {
             cursor.take(entry_bytes(entry, &cursor)?, "a field")?;
         }
         let mut parts = Vec::new();
-        for part in self.description["subsections"].as_array().into_iter().flatten() {
+        for part in self.description.list("subsections").into_iter().flatten() {
             let name = text(part, "vmsd_name", &cursor)?;
-            let version = part["version"].as_u64().and_then(|version| u32::try_from(version).ok());
+            let version = part.number("version").and_then(|version| u32::try_from(version).ok());
             let version =
                 version.ok_or_else(|| cursor.unfit(format!("subsection {name:?} has no version")))?;
             let mut header = vec![0x05, name.len() as u8]; // names are bounded
@@ -164,9 +166,10 @@ impl<'a> Described<'a> {
         Ok(parts)
     }
 
-    fn entries(&self) -> Result<&'a [Json], Error> {
-        let entries = self.description["fields"].as_array().map(Vec::as_slice);
-        entries.ok_or_else(|| unfit(self.offset, format!("{:?} has no fields", self.name())))
+    fn entries(&self) -> Result<Nodes<'a>, Error> {
+        self.description
+            .list("fields")
+            .ok_or_else(|| unfit(self.offset, format!("{:?} has no fields", self.name())))
     }
 
     fn cursor(&self) -> Cursor<'a> {
@@ -180,7 +183,7 @@ impl<'a> Array<'a> {
         self.bytes.len() / self.element_bytes.max(1)
     }
 
-    /// The bytes of element `index`; empty if there is none.
+    /// The bytes of element `index`, its mark included; empty if there is none.
     pub fn element_bytes(&self, index: usize) -> &'a [u8] {
         let start = index.saturating_mul(self.element_bytes);
         self.bytes.get(start..start.saturating_add(self.element_bytes)).unwrap_or_default()
@@ -195,6 +198,11 @@ impl<'a> Array<'a> {
         let start = index.saturating_mul(self.element_bytes);
         let offset = self.offset.saturating_add(start as u64);
         match self.element_bytes(index) {
+            [_mark, bytes @ ..] if self.is_marked => {
+                let (description, depth) = (self.entry, self.depth + 1);
+                // Its length is right: the description was measured once for all of them.
+                Ok(Value::Struct(Described { description, bytes, offset: offset.saturating_add(1), depth }))
+            }
             [] => Err(unfit(offset, format!("there is no element {index} of {}", self.count()))),
             bytes => decode(self.entry, bytes, offset, self.depth),
         }
@@ -232,32 +240,32 @@ impl<'a> Cursor<'a> {
     }
 
     /// What the entries of a struct, or of a part of it, say.
-    fn fields(&mut self, entries: &'a [Json]) -> Result<Vec<Field<'a>>, Error> {
-        let (mut rest, mut fields) = (entries, Vec::with_capacity(entries.len()));
-        while let Some(entry) = rest.first() {
+    fn fields(&mut self, mut entries: Nodes<'a>) -> Result<Vec<Field<'a>>, Error> {
+        let mut fields = Vec::with_capacity(entries.len());
+        while let Some(entry) = entries.first() {
             let (name, kind) = (text(entry, "name", self)?, text(entry, "type", self)?);
             let offset = self.offset;
-            let (value, taken) = if kind == SLOT_TYPE {
-                self.slots(rest, name)?
+            let value = if kind == SLOT_TYPE {
+                self.slots(&mut entries, name)?
             } else if kind == LIST_TYPE {
-                self.list(rest, name)?
-            } else if entry["index"] == 0 {
-                self.indexed(rest, name)?
+                self.list(&mut entries, name)?
+            } else if entry.number("index") == Some(0) {
+                self.indexed(&mut entries, name)?
             } else {
-                (self.value(entry, name)?, 1)
+                entries.next();
+                self.value(entry, name)?
             };
             fields.push(Field { name, kind, offset, value });
-            rest = rest.get(taken.max(1)..).unwrap_or_default();
         }
         Ok(fields)
     }
 
     /// The value of one entry.
-    fn value(&mut self, entry: &'a Json, name: &str) -> Result<Value<'a>, Error> {
+    fn value(&mut self, entry: Node<'a>, name: &str) -> Result<Value<'a>, Error> {
         let offset = self.offset;
         let total = entry_bytes(entry, self)?;
         let bytes = self.take(total, name)?;
-        match entry["array_len"].as_u64() {
+        match entry.number("array_len") {
             None | Some(1) => decode(entry, bytes, offset, self.depth),
             Some(0) => Ok(Value::Elements(Vec::new())),
             Some(count) => {
@@ -266,26 +274,33 @@ impl<'a> Cursor<'a> {
                     return Err(unfit(offset, format!("{name} has {count} elements without a byte")));
                 }
                 let element_bytes = element_bytes as usize; // no more than `bytes` has
-                Ok(Value::Array(Array { entry, bytes, element_bytes, offset, depth: self.depth }))
+                Ok(Value::Array(Array {
+                    entry,
+                    bytes,
+                    element_bytes,
+                    offset,
+                    depth: self.depth,
+                    is_marked: false,
+                }))
             }
         }
     }
 
-    /// A sparse array: a marker per slot, and what is in the slot. Returns how many entries that are.
-    fn slots(&mut self, entries: &'a [Json], name: &str) -> Result<(Value<'a>, usize), Error> {
-        let (mut slots, mut taken) = (Vec::new(), 0);
-        while let Some(entry) = entries.get(taken).filter(|entry| is(entry, name, Some(SLOT_TYPE))) {
+    /// A sparse array: a marker per slot, and what is in the slot. Takes the entries of all of it.
+    fn slots(&mut self, entries: &mut Nodes<'a>, name: &str) -> Result<Value<'a>, Error> {
+        let mut slots = Vec::new();
+        while let Some(entry) = entries.first().filter(|entry| is(*entry, name, Some(SLOT_TYPE))) {
             let present = match self.marker(entry, name)? {
                 b'0' => false,
                 b'1' => true,
                 marker => return Err(self.before(format!("{name}[{}] is marked {marker:#04x}", slots.len()))),
             };
-            taken += 1;
-            let element = entries.get(taken).filter(|entry| is(entry, name, None));
+            entries.next();
+            let element = entries.first().filter(|entry| is(*entry, name, None));
             match (present, element) {
                 (true, Some(element)) => {
                     slots.push(Some(self.value(element, name)?));
-                    taken += 1;
+                    entries.next();
                 }
                 (false, None) => slots.push(None),
                 (true, None) => {
@@ -302,26 +317,23 @@ impl<'a> Cursor<'a> {
                 }
             }
         }
-        Ok((Value::Slots(slots), taken))
+        Ok(Value::Slots(slots))
     }
 
     /// A list of ours: a marker and the entries of an element each, and a marker at the end.
-    fn list(&mut self, entries: &'a [Json], name: &str) -> Result<(Value<'a>, usize), Error> {
-        let (mut elements, mut taken) = (Vec::new(), 0);
-        while let Some(entry) = entries.get(taken).filter(|entry| is(entry, name, Some(LIST_TYPE))) {
+    fn list(&mut self, entries: &mut Nodes<'a>, name: &str) -> Result<Value<'a>, Error> {
+        let mut elements = Vec::new();
+        while let Some(entry) = entries.first().filter(|entry| is(*entry, name, Some(LIST_TYPE))) {
             let marker = self.marker(entry, name)?;
-            taken += 1;
-            let rest = entries.get(taken..).unwrap_or_default();
-            // Looked for only where there is an element, so that no entry is looked at twice.
-            let end = || rest.iter().position(|entry| is(entry, name, Some(LIST_TYPE)));
-            match (marker, rest.first()) {
-                (0x00, next) if next.is_none_or(|next| next["name"] != name) => {
-                    return Ok((Value::Elements(elements), taken));
+            entries.next();
+            match (marker, entries.first()) {
+                (0x00, next) if next.is_none_or(|next| next.text("name") != Some(name)) => {
+                    return Ok(Value::Elements(elements));
                 }
                 (0x01, Some(_)) => {
-                    let element = end().and_then(|end| rest.get(..end));
+                    // Looked for only where there is an element, so that no entry is looked at twice.
+                    let element = entries.take_before(|entry| is(entry, name, Some(LIST_TYPE)));
                     let element = element.ok_or_else(|| self.unfit(format!("the list {name} has no end")))?;
-                    taken += element.len();
                     elements.push(self.element(element)?);
                 }
                 _ => {
@@ -335,7 +347,7 @@ impl<'a> Cursor<'a> {
     }
 
     /// An element of a list: mostly one entry, but an array has as many as its elements differ.
-    fn element(&mut self, entries: &'a [Json]) -> Result<Value<'a>, Error> {
+    fn element(&mut self, entries: Nodes<'a>) -> Result<Value<'a>, Error> {
         let mut parts = self.fields(entries)?;
         match (parts.pop(), parts.is_empty()) {
             (Some(only), true) => Ok(only.value),
@@ -344,20 +356,18 @@ impl<'a> Cursor<'a> {
     }
 
     /// Elements that have an entry each.
-    fn indexed(&mut self, entries: &'a [Json], name: &str) -> Result<(Value<'a>, usize), Error> {
+    fn indexed(&mut self, entries: &mut Nodes<'a>, name: &str) -> Result<Value<'a>, Error> {
         let mut elements = Vec::new();
-        let next = |index: usize| {
-            let entry = entries.get(index)?;
-            (is(entry, name, None) && entry["index"].as_u64() == Some(index as u64)).then_some(entry)
-        };
-        while let Some(entry) = next(elements.len()) {
+        let is_next =
+            |entry: &Node<'a>, index| is(*entry, name, None) && entry.number("index") == Some(index as u64);
+        while let Some(entry) = entries.first().filter(|entry| is_next(entry, elements.len())) {
             elements.push(self.value(entry, name)?);
+            entries.next();
         }
-        let taken = elements.len();
-        Ok((Value::Elements(elements), taken))
+        Ok(Value::Elements(elements))
     }
 
-    fn marker(&mut self, entry: &Json, name: &str) -> Result<u8, Error> {
+    fn marker(&mut self, entry: Node<'_>, name: &str) -> Result<u8, Error> {
         match (entry_bytes(entry, self)?, self.take(1, name)?) {
             (1, [marker]) => Ok(*marker),
             (size, _) => Err(self.before(format!("a marker of {name} has {size} bytes"))),
@@ -371,21 +381,21 @@ impl<'a> Cursor<'a> {
 }
 
 /// Whether an entry is one of `name`: a marker of this type, or something that is no marker.
-fn is(entry: &Json, name: &str, marker: Option<&str>) -> bool {
-    let kind = entry["type"].as_str().unwrap_or_default();
+fn is(entry: Node<'_>, name: &str, marker: Option<&str>) -> bool {
+    let kind = entry.text("type").unwrap_or_default();
     let kind = Some(kind).filter(|kind| [SLOT_TYPE, LIST_TYPE].contains(kind));
-    entry["name"] == name && kind == marker
+    entry.text("name") == Some(name) && kind == marker
 }
 
 /// The bytes of an entry with all its elements.
-fn entry_bytes(entry: &Json, at: &Cursor<'_>) -> Result<u64, Error> {
-    let size = entry["size"].as_u64().ok_or_else(|| at.unfit("a field has no size".into()))?;
-    let count = entry["array_len"].as_u64().unwrap_or(1);
+fn entry_bytes(entry: Node<'_>, at: &Cursor<'_>) -> Result<u64, Error> {
+    let size = entry.number("size").ok_or_else(|| at.unfit("a field has no size".into()))?;
+    let count = entry.number("array_len").unwrap_or(1);
     size.checked_mul(count).ok_or_else(|| at.unfit(format!("{count} elements of {size} bytes")))
 }
 
-fn text<'a>(entry: &'a Json, key: &str, at: &Cursor<'_>) -> Result<&'a str, Error> {
-    match entry[key].as_str() {
+fn text<'a>(entry: Node<'a>, key: &str, at: &Cursor<'_>) -> Result<&'a str, Error> {
+    match entry.text(key) {
         Some(text) if text.len() <= NAME_BYTES_MAX => Ok(text),
         Some(text) => Err(at.unfit(format!("a {key} has {} bytes", text.len()))),
         None => Err(at.unfit(format!("an entry has no {key}"))),
@@ -393,11 +403,11 @@ fn text<'a>(entry: &'a Json, key: &str, at: &Cursor<'_>) -> Result<&'a str, Erro
 }
 
 /// One element of an entry.
-fn decode<'a>(entry: &'a Json, bytes: &'a [u8], offset: u64, depth: u32) -> Result<Value<'a>, Error> {
+fn decode<'a>(entry: Node<'a>, bytes: &'a [u8], offset: u64, depth: u32) -> Result<Value<'a>, Error> {
     if let Some(inner) = entry.get("struct") {
         return Ok(Value::Struct(Described::at_depth(inner, bytes, offset, depth + 1)?));
     }
-    let kind = entry["type"].as_str().unwrap_or_default();
+    let kind = entry.text("type").unwrap_or_default();
     if entry.get("fields").is_some() {
         // Containers that only QEMU has; the entry is a description too, of the last of their elements.
         let inner = match kind {
@@ -433,21 +443,21 @@ fn decode<'a>(entry: &'a Json, bytes: &'a [u8], offset: u64, depth: u32) -> Resu
 }
 
 /// The elements of one of QEMU's lists, if all are laid out like the last: a mark and an element each, and a mark at the end.
-fn queue<'a>(entry: &'a Json, bytes: &'a [u8], offset: u64, depth: u32) -> Option<Value<'a>> {
+fn queue<'a>(entry: Node<'a>, bytes: &'a [u8], offset: u64, depth: u32) -> Option<Value<'a>> {
     let (0x00, pieces) = bytes.split_last()? else { return None };
     let length = usize::try_from(trailer::state_bytes(entry).ok()?).ok()?.checked_add(1)?;
     if length < QUEUE_ELEMENT_BYTES_MIN || depth >= DEPTH_MAX || !pieces.len().is_multiple_of(length) {
         return None;
     }
-    let pieces = pieces.chunks(length).zip((offset + 1..).step_by(length));
-    let element = |(piece, offset): (&'a [u8], u64)| match piece.split_first()? {
-        // Its length is right: the description was measured once for all of them.
-        (0x01, bytes) => {
-            Some(Value::Struct(Described { description: entry, bytes, offset, depth: depth + 1 }))
-        }
-        _ => None,
-    };
-    pieces.map(element).collect::<Option<Vec<_>>>().map(Value::Elements)
+    let is_marked = pieces.chunks(length).all(|piece| piece.first() == Some(&0x01));
+    is_marked.then_some(Value::List(Array {
+        entry,
+        bytes: pieces,
+        element_bytes: length,
+        offset,
+        depth,
+        is_marked,
+    }))
 }
 
 fn unfit(offset: u64, why: String) -> Error {

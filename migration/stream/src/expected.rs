@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value as Json;
 use vmstate::{Problem, VmState};
 
+use crate::description::Description;
 use crate::error::Stop;
 use crate::section::label;
 use crate::wire::SECTION_BYTES_MAX;
@@ -53,14 +53,14 @@ impl Expected {
     /// # Errors
     ///
     /// If the trailer is not a list of described devices.
-    pub fn from_trailer(trailer: &Json, ram_limit_bytes: u64) -> Result<Self, Error> {
+    pub fn from_trailer(trailer: &Description, ram_limit_bytes: u64) -> Result<Self, Error> {
         let shape = |what: &str| Error::TrailerShape(what.into());
-        let devices = trailer["devices"].as_array().ok_or_else(|| shape("no devices"))?;
+        let devices = trailer.root().list("devices").ok_or_else(|| shape("no devices"))?;
         let ram = Ram::AtMost { bytes: ram_limit_bytes };
         let mut expected = Expected { sections: BTreeMap::new(), ram, needs_integrity: false };
         for device in devices {
-            let name = device["name"].as_str().ok_or_else(|| shape("a nameless device"))?;
-            let instance_id = device["instance_id"].as_u64().and_then(|id| u32::try_from(id).ok());
+            let name = device.text("name").ok_or_else(|| shape("a nameless device"))?;
+            let instance_id = device.number("instance_id").and_then(|id| u32::try_from(id).ok());
             let instance_id = instance_id.ok_or_else(|| shape("a device without instance"))?;
             let layout = Layout::Described { bytes: trailer::state_bytes(device)? };
             if name != crate::digest::NAME {

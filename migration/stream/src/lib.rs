@@ -96,8 +96,6 @@
 //! - Commands and the return path are a codec: nobody here answers a ping or runs a postcopy.
 //! - A page of a mapped file is written once. A writer that follows a running guest would have to take the digest of the old page out
 //!   of its chunk's.
-//! - [`find_trailer`] and [`Expected::from_trailer`] are for tools: they build a tree of the JSON, which takes more memory than the
-//!   reader may, many times the trailer's at most 10 MiB. [`Event::Trailer`] is text and takes none.
 //! - A section without a length is measured again when more of it has come. Bytes fed one by one make that slow for a large section,
 //!   not endless.
 
@@ -108,6 +106,7 @@ mod command;
 mod configuration;
 mod decoder;
 pub mod described;
+pub mod description;
 mod digest;
 mod error;
 mod expected;
@@ -132,6 +131,7 @@ mod tests;
 pub use command::{Command, PackagePart, PageSizes};
 pub use configuration::Configuration;
 pub use decoder::{Decoder, Event};
+pub use description::Description;
 pub use digest::CHUNK_BYTES;
 pub use error::Error;
 pub use expected::Expected;

@@ -2,6 +2,7 @@
 
 use serde_json::{Value as Json, json};
 
+use crate::description::{Description, Node};
 use crate::section::DeviceSection;
 use crate::wire::{TRAILER_BYTES_MAX, mark};
 use crate::{Error, PAGE_BYTES};
@@ -43,7 +44,7 @@ pub(crate) fn save(text: &[u8]) -> Vec<u8> {
 /// # Errors
 ///
 /// If what stands in its place is not JSON.
-pub fn find(file: &[u8]) -> Result<Option<Json>, Error> {
+pub fn find(file: &[u8]) -> Result<Option<Description>, Error> {
     // The length before the JSON is below 2^24, so the last NUL of the file is one of its bytes.
     let Some(nul) = file.iter().rposition(|byte| *byte == 0) else { return Ok(None) };
     for start in nul + 1..=nul + 4 {
@@ -53,35 +54,36 @@ pub fn find(file: &[u8]) -> Result<Option<Json>, Error> {
         };
         let text = file.get(start..).unwrap_or_default();
         if u32::from_be_bytes(length) as usize == text.len() {
-            return parse(text).map(Some);
+            return Description::parse(text).map(Some).map_err(Error::Trailer);
         }
     }
     Ok(None)
 }
 
-fn parse(text: &[u8]) -> Result<Json, Error> {
-    serde_json::from_slice(text).map_err(Error::Trailer)
-}
-
 /// The bytes of a device's state, by its description.
-pub(crate) fn state_bytes(description: &Json) -> Result<u64, Error> {
-    let shape = |what: &str| Error::TrailerShape(format!("{what} of {}", description["vmsd_name"]));
-    let fields = description["fields"].as_array().ok_or_else(|| shape("no fields"))?;
+pub(crate) fn state_bytes(description: Node<'_>) -> Result<u64, Error> {
+    let shape = |what: &str| Error::TrailerShape(format!("{what} of {}", name(description)));
+    let fields = description.list("fields").ok_or_else(|| shape("no fields"))?;
     let mut bytes = 0_u64;
     for field in fields {
-        let size = field["size"].as_u64().ok_or_else(|| shape("a field without size"))?;
-        let count = field["array_len"].as_u64().unwrap_or(1);
+        let size = field.number("size").ok_or_else(|| shape("a field without size"))?;
+        let count = field.number("array_len").unwrap_or(1);
         bytes = size
             .checked_mul(count)
             .and_then(|run| bytes.checked_add(run))
             .ok_or_else(|| shape("too large a field"))?;
     }
-    for part in description["subsections"].as_array().into_iter().flatten() {
-        let name = part["vmsd_name"].as_str().ok_or_else(|| shape("a nameless subsection"))?;
+    for part in description.list("subsections").into_iter().flatten() {
+        let name = part.text("vmsd_name").ok_or_else(|| shape("a nameless subsection"))?;
         let header = 1 + 1 + name.len() as u64 + 4;
         let part = state_bytes(part)?.checked_add(header);
         bytes =
             part.and_then(|part| bytes.checked_add(part)).ok_or_else(|| shape("too large a subsection"))?;
     }
     Ok(bytes)
+}
+
+/// A description's name for errors, as JSON has it.
+fn name(description: Node<'_>) -> String {
+    description.text("vmsd_name").map_or_else(|| "null".into(), |name| json!(name).to_string())
 }

@@ -11,8 +11,8 @@ use std::io::Cursor;
 use stream::frame::{self, Kind};
 use stream::return_path::ReturnPath;
 use stream::{
-    Configuration, Decoder, DeviceSection, Event, Expected, MappedReader, RamBlock, StreamReader,
-    StreamWriter, find_trailer,
+    Configuration, Decoder, Description, DeviceSection, Event, Expected, MappedReader, RamBlock,
+    StreamReader, StreamWriter, find_trailer,
 };
 use vmstate::{Bitmap, Slots, VmState};
 
@@ -66,6 +66,8 @@ unsafe impl GlobalAlloc for Counting {
 static ALLOCATOR: Counting = Counting;
 
 const MIB: usize = 1 << 20;
+/// A trailer.
+const NO_DEVICES: &[u8] = br#"{"devices":[]}"#;
 
 /// Runs `work` on `input`, which it must not copy first, and holds what it takes against the bound.
 fn bounded<T>(what: &str, input: &[u8], work: impl FnOnce(&[u8]) -> T) -> T {
@@ -209,10 +211,7 @@ fn announced_counts_take_nothing() {
 
 #[test]
 fn announced_ram_takes_nothing() {
-    let any = || {
-        let trailer = serde_json::json!({ "devices": [] });
-        Expected::from_trailer(&trailer, u64::MAX).unwrap()
-    };
+    let any = || Expected::from_trailer(&Description::parse(NO_DEVICES).unwrap(), u64::MAX).unwrap();
     for length in [4096_u64, 1 << 30, 1 << 40, 1 << 42] {
         let mut bytes = b"QEVM\0\0\0\x03\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04".to_vec();
         bytes.extend((length | 4).to_be_bytes());
@@ -261,8 +260,27 @@ fn trailers_of_nothing_but_structure_take_little() {
         assert!(error.to_string().starts_with("the trailer is not a description"), "{error}");
         // A file whose trailer says that there is nothing.
         let foreign = [b"QEVM\0\0\0\x03\0\x06".as_slice(), &trailer].concat();
-        let nothing = Expected::from_trailer(&serde_json::json!({ "devices": [] }), 0).unwrap();
+        let nothing = Expected::from_trailer(&Description::parse(NO_DEVICES).unwrap(), 0).unwrap();
         bounded(what, &foreign, |bytes| read(bytes, nothing, true)).unwrap();
+        // For tools it is kept, and believed.
+        bounded(what, &foreign, |bytes| {
+            let trailer = find_trailer(bytes).unwrap().unwrap();
+            let expected = Expected::from_trailer(&trailer, 0);
+            assert_eq!(expected.is_ok(), ["devices", "fields"].contains(&what), "{what}");
+        });
+    }
+}
+
+#[test]
+fn descriptions_take_little_more_than_their_text() {
+    for element in
+        ["[]", "0", "{}", r#"{"":0}"#, r#""""#, r#""\u0001""#, "-1", "1.5", "null", r#"",,,,,,,,""#, "[[0]]"]
+    {
+        let text = format!("[{}]", vec![element; 200_000].join(","));
+        let description = bounded(element, text.as_bytes(), Description::parse).unwrap();
+        drop(bounded(element, text.as_bytes(), |_| description.into_trailer()));
+        // Neither does what is refused at its end.
+        bounded(element, &text.as_bytes()[..text.len() - 1], Description::parse).unwrap_err();
     }
 }
 
@@ -281,7 +299,8 @@ fn commands_and_sections_take_little() {
         sections.extend([b"\x7e".as_slice(), &id.to_be_bytes()].concat());
         devices.push(serde_json::json!({ "name": "x", "instance_id": id, "fields": [] }));
     }
-    let expected = Expected::from_trailer(&serde_json::json!({ "devices": devices }), 0).unwrap();
+    let trailer = serde_json::json!({ "devices": devices }).to_string();
+    let expected = Expected::from_trailer(&Description::parse(trailer.as_bytes()).unwrap(), 0).unwrap();
     bounded("empty sections", &sections, |bytes| read(bytes, expected, false)).unwrap_err();
 }
 

@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::path::Path;
 
 use serde_json::Value as Json;
-use stream::{Configuration, DeviceSection, PAGE_BYTES, RamBlock, StreamWriter};
+use stream::{Configuration, Description, DeviceSection, PAGE_BYTES, RamBlock, StreamWriter};
 use vmstate::{Slots, VmState};
 
 use crate::inspect::{Contents, Diff, Input, Section, Tree, Visitor, write_json};
@@ -219,10 +219,11 @@ fn a_whole_machine_of_qemu_is_printed() {
 #[test]
 fn bare_sections_are_printed_with_their_description() {
     for (name, slots) in [("firmware", 65), ("linux", 9)] {
-        let description: Json = serde_json::from_slice(&golden(&format!("nvme-{name}.vmdesc.json"))).unwrap();
+        let description = golden(&format!("nvme-{name}.vmdesc.json"));
+        let description = || Some(Description::parse(&description).unwrap());
         let section = golden(&format!("nvme-{name}.section"));
         let mut out = Vec::new();
-        let input = Input::new(section.as_slice(), Some(description.clone())).unwrap();
+        let input = Input::new(section.as_slice(), description()).unwrap();
         let (contents, result) = input.walk(&mut Tree::new(&mut out));
         result.unwrap();
         assert_eq!(contents.sections, 1);
@@ -230,7 +231,7 @@ fn bare_sections_are_printed_with_their_description() {
         assert!(tree.contains(&format!(" {slots} slots, ")), "{tree}");
 
         let walk = |section: &[u8]| {
-            let input = Input::new(section, Some(description.clone())).unwrap();
+            let input = Input::new(section, description()).unwrap();
             input.walk(&mut Tree::new(std::io::sink())).1.map_err(|error| format!("{error:#}"))
         };
         let mut longer = section.clone();

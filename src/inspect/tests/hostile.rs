@@ -1,6 +1,7 @@
 //! Files that are not what was written: every cut, every flip, and descriptions that promise too much.
 
 use serde_json::json;
+use stream::Description;
 
 use super::files::{controller, diff, file, foreign, input, json, tree};
 use crate::inspect::{Input, Limited, Tree, write_json};
@@ -145,7 +146,8 @@ fn what_is_no_stream_is_said_so() {
     assert!(refused(b"\x1f\x8b\x08").contains("gunzip"));
     assert!(refused(b"\x04\0\0\0\x01").contains("--description"));
     assert!(refused(b"QEVM\0\0\0\x03\0").contains("ends at byte 9 without a trailer"));
-    let error = Input::new(b"QEVM\0\0\0\x03\0".as_slice(), Some(json!([1])))
+    let list = Description::parse(b"[1]").unwrap();
+    let error = Input::new(b"QEVM\0\0\0\x03\0".as_slice(), Some(list))
         .unwrap()
         .walk(&mut Tree::new(std::io::sink()))
         .1

@@ -1,10 +1,11 @@
 //! States of ours and descriptions of QEMU's, read back; and bytes that are not what is described.
 
 use proptest::prelude::*;
-use serde_json::json;
+use serde_json::{Value as Json, json};
 use vmstate::{Bitmap, Slots, VmState};
 
 use super::*;
+use crate::Description;
 
 #[derive(VmState)]
 #[vmstate(name = "controller", version = 3)]
@@ -93,7 +94,9 @@ fn show(value: &Value<'_>) -> Result<String, Error> {
         Value::Bytes(bytes) => format!("{bytes:02x?}"),
         Value::Bitmap(words) => format!("bits {:?}", set_bits(words).collect::<Vec<_>>()),
         Value::Struct(inner) => show_state(inner)?,
-        Value::Array(array) => list((0..array.count()).map(|index| show(&array.get(index)?)).collect())?,
+        Value::Array(array) | Value::List(array) => {
+            list((0..array.count()).map(|index| show(&array.get(index)?)).collect())?
+        }
         Value::Elements(elements) => list(elements.iter().map(show).collect())?,
         Value::Slots(slots) => {
             list(slots.iter().map(|slot| slot.as_ref().map_or(Ok("-".into()), show)).collect())?
@@ -113,7 +116,11 @@ fn show_state(state: &Described<'_>) -> Result<String, Error> {
 }
 
 fn read(description: &Json, bytes: &[u8]) -> Result<String, Error> {
-    show_state(&Described::new(description, bytes, 100)?)
+    show_state(&Described::new(compact(description).root(), bytes, 100)?)
+}
+
+fn compact(description: &Json) -> Description {
+    Description::parse(description.to_string().as_bytes()).unwrap()
 }
 
 #[test]
@@ -132,9 +139,9 @@ fn every_kind_of_field_is_read_back() {
 
 #[test]
 fn offsets_are_those_of_the_bytes() {
-    let description = vmstate::describe(&controller());
+    let description = compact(&vmstate::describe(&controller()));
     let bytes = vmstate::to_bytes(&controller());
-    let state = Described::new(&description, &bytes, 100).unwrap();
+    let state = Described::new(description.root(), &bytes, 100).unwrap();
     let fields = state.fields().unwrap();
     let offsets: Vec<_> = fields.iter().map(|field| (field.name, field.offset - 100)).take(6).collect();
     let expected =
@@ -174,16 +181,16 @@ fn lists_of_elements_of_nothing_are_bytes() {
     let mut bytes = vec![1; 1 << 20];
     bytes.push(0);
     let entry = json!({ "name": "q", "type": "qtailq", "size": bytes.len(), "fields": [] });
-    let description = json!({ "vmsd_name": "x", "fields": [entry] });
-    let state = Described::new(&description, &bytes, 0).unwrap();
+    let description = compact(&json!({ "vmsd_name": "x", "fields": [entry] }));
+    let state = Described::new(description.root(), &bytes, 0).unwrap();
     assert!(matches!(state.fields().unwrap()[0].value, Value::Bytes(it) if it.len() == bytes.len()));
 
     let element = json!([{ "name": "id", "type": "uint32", "size": 4 }]);
     let bytes: Vec<u8> = [1, 0, 0, 0, 7].repeat(100_000).into_iter().chain([0]).collect();
     let entry = json!({ "name": "q", "type": "qtailq", "size": bytes.len(), "fields": element });
-    let description = json!({ "vmsd_name": "x", "fields": [entry] });
-    let state = Described::new(&description, &bytes, 0).unwrap();
-    assert!(matches!(&state.fields().unwrap()[0].value, Value::Elements(all) if all.len() == 100_000));
+    let description = compact(&json!({ "vmsd_name": "x", "fields": [entry] }));
+    let state = Described::new(description.root(), &bytes, 0).unwrap();
+    assert!(matches!(&state.fields().unwrap()[0].value, Value::List(all) if all.count() == 100_000));
 }
 
 #[test]
@@ -273,7 +280,7 @@ proptest! {
         };
         let fields: Vec<_> = entries.into_iter().map(entry).collect();
         let description = json!({ "fields": fields });
-        let needed = trailer::state_bytes(&description).unwrap() as usize;
+        let needed = trailer::state_bytes(compact(&description).root()).unwrap() as usize;
         let mut exact = bytes.clone();
         exact.resize(needed, 0);
         let _ = read(&description, &exact);

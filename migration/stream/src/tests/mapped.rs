@@ -90,7 +90,7 @@ fn everything_is_where_the_format_says() {
     assert_eq!([at(5 * MIB), at(6 * MIB + 4096)], [0, 0x44]);
     let rest = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x01\x03\0\0\0\x01\0\0\0\0\0\0\0\x10\x7e\0\0\0\x01\x04";
     assert_eq!(file[6 * MIB as usize + 8192..][..rest.len()], *rest);
-    let trailer = find_trailer(&file).unwrap().unwrap();
+    let trailer = serde_json::to_value(find_trailer(&file).unwrap().unwrap()).unwrap();
     assert_eq!(trailer["configuration"]["subsections"][0]["fields"][1]["type"], "capability");
 }
 
