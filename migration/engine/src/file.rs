@@ -33,10 +33,10 @@ const DESCRIPTION_MAX_BYTES: usize = DESCRIPTION_BYTES_MAX + 1;
 /// Bytes that are written or read at a time.
 const PIECE_BYTES: usize = 1 << 20;
 
-/// The first section of a file.
+/// The first section of a file: which machine is in it, and which generation of the lease it belongs to. As foreign as the file.
 #[derive(Clone, Debug, PartialEq, Eq, VmState)]
 #[vmstate(name = "ferry", version = 1)]
-struct FileState {
+pub struct FileState {
     /// Whether the guest was running.
     running: bool,
     has_lease: bool,

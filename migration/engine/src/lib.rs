@@ -58,7 +58,7 @@ pub use converge::{Decision, Situation, converge};
 pub use description::Description;
 pub use destination::{Arrived, Destination};
 pub use error::Error;
-pub use file::{Restored, expect_file, file_schema, restore_from_file, suspend_to_file};
+pub use file::{FileState, Restored, expect_file, file_schema, restore_from_file, suspend_to_file};
 pub use handover::Handover;
 pub use link::Dial;
 pub use machine::{

@@ -2,11 +2,11 @@
 //!
 //! A target is a plain function of bytes: it must not panic, and what it can read it must be able to write again as it was. The test
 //! of this crate calls every target with its corpus (`corpus/TARGET/`), with fresh seeds and with a fixed number of mutations of
-//! them, always the same; `tests/fuzz/run TARGET SECONDS` lets cargo-fuzz look for more.
+//! them, always the same, others with new mutations and with garbage, and count what they allocate; `tests/fuzz/run TARGET SECONDS` lets cargo-fuzz look for more.
 //!
 //! - [`streams`], [`mapped`]: what crate `stream` reads.
 //! - [`states`]: the sections of our machine, and what two migrating processes say to each other.
-//! - [`inspect`]: any file, printed. [`qemu`]: the controller of another VMM.
+//! - [`inspect`]: any files, printed and compared. [`qemu`]: the controller of another VMM.
 //! - [`lease`]: the record that says who owns a guest.
 //! - [`seeds`] writes valid inputs. Those of states come from their schemas, so a new field needs nothing here.
 //!
@@ -45,7 +45,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "return_path", run: streams::return_path, seeds: seeds::return_paths },
     Target { name: "mapped", run: mapped::mapped, seeds: seeds::mapped },
     Target { name: "trailer", run: streams::trailer, seeds: seeds::trailers },
-    Target { name: "inspect", run: inspect::inspect, seeds: seeds::files },
+    Target { name: "inspect", run: inspect::inspect, seeds: inspect::seeds },
     Target { name: "qemu_nvme", run: qemu::nvme, seeds: qemu::nvme_seeds },
     Target { name: "devices", run: states::devices, seeds: states::device_seeds },
     Target { name: "messages", run: states::messages, seeds: states::message_seeds },

@@ -1,6 +1,6 @@
 //! States that come from other processes: sections of our machine, and messages of the migration protocol.
 
-use engine::protocol;
+use engine::{FileState, protocol};
 use vmstate::VmState;
 
 use crate::mutate::Random;
@@ -32,6 +32,7 @@ const DEVICES: &[Kind] = &[
     kind::<ferry::kvm::IrqchipState>(),
     kind::<ferry::kvm::PitState>(),
     kind::<ferry::kvm::ClockState>(),
+    kind::<FileState>(),
 ];
 
 /// The bodies of frames.

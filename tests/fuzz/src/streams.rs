@@ -173,11 +173,15 @@ pub(crate) fn model(enabled: bool) -> Result<StreamWriter<Vec<u8>>, Error> {
 /// The devices of the model machine.
 pub(crate) fn devices<W: io::Write>(writer: &mut StreamWriter<W>, enabled: bool) -> Result<(), Error> {
     for instance_id in 0..2 {
-        let slots = (0..4).map(|slot| (slot == 2).then_some(Queue { base: 0x1000, size: 64 })).collect();
-        let extra = enabled.then_some(Extra { bytes: [7; 16] });
-        let (timers, bits) = (vec![-1; instance_id as usize], Bitmap::new(70));
-        let device = Device { enabled, slot_count: 0, slots, timers, bit_count: 0, bits, extra };
-        writer.device(&DeviceSection::save("device", instance_id, &device))?;
+        writer.device(&DeviceSection::save("device", instance_id, &device(instance_id, enabled)))?;
     }
     Ok(())
+}
+
+/// One of them.
+pub(crate) fn device(instance_id: u32, enabled: bool) -> Device {
+    let slots = (0..4).map(|slot| (slot == 2).then_some(Queue { base: 0x1000, size: 64 })).collect();
+    let extra = enabled.then_some(Extra { bytes: [7; 16] });
+    let (timers, bits) = (vec![-1; instance_id as usize], Bitmap::new(70));
+    Device { enabled, slot_count: 0, slots, timers, bit_count: 0, bits, extra }
 }
