@@ -97,7 +97,8 @@ pub(super) fn word(value: impl serde::Serialize) -> String {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let FerryStatus { name, process_id, status, ownership, lease, migration } = &self.status;
+        let FerryStatus { name, process_id, status, ownership, lease, blocked_reasons, migration } =
+            &self.status;
         writeln!(f, "{name} (process {process_id}): {}, {}", word(status), word(ownership))?;
         if let Some(lease) = lease {
             writeln!(
@@ -105,6 +106,9 @@ impl fmt::Display for Report {
                 "  lease {}: {}, generation {}, {}",
                 lease.path, lease.state, lease.generation, lease.owner
             )?;
+        }
+        for reason in blocked_reasons {
+            writeln!(f, "  cannot migrate: {reason}")?;
         }
         if let Some(info) = &self.migration {
             write!(f, "  migration: {}", word(info.status))?;

@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::event::EventBus;
-use super::operations::{MigrationParameters, Operations, RunState};
+use super::operations::{MigrationInfo, MigrationParameters, Operations, RunState};
 use super::protocol::{Arguments, QmpError, version};
 
 /// Longest downtime that may be asked for, in milliseconds (QEMU's bound).
@@ -109,7 +109,13 @@ fn migrate_cancel(context: &Context, arguments: Arguments) -> Result<Value, QmpE
 
 fn query_migrate(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
     arguments.finish()?;
-    context.operations.migration().map_or_else(nothing, to_json)
+    let blocked_reasons = context.operations.migration_blockers();
+    match context.operations.migration() {
+        Some(info) => to_json(MigrationInfo { blocked_reasons, ..info }),
+        None if blocked_reasons.is_empty() => nothing(),
+        // Before the first migration QEMU says this alone, without a status.
+        None => Ok(json!({ "blocked-reasons": blocked_reasons })),
+    }
 }
 
 fn set_parameters(context: &Context, mut arguments: Arguments) -> Result<Value, QmpError> {

@@ -27,8 +27,11 @@ pub trait Operations: Send + Sync {
     /// Asks a migration to end with the guest running here. Nothing happens without a migration, or after COMMIT.
     fn migrate_cancel(&self) -> Result<(), Refusal>;
 
-    /// The latest migration, if there was one.
+    /// The latest migration, if there was one. Its `blocked_reasons` are filled in from [`Operations::migration_blockers`].
     fn migration(&self) -> Option<MigrationInfo>;
+
+    /// Why the machine cannot migrate: all the reasons, none if it can.
+    fn migration_blockers(&self) -> Vec<String>;
 
     /// The limits of migrations.
     fn migration_parameters(&self) -> MigrationParameters;
@@ -212,6 +215,9 @@ pub struct FerryStatus {
     /// The lease, if the machine has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lease: Option<FerryLease>,
+    /// Why the machine cannot migrate; none if it can.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub blocked_reasons: Vec<String>,
     /// The latest migration, outgoing or incoming, if there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration: Option<FerryMigration>,

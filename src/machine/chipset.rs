@@ -25,6 +25,8 @@ pub struct Chipset {
     pub rtc: Arc<Rtc>,
     /// Power-off.
     pub acpi_pm: Arc<AcpiPm>,
+    /// The reset line.
+    pub _i8042: Arc<I8042>,
 }
 
 impl Chipset {
@@ -40,16 +42,17 @@ impl Chipset {
         let serial = Serial::new(Arc::new(IrqLine::new(Arc::clone(vm), layout::SERIAL_GSI)), console);
         let rtc = Rtc::new(Box::new(HostClock));
         let acpi_pm = AcpiPm::new(Arc::clone(&power));
+        let i8042 = I8042::new(power);
         ports.insert(layout::SERIAL_PORT.into(), Serial::PORTS, Arc::clone(&serial) as _)?;
         ports.insert(layout::RTC_PORT.into(), Rtc::PORTS, Arc::clone(&rtc) as _)?;
         ports.insert(layout::ACPI_PM_PORT.into(), AcpiPm::PORTS, Arc::clone(&acpi_pm) as _)?;
-        ports.insert(layout::I8042_PORT.into(), I8042::PORTS, I8042::new(power))?;
+        ports.insert(layout::I8042_PORT.into(), I8042::PORTS, Arc::clone(&i8042) as _)?;
 
         let window = layout::PCI_WINDOW_START..layout::PCI_WINDOW_START + layout::PCI_WINDOW_LENGTH_BYTES;
         let root = RootBus::new(Arc::clone(&mmio), vec![window]);
         ports.insert(layout::PCI_CONFIG_PORT.into(), 8, root.config_ports())?;
         mmio.insert(layout::ECAM_START, layout::ECAM_LENGTH_BYTES, root.ecam())?;
-        Ok(Self { buses: Buses { ports, mmio }, root, serial, rtc, acpi_pm })
+        Ok(Self { buses: Buses { ports, mmio }, root, serial, rtc, acpi_pm, _i8042: i8042 })
     }
 }
 

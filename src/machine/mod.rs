@@ -9,6 +9,7 @@
 //! doorbells of a disk; a controller's worker > its doorbells of a disk.
 
 mod chipset;
+mod devices;
 mod disk;
 mod entropy;
 mod resources;
@@ -29,6 +30,7 @@ use crate::kvm::{Host, MsiRouter, Vm};
 use crate::layout;
 use crate::vcpu::{CpuidLeaf, EventHandler, VcpuEvent, VcpuManager};
 use chipset::Chipset;
+use devices::Devices;
 use disk::Disk;
 use entropy::EntropyDevice;
 
@@ -72,6 +74,8 @@ pub struct Machine {
     router: Arc<MsiRouter>,
     vm: Arc<Vm>,
     resources: Arc<Resources>,
+    /// What becomes of each of them when the machine moves.
+    devices: Devices,
 }
 
 impl Machine {
@@ -130,7 +134,8 @@ impl Machine {
         }
         entropy.serve(io_threads.first().context("a machine has an I/O thread")?)?;
         let vcpus = VcpuManager::new(host, &vm, spec.cpus.into(), &chipset.buses, &on_vcpu_event)?;
-        Ok(Self { vcpus, _io_threads: io_threads, disks, entropy, chipset, router, vm, resources })
+        let devices = Devices::of(spec, &resources);
+        Ok(Self { vcpus, _io_threads: io_threads, disks, entropy, chipset, router, vm, resources, devices })
     }
 
     /// Gives the BARs their addresses and loads the kernel: a guest that can be resumed for the first time.
@@ -227,10 +232,10 @@ impl Machine {
         Ok(())
     }
 
-    /// Why this machine cannot move; nothing that it can be built of today stands in the way.
+    /// Why this machine cannot move: all the reasons, each with its device.
     #[must_use]
     pub fn migration_blockers(&self) -> Vec<String> {
-        Vec::new()
+        self.devices.blockers()
     }
 
     /// Memory and images.

@@ -66,6 +66,15 @@ impl Resources {
         self.namespaces.get(index).map_or(&[], Vec::as_slice)
     }
 
+    /// Puts something before every image.
+    #[cfg(test)]
+    pub fn wrap_images(mut self, wrap: impl Fn(Arc<dyn Backend>) -> Arc<dyn Backend>) -> Self {
+        for namespace in self.namespaces.iter_mut().flatten() {
+            namespace.backend = wrap(Arc::clone(&namespace.backend));
+        }
+        self
+    }
+
     /// Takes lock and access of every image, in the fixed order (controllers as declared, namespaces by identifier): all
     /// or none. Harmless for images that are held.
     ///

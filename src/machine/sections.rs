@@ -1,28 +1,15 @@
-//! The machine's state as sections of a stream: which there are, in which order they are read and set.
+//! The machine's state as sections of a stream: in which order they are read and set. Which there are stands in `devices`.
 
 use anyhow::{Context, ensure};
 use engine::SaveFor;
-use nvme::NvmeState;
 use stream::{DeviceSection, Expected, RamBlock, SectionSet};
-use virtio::VirtioState;
-use vmstate::{Schema, VmState};
+use vmstate::Schema;
 
-use super::{ENTROPY_SLOT, FIRST_DISK_SLOT, Machine};
+use super::chipset::Chipset;
+use super::devices::Devices;
+use super::{Machine, Resources};
 use crate::config::MachineSpec;
-use crate::kvm::{ClockState, GuestTime, HostTime, IrqchipState, PitState, is_same_tsc_frequency};
-use crate::vcpu::VcpuState;
-
-fn section<T: VmState>(
-    purpose: SaveFor,
-    name: impl Into<String>,
-    instance_id: u32,
-    state: &T,
-) -> DeviceSection {
-    match purpose {
-        SaveFor::Connection => DeviceSection::save_bare(name, instance_id, state),
-        SaveFor::File => DeviceSection::save(name, instance_id, state),
-    }
-}
+use crate::kvm::{GuestTime, HostTime, is_same_tsc_frequency};
 
 /// Name and description of every kind of section, for the hello: a hash each.
 #[must_use]
@@ -33,45 +20,29 @@ pub fn schema_hashes() -> Vec<(&'static str, u64)> {
 /// Name and description of every kind of section.
 #[must_use]
 pub fn schemas() -> Vec<(&'static str, Schema)> {
-    vec![
-        ("clock", vmstate::schema::<ClockState>()),
-        ("cpu", vmstate::schema::<VcpuState>()),
-        ("irqchip", vmstate::schema::<IrqchipState>()),
-        ("pit", vmstate::schema::<PitState>()),
-        ("serial", vmstate::schema::<legacy::SerialState>()),
-        ("rtc", vmstate::schema::<legacy::RtcState>()),
-        ("acpi-pm", vmstate::schema::<legacy::AcpiPmState>()),
-        ("pci", vmstate::schema::<pci::RootBusState>()),
-        ("virtio-rng", vmstate::schema::<VirtioState>()),
-        ("nvme", vmstate::schema::<NvmeState>()),
-    ]
+    Devices::new(0, 0, Vec::new()).schemas()
 }
 
-fn entropy_section() -> String {
-    format!("0000:00:{ENTROPY_SLOT:02x}.0/virtio-rng")
-}
-
-fn disk_section(index: usize) -> String {
-    format!("0000:00:{:02x}.0/nvme", usize::from(FIRST_DISK_SLOT) + index)
+impl Devices {
+    /// Those of the machine of `spec`, on `resources`.
+    pub(super) fn of(spec: &MachineSpec, resources: &Resources) -> Self {
+        let serials = spec.controllers.iter().map(|controller| &controller.serial);
+        let images = serials.enumerate().flat_map(|(index, serial)| {
+            let namespaces = resources.namespaces(index).iter();
+            namespaces.map(move |namespace| {
+                (format!("nvme.{serial}.ns.{}", namespace.nsid), namespace.backend.migratability())
+            })
+        });
+        Self::new(spec.cpus.into(), spec.controllers.len(), images.collect())
+    }
 }
 
 impl Machine {
     /// The sections that the machine of `spec` consists of, and its RAM `blocks`.
     #[must_use]
     pub fn expected(spec: &MachineSpec, blocks: Vec<RamBlock>) -> Expected {
-        let mut expected = Expected::new(blocks)
-            .section::<legacy::SerialState>("serial", 0)
-            .section::<legacy::RtcState>("rtc", 0)
-            .section::<legacy::AcpiPmState>("acpi-pm", 0)
-            .section::<pci::RootBusState>("pci", 0)
-            .section::<VirtioState>(entropy_section(), 0)
-            .section::<IrqchipState>("irqchip", 0)
-            .section::<PitState>("pit", 0)
-            .section::<ClockState>("clock", 0);
-        for index in 0..spec.controllers.len() {
-            expected = expected.section::<NvmeState>(disk_section(index), 0);
-        }
-        (0..spec.cpus).fold(expected, |expected, vcpu| expected.section::<VcpuState>("cpu", vcpu.into()))
+        let devices = Devices::new(spec.cpus.into(), spec.controllers.len(), Vec::new());
+        devices.expect(Expected::new(blocks))
     }
 
     /// Reads the state of everything, while the guest is stopped: devices first, then the vCPUs with their local APICs,
@@ -80,23 +51,47 @@ impl Machine {
     /// # Errors
     /// KVM does not tell.
     pub fn save(&self, purpose: SaveFor) -> anyhow::Result<Vec<DeviceSection>> {
-        let chipset = &self.chipset;
+        // Every field is named, so that a new one is thought of here: threads and interrupt routes are made anew, RAM and images
+        // move in their own ways.
+        let Self {
+            vcpus: processors,
+            _io_threads: _,
+            disks: controllers,
+            entropy: rng,
+            chipset,
+            router: _,
+            vm,
+            resources: _,
+            devices,
+        } = self;
+        let Chipset { buses: _, root, serial: uart, rtc: cmos, acpi_pm: power, _i8042: _ } = chipset;
+        let Devices {
+            serial,
+            rtc,
+            acpi_pm,
+            i8042: _,
+            pci,
+            entropy,
+            disks,
+            images: _,
+            irqchip,
+            pit,
+            vcpus,
+            clock,
+        } = devices;
+
         let mut sections = vec![
-            section(purpose, "serial", 0, &chipset.serial.save()),
-            section(purpose, "rtc", 0, &chipset.rtc.save()),
-            section(purpose, "acpi-pm", 0, &chipset.acpi_pm.save()),
-            section(purpose, "pci", 0, &chipset.root.save()),
+            serial.save(purpose, &uart.save()),
+            rtc.save(purpose, &cmos.save()),
+            acpi_pm.save(purpose, &power.save()),
+            pci.save(purpose, &root.save()),
+            entropy.save(purpose, &rng.device().save()),
         ];
-        sections.push(section(purpose, entropy_section(), 0, &self.entropy.device().save()));
-        for (index, disk) in self.disks.iter().enumerate() {
-            sections.push(section(purpose, disk_section(index), 0, &disk.controller().save()));
-        }
-        sections.push(section(purpose, "irqchip", 0, &self.vm.save_irqchip()?));
-        sections.push(section(purpose, "pit", 0, &self.vm.save_pit()?));
-        for (instance_id, state) in (0..).zip(self.vcpus.save_states()?) {
-            sections.push(section(purpose, "cpu", instance_id, &state));
-        }
-        sections.push(section(purpose, "clock", 0, &self.vm.save_clock(self.vcpus.tsc_khz()?)?));
+        sections.extend(disks.save(purpose, controllers.iter().map(|disk| disk.controller().save())));
+        sections.push(irqchip.save(purpose, &vm.save_irqchip()?));
+        sections.push(pit.save(purpose, &vm.save_pit()?));
+        sections.extend(vcpus.save(purpose, processors.save_states()?));
+        sections.push(clock.save(purpose, &vm.save_clock(processors.tsc_khz()?)?));
         Ok(sections)
     }
 
@@ -106,21 +101,31 @@ impl Machine {
     /// A section is missing, unknown or double, or its state is not one of this machine; says which. The machine is of no
     /// use then.
     pub fn load(&self, mut set: SectionSet, time: GuestTime) -> anyhow::Result<()> {
+        let Devices {
+            serial,
+            rtc,
+            acpi_pm,
+            i8042: _,
+            pci,
+            entropy,
+            disks,
+            images: _,
+            irqchip,
+            pit,
+            vcpus,
+            clock,
+        } = &self.devices;
         // Everything becomes plain state before anything is changed.
-        let serial: legacy::SerialState = set.take("serial", 0)?;
-        let rtc: legacy::RtcState = set.take("rtc", 0)?;
-        let acpi_pm: legacy::AcpiPmState = set.take("acpi-pm", 0)?;
-        let pci: pci::RootBusState = set.take("pci", 0)?;
-        let entropy: VirtioState = set.take(&entropy_section(), 0)?;
-        let disks = (0..self.disks.len())
-            .map(|index| set.take(&disk_section(index), 0))
-            .collect::<Result<Vec<NvmeState>, _>>()?;
-        let irqchip = set.take("irqchip", 0)?;
-        let pit = set.take("pit", 0)?;
-        let vcpus = (0..self.vcpus.count())
-            .map(|vcpu| set.take("cpu", vcpu))
-            .collect::<Result<Vec<VcpuState>, _>>()?;
-        let clock: ClockState = set.take("clock", 0)?;
+        let serial = serial.load(&mut set)?;
+        let rtc = rtc.load(&mut set)?;
+        let acpi_pm = acpi_pm.load(&mut set)?;
+        let pci = pci.load(&mut set)?;
+        let entropy = entropy.load(&mut set)?;
+        let disks = disks.load(&mut set)?;
+        let irqchip = irqchip.load(&mut set)?;
+        let pit = pit.load(&mut set)?;
+        let vcpus = vcpus.load(&mut set)?;
+        let clock = clock.load(&mut set)?;
         let tsc_khz = self.vcpus.tsc_khz()?;
         ensure!(
             is_same_tsc_frequency(clock.tsc_khz, tsc_khz),

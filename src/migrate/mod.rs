@@ -116,6 +116,8 @@ impl Migrations {
         loop {
             ensure!(!self.closed.load(Ordering::SeqCst), "cannot migrate: the process is ending");
             vmm.run_state().next(Action::BeginMigration)?;
+            let blockers = vmm.migration_blockers();
+            ensure!(blockers.is_empty(), "this machine cannot move: {}", blockers.join("; "));
             let Some(before) = current.as_mut() else { break };
             let ended = report::qmp_status(before.statistics.snapshot().status)
                 .is_some_and(MigrationStatus::is_final);
@@ -140,8 +142,6 @@ impl Migrations {
             bail!("cannot migrate: {wish}");
         }
         let machine = vmm.machine().context("there is no machine to migrate")?;
-        let blockers = machine.migration_blockers();
-        ensure!(blockers.is_empty(), "this machine cannot move: {}", blockers.join("; "));
         // Here and not on its thread: a cancel that follows on the command must not be lost.
         self.parameters.begin();
         let in_flight_at_stop = Arc::new(AtomicU32::new(0));

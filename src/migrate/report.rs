@@ -7,12 +7,11 @@ use engine::{PAGE_BYTES, Snapshot, Status};
 
 use super::{Migrations, lock};
 use crate::control::{FerryDowntime, FerryMigration, MigrationInfo, MigrationStatus, RamStats};
-use crate::vmm::Vmm;
 
 impl Migrations {
-    /// What `query-migrate` answers.
+    /// What `query-migrate` answers, apart from what stands in the way of a migration.
     #[must_use]
-    pub fn info(&self, vmm: &Vmm) -> Option<MigrationInfo> {
+    pub fn info(&self) -> Option<MigrationInfo> {
         let current = lock(&self.current);
         let current = current.as_ref()?;
         let snapshot = current.statistics.snapshot();
@@ -21,7 +20,6 @@ impl Migrations {
             None if current.outgoing => MigrationStatus::Setup,
             status => status?,
         });
-        info.blocked_reasons = vmm.machine().map(|machine| machine.migration_blockers()).unwrap_or_default();
         info.total_time = Some(milliseconds(snapshot.elapsed));
         if snapshot.total_bytes > 0 {
             info.setup_time = Some(milliseconds(snapshot.setup));

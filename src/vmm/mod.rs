@@ -225,6 +225,12 @@ impl Vmm {
         lock(&self.machine).clone()
     }
 
+    /// Why the machine cannot migrate: all the reasons, none if it can.
+    #[must_use]
+    pub fn migration_blockers(&self) -> Vec<String> {
+        self.machine().map(|machine| machine.migration_blockers()).unwrap_or_default()
+    }
+
     /// The run state now.
     #[must_use]
     pub fn run_state(&self) -> RunState {

@@ -87,7 +87,11 @@ impl Operations for Control {
     }
 
     fn migration(&self) -> Option<MigrationInfo> {
-        self.0.migrations.info(&self.0)
+        self.0.migrations.info()
+    }
+
+    fn migration_blockers(&self) -> Vec<String> {
+        self.0.migration_blockers()
     }
 
     fn migration_parameters(&self) -> MigrationParameters {
@@ -112,6 +116,7 @@ impl Operations for Control {
             status: qmp_run_state(state),
             ownership: who_owns(state),
             lease,
+            blocked_reasons: self.0.migration_blockers(),
             migration: self.0.migrations.detail(),
         }
     }

@@ -1,5 +1,6 @@
 //! What commands may do before there is a guest, while it waits for its reset, and at the end.
 
+use block::FaultImage;
 use clap::Parser;
 
 use super::*;
@@ -16,7 +17,12 @@ fn running() -> (Arc<Vmm>, Receiver<Request>) {
 }
 
 fn process() -> (Arc<Vmm>, Receiver<Request>) {
+    process_with(&[])
+}
+
+fn process_with(devices: &[&str]) -> (Arc<Vmm>, Receiver<Request>) {
     let line = ["ferry", "run", "--kernel", "vmlinux", "--memory", "16M", "--serial", "null"];
+    let line = line.iter().chain(devices);
     let Command::Run(arguments) = Arguments::parse_from(line).command else { panic!("it is run") };
     Vmm::new(arguments.machine().unwrap(), &arguments).unwrap()
 }
@@ -42,6 +48,29 @@ fn no_migration_begins_with_a_machine_that_is_to_be_replaced() {
     assert!(matches!(requests.recv(), Ok(Request::MigrationEnded)));
     // Said to have ended, it no longer stands in the way of what the guest asks for.
     assert!(!vmm.migrations.cancel());
+    assert_eq!(vmm.run_state(), RunState::Running);
+}
+
+#[test]
+fn a_device_that_cannot_move_is_told_of_before_a_migration_and_refuses_it() {
+    let namespace = |nsid| format!("controller=a,nsid={nsid},backend=null,size=4096");
+    let (vmm, requests) =
+        process_with(&["--nvme", "serial=a,queues=1", "--ns", &namespace(3), "--ns", &namespace(9)]);
+    let images = Resources::open(&vmm.spec).unwrap();
+    let images = images.wrap_images(|image| Arc::new(FaultImage::new(image, Arc::default())));
+    let machine = vmm.prepare_machine(Arc::new(images)).unwrap();
+    vmm.install(machine, Action::Start, |_| Ok(())).unwrap();
+
+    let client = vmm.operations();
+    let reasons = [3, 9].map(|nsid| format!("nvme.a.ns.{nsid}: its faults come from a test in this process"));
+    assert_eq!(client.migration_blockers(), reasons);
+    assert_eq!(client.ferry_status().blocked_reasons, reasons);
+    for uri in ["unix:/nowhere", "file:/nowhere/at/all"] {
+        let refusal = client.migrate(uri).unwrap_err().0;
+        assert_eq!(refusal, format!("this machine cannot move: {}", reasons.join("; ")));
+    }
+    assert_eq!(client.migration(), None, "nothing has begun");
+    assert!(requests.try_recv().is_err(), "and so nothing has ended");
     assert_eq!(vmm.run_state(), RunState::Running);
 }
 

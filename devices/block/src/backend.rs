@@ -5,6 +5,7 @@ use std::io;
 
 use bus::GuestRange;
 use vm_memory::GuestAddress;
+use vmstate::Migratability;
 
 use crate::IoContext;
 
@@ -177,6 +178,9 @@ pub struct Completion {
 pub trait Backend: Send + Sync + Debug {
     /// Kind, size, access.
     fn identity(&self) -> Identity;
+
+    /// What becomes of it when its machine moves. Contents that another process can reach, or that are guest RAM, move along.
+    fn migratability(&self) -> Migratability;
 
     /// Queues `request` in `context`. Completions are taken from the context, in any order. The caller keeps the number in
     /// flight below the context's depth. Queued work reaches the kernel at the latest in [`IoContext::submit`].

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bus::GuestRange;
 use vmm_sys_util::eventfd::EventFd;
+use vmstate::Migratability;
 
 use crate::transfer::Distortion;
 use crate::{Backend, Buffers, Error, Failure, Identity, IoContext, Operation, Request};
@@ -164,6 +165,10 @@ impl FaultImage {
 impl Backend for FaultImage {
     fn identity(&self) -> Identity {
         self.inner.identity()
+    }
+
+    fn migratability(&self) -> Migratability {
+        Migratability::NonMigratable("its faults come from a test in this process")
     }
 
     fn submit(&self, context: &mut IoContext, request: &Request<'_>) {

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use arc_swap::ArcSwapOption;
 use nix::fcntl::{FcntlArg, fcntl};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
+use vmstate::Migratability;
 
 use crate::{Backend, Error, Failure, Identity, IoContext, Operation, Request};
 
@@ -113,6 +114,10 @@ impl Backend for FileImage {
             capacity_bytes: self.stamp.capacity_bytes,
             read_only: self.options.read_only,
         }
+    }
+
+    fn migratability(&self) -> Migratability {
+        Migratability::State
     }
 
     fn submit(&self, context: &mut IoContext, request: &Request<'_>) {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bus::GuestMapping;
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{VolatileMemory, VolatileSlice};
+use vmstate::Migratability;
 
 use crate::guest::{check_ranges, for_each_slice};
 use crate::{Backend, Error, Failure, Identity, IoContext, Operation, Request};
@@ -83,6 +84,10 @@ impl MemoryImage {
 impl Backend for MemoryImage {
     fn identity(&self) -> Identity {
         Identity { kind: "memory", capacity_bytes: self.mapping.size() as u64, read_only: self.read_only }
+    }
+
+    fn migratability(&self) -> Migratability {
+        Migratability::State
     }
 
     fn submit(&self, context: &mut IoContext, request: &Request<'_>) {

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use vmstate::Migratability;
+
 use crate::guest::{check_ranges, for_each_slice};
 use crate::memory::{fill_with_zeroes, is_zeroes};
 use crate::{Backend, Error, Failure, Identity, IoContext, Operation, Request};
@@ -54,6 +56,10 @@ impl NullImage {
 impl Backend for NullImage {
     fn identity(&self) -> Identity {
         Identity { kind: "null", capacity_bytes: self.capacity_bytes, read_only: self.read_only }
+    }
+
+    fn migratability(&self) -> Migratability {
+        Migratability::Stateless
     }
 
     fn submit(&self, context: &mut IoContext, request: &Request<'_>) {

@@ -33,6 +33,7 @@ struct State {
     run_state: RunState,
     asked: Vec<String>,
     migration: Option<MigrationInfo>,
+    blockers: Vec<String>,
     parameters: MigrationParameters,
 }
 
@@ -92,6 +93,10 @@ impl Operations for Machine {
         self.state.lock().unwrap().migration.clone()
     }
 
+    fn migration_blockers(&self) -> Vec<String> {
+        self.state.lock().unwrap().blockers.clone()
+    }
+
     fn migration_parameters(&self) -> MigrationParameters {
         self.state.lock().unwrap().parameters
     }
@@ -107,6 +112,7 @@ impl Operations for Machine {
             status: self.run_state(),
             ownership: FerryOwnership::Owned,
             lease: None,
+            blocked_reasons: self.migration_blockers(),
             migration: None,
         }
     }
@@ -130,6 +136,7 @@ impl Setup {
             run_state: RunState::Running,
             asked: Vec::new(),
             migration: None,
+            blockers: Vec::new(),
             parameters: MigrationParameters::default(),
         };
         let machine = Arc::new(Machine { events: events.clone(), state: Mutex::new(state) });

@@ -136,6 +136,25 @@ fn a_refusal_is_a_generic_error() {
 }
 
 #[test]
+fn what_stands_in_the_way_of_a_migration_is_told_before_one_and_with_one() {
+    let setup = Setup::new();
+    let mut raw = setup.negotiated();
+    setup.machine.set(|state| state.blockers = vec!["disk: nailed down".to_owned(), "rng: shy".to_owned()]);
+    let reasons = json!(["disk: nailed down", "rng: shy"]);
+    let query = r#"{"execute":"query-migrate"}"#;
+    assert_eq!(raw.ask(query), json!({ "return": { "blocked-reasons": reasons } }));
+    let status = raw.ask(r#"{"execute":"x-ferry-status"}"#)["return"].take();
+    assert_eq!(status["blocked-reasons"], reasons);
+    let info = MigrationInfo::new(MigrationStatus::Failed);
+    setup.machine.set(|state| state.migration = Some(info));
+    assert_eq!(raw.ask(query), json!({ "return": { "status": "failed", "blocked-reasons": reasons } }));
+    // Without any nothing is said of it.
+    setup.machine.set(|state| state.blockers.clear());
+    assert_eq!(raw.ask(query), json!({ "return": { "status": "failed" } }));
+    assert_eq!(raw.ask(r#"{"execute":"x-ferry-status"}"#)["return"].get("blocked-reasons"), None);
+}
+
+#[test]
 fn migration_is_reported_in_the_shape_of_qemu() {
     let setup = Setup::new();
     let mut raw = setup.negotiated();

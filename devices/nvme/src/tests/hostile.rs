@@ -320,6 +320,10 @@ impl Backend for PausedWhileBusy {
         self.0.identity()
     }
 
+    fn migratability(&self) -> vmstate::Migratability {
+        self.0.migratability()
+    }
+
     fn submit(&self, context: &mut IoContext, request: &Request<'_>) {
         self.0.submit(context, request);
         self.1.get().unwrap().0.begin_pause();

@@ -34,6 +34,9 @@ impl Backend for Witness {
     fn identity(&self) -> Identity {
         self.inner.identity()
     }
+    fn migratability(&self) -> vmstate::Migratability {
+        self.inner.migratability()
+    }
     fn submit(&self, context: &mut IoContext, request: &Request<'_>) {
         self.log.lock().unwrap().push((request.operation, request.offset_bytes, request.length_bytes));
         self.inner.submit(context, request);
