@@ -96,13 +96,17 @@ impl Wire {
     /// The description in the trailer. Readers look for the field type `capability` to find out which layout a file has.
     pub(crate) fn describe(&self) -> Json {
         let mut json = vmstate::describe(self);
-        if let Some(capabilities) = &self.capabilities {
+        let parts = json.get_mut("subsections").and_then(Json::as_array_mut);
+        let part = parts.and_then(|parts| {
+            parts.iter_mut().find(|part| part["vmsd_name"] == <Capabilities as VmState>::NAME)
+        });
+        if let (Some(capabilities), Some(part)) = (&self.capabilities, part) {
             let names = capabilities.capabilities.iter();
             let entries = names.map(
                 |one| json!({ "name": "capabilities", "type": "capability", "size": 1 + one.name.len() }),
             );
             let count = json!({ "name": "caps_count", "type": "uint32", "size": 4 });
-            json["subsections"][0]["fields"] = std::iter::once(count).chain(entries).collect();
+            part["fields"] = std::iter::once(count).chain(entries).collect();
         }
         json
     }
@@ -126,4 +130,21 @@ pub(crate) fn check_name<'a>(what: &'static str, name: &'a str) -> Result<&'a st
         return Err(Error::Name { what, name: name.into() });
     }
     Ok(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_are_described_wherever_they_stand_among_the_subsections() {
+        let names = ["mapped-ram".to_owned()];
+        let mut wire = Wire::new(&Configuration { machine: "m".into(), capabilities: names.into() }).unwrap();
+        let alone = wire.describe()["subsections"][0].clone();
+        assert_eq!(alone["fields"][1], json!({ "name": "capabilities", "type": "capability", "size": 11 }));
+
+        wire.page_bits = Some(PageBits { page_bits: 12 });
+        let page_bits = vmstate::describe(&wire)["subsections"][0].clone();
+        assert_eq!(wire.describe()["subsections"], json!([page_bits, alone]));
+    }
 }
