@@ -86,7 +86,9 @@ impl<T: VmState> Counted for Slots<T> {
     fn load(reader: &mut Reader<'_>, count: usize, version: u32) -> Result<Self, Error> {
         // Every slot takes a byte at least, so a count that the bytes cannot hold is refused before memory is taken for it.
         let mut slots = reader.room(count, 1)?;
+        reader.promise(count);
         for index in 0..count {
+            reader.keep(1);
             slots.push(load_slot(reader, version).map_err(|error| error.at_index(index))?);
         }
         Ok(Slots::from_boxes(slots))

@@ -18,6 +18,8 @@ const MEMORY_PER_INPUT_BYTE: usize = 16;
 pub struct Reader<'a> {
     rest: &'a [u8],
     more_may_follow: bool,
+    /// Bytes that follow at least what is being read: those of elements that were counted and not come to yet.
+    promised: usize,
     context: Option<Context<'a>>,
     allowance: Allowance,
     /// The recursive structs that are being loaded, from the outermost inwards.
@@ -43,11 +45,19 @@ impl<'a> Reader<'a> {
     pub fn new(bytes: &'a [u8]) -> Self {
         let limit = MEMORY_PER_INPUT_BYTE.saturating_mul(bytes.len()).saturating_add(MEMORY_BASE_BYTES);
         let allowance = Allowance { limit, left: limit };
-        Reader { rest: bytes, more_may_follow: false, context: None, allowance, levels: Vec::new() }
+        Reader {
+            rest: bytes,
+            more_may_follow: false,
+            promised: 0,
+            context: None,
+            allowance,
+            levels: Vec::new(),
+        }
     }
 
     /// Reads from the start of `bytes`, which more may follow: wherever the answer depends on bytes that are not there yet, the
-    /// error is [`Problem::Truncated`].
+    /// error is [`Problem::Truncated`]. It needs what the rest of the state takes at least, as far as that is known, so that whoever
+    /// waits for so much tries again a few times and not with every element.
     pub fn partial(bytes: &'a [u8]) -> Self {
         Reader { more_may_follow: true, ..Reader::new(bytes) }
     }
@@ -76,7 +86,7 @@ impl<'a> Reader<'a> {
     #[inline]
     pub fn take(&mut self, count: usize) -> Result<&'a [u8], Error> {
         let Some((taken, rest)) = self.rest.split_at_checked(count) else {
-            return Err(self.truncated(count));
+            return Err(self.lacking(count));
         };
         self.rest = rest;
         Ok(taken)
@@ -86,7 +96,7 @@ impl<'a> Reader<'a> {
     #[inline]
     pub fn array<const N: usize>(&mut self) -> Result<[u8; N], Error> {
         let Some((taken, rest)) = self.rest.split_first_chunk::<N>() else {
-            return Err(self.truncated(N));
+            return Err(self.lacking(N));
         };
         self.rest = rest;
         Ok(*taken)
@@ -96,6 +106,13 @@ impl<'a> Reader<'a> {
     #[inline]
     pub fn byte(&mut self) -> Result<u8, Error> {
         Ok(self.array::<1>()?[0])
+    }
+
+    /// There are not `count` bytes, and after them would come what is promised.
+    #[cold]
+    fn lacking(&self, count: usize) -> Error {
+        let promised = if self.more_may_follow { self.promised } else { 0 };
+        self.truncated(count.saturating_add(promised))
     }
 
     #[cold]
@@ -108,10 +125,22 @@ impl<'a> Reader<'a> {
     pub(crate) fn room<T>(&mut self, count: usize, least_bytes: usize) -> Result<Vec<T>, Error> {
         let needed = count.saturating_mul(least_bytes);
         if needed > self.rest.len() {
-            return Err(self.truncated(needed));
+            return Err(self.lacking(needed));
         }
         self.spend(count.saturating_mul(size_of::<T>()))?;
         Ok(Vec::with_capacity(count))
+    }
+
+    /// So many bytes will follow at least, in elements that are read one by one.
+    pub(crate) fn promise(&mut self, bytes: usize) {
+        self.promised = self.promised.saturating_add(bytes);
+    }
+
+    /// Comes to the next element, of which that many bytes were promised. A load that fails leaves promises open: its reader is done
+    /// with.
+    #[inline]
+    pub(crate) fn keep(&mut self, bytes: usize) {
+        self.promised = self.promised.saturating_sub(bytes);
     }
 
     /// Takes `bytes` of memory out of the allowance.

@@ -47,7 +47,9 @@ pub trait Value: Sized {
     /// Reads `count` values. The caller has bounded `count`; memory is taken only if there are bytes to fill it.
     fn load_run(reader: &mut Reader<'_>, count: usize, version: u32) -> Result<Vec<Self>, Error> {
         let mut run = reader.room(count, Self::LEAST_BYTES)?;
+        reader.promise(count.saturating_mul(Self::LEAST_BYTES));
         for index in 0..count {
+            reader.keep(Self::LEAST_BYTES);
             run.push(Self::load(reader, version).map_err(|error| error.at_index(index))?);
         }
         Ok(run)

@@ -181,6 +181,63 @@ fn live_stream_ends_with_its_last_byte_in_pieces_of_any_size() {
 }
 
 #[test]
+fn a_large_section_in_single_bytes_is_not_measured_for_every_element() {
+    use std::cell::Cell;
+
+    thread_local!(static MEASURED: Cell<usize> = const { Cell::new(0) });
+
+    #[derive(VmState)]
+    #[vmstate(name = "large")]
+    struct Large {
+        #[vmstate(check = "measured")]
+        count: u32,
+        #[vmstate(len = "count", max = 4096)]
+        queues: Slots<Queue>,
+        more: u32,
+        #[vmstate(len = "more", max = 4096)]
+        runs: Vec<Run>,
+    }
+
+    #[derive(VmState)]
+    #[vmstate(name = "run")]
+    struct Run {
+        length: u8,
+        #[vmstate(len = "length", max = 8)]
+        bytes: Vec<u8>,
+    }
+
+    fn measured(_: &u32) -> Result<(), &'static str> {
+        MEASURED.set(MEASURED.get() + 1);
+        Ok(())
+    }
+
+    const ELEMENTS: usize = 4096;
+    let mut queues = Slots::empty(ELEMENTS);
+    for at in 0..ELEMENTS {
+        queues.put(at, Queue { base: at as u64, size: 1 });
+    }
+    let runs = (0..ELEMENTS).map(|_| Run { length: 0, bytes: vec![7; 8] }).collect();
+    let section = DeviceSection::save_bare("large", 0, &Large { count: 0, queues, more: 0, runs });
+    let mut writer = StreamWriter::new(Vec::new(), &Configuration::new("ferry-1")).unwrap();
+    writer.device(&section).unwrap();
+
+    let mut decoder = Decoder::live(Expected::new(vec![]).section::<Large>("large", 0));
+    let mut devices = 0;
+    for byte in writer.finish_live().unwrap() {
+        decoder.feed(&[byte]);
+        while let Some(event) = decoder.next_event().unwrap() {
+            match event {
+                Event::Device(come) => devices += usize::from(come.payload == section.payload),
+                Event::End => break,
+                _ => {}
+            }
+        }
+    }
+    assert_eq!(devices, 1);
+    assert!(MEASURED.get() < ELEMENTS / 16, "{} times", MEASURED.get());
+}
+
+#[test]
 fn bytes_after_a_live_stream_are_left() {
     let mut decoder = Decoder::live(expected());
     let mut bytes = started().finish_live().unwrap();
