@@ -39,6 +39,11 @@ pub enum Operation {
         /// Force unit access.
         fua: bool,
     },
+    /// The range is filled with these four bytes again and again, the least significant one first.
+    Fill {
+        /// The bytes.
+        pattern: u32,
+    },
     /// The contents of the range no longer matter. Afterwards it reads as zeroes or as before.
     Discard,
     /// Whether the image holds what guest memory holds; [`Failure::Miscompare`] if not. Changes neither.

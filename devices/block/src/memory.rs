@@ -74,6 +74,7 @@ impl MemoryImage {
                 .map_err(|_| Failure::OutOfRange)?
                 .copy_to_volatile_slice(image),
             Operation::WriteZeroes { .. } => fill_with_zeroes(&image),
+            Operation::Fill { pattern } => fill(&image, &[pattern.to_le_bytes(); PIECE_BYTES / 4].concat()),
             // As before is a legal content; zeroes would cost time and dirty pages, without a bound if ranges overlap.
             Operation::Discard | Operation::Flush | Operation::Verify => {}
         }
@@ -113,10 +114,15 @@ impl Backend for MemoryImage {
 /// Writes zeroes over all of `slice` and marks it dirty.
 pub(crate) fn fill_with_zeroes<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) {
     static ZEROES: [u8; 65_536] = [0; 65_536];
+    fill(slice, &ZEROES);
+}
+
+/// Writes `piece` over all of `slice`, again and again, and marks it dirty.
+fn fill<B: BitmapSlice>(slice: &VolatileSlice<'_, B>, piece: &[u8]) {
     let mut rest = slice.clone();
     while !rest.is_empty() {
-        rest.copy_from(&ZEROES[..]);
-        let Ok(next) = rest.offset(rest.len().min(ZEROES.len())) else { return };
+        rest.copy_from(piece);
+        let Ok(next) = rest.offset(rest.len().min(piece.len())) else { return };
         rest = next;
     }
 }

@@ -3,6 +3,7 @@
 //! ```text
 //! Read, Write           Data -> ... -> Data -> done      more turns after short results and for bounced buffers
 //! Compare, Verify       Data -> ... -> Data -> done      reads, always into the bounce buffer
+//! Fill                  Data -> ... -> Data -> done      writes, always from the bounce buffer
 //! Copy                  Data (read) -> Data (write) -> Data (read) -> ... -> done      what was read, however short, is written
 //! Flush                 Synchronize -> done
 //! WriteZeroes, Discard  Allocate [-> Data of zeroes, where the file cannot] [-> Synchronize with FUA] -> done
@@ -153,7 +154,7 @@ impl Transfer {
         self.ranges.extend_from_slice(request.buffers.ranges());
         self.distortion = distortion;
         self.source = match request.operation {
-            Operation::Compare | Operation::Verify => Source::Bounced,
+            Operation::Compare | Operation::Verify | Operation::Fill { .. } => Source::Bounced,
             Operation::Copy { .. } => Source::ImageRead,
             _ => Source::Guest,
         };
@@ -241,6 +242,7 @@ impl Transfer {
                     Operation::Write { fua: stable }
                     | Operation::WriteZeroes { fua: stable, .. }
                     | Operation::Copy { fua: stable, .. } => Step::Write { segments, offset_bytes, stable },
+                    Operation::Fill { .. } => Step::Write { segments, offset_bytes, stable: false },
                     Operation::Flush | Operation::Discard => Step::Synchronize,
                 })
             }
@@ -255,6 +257,14 @@ impl Transfer {
         }
         match (self.source, self.operation) {
             (Source::Zeroes, _) => self.bounce.bytes().fill(0),
+            (_, Operation::Fill { pattern }) => {
+                // A turn that came back short can begin between two patterns.
+                let start = (self.done_bytes % 4) as usize;
+                let bytes = pattern.to_le_bytes();
+                for (at, byte) in self.bounce.bytes().iter_mut().enumerate() {
+                    *byte = bytes[(start + at) % 4];
+                }
+            }
             (_, Operation::Write { .. }) => self.bounce.fill_from(memory, &self.ranges, self.done_bytes)?,
             _ => {}
         }

@@ -121,5 +121,30 @@ pub const EFFECT_CONTROLLER_CAPABILITY: u32 = 1 << 4;
 pub const EFFECT_EXCLUSIVE_IN_NAMESPACE: u32 = 1 << 16;
 /// CSE 010b: no other command to any namespace should be outstanding.
 pub const EFFECT_EXCLUSIVE: u32 = 2 << 16;
+wire_struct! {
+    /// Sanitize Status (Base 5.16.1.25).
+    pub struct SanitizeStatusLog [512] {
+        /// Sanitize Progress in 65,536ths; FFFFh while no operation is in progress.
+        0: progress: u16,
+        /// Sanitize Status: bits 2:0 one of the `SANITIZE_*` values, 7:3 completed overwrite passes, 8 Global Data Erased.
+        2: status: u16,
+        /// CDW10 of the command that began the operation.
+        4: command: u32,
+        /// Estimated times for overwrite, block erase, crypto erase, and the same with no-deallocate.
+        8: estimated_seconds: [u32; 6],
+    }
+}
+
+/// Sanitize Status: there was no operation.
+pub const SANITIZE_NEVER: u16 = 0;
+/// The most recent operation completed successfully.
+pub const SANITIZE_SUCCEEDED: u16 = 1;
+/// One is in progress.
+pub const SANITIZE_IN_PROGRESS: u16 = 2;
+/// The most recent operation failed.
+pub const SANITIZE_FAILED: u16 = 3;
+/// No time is estimated.
+pub const NO_ESTIMATE: u32 = 0xffff_ffff;
+
 /// Supported Log Pages: the page is supported (Base figure 204).
 pub const PAGE_SUPPORTED: u32 = 1 << 0;

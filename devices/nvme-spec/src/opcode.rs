@@ -80,6 +80,18 @@ pub const COMMIT_REPLACE_AND_ACTIVATE: u8 = 1;
 pub const COMMIT_ACTIVATE: u8 = 2;
 /// Put the image there if one was downloaded, and activate the slot now.
 pub const COMMIT_ACTIVATE_NOW: u8 = 3;
+/// Sanitize CDW10 bits 2:0, Sanitize Action (Base 5.24): leave the failure mode.
+pub const SANITIZE_EXIT_FAILURE_MODE: u32 = 1;
+/// Block erase.
+pub const SANITIZE_BLOCK_ERASE: u32 = 2;
+/// Overwrite.
+pub const SANITIZE_OVERWRITE: u32 = 3;
+/// Sanitize CDW10 bit 3: Allow Unrestricted Sanitize Exit.
+pub const SANITIZE_UNRESTRICTED_EXIT: u32 = 1 << 3;
+/// Sanitize CDW10 bit 8: Overwrite Invert Pattern Between Passes. Bits 7:4 are the number of passes, 0 for 16.
+pub const SANITIZE_INVERT_PATTERN: u32 = 1 << 8;
+/// Sanitize CDW10 bit 9: No-Deallocate After Sanitize.
+pub const SANITIZE_NO_DEALLOCATE: u32 = 1 << 9;
 /// CDW12 bit 31 of Read and Write: Limited Retry (NVM 3.2.4).
 pub const CDW12_LIMITED_RETRY: u32 = 1 << 31;
 /// CDW12 bit 30 of Read, Write and Write Zeroes: Force Unit Access.

@@ -7,13 +7,17 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
+use nvme_spec::event::Event;
 use nvme_spec::log::ErrorEntry;
 use nvme_spec::regs::{self, Aqa, Cc, Csts};
 use nvme_spec::{Status, SubmissionEntry};
 
 use crate::command::features::Features;
+use crate::command::format::Format;
+use crate::command::sanitize::Sanitize;
 use crate::doorbell::{Buffers, MemoryGone};
 use crate::firmware::Firmware;
+use crate::maintenance::{Chunk, Kind};
 use crate::namespace::{self, Namespace, NamespaceTable};
 use crate::non_volatile::NonVolatile;
 use crate::prp::PrpWalker;
@@ -73,6 +77,8 @@ pub(crate) enum Job {
     WriteCacheOff { cid: u16 },
     /// Set Features (namespace write protection) is answered.
     WriteProtect { cid: u16 },
+    /// An operation goes on, or ends.
+    Operation { kind: Kind, chunk: Chunk },
 }
 
 /// The admin queue pair. It lives here and not in a worker, so that its commands can reach into every worker.
@@ -105,6 +111,10 @@ pub(crate) struct Admin {
     /// What the features are after a reset.
     pub saved_features: Features,
     pub firmware: Firmware,
+    pub format: Option<Format>,
+    pub sanitize: Sanitize,
+    /// An operation found no free slot in worker 0.
+    pub waits_for_slot: bool,
     pub non_volatile: Option<Arc<dyn NonVolatile>>,
     /// The log has spoken of a failure to keep something.
     pub keep_failure_reported: bool,
@@ -144,6 +154,9 @@ impl Admin {
             features: Features::new(shared.config.vectors),
             saved_features: Features::new(shared.config.vectors),
             firmware: Firmware::new(),
+            format: None,
+            sanitize: Sanitize::new(),
+            waits_for_slot: false,
             non_volatile: None,
             keep_failure_reported: false,
             parked: Vec::new(),
@@ -172,7 +185,7 @@ impl Admin {
         self.finish_jobs(pool);
         self.finish_deletes(pool);
         match self.serve(pool) {
-            Ok(more) => more || self.control_is_due(pool),
+            Ok(more) => self.maintain(pool) || more || self.control_is_due(pool),
             Err(gone) => {
                 pool.shared.fail("the admin queue", &gone);
                 self.phase = Phase::Failed;
@@ -290,6 +303,8 @@ impl Admin {
         self.waiting_jobs.clear();
         self.keep_alive = None;
         self.buffers = None;
+        // Nobody waits for its answer any more.
+        self.format.iter_mut().for_each(|format| format.cid = None);
         self.changed_namespaces.clear();
         self.health.critical_warning = 0;
         shared.events().reset();
@@ -374,8 +389,7 @@ impl Admin {
 
     /// Flushes all namespaces on worker 0; [`Admin::finish_jobs`] does what follows.
     pub fn start_job(&mut self, pool: &Pool, job: Job) {
-        let token = self.next_job;
-        self.next_job = token.wrapping_add(1);
+        let token = self.take_token();
         let mut worker = pool.worker(0);
         match worker.flush_all(Owner::Admin(token), 0) {
             Ok(true) => self.jobs.push((token, job)),
@@ -386,6 +400,13 @@ impl Admin {
             // No slot is free: again when the worker has finished something.
             Err(_) => self.waiting_jobs.push_back(job),
         }
+    }
+
+    /// A name for the next job.
+    pub fn take_token(&mut self) -> u32 {
+        let token = self.next_job;
+        self.next_job = token.wrapping_add(1);
+        token
     }
 
     fn finish_jobs(&mut self, pool: &Pool) {
@@ -418,19 +439,25 @@ impl Admin {
                 self.phase = if registers.cc.en() == 1 { Phase::Stopped } else { Phase::Disabled };
             }
             Job::WriteCacheOff { cid } | Job::WriteProtect { cid } => self.end(cid, 0, status),
+            Job::Operation { kind, chunk } => self.finish_request(pool, kind, &chunk, status),
         }
     }
 
-    /// Changes a namespace for the admin queue and for all workers: commands that begin from now on find it as `change` leaves it.
-    pub fn change_namespace(&mut self, pool: &Pool, nsid: u32, change: impl Fn(&mut Namespace)) {
-        let Some(index) = (nsid as usize).checked_sub(1) else { return };
-        let apply = |table: &mut NamespaceTable| {
-            if let Some(Some(namespace)) = Arc::make_mut(table).get_mut(index) {
-                change(Arc::make_mut(namespace));
-            }
-        };
-        apply(&mut self.namespaces);
-        (0..pool.workers.len()).for_each(|index| apply(&mut pool.worker(index).namespaces));
+    /// Changes the namespace `scope`, or all with the broadcast identifier: commands that begin from now on find it as `change` leaves
+    /// it, here and, when it has followed, at every other controller of the subsystem.
+    pub fn change_namespaces(&mut self, pool: &Pool, scope: u32, change: impl Fn(&mut Namespace)) {
+        pool.shared.subsystem.change(scope, change);
+        self.follow_subsystem(pool);
+    }
+
+    /// Notes that the host has to look at a namespace again (Base 5.16.1.5), and tells it if it wants to be told.
+    pub fn tell_namespace_changed(&mut self, pool: &Pool, nsid: u32) {
+        if !self.changed_namespaces.contains(&nsid) {
+            self.changed_namespaces.push(nsid);
+        }
+        if self.features.async_events & nvme_spec::identify::OAES_NAMESPACE_ATTRIBUTE != 0 {
+            pool.shared.events().queue(Event::NAMESPACE_CHANGED);
+        }
     }
 
     /// Answers Delete I/O Submission Queue commands whose queues have nothing in flight any more.
@@ -487,6 +514,7 @@ impl Admin {
             + self.parked.len()
             + self.deletes.len()
             + self.jobs.len()
+            + usize::from(self.format.is_some())
             + self.waiting_jobs.len();
         self.phase == Phase::Ready
             && !shared.is_paused()

@@ -117,7 +117,7 @@ impl Controller {
         if index == 0 {
             let mut admin = lock(&self.admin);
             more |= admin.process(&self.pool);
-            job_waits = !admin.waiting_jobs.is_empty();
+            job_waits = !admin.waiting_jobs.is_empty() || admin.waits_for_slot;
             self.pool.shared.admin_waits.store(job_waits, Ordering::Relaxed);
         }
         let mut worker = lock(worker);

@@ -33,7 +33,7 @@ pub struct Shape {
 pub struct NamespaceShape {
     /// Namespace identifier.
     pub nsid: u32,
-    /// log2 of the size of a block in bytes.
+    /// log2 of the size of a block in bytes: that of the format which the namespace has now.
     pub block_shift: u8,
     /// Size in blocks.
     pub blocks: u64,
@@ -106,12 +106,24 @@ impl NamespaceShape {
         }
     }
 
+    fn size_bytes(&self) -> String {
+        let bytes = 1u64.checked_shl(self.block_shift.into()).map(u128::from);
+        bytes.map_or_else(
+            || format!("{} * 2^{}", self.blocks, self.block_shift),
+            |bytes| (u128::from(self.blocks) * bytes).to_string(),
+        )
+    }
+
     /// In which respects `other`, of the same identifier, is different.
     pub(crate) fn differences(&self, other: &Self) -> Vec<String> {
         let backend = |shape: &Self| String::from_utf8_lossy(&shape.backend).trim_end().to_owned();
+        let size = match self.block_shift == other.block_shift {
+            true => ("size in blocks", self.blocks.to_string(), other.blocks.to_string()),
+            // The guest formats: who takes over gives the namespace the blocks that the other one had. The image must be as large.
+            false => ("size in bytes", self.size_bytes(), other.size_bytes()),
+        };
         let pairs = [
-            ("block size in bytes", bytes(self.block_shift), bytes(other.block_shift)),
-            ("size in blocks", self.blocks.to_string(), other.blocks.to_string()),
+            size,
             ("read only", self.read_only.to_string(), other.read_only.to_string()),
             ("UUID", hex(&self.uuid), hex(&other.uuid)),
             ("backend", backend(self), backend(other)),
@@ -158,10 +170,6 @@ impl Controller {
             namespaces,
         }
     }
-}
-
-fn bytes(shift: u8) -> String {
-    1u64.checked_shl(u32::from(shift)).map_or_else(|| format!("2^{shift}"), |bytes| bytes.to_string())
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -5,7 +5,7 @@
 //! vCPU threads        PciFunction::bar_write -> pci.rs -> doorbell.rs (atomics)  -> Host::wake(worker)
 //!                                                      -> regs.rs (what is wanted) -> Host::wake(0)
 //! worker threads      Controller::process(worker)
-//!                       worker 0: admin.rs (enable, reset, shutdown; command/: the admin commands)
+//!                       worker 0: admin.rs (enable, reset, shutdown; command/: the admin commands; maintenance.rs: format, sanitize)
 //!                       every worker: worker.rs (fetch -> command/io.rs -> Backend::submit -> reap -> post -> interrupt)
 //! migration thread    Controller::pause -> save -> state.rs ... Controller::load -> resume
 //!                       (or, from and to QEMU, qemu/: section.rs <- join.rs, section.rs -> split.rs)
@@ -33,8 +33,8 @@
 //! # Absent
 //!
 //! Metadata, the controller memory buffer, pin interrupts, interrupt coalescing (accepted, not acted on), weighted arbitration,
-//! fused operations, Compare, Verify, Copy, Write Uncorrectable, reservations, namespace management, firmware update, self-test, format,
-//! sanitize, and state that outlives the process. None of them is claimed in Identify, and their commands are refused.
+//! fused operations, Compare, Verify, Copy, Write Uncorrectable, reservations, namespace management and self-test.
+//! None of them is claimed in Identify, and their commands are refused.
 #![forbid(unsafe_code)]
 
 mod admin;
@@ -47,6 +47,7 @@ mod error;
 mod event;
 mod firmware;
 mod inventory;
+mod maintenance;
 mod namespace;
 mod non_volatile;
 mod pci;
@@ -69,11 +70,11 @@ pub use config::{ControllerConfig, MAX_NAMESPACES, MAX_QUEUE_ENTRIES, NamespaceC
 pub use controller::{Controller, PauseReport, Progress, Statistics};
 pub use error::Error;
 pub use inventory::{Inventory, NamespaceShape, Shape};
-pub use non_volatile::{KeptState, NonVolatile};
+pub use non_volatile::{KeptFormatState, KeptState, NonVolatile};
 pub use shared::Host;
 pub use state::{
     CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState, FirmwareState,
-    MoreFeaturesState, NamespaceState, NvmeState, RegistersState, SavedFeaturesState, SmartState,
-    SubmissionQueueState, WriteProtectionState,
+    FormatState, MoreFeaturesState, NamespaceState, NvmeState, RegistersState, SanitizeState,
+    SavedFeaturesState, SmartState, SubmissionQueueState, SweepState, WriteProtectionState,
 };
 pub use subsystem::Subsystem;

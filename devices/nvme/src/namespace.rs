@@ -22,6 +22,8 @@ pub(crate) struct Namespace {
     /// Writes are refused: the image is read-only, or the namespace is write protected.
     pub read_only: bool,
     pub protection: WriteProtection,
+    /// What commands to its blocks are answered with while an operation of the controller has it.
+    pub refusal: Option<Status>,
     pub uuid: [u8; 16],
     pub backend: Arc<dyn Backend>,
 }
@@ -91,6 +93,7 @@ impl Namespace {
             blocks,
             read_only: identity.read_only,
             protection: WriteProtection::None,
+            refusal: None,
             uuid: uuid(serial, config.nsid),
             backend: Arc::clone(&config.backend),
         })
@@ -99,6 +102,17 @@ impl Namespace {
     /// Size in bytes.
     pub fn size_bytes(&self) -> u128 {
         u128::from(self.blocks) << self.block_shift
+    }
+
+    /// Whether it could have blocks of `1 << shift` bytes: none of its bytes would be beyond the last of them.
+    pub fn can_have(&self, shift: u8) -> bool {
+        self.size_bytes().is_multiple_of(1 << shift)
+    }
+
+    /// Gives it blocks of another size; it has as many bytes as before.
+    pub fn set_format(&mut self, shift: u8) {
+        self.blocks = (self.blocks << self.block_shift) >> shift;
+        self.block_shift = shift;
     }
 
     /// Changes the write protection.
@@ -143,6 +157,12 @@ pub(crate) fn slot<T>(table: &[Option<T>], nsid: u32) -> Result<&T, Status> {
         Some(None) => Err(Status::INVALID_FIELD.do_not_retry()),
         Some(Some(namespace)) => Ok(namespace),
     }
+}
+
+/// The namespace of an I/O command: as [`find`], unless an operation of the controller has it.
+pub(crate) fn ready(table: &NamespaceTable, nsid: u32) -> Result<&Arc<Namespace>, Status> {
+    let namespace = find(table, nsid)?;
+    namespace.refusal.map_or(Ok(namespace), Err)
 }
 
 /// The attached namespaces in the order of their identifiers.

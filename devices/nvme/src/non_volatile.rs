@@ -16,7 +16,7 @@ use crate::controller::Controller;
 use crate::restore::admin as restore;
 use crate::save::admin as save;
 use crate::shared::lock;
-use crate::state::{FirmwareState, SavedFeaturesState};
+use crate::state::{FirmwareState, SanitizeState, SavedFeaturesState};
 
 /// A place that outlives the controller's power.
 pub trait NonVolatile: Send + Sync + Debug {
@@ -46,6 +46,23 @@ pub struct KeptState {
     /// Their identifiers.
     #[vmstate(len = "permanent_count", max = crate::config::MAX_NAMESPACES as usize)]
     pub permanent: Vec<u32>,
+    /// Namespaces.
+    pub format_count: u32,
+    /// Their formats, which count for more than how they are configured.
+    #[vmstate(len = "format_count", max = crate::config::MAX_NAMESPACES as usize)]
+    pub formats: Vec<KeptFormatState>,
+    /// Sanitize operations; one that was in progress begins its pass again.
+    pub sanitize: SanitizeState,
+}
+
+/// The format of a namespace.
+#[derive(VmState, Clone, Copy, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/kept-format", version = 1)]
+pub struct KeptFormatState {
+    /// Namespace identifier.
+    pub nsid: u32,
+    /// log2 of the size of a block in bytes.
+    pub block_shift: u8,
 }
 
 impl Controller {

@@ -64,6 +64,8 @@ impl Controller {
             namespaces: namespaces_state(&admin),
             pci: shared.endpoint.save(),
             firmware: admin::firmware_state(&admin),
+            format: admin::format_state(&admin),
+            sanitize: admin::sanitize_state(&admin),
         }
     }
 }

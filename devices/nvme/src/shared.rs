@@ -53,6 +53,8 @@ pub(crate) struct Shared {
     pub admin_waits: AtomicBool,
     /// The volatile write cache is on; off means that every write is as with FUA.
     pub write_cache: AtomicBool,
+    /// A worker that ends commands wakes worker 0: an operation waits for it.
+    pub tells_of_ends: AtomicBool,
     pub events: Mutex<Events>,
     registers: Mutex<Registers>,
 }
@@ -74,6 +76,7 @@ impl Shared {
             paused: AtomicBool::new(false),
             admin_waits: AtomicBool::new(false),
             write_cache: AtomicBool::new(true),
+            tells_of_ends: AtomicBool::new(false),
             events: Mutex::new(Events::default()),
             subsystem,
             controller_id,

@@ -19,7 +19,10 @@ use vmstate::{Bitmap, Slots, VmState};
 use crate::config::MAX_NAMESPACES;
 use crate::inventory::{NamespaceShape, Shape};
 
-pub use admin::{FirmwareState, MoreFeaturesState, SavedFeaturesState, WriteProtectionState};
+pub use admin::{
+    FirmwareState, FormatState, MoreFeaturesState, SanitizeState, SavedFeaturesState, SweepState,
+    WriteProtectionState,
+};
 
 /// A paused controller.
 #[derive(VmState, Clone, Debug, PartialEq, Eq)]
@@ -63,6 +66,12 @@ pub struct NvmeState {
     /// Firmware slots, unless they are as they left the factory.
     #[vmstate(subsection)]
     pub firmware: Option<FirmwareState>,
+    /// The format that is in progress.
+    #[vmstate(subsection)]
+    pub format: Option<FormatState>,
+    /// Sanitize operations, if there ever was one.
+    #[vmstate(subsection)]
+    pub sanitize: Option<SanitizeState>,
 }
 
 /// The registers that the guest can change (Base 3.1.3).

@@ -16,6 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use nvme_spec::NSID_BROADCAST;
+
 use crate::Error;
 use crate::config::{MAX_NAMESPACES, NamespaceConfig};
 use crate::namespace::{self, Namespace, NamespaceTable};
@@ -113,6 +115,18 @@ impl Subsystem {
     #[must_use]
     pub fn controllers(&self) -> Vec<u16> {
         self.contents().controllers.keys().copied().collect()
+    }
+
+    /// Changes the namespace `scope`, or with the broadcast identifier all that are allocated. The controllers follow.
+    pub(crate) fn change(&self, scope: u32, change: impl Fn(&mut Namespace)) {
+        let mut contents = self.contents();
+        for allocated in contents.namespaces.iter_mut().flatten() {
+            if scope == NSID_BROADCAST || scope == allocated.namespace.nsid {
+                change(&mut allocated.namespace);
+            }
+        }
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        contents.controllers.values().for_each(|host| host.wake(0));
     }
 
     /// Counts what changes in [`Subsystem::attached_to`].

@@ -178,6 +178,8 @@ impl Worker {
         if !shared.active.load(Ordering::SeqCst) && before != 0 && self.in_flight() == 0 {
             // A reset or shutdown waits for this.
             shared.host.wake(0);
+        } else if before != self.in_flight() && shared.tells_of_ends.load(Ordering::SeqCst) {
+            shared.host.wake(0);
         }
         Ok(more)
     }
@@ -510,7 +512,10 @@ pub(crate) fn flush_step(nsid: u32) -> Step {
 
 /// Whether `operation` may end before what it wrote is stable.
 pub(crate) fn is_cached(operation: Operation) -> bool {
-    matches!(operation, Operation::Write { fua: false } | Operation::WriteZeroes { fua: false, .. })
+    matches!(
+        operation,
+        Operation::Write { fua: false } | Operation::WriteZeroes { fua: false, .. } | Operation::Fill { .. }
+    )
 }
 
 /// Closes the doorbell of a submission queue that goes away.

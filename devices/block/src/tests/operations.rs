@@ -179,3 +179,33 @@ fn only_what_changes_an_image_needs_one_that_can_be_written() {
         assert_eq!(run(context, &image, copy, 0, 512, &[]), Err(Failure::ReadOnly));
     });
 }
+
+#[test]
+fn fill_writes_its_pattern_over_all_of_the_range_and_nothing_else() {
+    on_both_engines(1, |context| {
+        for (name, image, _file) in writable_images(CAPACITY) {
+            let before = write_pattern(context, &*image, &mut Numbers(9), 0, LENGTH + 8192);
+            run(context, &*image, Operation::Fill { pattern: 0x1122_3344 }, 4096, LENGTH, &[]).unwrap();
+            let after = read_back(context, &*image, 0, LENGTH + 8192);
+            let end = 4096 + LENGTH as usize;
+            assert!(after[..4096] == before[..4096] && after[end..] == before[end..], "{name}");
+            assert!(after[4096..end].chunks(4).all(|bytes| bytes == [0x44, 0x33, 0x22, 0x11]), "{name}");
+            let beyond = run(context, &*image, Operation::Fill { pattern: 0 }, CAPACITY - 4096, 8192, &[]);
+            assert_eq!(beyond, Err(Failure::OutOfRange), "{name}");
+        }
+    });
+}
+
+#[test]
+fn a_fill_that_comes_back_short_goes_on_within_its_pattern() {
+    on_both_engines(1, |context| {
+        for (name, inner, _file) in writable_images(CAPACITY) {
+            let control = Arc::new(FaultControl::default());
+            let image = FaultImage::new(inner, Arc::clone(&control));
+            control.inject(Target::Write, 0, 1, Fault::Short { bytes: 5 });
+            run(context, &image, Operation::Fill { pattern: 0x1122_3344 }, 0, LENGTH, &[]).unwrap();
+            let after = read_back(context, &image, 0, LENGTH);
+            assert!(after.chunks(4).all(|bytes| bytes == [0x44, 0x33, 0x22, 0x11]), "{name}");
+        }
+    });
+}

@@ -17,6 +17,9 @@ impl Admin {
         if entry.fuse() != 0 || entry.psdt() != 0 {
             return Err(Status::INVALID_FIELD.do_not_retry());
         }
+        if let Some(status) = self.sanitize.refusal().filter(|_| !self.sanitize.allows(entry)) {
+            return Err(status.do_not_retry());
+        }
         match entry.opcode {
             admin::DELETE_SQ => self.delete_sq(pool, entry),
             admin::CREATE_SQ => self.create_sq(pool, entry),
@@ -29,6 +32,8 @@ impl Admin {
             admin::GET_FEATURES => self.get_features(pool, entry),
             admin::ASYNC_EVENT_REQUEST => self.async_event_request(entry),
             admin::FIRMWARE_DOWNLOAD => self.firmware_download(pool, entry),
+            admin::FORMAT_NVM => self.format_nvm(pool, entry),
+            admin::SANITIZE => self.start_sanitize(pool, entry),
             admin::FIRMWARE_COMMIT => self.firmware_commit(pool, entry),
             admin::DOORBELL_BUFFER_CONFIG => self.doorbell_buffer_config(pool, entry),
             // Keep Alive.
@@ -132,5 +137,7 @@ pub(crate) fn is_supported(opcode: u8) -> bool {
             | admin::FIRMWARE_DOWNLOAD
             | admin::KEEP_ALIVE
             | admin::DOORBELL_BUFFER_CONFIG
+            | admin::FORMAT_NVM
+            | admin::SANITIZE
     )
 }

@@ -362,7 +362,7 @@ impl Admin {
         if matches!(before, WriteProtection::UntilPowerCycle | WriteProtection::Permanent) {
             return Err(Status::FEATURE_NOT_CHANGEABLE.do_not_retry());
         }
-        self.change_namespace(pool, entry.nsid, |namespace| namespace.protect(wanted));
+        self.change_namespaces(pool, entry.nsid, |namespace| namespace.protect(wanted));
         self.keep();
         if wanted == WriteProtection::None {
             return Ok(Answer::Now(0));

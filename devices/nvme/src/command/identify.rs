@@ -38,8 +38,10 @@ impl Admin {
             return Err(invalid);
         }
         let page = match structure {
-            cns::NAMESPACE => self.page_of(entry.nsid, namespace_page)?,
-            cns::ALLOCATED_NAMESPACE => allocated_page(pool, entry.nsid, namespace_page)?,
+            cns::NAMESPACE => self.page_of(entry.nsid, |namespace| self.namespace_page(namespace))?,
+            cns::ALLOCATED_NAMESPACE => {
+                allocated_page(pool, entry.nsid, |namespace| self.namespace_page(namespace))?
+            }
             cns::CONTROLLER => self.controller_page(pool),
             cns::ACTIVE_NAMESPACES | cns::CSI_ACTIVE_NAMESPACES => {
                 namespace_list(entry.nsid, namespace::active(&self.namespaces).map(|active| active.nsid))?
@@ -84,6 +86,28 @@ impl Admin {
         page_or_zeroes(namespace::find(&self.namespaces, nsid).map(|active| page(active)))
     }
 
+    fn namespace_page(&self, namespace: &Namespace) -> Page {
+        let mut structure = spec::IdentifyNamespace {
+            nsze: namespace.blocks,
+            ncap: namespace.blocks,
+            nuse: namespace.blocks,
+            flbas: FORMATS.iter().position(|&shift| shift == namespace.block_shift).unwrap_or(0) as u8,
+            fpi: spec::FPI_SUPPORTED | self.format_remaining(namespace),
+            dlfeat: spec::DLFEAT_WRITE_ZEROES_DEALLOCATE,
+            nvmcap: namespace.size_bytes(),
+            nsattr: if namespace.read_only { spec::NSATTR_WRITE_PROTECTED } else { 0 },
+            nguid: namespace.uuid,
+            eui64: namespace.eui64(),
+            ..spec::IdentifyNamespace::default()
+        };
+        formats(&mut structure);
+        for (place, shift) in structure.lbaf.iter_mut().zip(FORMATS) {
+            // "If the value reported is 0h, then the LBA format is not currently available": the image has not a whole number of them.
+            place.lba_data_size_log2 = if namespace.can_have(shift) { shift } else { 0 };
+        }
+        structure.to_bytes()
+    }
+
     fn controller_page(&self, pool: &Pool) -> Page {
         let config = &pool.shared.config;
         let mut subnqn = [0; 256];
@@ -106,7 +130,7 @@ impl Admin {
             oaes: spec::OAES_NAMESPACE_ATTRIBUTE | spec::OAES_FIRMWARE_ACTIVATION,
             ctratt: spec::CTRATT_HOST_IDENTIFIER_128,
             cntrltype: 1,
-            oacs: spec::OACS_FIRMWARE | spec::OACS_DOORBELL_BUFFER_CONFIG,
+            oacs: spec::OACS_FORMAT | spec::OACS_FIRMWARE | spec::OACS_DOORBELL_BUFFER_CONFIG,
             acl: 3,
             aerl: (MAX_PARKED - 1) as u8,
             // Bits 3:1: the number of slots.
@@ -129,6 +153,11 @@ impl Admin {
                 | spec::ONCS_WRITE_ZEROES
                 | spec::ONCS_FEATURE_SELECT
                 | spec::ONCS_TIMESTAMP,
+            // Format NVM is about one namespace, and takes the broadcast identifier; erasure is not cryptographic.
+            fna: 0,
+            sanicap: spec::SANICAP_BLOCK_ERASE
+                | spec::SANICAP_OVERWRITE
+                | spec::SANICAP_MEDIA_NOT_MODIFIED_AFTERWARDS,
             nwpc: spec::NWPC_WRITE_PROTECT
                 | spec::NWPC_UNTIL_POWER_CYCLE
                 | if self.non_volatile.is_some() { spec::NWPC_PERMANENT } else { 0 },
@@ -179,23 +208,6 @@ fn formats(structure: &mut spec::IdentifyNamespace) {
     }
 }
 
-fn namespace_page(namespace: &Namespace) -> Page {
-    let mut structure = spec::IdentifyNamespace {
-        nsze: namespace.blocks,
-        ncap: namespace.blocks,
-        nuse: namespace.blocks,
-        flbas: FORMATS.iter().position(|&shift| shift == namespace.block_shift).unwrap_or(0) as u8,
-        dlfeat: spec::DLFEAT_WRITE_ZEROES_DEALLOCATE,
-        nvmcap: namespace.size_bytes(),
-        nsattr: if namespace.read_only { spec::NSATTR_WRITE_PROTECTED } else { 0 },
-        nguid: namespace.uuid,
-        eui64: namespace.eui64(),
-        ..spec::IdentifyNamespace::default()
-    };
-    formats(&mut structure);
-    structure.to_bytes()
-}
-
 /// CNS 09h: what a namespace of `format` would offer.
 fn format_page(format: u16) -> Page {
     let mut structure = spec::IdentifyNamespace {
@@ -210,7 +222,7 @@ fn format_page(format: u16) -> Page {
 fn independent_page(namespace: &Namespace) -> Page {
     spec::IdentifyIndependentNamespace {
         nsattr: if namespace.read_only { spec::NSATTR_WRITE_PROTECTED } else { 0 },
-        nstat: 1,
+        nstat: u8::from(namespace.refusal.is_none()),
         ..spec::IdentifyIndependentNamespace::default()
     }
     .to_bytes()

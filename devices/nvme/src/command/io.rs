@@ -30,7 +30,7 @@ impl Worker {
         if entry.opcode == nvm::FLUSH && entry.nsid == NSID_BROADCAST {
             return self.flush_all(Owner::Queue(sq_index), entry.cid);
         }
-        let namespace = Arc::clone(namespace::find(&self.namespaces, entry.nsid)?);
+        let namespace = Arc::clone(namespace::ready(&self.namespaces, entry.nsid)?);
         match entry.opcode {
             nvm::FLUSH => {
                 let step = flush_step(namespace.nsid);

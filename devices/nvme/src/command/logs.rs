@@ -1,7 +1,7 @@
 //! Get Log Page (Base 5.16).
 
 use nvme_spec::log::{self, id};
-use nvme_spec::opcode::nvm;
+use nvme_spec::opcode::{admin, nvm};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, event};
 
 use crate::admin::{Admin, Answer, Pool};
@@ -10,7 +10,7 @@ use crate::command::features;
 use crate::event::ERROR_LOG_ENTRIES;
 
 /// The pages that exist.
-const PAGES: [u8; 8] = [
+const PAGES: [u8; 9] = [
     id::SUPPORTED_PAGES,
     id::ERROR_INFORMATION,
     id::SMART,
@@ -19,6 +19,7 @@ const PAGES: [u8; 8] = [
     id::COMMANDS_SUPPORTED,
     id::FEATURES_SUPPORTED,
     id::MANAGEMENT_SUPPORTED,
+    id::SANITIZE_STATUS,
 ];
 
 /// CDW10 bit 15: Retain Asynchronous Event.
@@ -52,6 +53,7 @@ impl Admin {
             id::SMART => self.smart_log(pool, entry.nsid)?,
             id::FIRMWARE_SLOT => self.firmware_log(),
             id::CHANGED_NAMESPACES => self.changed_namespaces_log(),
+            id::SANITIZE_STATUS => self.sanitize_log(),
             id::COMMANDS_SUPPORTED => commands_log((entry.cdw14 >> 24) as u8)?,
             id::FEATURES_SUPPORTED => dword_table(256, feature_effects),
             // The management interface is not there: no command of it is supported.
@@ -74,6 +76,7 @@ impl Admin {
         match page {
             id::ERROR_INFORMATION => pool.shared.events().unmask(event::ERROR),
             id::SMART => pool.shared.events().unmask(event::SMART),
+            id::SANITIZE_STATUS => pool.shared.events().unmask(event::COMMAND_SPECIFIC),
             id::FIRMWARE_SLOT => pool.shared.events().unmask(event::NOTICE),
             id::CHANGED_NAMESPACES => {
                 self.changed_namespaces.clear();
@@ -121,7 +124,7 @@ fn commands_log(command_set: u8) -> Result<Vec<u8>, Status> {
     if command_set != nvme_spec::identify::CSI_NVM {
         return Err(Status::INVALID_FIELD.do_not_retry());
     }
-    let mut page = dword_table(256, |opcode| if is_supported(opcode) { log::EFFECT_SUPPORTED } else { 0 });
+    let mut page = dword_table(256, |opcode| if is_supported(opcode) { admin_effects(opcode) } else { 0 });
     page.extend(dword_table(256, |opcode| match opcode {
         nvm::READ | nvm::FLUSH => log::EFFECT_SUPPORTED,
         nvm::WRITE | nvm::WRITE_ZEROES | nvm::DATASET_MANAGEMENT => {
@@ -131,6 +134,21 @@ fn commands_log(command_set: u8) -> Result<Vec<u8>, Status> {
     }));
     page.resize(4096, 0);
     Ok(page)
+}
+
+/// What a supported admin command does beyond its answer.
+fn admin_effects(opcode: u8) -> u32 {
+    log::EFFECT_SUPPORTED
+        | match opcode {
+            admin::FORMAT_NVM => {
+                log::EFFECT_CONTENT_CHANGE
+                    | log::EFFECT_NAMESPACE_CAPABILITY
+                    | log::EFFECT_EXCLUSIVE_IN_NAMESPACE
+            }
+            admin::SANITIZE => log::EFFECT_CONTENT_CHANGE | log::EFFECT_EXCLUSIVE,
+            admin::FIRMWARE_COMMIT => log::EFFECT_CONTROLLER_CAPABILITY,
+            _ => 0,
+        }
 }
 
 fn feature_effects(feature: u8) -> u32 {

@@ -33,6 +33,7 @@ impl QemuSection {
         check_shape(state, device)?;
         check_features(state)?;
         check_queues(state)?;
+        check_parts(state)?;
         let namespace = only_namespace(state)?;
         let (config, msix) = configuration::join(&state.pci, &residue.configuration)?;
         let ready = Csts(state.registers.csts).rdy() == 1;
@@ -131,6 +132,23 @@ fn check_features(state: &NvmeState) -> Result<(), Error> {
     ];
     match set.into_iter().find(|&(_, _, set)| set) {
         Some((feature, name, _)) => beyond(QemuLimit::Feature { feature, name }),
+        None => Ok(()),
+    }
+}
+
+/// What later versions of ours have learned.
+fn check_parts(state: &NvmeState) -> Result<(), Error> {
+    let protected = state.namespaces.present().any(|(_, namespace)| namespace.write_protection.is_some());
+    let parts = [
+        ("saved features", state.features.saved.is_some()),
+        ("a workload hint or a sanitize configuration", state.features.more.is_some()),
+        ("firmware that a guest brought", state.firmware.is_some()),
+        ("a format in progress", state.format.is_some()),
+        ("a sanitize operation", state.sanitize.is_some()),
+        ("a write protected namespace", protected),
+    ];
+    match parts.into_iter().find(|&(_, there)| there) {
+        Some((what, _)) => beyond(QemuLimit::Part { what }),
         None => Ok(()),
     }
 }

@@ -95,6 +95,12 @@ pub enum QemuLimit {
     /// A timestamp of 0 is none in QEMU.
     #[error("the guest has set the timestamp to 0 this very millisecond")]
     ZeroTimestamp,
+    /// Something that QEMU's controller does not have.
+    #[error("the state has {what}, of which QEMU has none")]
+    Part {
+        /// What it is.
+        what: &'static str,
+    },
     /// The state's configuration space has not the capabilities of this build.
     #[error("the configuration space has no capability {id:#x}")]
     Capability {

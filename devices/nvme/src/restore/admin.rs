@@ -1,13 +1,22 @@
 //! What `restore.rs` gives back of the admin commands' own state. What is not there is as in a new controller.
 
+use nvme_spec::{NSID_BROADCAST, Status, opcode};
+
 use super::refuse;
 use crate::Error;
 use crate::admin::{Admin, Pool};
 use crate::command::features::{ASYNC_EVENT_BITS, Features, WORKLOAD_HINT};
+use crate::command::format::Format;
+use crate::command::sanitize::{COMMAND_BITS, Outcome, Sanitize, Sanitizing, passes};
+use crate::config::MAX_NAMESPACES;
 use crate::firmware::{Firmware, GRANULARITY_BYTES, SLOTS, Staging, is_revision};
-use crate::namespace::WriteProtection;
+use crate::maintenance::Sweep;
+use crate::namespace::{self, FORMATS, WriteProtection};
 use crate::non_volatile::KeptState;
-use crate::state::{FirmwareState, NvmeState, SavedFeaturesState};
+use crate::state::{FirmwareState, FormatState, NvmeState, SanitizeState, SavedFeaturesState, SweepState};
+
+/// What is saved where nothing is in progress.
+pub(crate) const NO_SWEEP: SweepState = SweepState { scope: 0, nsid: 0, offset_bytes: 0 };
 
 pub(super) fn load(pool: &Pool, admin: &mut Admin, state: &NvmeState) -> Result<(), Error> {
     if let Some(saved) = &state.features.saved {
@@ -23,20 +32,132 @@ pub(super) fn load(pool: &Pool, admin: &mut Admin, state: &NvmeState) -> Result<
     if let Some(saved) = &state.firmware {
         admin.firmware = firmware(saved)?;
     }
+    load_namespaces(pool, admin, state)?;
+    if let Some(saved) = &state.format {
+        admin.format = Some(format(admin, saved, state.sq.get(0).is_some())?);
+    }
+    if let Some(saved) = &state.sanitize {
+        admin.sanitize = sanitize(admin, saved)?;
+    }
+    if admin.format.is_some() && admin.sanitize.running.is_some() {
+        return refuse("format", 1u8, "a sanitize operation is in progress too");
+    }
+    refuse_again(pool, admin);
+    Ok(())
+}
+
+/// Formats and write protection: what the guest made of the namespaces.
+fn load_namespaces(pool: &Pool, admin: &mut Admin, state: &NvmeState) -> Result<(), Error> {
+    let mut changes = Vec::new();
     for (index, saved) in state.namespaces.present() {
-        let Some(saved) = &saved.write_protection else { continue };
-        let protection = WriteProtection::from_value(saved.value.into());
-        match protection {
-            None | Some(WriteProtection::None) => {
-                let field = format!("namespaces[{index}].write_protection.value");
-                return refuse(field, saved.value, "it is not a write protection");
-            }
-            Some(protection) => {
-                admin.change_namespace(pool, index as u32 + 1, |namespace| namespace.protect(protection));
-            }
+        let shift = saved.shape.block_shift;
+        let value = saved.write_protection.as_ref().map(|saved| saved.value);
+        if namespace::find(&admin.namespaces, saved.shape.nsid).is_ok_and(|here| here.block_shift == shift)
+            && value.is_none()
+        {
+            continue;
         }
+        if !FORMATS.contains(&shift) {
+            return refuse(format!("namespaces[{index}].block_shift"), shift, "no format has such blocks");
+        }
+        let protection = match value {
+            None => WriteProtection::None,
+            Some(value) => match WriteProtection::from_value(value.into()) {
+                None | Some(WriteProtection::None) => {
+                    let field = format!("namespaces[{index}].write_protection.value");
+                    return refuse(field, value, "it is not a write protection");
+                }
+                Some(protection) => protection,
+            },
+        };
+        changes.push((saved.shape.nsid, shift, protection));
+    }
+    if !changes.is_empty() {
+        // In the order of their identifiers, as the slots are.
+        admin.change_namespaces(pool, NSID_BROADCAST, |namespace| {
+            if let Ok(at) = changes.binary_search_by_key(&namespace.nsid, |&(nsid, ..)| nsid) {
+                let (_, shift, protection) = changes[at];
+                namespace.set_format(shift);
+                namespace.protect(protection);
+            }
+        });
     }
     Ok(())
+}
+
+/// Has the namespaces of operations that are not finished answer as they did.
+fn refuse_again(pool: &Pool, admin: &mut Admin) {
+    if let Some(format) = admin.format {
+        admin.change_namespaces(pool, NSID_BROADCAST, |namespace| {
+            namespace.refusal = format.holds(namespace.nsid).then_some(Status::FORMAT_IN_PROGRESS);
+        });
+    }
+    if admin.sanitize.refusal().is_some() {
+        admin.refuse_while_sanitizing(pool);
+    }
+}
+
+fn sweep(admin: &Admin, path: &str, saved: &SweepState) -> Result<Sweep, Error> {
+    let &SweepState { scope, nsid, offset_bytes } = saved;
+    let first = if scope == NSID_BROADCAST { 1 } else { scope };
+    let last = if scope == NSID_BROADCAST { MAX_NAMESPACES } else { scope };
+    if !(1..=MAX_NAMESPACES).contains(&first) {
+        return refuse(format!("{path}.scope"), scope, "it is not a namespace identifier");
+    }
+    if !(first..=last + 1).contains(&nsid) {
+        return refuse(format!("{path}.nsid"), nsid, "it is not a namespace of the operation");
+    }
+    let size_bytes = namespace::find(&admin.namespaces, nsid).map_or(0, |namespace| namespace.size_bytes());
+    if offset_bytes != 0 && u128::from(offset_bytes) >= size_bytes || !offset_bytes.is_multiple_of(4096) {
+        return refuse(format!("{path}.offset_bytes"), offset_bytes, "it is not a place in the namespace");
+    }
+    Ok(Sweep { scope, nsid, offset_bytes })
+}
+
+fn format(admin: &Admin, saved: &FormatState, has_queue: bool) -> Result<Format, Error> {
+    if usize::from(saved.format) >= FORMATS.len() {
+        return refuse("format.format", saved.format, "it is not an LBA format");
+    }
+    if saved.waits && !has_queue || !saved.waits && saved.cid != 0 {
+        return refuse("format.cid", saved.cid, "nobody waits for it");
+    }
+    let cid = saved.waits.then_some(saved.cid);
+    let sweep = sweep(admin, "format.sweep", &saved.sweep)?;
+    Ok(Format { cid, format: saved.format, sweep, quiet: false })
+}
+
+fn sanitize(admin: &Admin, saved: &SanitizeState) -> Result<Sanitize, Error> {
+    let outcome = match saved.outcome {
+        0 => Outcome::Never,
+        1 => Outcome::Succeeded,
+        2 => Outcome::Failed { exited: false },
+        3 => Outcome::Failed { exited: true },
+        other => return refuse("sanitize.outcome", other, "no operation ends so"),
+    };
+    let command = saved.command;
+    let begins = matches!(command & 7, opcode::SANITIZE_BLOCK_ERASE | opcode::SANITIZE_OVERWRITE);
+    let never = command == 0 && outcome == Outcome::Never && !saved.running;
+    if command & !COMMAND_BITS != 0 || !begins && !never {
+        return refuse("sanitize.command", command, "no command that begins an operation has it");
+    }
+    if saved.overwrites > passes(command) {
+        return refuse("sanitize.overwrites", saved.overwrites, "there were not so many");
+    }
+    let running = match saved.running {
+        true => {
+            if saved.pass > passes(command) {
+                return refuse("sanitize.pass", saved.pass, "there are not so many");
+            }
+            if saved.sweep.scope != NSID_BROADCAST {
+                return refuse("sanitize.sweep.scope", saved.sweep.scope, "it is not about all namespaces");
+            }
+            let sweep = sweep(admin, "sanitize.sweep", &saved.sweep)?;
+            Some(Sanitizing { pattern: saved.pattern, pass: saved.pass, sweep, quiet: false })
+        }
+        false if (saved.pattern, saved.pass, saved.sweep) == (0, 0, NO_SWEEP) => None,
+        false => return refuse("sanitize.running", 0u8, "something is said of what is in progress"),
+    };
+    Ok(Sanitize { command, outcome, passes: saved.overwrites, running })
 }
 
 /// What a controller kept that had a place for it.
@@ -51,17 +172,32 @@ pub(crate) fn load_kept(pool: &Pool, admin: &mut Admin, kept: &KeptState) -> Res
             return refuse("protected", nsid, "it is not a namespace identifier");
         }
     }
+    if let Some(kept) = kept.formats.iter().find(|kept| !FORMATS.contains(&kept.block_shift)) {
+        return refuse("formats.block_shift", kept.block_shift, "no format has such blocks");
+    }
     admin.saved_features = features.clone();
     admin.features = features;
     pool.shared.write_cache.store(admin.features.write_cache, std::sync::atomic::Ordering::Release);
     admin.firmware = firmware;
-    for (list, protection) in
-        [(&kept.protected, WriteProtection::Protected), (&kept.permanent, WriteProtection::Permanent)]
-    {
-        for &nsid in list {
-            admin.change_namespace(pool, nsid, |namespace| namespace.protect(protection));
+    admin.change_namespaces(pool, NSID_BROADCAST, |namespace| {
+        let nsid = namespace.nsid;
+        if let Some(kept) = kept.formats.iter().find(|kept| kept.nsid == nsid)
+            && namespace.can_have(kept.block_shift)
+        {
+            namespace.set_format(kept.block_shift);
         }
-    }
+        if kept.permanent.contains(&nsid) {
+            namespace.protect(WriteProtection::Permanent);
+        } else if kept.protected.contains(&nsid) {
+            namespace.protect(WriteProtection::Protected);
+        }
+    });
+    // What was done of a pass when it was kept is not known to be on stable storage.
+    let again = SweepState { nsid: 1, offset_bytes: 0, ..kept.sanitize.sweep };
+    let begins_again =
+        SanitizeState { sweep: if kept.sanitize.running { again } else { NO_SWEEP }, ..kept.sanitize };
+    admin.sanitize = sanitize(admin, &begins_again)?;
+    refuse_again(pool, admin);
     Ok(())
 }
 

@@ -4,10 +4,16 @@ use vmstate::Bitmap;
 
 use crate::admin::Admin;
 use crate::command::features::Features;
+use crate::command::sanitize::{Outcome, Sanitize};
 use crate::firmware::Firmware;
+use crate::maintenance::Sweep;
 use crate::namespace::{self, Namespace, WriteProtection};
-use crate::non_volatile::KeptState;
-use crate::state::{FirmwareState, MoreFeaturesState, SavedFeaturesState, WriteProtectionState};
+use crate::non_volatile::{KeptFormatState, KeptState};
+use crate::restore::admin::NO_SWEEP;
+use crate::state::{
+    FirmwareState, FormatState, MoreFeaturesState, SanitizeState, SavedFeaturesState, SweepState,
+    WriteProtectionState,
+};
 
 pub(crate) fn firmware_state(admin: &Admin) -> Option<FirmwareState> {
     (admin.firmware != Firmware::new()).then(|| firmware(&admin.firmware))
@@ -65,6 +71,40 @@ pub(crate) fn write_protection_state(namespace: &Namespace) -> Option<WriteProte
     (value != 0).then_some(WriteProtectionState { value })
 }
 
+fn sweep(sweep: &Sweep) -> SweepState {
+    SweepState { scope: sweep.scope, nsid: sweep.nsid, offset_bytes: sweep.offset_bytes }
+}
+
+pub(crate) fn format_state(admin: &Admin) -> Option<FormatState> {
+    admin.format.map(|format| FormatState {
+        waits: format.cid.is_some(),
+        cid: format.cid.unwrap_or(0),
+        format: format.format,
+        sweep: sweep(&format.sweep),
+    })
+}
+
+pub(crate) fn sanitize_state(admin: &Admin) -> Option<SanitizeState> {
+    (admin.sanitize != Sanitize::new()).then(|| sanitize(&admin.sanitize))
+}
+
+fn sanitize(sanitize: &Sanitize) -> SanitizeState {
+    SanitizeState {
+        command: sanitize.command,
+        outcome: match sanitize.outcome {
+            Outcome::Never => 0,
+            Outcome::Succeeded => 1,
+            Outcome::Failed { exited: false } => 2,
+            Outcome::Failed { exited: true } => 3,
+        },
+        overwrites: sanitize.passes,
+        running: sanitize.running.is_some(),
+        pattern: sanitize.running.map_or(0, |running| running.pattern),
+        pass: sanitize.running.map_or(0, |running| running.pass),
+        sweep: sanitize.running.map_or(NO_SWEEP, |running| sweep(&running.sweep)),
+    }
+}
+
 /// What outlives the power: see [`crate::NonVolatile`].
 pub(crate) fn kept_state(admin: &Admin) -> KeptState {
     let with = |protections: &[WriteProtection]| -> Vec<u32> {
@@ -73,6 +113,9 @@ pub(crate) fn kept_state(admin: &Admin) -> KeptState {
     };
     let protected = with(&[WriteProtection::Protected, WriteProtection::Permanent]);
     let permanent = with(&[WriteProtection::Permanent]);
+    let format =
+        |ns: &std::sync::Arc<Namespace>| KeptFormatState { nsid: ns.nsid, block_shift: ns.block_shift };
+    let formats: Vec<_> = namespace::active(&admin.namespaces).map(format).collect();
     let slots = Firmware { staging: Default::default(), ..admin.firmware.clone() };
     KeptState {
         features: saved_features(&admin.saved_features),
@@ -81,5 +124,8 @@ pub(crate) fn kept_state(admin: &Admin) -> KeptState {
         protected,
         permanent_count: permanent.len() as u32,
         permanent,
+        format_count: formats.len() as u32,
+        formats,
+        sanitize: sanitize(&admin.sanitize),
     }
 }

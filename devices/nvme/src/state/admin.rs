@@ -71,3 +71,49 @@ pub struct WriteProtectionState {
     /// The value of the feature: 1 protected, 2 until a power cycle, 3 for ever.
     pub value: u8,
 }
+
+/// How far a background operation has come.
+#[derive(VmState, Clone, Copy, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/sweep", version = 1)]
+pub struct SweepState {
+    /// The namespace that it is about, or the broadcast identifier.
+    pub scope: u32,
+    /// The namespace that has its turn.
+    pub nsid: u32,
+    /// Bytes of it that are done.
+    pub offset_bytes: u64,
+}
+
+/// A format that is not finished (Base 5.14).
+#[derive(VmState, Clone, Copy, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/format", version = 1)]
+pub struct FormatState {
+    /// The command is still to be answered.
+    pub waits: bool,
+    /// Its identifier; 0 if nobody waits.
+    pub cid: u16,
+    /// Index of the LBA format.
+    pub format: u8,
+    /// What is done.
+    pub sweep: SweepState,
+}
+
+/// Sanitize operations (Base 5.24).
+#[derive(VmState, Clone, Copy, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/sanitize", version = 1)]
+pub struct SanitizeState {
+    /// CDW10 of the most recent command that began one.
+    pub command: u32,
+    /// How the most recent one that ended did: 0 there was none, 1 successfully, 2 it failed, 3 and the host has left the failure mode.
+    pub outcome: u8,
+    /// Overwrites that the most recent one completed.
+    pub overwrites: u8,
+    /// One is in progress; otherwise what follows is 0.
+    pub running: bool,
+    /// Overwrite Pattern.
+    pub pattern: u32,
+    /// Passes over all namespaces that are complete.
+    pub pass: u8,
+    /// What is done of the next one.
+    pub sweep: SweepState,
+}

@@ -115,7 +115,11 @@ const CHANGES: &[(&str, Change, &str)] = &[
         |s| s.namespaces.get_mut(6).unwrap().shape.blocks = 65,
         "size in blocks: 65 here, 64 there",
     ),
-    ("namespace block size", |s| s.namespaces.get_mut(6).unwrap().shape.block_shift = 200, "block size"),
+    (
+        "namespace block size",
+        |s| s.namespaces.get_mut(6).unwrap().shape.block_shift = 200,
+        "size in bytes: 64 * 2^200 here",
+    ),
     ("namespace read-only", |s| s.namespaces.get_mut(6).unwrap().shape.read_only = true, "read only"),
     ("namespace UUID", |s| s.namespaces.get_mut(6).unwrap().shape.uuid[3] ^= 1, "UUID"),
     ("namespace backend", |s| s.namespaces.get_mut(6).unwrap().shape.backend = *b"null    ", "backend"),

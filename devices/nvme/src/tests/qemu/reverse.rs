@@ -8,7 +8,10 @@ use nvme_spec::{SubmissionEntry, feature};
 use super::super::driver::{Guest, PATIENCE, contexts, memory_image, namespace, transfer};
 use super::{CLOCK_MS, Leaf, leaves};
 use crate::qemu::{QemuDevice, QemuLimit, QemuResidue, QemuSection};
-use crate::{Controller, ControllerConfig, EndedState, Error, NamespaceConfig, NvmeState};
+use crate::{
+    Controller, ControllerConfig, EndedState, Error, FormatState, MoreFeaturesState, NamespaceConfig,
+    NvmeState, SweepState, WriteProtectionState,
+};
 
 fn config() -> ControllerConfig {
     ControllerConfig {
@@ -159,6 +162,7 @@ fn variant(limit: &QemuLimit) -> usize {
         QemuLimit::SubsystemReset => 13,
         QemuLimit::ZeroTimestamp => 14,
         QemuLimit::Capability { .. } => 15,
+        QemuLimit::Part { .. } => 16,
     }
 }
 
@@ -205,6 +209,24 @@ const BEYOND: &[(Exceed, QemuLimit)] = &[
     (|s| s.registers.csts |= 1 << 4, QemuLimit::SubsystemReset),
     (|s| s.features.timestamp_ms = 0, QemuLimit::ZeroTimestamp),
     (|s| s.pci.config.bytes[0x40] = 5, QemuLimit::Capability { id: 5 }),
+    (
+        |s| s.features.more = Some(MoreFeaturesState { workload_hint: 32, sanitize_config: 0 }),
+        QemuLimit::Part { what: "a workload hint or a sanitize configuration" },
+    ),
+    (
+        |s| {
+            let protection = Some(WriteProtectionState { value: 1 });
+            s.namespaces.get_mut(0).unwrap().write_protection = protection;
+        },
+        QemuLimit::Part { what: "a write protected namespace" },
+    ),
+    (
+        |s| {
+            let sweep = SweepState { scope: 1, nsid: 1, offset_bytes: 0 };
+            s.format = Some(FormatState { waits: false, cid: 0, format: 0, sweep });
+        },
+        QemuLimit::Part { what: "a format in progress" },
+    ),
 ];
 
 #[test]
@@ -213,7 +235,7 @@ fn every_limit_of_qemu_is_named() {
     let state = guest.controller.save();
     let residue = QemuResidue::new(&state).unwrap();
     QemuSection::join(&state, &residue, &device(), CLOCK_MS).unwrap();
-    let mut seen = [false; 16];
+    let mut seen = [false; 17];
     for (exceed, expected) in BEYOND {
         let mut exceeding = state.clone();
         exceed(&mut exceeding);
@@ -223,7 +245,7 @@ fn every_limit_of_qemu_is_named() {
         }
         seen[variant(expected)] = true;
     }
-    assert_eq!(seen, [true; 16]);
+    assert_eq!(seen, [true; 17]);
     assert_eq!(QemuLimit::SubsystemReset.to_string(), "CSTS.NSSRO is set");
 }
 

@@ -1,0 +1,120 @@
+//! Format NVM (Base 5.14): every block of a namespace, or of all, is erased, and the namespace gets the LBA format that is asked for.
+//!
+//! The erasure runs in the background; the command completes when it has ended. Until then commands to the namespaces that are not done
+//! yet are answered Format In Progress. It goes on after a reset, when nobody is there any more to be answered. The erasure is the
+//! same with and without secure erase: zeroes, and holes where the image can have them, on stable storage. There are no keys that a
+//! cryptographic erase could forget, and it is not offered (Identify Controller FNA bit 2).
+//!
+//! The format is a state of the namespace, which is saved and taken over by whoever restores the controller; that its image was
+//! opened with another block size says nothing then. A controller without a place for what outlives its power begins with the block size
+//! that it was configured with.
+
+use block::Operation;
+use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
+
+use crate::admin::{Admin, Answer, Pool};
+use crate::maintenance::{Chunk, Next, Sweep};
+use crate::namespace::{self, FORMATS, Namespace};
+use crate::worker::{Step, flush_step};
+
+/// CDW10 bits 11:9: no secure erase, or erase of user data.
+const SECURE_ERASE_MAX: u32 = 1;
+
+/// A format that is not finished.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Format {
+    /// The command, if it can still be answered.
+    pub cid: Option<u16>,
+    /// Index in [`FORMATS`].
+    pub format: u8,
+    pub sweep: Sweep,
+    /// No command that came before is in flight in its namespaces.
+    pub quiet: bool,
+}
+
+impl Format {
+    /// Whether the namespace waits for it.
+    pub fn holds(&self, nsid: u32) -> bool {
+        self.sweep.covers(nsid) && nsid >= self.sweep.nsid
+    }
+}
+
+impl Admin {
+    /// Format NVM.
+    pub fn format_nvm(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Result<Answer, Status> {
+        let (format, secure_erase) = (entry.cdw10 & 0xf | entry.cdw10 >> 8 & 0x30, entry.cdw10 >> 9 & 7);
+        let protection_information = entry.cdw10 >> 5 & 7;
+        if entry.nsid != NSID_BROADCAST {
+            namespace::find(&self.namespaces, entry.nsid)?;
+        }
+        if self.format.is_some() {
+            return Err(Status::FORMAT_IN_PROGRESS);
+        }
+        if secure_erase > SECURE_ERASE_MAX {
+            return Err(Status::INVALID_FIELD.do_not_retry());
+        }
+        let sweep = Sweep::new(entry.nsid);
+        let concerned = || namespace::active(&self.namespaces).filter(|ns| sweep.covers(ns.nsid));
+        // "Invalid Format": it does not exist, offers no protection information, or the image has not a whole number of its blocks.
+        let exists =
+            FORMATS.get(format as usize).is_some_and(|&shift| concerned().all(|ns| ns.can_have(shift)));
+        if !exists || protection_information != 0 {
+            return Err(Status::INVALID_FORMAT.do_not_retry());
+        }
+        if concerned().any(|namespace| namespace.read_only) {
+            return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
+        }
+        self.change_namespaces(pool, entry.nsid, |ns| ns.refusal = Some(Status::FORMAT_IN_PROGRESS));
+        self.format = Some(Format { cid: Some(entry.cid), format: format as u8, sweep, quiet: false });
+        Ok(Answer::Later)
+    }
+
+    pub(crate) fn next_of_format(&self) -> Next {
+        let Some(format) = &self.format else { return Next::Nothing };
+        if !format.quiet {
+            return Next::Quiet(format.sweep);
+        }
+        let Some(chunk) = format.sweep.next(&self.namespaces) else { return Next::End };
+        let erase = Step {
+            nsid: chunk.nsid,
+            operation: Operation::WriteZeroes { deallocate: true, fua: false },
+            offset_bytes: chunk.offset_bytes,
+            length_bytes: chunk.length_bytes,
+        };
+        let flush = chunk.is_last.then(|| flush_step(chunk.nsid));
+        Next::Request { chunk, steps: flush.into_iter().chain([erase]).collect(), write: true }
+    }
+
+    pub(crate) fn advance_format(&mut self, pool: &Pool, chunk: &Chunk) {
+        let Some(format) = &mut self.format else { return };
+        format.sweep.advance(chunk);
+        let shift = FORMATS[usize::from(format.format)];
+        if chunk.is_last {
+            self.change_namespaces(pool, chunk.nsid, |namespace| {
+                namespace.set_format(shift);
+                namespace.refusal = None;
+            });
+            self.tell_namespace_changed(pool, chunk.nsid);
+        }
+    }
+
+    /// Those that were not reached keep their format, and their contents are undefined.
+    pub(crate) fn end_format(&mut self, pool: &Pool, status: Status) {
+        let Some(format) = self.format.take() else { return };
+        self.change_namespaces(pool, format.sweep.scope, |namespace| namespace.refusal = None);
+        if let Some(cid) = format.cid {
+            self.end(cid, 0, status);
+        }
+        self.keep();
+    }
+
+    /// Identify Namespace FPI, without bit 7: percents that remain, rounded up.
+    pub(crate) fn format_remaining(&self, namespace: &Namespace) -> u8 {
+        let Some(format) = self.format.filter(|format| format.holds(namespace.nsid)) else { return 0 };
+        let here = format.sweep.nsid == namespace.nsid;
+        let done_bytes = u128::from(if here { format.sweep.offset_bytes } else { 0 });
+        let size_bytes = namespace.size_bytes();
+        // At least one as long as it has not its new format.
+        (size_bytes.saturating_sub(done_bytes) * 100).div_ceil(size_bytes.max(1)).clamp(1, 100) as u8
+    }
+}
