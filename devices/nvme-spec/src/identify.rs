@@ -235,6 +235,10 @@ pub const NWPC_UNTIL_POWER_CYCLE: u8 = 1 << 1;
 pub const NWPC_PERMANENT: u8 = 1 << 2;
 /// FPI bit 7: the progress of a format is reported in the other bits, as percents that remain.
 pub const FPI_SUPPORTED: u8 = 1 << 7;
+/// ONCS bit 0: Compare.
+pub const ONCS_COMPARE: u16 = 1 << 0;
+/// ONCS bit 1: Write Uncorrectable.
+pub const ONCS_WRITE_UNCORRECTABLE: u16 = 1 << 1;
 /// ONCS bit 2: Dataset Management.
 pub const ONCS_DATASET_MANAGEMENT: u16 = 1 << 2;
 /// ONCS bit 3: Write Zeroes.
@@ -243,6 +247,14 @@ pub const ONCS_WRITE_ZEROES: u16 = 1 << 3;
 pub const ONCS_FEATURE_SELECT: u16 = 1 << 4;
 /// ONCS bit 6: Timestamp feature.
 pub const ONCS_TIMESTAMP: u16 = 1 << 6;
+/// ONCS bit 7: Verify.
+pub const ONCS_VERIFY: u16 = 1 << 7;
+/// ONCS bit 8: Copy.
+pub const ONCS_COPY: u16 = 1 << 8;
+/// CDFS bit 0: Copy Descriptor Format 0h.
+pub const CDFS_FORMAT_0: u16 = 1 << 0;
+/// CDFS bit 1: Copy Descriptor Format 1h.
+pub const CDFS_FORMAT_1: u16 = 1 << 1;
 /// SGLS bits 1:0 = 1: SGLs, of data at any alignment and of any length.
 pub const SGLS_BYTES: u32 = 1;
 /// SGLS bit 16: bit buckets.

@@ -33,8 +33,8 @@
 //! # Absent
 //!
 //! Metadata, the controller memory buffer, pin interrupts, interrupt coalescing (accepted, not acted on), weighted arbitration,
-//! fused operations, Compare, Verify, Copy, Write Uncorrectable, reservations, namespace management and self-test.
-//! None of them is claimed in Identify, and their commands are refused.
+//! fused operations, reservations, namespace management and self-test. None of them is claimed in Identify, and their commands are
+//! refused.
 #![forbid(unsafe_code)]
 
 mod admin;
@@ -64,6 +64,7 @@ mod state;
 mod subsystem;
 #[cfg(test)]
 mod tests;
+mod uncorrectable;
 mod worker;
 
 pub use config::{ControllerConfig, MAX_NAMESPACES, MAX_QUEUE_ENTRIES, NamespaceConfig};
@@ -75,6 +76,7 @@ pub use shared::Host;
 pub use state::{
     CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState, FirmwareState,
     FormatState, MoreFeaturesState, NamespaceState, NvmeState, RegistersState, SanitizeState,
-    SavedFeaturesState, SmartState, SubmissionQueueState, SweepState, WriteProtectionState,
+    SavedFeaturesState, SmartState, SubmissionQueueState, SweepState, UncorrectableRunState,
+    UncorrectableState, WriteProtectionState,
 };
 pub use subsystem::Subsystem;

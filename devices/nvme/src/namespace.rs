@@ -7,6 +7,7 @@ use nvme_spec::{Status, feature};
 
 use crate::Error;
 use crate::config::{MAX_NAMESPACES, NamespaceConfig};
+use crate::uncorrectable::Uncorrectable;
 
 /// The LBA formats that every namespace lists: log2 of the block size in bytes.
 pub(crate) const FORMATS: [u8; 2] = [9, 12];
@@ -26,6 +27,8 @@ pub(crate) struct Namespace {
     pub refusal: Option<Status>,
     pub uuid: [u8; 16],
     pub backend: Arc<dyn Backend>,
+    /// Shared by all copies of the namespace.
+    pub uncorrectable: Arc<Uncorrectable>,
 }
 
 /// The write protection state of a namespace (Base 8.12).
@@ -96,6 +99,7 @@ impl Namespace {
             refusal: None,
             uuid: uuid(serial, config.nsid),
             backend: Arc::clone(&config.backend),
+            uncorrectable: Arc::default(),
         })
     }
 
@@ -119,6 +123,23 @@ impl Namespace {
     pub fn protect(&mut self, protection: WriteProtection) {
         self.protection = protection;
         self.read_only = self.backend.identity().read_only || protection != WriteProtection::None;
+    }
+
+    /// For commands that change what is stored.
+    pub fn check_writable(&self) -> Result<(), Status> {
+        if self.read_only { Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry()) } else { Ok(()) }
+    }
+
+    /// Whether one of the blocks of a byte range is marked as uncorrectable.
+    pub fn is_uncorrectable(&self, offset_bytes: u64, length_bytes: u64) -> bool {
+        let first = offset_bytes >> self.block_shift;
+        self.uncorrectable.touches(first, first + (length_bytes >> self.block_shift))
+    }
+
+    /// A byte range was written or deallocated: its blocks can be read again.
+    pub fn heal(&self, offset_bytes: u64, length_bytes: u64) {
+        let first = offset_bytes >> self.block_shift;
+        self.uncorrectable.heal(first, first + (length_bytes >> self.block_shift));
     }
 
     /// The byte range of `count` blocks from `first`.

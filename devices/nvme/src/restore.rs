@@ -85,6 +85,15 @@ impl Controller {
         load_events(pool, &mut admin, &state.events);
         load_smart(&mut admin, state, now);
         admin::load(pool, &mut admin, state)?;
+        for (index, saved) in state.namespaces.present() {
+            if let (Some(saved), Some(Some(namespace))) = (&saved.uncorrectable, admin.namespaces.get(index))
+            {
+                let marks = &namespace.uncorrectable;
+                marks.load(saved, namespace.blocks).or_else(|(first, reason)| {
+                    refuse(format!("namespaces[{index}].uncorrectable.runs"), first, reason)
+                })?;
+            }
+        }
         load_queues(pool, &mut admin, state)?;
         load_doorbell_buffers(pool, &mut admin, state)?;
         admin.phase = phase;

@@ -144,6 +144,7 @@ fn namespaces_state(admin: &Admin) -> Slots<NamespaceState> {
             shape: NamespaceShape::of(namespace),
             error_recovery: admin.features.error_recovery.get(index).copied().unwrap_or(0),
             write_protection: admin::write_protection_state(namespace),
+            uncorrectable: namespace.uncorrectable.save(),
         })
     };
     admin.namespaces.iter().enumerate().map(state).collect()

@@ -279,4 +279,28 @@ pub struct NamespaceState {
     /// Write protection, unless there is none.
     #[vmstate(subsection)]
     pub write_protection: Option<WriteProtectionState>,
+    /// Blocks that cannot be read, if there are any.
+    #[vmstate(subsection)]
+    pub uncorrectable: Option<UncorrectableState>,
+}
+
+/// Blocks that Write Uncorrectable has marked.
+#[derive(VmState, Clone, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/namespace/uncorrectable", version = 1)]
+pub struct UncorrectableState {
+    /// Runs of blocks, at least one.
+    pub run_count: u16,
+    /// They, in order, with other blocks between them.
+    #[vmstate(len = "run_count", max = crate::uncorrectable::MAX_BLOCKS as usize)]
+    pub runs: Vec<UncorrectableRunState>,
+}
+
+/// A run of blocks.
+#[derive(VmState, Clone, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/uncorrectable-run", version = 1)]
+pub struct UncorrectableRunState {
+    /// First block.
+    pub first: u64,
+    /// Number of blocks.
+    pub blocks: u32,
 }

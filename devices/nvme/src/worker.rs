@@ -59,8 +59,10 @@ pub(crate) struct Slot {
     /// For the error log.
     pub lba: u64,
     pub write: bool,
-    /// The request in flight is a write that a volatile cache may hold.
-    pub cached: bool,
+    /// The request in flight.
+    pub running: Step,
+    /// Dword 0 of the completion, if the command fails: ranges that were copied.
+    pub copied: u32,
     /// A request that fails does not end the command: the others are made all the same.
     pub goes_on: bool,
     /// The first failure of its requests.
@@ -106,7 +108,8 @@ impl Worker {
             nsid: 0,
             lba: 0,
             write: false,
-            cached: false,
+            running: flush_step(0),
+            copied: 0,
             goes_on: false,
             status: Status::SUCCESS,
             steps: Vec::new(),
@@ -230,8 +233,8 @@ impl Worker {
             let cid = entry.cid;
             match self.start(shared, index as u32, &entry) {
                 Ok(true) => {}
-                Ok(false) => self.end(shared, index as u32, cid, Status::SUCCESS),
-                Err(status) => self.end(shared, index as u32, cid, status),
+                Ok(false) => self.end(shared, index as u32, cid, 0, Status::SUCCESS),
+                Err(status) => self.end(shared, index as u32, cid, 0, status),
             }
         }
         Ok(self.sqs[index].as_ref().is_some_and(|queue| !queue.is_empty()))
@@ -260,7 +263,7 @@ impl Worker {
         slot.nsid = nsid;
         slot.lba = 0;
         slot.write = false;
-        slot.cached = false;
+        slot.copied = 0;
         slot.goes_on = false;
         slot.status = Status::SUCCESS;
         slot.steps.clear();
@@ -283,7 +286,7 @@ impl Worker {
         while let Some(step) = self.slots[slot_index as usize].steps.pop() {
             // A namespace that is gone by now has nothing left to do.
             let Ok(namespace) = namespace::find(&self.namespaces, step.nsid) else { continue };
-            self.slots[slot_index as usize].cached = is_cached(step.operation);
+            self.slots[slot_index as usize].running = step;
             let request = Request {
                 token: self.token(slot_index),
                 operation: step.operation,
@@ -314,17 +317,25 @@ impl Worker {
             let (orphan, write) = (slot.owner == Owner::Orphan, slot.write);
             if let Err(failure) = completion.result {
                 let status = namespace::failure_status(failure, write);
-                self.log_failure(shared, index, status);
+                // What differs has been read all the same.
+                if failure != Failure::Miscompare {
+                    self.log_failure(shared, index, status);
+                }
                 self.tell_failure(shared, index, failure);
                 let slot = &mut self.slots[index as usize];
                 if slot.status.is_success() {
                     slot.status = status;
                 }
+            } else {
+                self.wrote(index);
             }
             let slot = &mut self.slots[index as usize];
             // It was submitted before the cache was switched off, and the flush of Set Features may have come before it. A write that
             // still finds the cache on is done before that flush begins.
-            if slot.cached && completion.result.is_ok() && !shared.write_cache.load(Ordering::SeqCst) {
+            if is_cached(slot.running.operation)
+                && completion.result.is_ok()
+                && !shared.write_cache.load(Ordering::SeqCst)
+            {
                 slot.steps.push(flush_step(slot.nsid));
             }
             let (status, goes_on) = (slot.status, slot.goes_on);
@@ -336,6 +347,19 @@ impl Worker {
         }
         self.completions = completions;
         stepped
+    }
+
+    /// The request in flight of a slot has ended well.
+    fn wrote(&mut self, slot_index: u32) {
+        let slot = &mut self.slots[slot_index as usize];
+        let running = slot.running;
+        if !running.operation.writes() {
+            return;
+        }
+        slot.copied += u32::from(matches!(running.operation, Operation::Copy { .. }));
+        if let Ok(namespace) = namespace::find(&self.namespaces, running.nsid) {
+            namespace.heal(running.offset_bytes, running.length_bytes);
+        }
     }
 
     /// Says, once for each namespace, that the host fails the guest: the guest cannot know why.
@@ -359,8 +383,7 @@ impl Worker {
             Owner::Queue(index) => self.sqs[index as usize].as_ref().map_or(0xffff, |queue| queue.id),
             _ => 0xffff,
         };
-        self.counters.media_errors += 1;
-        shared.events().log_error(ErrorEntry {
+        let entry = ErrorEntry {
             sq_id,
             cid: slot.cid,
             status: status.0 << 1,
@@ -368,28 +391,38 @@ impl Worker {
             lba: slot.lba,
             nsid: slot.nsid,
             ..ErrorEntry::default()
-        });
+        };
+        self.log_media_error(shared, entry);
+    }
+
+    /// Counts and logs what the medium could not do.
+    pub fn log_media_error(&mut self, shared: &Shared, entry: ErrorEntry) {
+        self.counters.media_errors += 1;
+        shared.events().log_error(entry);
     }
 
     /// The command in a slot has ended: the slot is free again.
     fn finish(&mut self, shared: &Shared, slot_index: u32, status: Status) {
         let slot = &mut self.slots[slot_index as usize];
         let (owner, cid) = (slot.owner, slot.cid);
+        // "If the command completes with failure, Dword 0 ... contains the number of the lowest numbered Source Range entry that was
+        // not successfully copied" (NVM 3.2.2.1).
+        let dw0 = if status.is_success() { 0 } else { slot.copied };
         slot.owner = Owner::Nobody;
         slot.steps.clear();
         self.free.push(slot_index);
         match owner {
-            Owner::Queue(index) => self.end(shared, index, cid, status),
+            Owner::Queue(index) => self.end(shared, index, cid, dw0, status),
             Owner::Admin(token) => self.admin_ended.push((token, status)),
             Owner::Orphan | Owner::Nobody => {}
         }
     }
 
     /// A command of submission queue `sq_index` has its result.
-    pub fn end(&mut self, shared: &Shared, sq_index: u32, cid: u16, status: Status) {
+    pub fn end(&mut self, shared: &Shared, sq_index: u32, cid: u16, dw0: u32, status: Status) {
         let Some(queue) = self.sqs[sq_index as usize].as_mut() else { return };
         queue.in_flight -= 1;
-        let ended = Ended { sq_id: queue.id, sq_index, cid, dw0: 0, dw1: 0, status };
+        let ended = Ended { sq_id: queue.id, sq_index, cid, dw0, dw1: 0, status };
         let cq_id = queue.cq_id;
         if queue.deleting && queue.in_flight == 0 {
             shared.host.wake(0);
@@ -514,7 +547,10 @@ pub(crate) fn flush_step(nsid: u32) -> Step {
 pub(crate) fn is_cached(operation: Operation) -> bool {
     matches!(
         operation,
-        Operation::Write { fua: false } | Operation::WriteZeroes { fua: false, .. } | Operation::Fill { .. }
+        Operation::Write { fua: false }
+            | Operation::WriteZeroes { fua: false, .. }
+            | Operation::Fill { .. }
+            | Operation::Copy { fua: false, .. }
     )
 }
 

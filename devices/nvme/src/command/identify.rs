@@ -6,6 +6,7 @@ use nvme_spec::{IDENTIFY_SIZE_BYTES, Status, SubmissionEntry};
 
 use crate::admin::{Admin, Answer, MAX_PARKED, Pool};
 use crate::command::features::{DEFAULT_OVER_TEMPERATURE_KELVIN, KEEP_ALIVE_GRANULARITY_MS};
+use crate::command::{copy, limits};
 use crate::config::{MAX_NAMESPACES, padded};
 use crate::event::ERROR_LOG_ENTRIES;
 use crate::firmware;
@@ -54,8 +55,7 @@ impl Admin {
             // No protection information, so nothing in the extended formats.
             cns::CSI_NAMESPACE => self.page_of(entry.nsid, |_| zeroes())?,
             cns::CSI_ALLOCATED_NAMESPACE => allocated_page(pool, entry.nsid, |_| zeroes())?,
-            // No limits beyond MDTS.
-            cns::CSI_CONTROLLER => spec::IdentifyNvmController::default().to_bytes(),
+            cns::CSI_CONTROLLER => limits::controller().to_bytes(),
             cns::INDEPENDENT_NAMESPACE => self.page_of(entry.nsid, independent_page)?,
             cns::FORMAT_NAMESPACE | cns::CSI_FORMAT_NAMESPACE => {
                 let format = entry.cdw11 as u16;
@@ -152,12 +152,17 @@ impl Admin {
             oncs: spec::ONCS_DATASET_MANAGEMENT
                 | spec::ONCS_WRITE_ZEROES
                 | spec::ONCS_FEATURE_SELECT
-                | spec::ONCS_TIMESTAMP,
+                | spec::ONCS_TIMESTAMP
+                | spec::ONCS_COMPARE
+                | spec::ONCS_WRITE_UNCORRECTABLE
+                | spec::ONCS_VERIFY
+                | spec::ONCS_COPY,
             // Format NVM is about one namespace, and takes the broadcast identifier; erasure is not cryptographic.
             fna: 0,
             sanicap: spec::SANICAP_BLOCK_ERASE
                 | spec::SANICAP_OVERWRITE
                 | spec::SANICAP_MEDIA_NOT_MODIFIED_AFTERWARDS,
+            cdfs: copy::DESCRIPTOR_FORMATS,
             nwpc: spec::NWPC_WRITE_PROTECT
                 | spec::NWPC_UNTIL_POWER_CYCLE
                 | if self.non_volatile.is_some() { spec::NWPC_PERMANENT } else { 0 },
@@ -206,6 +211,7 @@ fn formats(structure: &mut spec::IdentifyNamespace) {
     for (place, shift) in structure.lbaf.iter_mut().zip(FORMATS) {
         place.lba_data_size_log2 = shift;
     }
+    limits::put_copy(structure);
 }
 
 /// CNS 09h: what a namespace of `format` would offer.

@@ -1,26 +1,26 @@
 //! I/O commands (NVM 3): from an entry to backend requests.
 
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
 use block::{Buffers, Operation, Request};
+use nvme_spec::log::ErrorEntry;
 use nvme_spec::opcode::{self, nvm};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 
+use super::limits::{VERIFY_BYTES, WRITE_UNCORRECTABLE_BYTES, WRITE_ZEROES_BYTES};
 use crate::data::Direction;
 use crate::namespace::{self, Namespace};
 use crate::prp;
 use crate::shared::Shared;
-use crate::worker::{Owner, Step, Worker, flush_step, is_cached};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use crate::uncorrectable::TooMany;
+use crate::worker::{Owner, Step, Worker, flush_step};
 
 impl Worker {
     /// Starts a command of submission queue `sq_index`; the caller has checked that a slot is free. `true`: a backend
     /// request is in flight; `false`: done, successfully, at once.
     pub fn start(&mut self, shared: &Shared, sq_index: u32, entry: &SubmissionEntry) -> Result<bool, Status> {
-        let known = matches!(
-            entry.opcode,
-            nvm::FLUSH | nvm::WRITE | nvm::READ | nvm::WRITE_ZEROES | nvm::DATASET_MANAGEMENT
-        );
-        if !known {
+        if !is_supported(entry.opcode) {
             return Err(Status::INVALID_OPCODE.do_not_retry());
         }
         // Fused operations are not offered (Identify FUSES).
@@ -36,9 +36,16 @@ impl Worker {
                 let step = flush_step(namespace.nsid);
                 self.start_steps(Owner::Queue(sq_index), entry, [step])
             }
-            nvm::READ => self.transfer(shared, sq_index, entry, &namespace, false),
-            nvm::WRITE => self.transfer(shared, sq_index, entry, &namespace, true),
+            nvm::READ => self.transfer(shared, sq_index, entry, &namespace, Operation::Read),
+            nvm::COMPARE => self.transfer(shared, sq_index, entry, &namespace, Operation::Compare),
+            nvm::WRITE => {
+                let fua = force_unit_access(shared, entry);
+                self.transfer(shared, sq_index, entry, &namespace, Operation::Write { fua })
+            }
             nvm::WRITE_ZEROES => self.write_zeroes(shared, sq_index, entry, &namespace),
+            nvm::VERIFY => self.verify(shared, sq_index, entry, &namespace),
+            nvm::WRITE_UNCORRECTABLE => write_uncorrectable(entry, &namespace),
+            nvm::COPY => self.copy(shared, sq_index, entry, &namespace),
             _ => self.deallocate(shared, sq_index, entry, &namespace),
         }
     }
@@ -55,14 +62,16 @@ impl Worker {
         Ok(self.start_slot(slot))
     }
 
-    fn start_steps(
+    /// Starts a command that needs these requests, the last one first. They write, unless their command is a Verify.
+    pub fn start_steps(
         &mut self,
         owner: Owner,
         entry: &SubmissionEntry,
         steps: impl IntoIterator<Item = Step>,
     ) -> Result<bool, Status> {
         let slot = self.take_slot(owner, entry.cid, entry.nsid).ok_or(Status::INTERNAL_ERROR)?;
-        self.slots[slot as usize].write = true;
+        self.slots[slot as usize].lba = entry.cdw10_64();
+        self.slots[slot as usize].write = entry.opcode != nvm::VERIFY;
         self.slots[slot as usize].steps.extend(steps);
         Ok(self.start_slot(slot))
     }
@@ -76,47 +85,45 @@ impl Worker {
         started
     }
 
-    /// Read and Write (NVM 3.2.4, 3.2.6).
+    /// Read, Write and Compare (NVM 3.2.4, 3.2.6, 3.2.1). Limited Retry (CDW12 bit 31) asks for less effort than there could be; there
+    /// is one attempt always.
     fn transfer(
         &mut self,
         shared: &Shared,
         sq_index: u32,
         entry: &SubmissionEntry,
         namespace: &Namespace,
-        write: bool,
+        operation: Operation,
     ) -> Result<bool, Status> {
+        let write = operation.writes();
         let blocks = blocks(entry);
         let length_bytes = blocks << namespace.block_shift;
         if length_bytes > shared.config.max_transfer_bytes() {
             return Err(Status::INVALID_FIELD.do_not_retry());
         }
         let (offset_bytes, length_bytes) = namespace.byte_range(entry.cdw10_64(), blocks)?;
-        if write && namespace.read_only {
-            return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
+        if write {
+            namespace.check_writable()?;
+        } else {
+            self.check_readable(shared, sq_index, entry, namespace, (offset_bytes, length_bytes))?;
         }
         let mut ranges = std::mem::take(&mut self.ranges);
         ranges.clear();
-        let direction = if write { Direction::FromGuest } else { Direction::ToGuest };
+        let direction = if operation == Operation::Read { Direction::ToGuest } else { Direction::FromGuest };
         let walked = self.walker.walk(&shared.memory, entry, length_bytes, direction, &mut ranges);
         let slot = walked.and_then(|()| {
             self.take_slot(Owner::Queue(sq_index), entry.cid, entry.nsid).ok_or(Status::INTERNAL_ERROR)
         });
         let started = slot.map(|index| {
-            let fua = force_unit_access(shared, entry);
             let slot = &mut self.slots[index as usize];
             slot.lba = entry.cdw10_64();
             slot.write = write;
-            let operation = if write {
-                Operation::Write { fua }
-            } else {
-                // "FUA ... the controller shall ... commit that data and metadata, if any, to non-volatile medium": with a read,
-                // what it returned is stable before the command completes.
-                if entry.cdw12 & opcode::CDW12_FUA != 0 && !namespace.read_only {
-                    slot.steps.push(flush_step(namespace.nsid));
-                }
-                Operation::Read
-            };
-            slot.cached = is_cached(operation);
+            // "FUA ... the controller shall ... commit that data and metadata, if any, to non-volatile medium": with a read,
+            // what it returned is stable before the command completes.
+            if !write && entry.cdw12 & opcode::CDW12_FUA != 0 && !namespace.read_only {
+                slot.steps.push(flush_step(namespace.nsid));
+            }
+            slot.running = Step { nsid: namespace.nsid, operation, offset_bytes, length_bytes };
             let token = self.token(index);
             let buffers = Buffers::Guest(&ranges);
             let request = Request { token, operation, offset_bytes, length_bytes, buffers };
@@ -143,16 +150,59 @@ impl Worker {
         entry: &SubmissionEntry,
         namespace: &Namespace,
     ) -> Result<bool, Status> {
-        let (offset_bytes, length_bytes) = namespace.byte_range(entry.cdw10_64(), blocks(entry))?;
-        if namespace.read_only {
-            return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
-        }
+        let (offset_bytes, length_bytes) = limited_range(entry, namespace, WRITE_ZEROES_BYTES)?;
+        namespace.check_writable()?;
         let operation = Operation::WriteZeroes {
             deallocate: entry.cdw12 & opcode::CDW12_DEALLOCATE != 0,
             fua: force_unit_access(shared, entry),
         };
         let step = Step { nsid: entry.nsid, operation, offset_bytes, length_bytes };
         self.start_steps(Owner::Queue(sq_index), entry, [step])
+    }
+
+    /// Verify (NVM 3.2.5): reads and transfers nothing. With FUA what is read is stable.
+    fn verify(
+        &mut self,
+        shared: &Shared,
+        sq_index: u32,
+        entry: &SubmissionEntry,
+        namespace: &Namespace,
+    ) -> Result<bool, Status> {
+        let (offset_bytes, length_bytes) = limited_range(entry, namespace, VERIFY_BYTES)?;
+        self.check_readable(shared, sq_index, entry, namespace, (offset_bytes, length_bytes))?;
+        // "Logical blocks read as part of Compare, Read, and Verify operations shall be included" (Data Units Read).
+        self.counters.units_read += length_bytes / 512;
+        let step = Step { nsid: entry.nsid, operation: Operation::Verify, offset_bytes, length_bytes };
+        let flush = entry.cdw12 & opcode::CDW12_FUA != 0 && !namespace.read_only;
+        let flush = flush.then(|| flush_step(namespace.nsid));
+        self.start_steps(Owner::Queue(sq_index), entry, [step].into_iter().chain(flush))
+    }
+
+    /// Refuses to read blocks that are marked as uncorrectable, and logs that.
+    pub fn check_readable(
+        &mut self,
+        shared: &Shared,
+        sq_index: u32,
+        entry: &SubmissionEntry,
+        namespace: &Namespace,
+        (offset_bytes, length_bytes): (u64, u64),
+    ) -> Result<(), Status> {
+        if !namespace.is_uncorrectable(offset_bytes, length_bytes) {
+            return Ok(());
+        }
+        let status = Status::UNRECOVERED_READ_ERROR.do_not_retry();
+        let sq_id = self.sqs[sq_index as usize].as_ref().map_or(0xffff, |queue| queue.id);
+        let entry = ErrorEntry {
+            sq_id,
+            cid: entry.cid,
+            status: status.0 << 1,
+            parameter_location: 0xffff,
+            lba: offset_bytes >> namespace.block_shift,
+            nsid: namespace.nsid,
+            ..ErrorEntry::default()
+        };
+        self.log_media_error(shared, entry);
+        Err(status)
     }
 
     /// Dataset Management (NVM 3.2.3). All ranges are checked before any is deallocated.
@@ -173,9 +223,7 @@ impl Worker {
                 // The other attributes are hints.
                 return Ok(false);
             }
-            if namespace.read_only {
-                return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
-            }
+            namespace.check_writable()?;
             for range in scratch.as_chunks::<{ opcode::DSM_RANGE_SIZE_BYTES }>().0 {
                 dsm_step(namespace, range)?;
             }
@@ -190,7 +238,12 @@ impl Worker {
     }
 
     /// Copies the data that a command's data pointer describes.
-    fn read_data(&mut self, shared: &Shared, entry: &SubmissionEntry, data: &mut [u8]) -> Result<(), Status> {
+    pub fn read_data(
+        &mut self,
+        shared: &Shared,
+        entry: &SubmissionEntry,
+        data: &mut [u8],
+    ) -> Result<(), Status> {
         let mut ranges = std::mem::take(&mut self.ranges);
         ranges.clear();
         let length_bytes = data.len() as u64;
@@ -201,12 +254,50 @@ impl Worker {
     }
 }
 
+/// Write Uncorrectable (NVM 3.2.7): nothing is stored, and reads fail until the blocks are written.
+fn write_uncorrectable(entry: &SubmissionEntry, namespace: &Namespace) -> Result<bool, Status> {
+    let (offset_bytes, length_bytes) = limited_range(entry, namespace, WRITE_UNCORRECTABLE_BYTES)?;
+    namespace.check_writable()?;
+    let first = offset_bytes >> namespace.block_shift;
+    let marked = namespace.uncorrectable.mark(first, first + (length_bytes >> namespace.block_shift));
+    // No more blocks can be marked until some of those that are have been written.
+    marked.map(|()| false).map_err(|TooMany| Status::CAPACITY_EXCEEDED)
+}
+
+/// The I/O commands that [`Worker::start`] knows.
+fn is_supported(opcode: u8) -> bool {
+    matches!(
+        opcode,
+        nvm::FLUSH
+            | nvm::WRITE
+            | nvm::READ
+            | nvm::WRITE_UNCORRECTABLE
+            | nvm::COMPARE
+            | nvm::WRITE_ZEROES
+            | nvm::DATASET_MANAGEMENT
+            | nvm::VERIFY
+            | nvm::COPY
+    )
+}
+
+/// The byte range of a command without data: not longer than a limit of Identify (CNS 06h) and inside the namespace.
+fn limited_range(
+    entry: &SubmissionEntry,
+    namespace: &Namespace,
+    limit_bytes: u64,
+) -> Result<(u64, u64), Status> {
+    if blocks(entry) << namespace.block_shift > limit_bytes {
+        return Err(Status::INVALID_FIELD.do_not_retry());
+    }
+    namespace.byte_range(entry.cdw10_64(), blocks(entry))
+}
+
 /// Number of logical blocks of a command: CDW12 has one less, so that 65,536 fit.
 fn blocks(entry: &SubmissionEntry) -> u64 {
     u64::from(entry.cdw12 & opcode::CDW12_NLB_MASK) + 1
 }
 
-fn force_unit_access(shared: &Shared, entry: &SubmissionEntry) -> bool {
+pub(crate) fn force_unit_access(shared: &Shared, entry: &SubmissionEntry) -> bool {
     entry.cdw12 & opcode::CDW12_FUA != 0 || !shared.write_cache.load(Ordering::Acquire)
 }
 

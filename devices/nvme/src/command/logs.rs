@@ -126,8 +126,8 @@ fn commands_log(command_set: u8) -> Result<Vec<u8>, Status> {
     }
     let mut page = dword_table(256, |opcode| if is_supported(opcode) { admin_effects(opcode) } else { 0 });
     page.extend(dword_table(256, |opcode| match opcode {
-        nvm::READ | nvm::FLUSH => log::EFFECT_SUPPORTED,
-        nvm::WRITE | nvm::WRITE_ZEROES | nvm::DATASET_MANAGEMENT => {
+        nvm::READ | nvm::FLUSH | nvm::COMPARE | nvm::VERIFY => log::EFFECT_SUPPORTED,
+        nvm::WRITE | nvm::WRITE_ZEROES | nvm::DATASET_MANAGEMENT | nvm::WRITE_UNCORRECTABLE | nvm::COPY => {
             log::EFFECT_SUPPORTED | log::EFFECT_CONTENT_CHANGE
         }
         _ => 0,

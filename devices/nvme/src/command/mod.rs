@@ -1,11 +1,13 @@
 //! Commands, by kind.
 
 pub(crate) mod admin;
+mod copy;
 pub(crate) mod features;
 mod firmware;
 pub(crate) mod format;
 mod identify;
 mod io;
+mod limits;
 mod logs;
 pub(crate) mod queues;
 pub(crate) mod sanitize;

@@ -181,7 +181,10 @@ fn only_namespace(state: &NvmeState) -> Result<&NamespaceState, Error> {
     let count = state.namespaces.present().count();
     match state.namespaces.get(0) {
         Some(namespace) if count == 1 && namespace.shape.read_only => beyond(QemuLimit::ReadOnly),
-        Some(namespace) if count == 1 => Ok(namespace),
+        Some(namespace) if count == 1 => match &namespace.uncorrectable {
+            Some(marks) => beyond(QemuLimit::Uncorrectable { count: marks.runs.len() }),
+            None => Ok(namespace),
+        },
         _ => beyond(QemuLimit::Namespaces { count }),
     }
 }

@@ -22,6 +22,12 @@ pub enum QemuLimit {
     /// QEMU's namespaces can be written.
     #[error("the namespace is read only")]
     ReadOnly,
+    /// QEMU has no Write Uncorrectable.
+    #[error("{count} runs of blocks are marked as uncorrectable")]
+    Uncorrectable {
+        /// How many.
+        count: usize,
+    },
     /// No format of QEMU's namespace has such blocks.
     #[error("QEMU's namespace has no format with blocks of 2^{block_shift} bytes")]
     BlockSize {

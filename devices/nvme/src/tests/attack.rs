@@ -13,7 +13,7 @@ use vmstate::{Bitmap, VmState};
 use super::driver::{
     Guest, Interrupts, MEMORY_BYTES, PATIENCE, Pair, Process, contexts, namespace, transfer,
 };
-use crate::state::EndedState;
+use crate::state::{EndedState, UncorrectableState};
 use crate::{Controller, ControllerConfig, Error, NvmeState, Progress};
 
 fn config() -> ControllerConfig {
@@ -40,6 +40,9 @@ fn rich() -> (Guest, NvmeState) {
         ..SubmissionEntry::default()
     };
     guest.admin(create).unwrap();
+    for (lba, blocks) in [(3, 2), (10, 7)] {
+        guest.io(1, transfer(nvm::WRITE_UNCORRECTABLE, 7, lba, blocks, 0)).unwrap();
+    }
     for lba in 0..10 {
         guest.push(2, transfer(nvm::READ, 1, lba, 1, page));
     }
@@ -88,6 +91,10 @@ fn load(guest: &Guest, state: &NvmeState) -> Result<Controller, Error> {
 
 type Change = fn(&mut NvmeState);
 
+fn marks(state: &mut NvmeState) -> &mut UncorrectableState {
+    state.namespaces.get_mut(6).unwrap().uncorrectable.as_mut().unwrap()
+}
+
 /// What is changed, how, and what the error says.
 const CHANGES: &[(&str, Change, &str)] = &[
     ("serial", |s| s.shape.serial[0] = b'X', "shape.serial"),
@@ -123,6 +130,11 @@ const CHANGES: &[(&str, Change, &str)] = &[
     ("namespace read-only", |s| s.namespaces.get_mut(6).unwrap().shape.read_only = true, "read only"),
     ("namespace UUID", |s| s.namespaces.get_mut(6).unwrap().shape.uuid[3] ^= 1, "UUID"),
     ("namespace backend", |s| s.namespaces.get_mut(6).unwrap().shape.backend = *b"null    ", "backend"),
+    ("no runs", |s| marks(s).runs.clear(), "[6].uncorrectable.runs"),
+    ("run of no blocks", |s| marks(s).runs[1].blocks = 0, "the run has no blocks"),
+    ("run beyond the namespace", |s| marks(s).runs[1].blocks = 55, "goes beyond the namespace"),
+    ("run beyond all numbers", |s| marks(s).runs[1].first = u64::MAX, "goes beyond the namespace"),
+    ("runs that touch", |s| marks(s).runs[1].first = 5, "not behind the one before it"),
     ("changed namespace 0", |s| s.changed_namespaces = vec![0], "changed_namespaces"),
     ("changed namespace 1025", |s| s.changed_namespaces = vec![1025], "changed_namespaces"),
     ("CSTS reserved", |s| s.registers.csts |= 1 << 9, "registers.csts"),

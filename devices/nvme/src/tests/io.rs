@@ -15,17 +15,17 @@ use crate::{ControllerConfig, NamespaceConfig};
 
 /// Remembers what it was asked to do.
 #[derive(Debug)]
-struct Witness {
+pub struct Witness {
     inner: Arc<dyn Backend>,
     log: Mutex<Vec<(Operation, u64, u64)>>,
 }
 
 impl Witness {
-    fn new(bytes: usize) -> Arc<Self> {
+    pub fn new(bytes: usize) -> Arc<Self> {
         Arc::new(Self { inner: memory_image(bytes), log: Mutex::default() })
     }
 
-    fn take(&self) -> Vec<(Operation, u64, u64)> {
+    pub fn take(&self) -> Vec<(Operation, u64, u64)> {
         std::mem::take(&mut self.log.lock().unwrap())
     }
 }
@@ -78,7 +78,7 @@ fn dsm_ranges(guest: &Guest, page: u64, ranges: &[(u32, u64)]) {
 fn unknown_and_unoffered_commands_are_refused() {
     let mut guest = ready(vec![namespace(1, 64)]);
     let page = guest.pages(1);
-    for opcode in [nvm::COMPARE, nvm::WRITE_UNCORRECTABLE, nvm::VERIFY, nvm::COPY, 0x7f, 0xff] {
+    for opcode in [nvm::RESERVATION_REGISTER, 0x7f, 0xff] {
         assert_eq!(guest.io(1, transfer(opcode, 1, 0, 1, page)), Err(Status::INVALID_OPCODE), "{opcode:#x}");
     }
     for flags in [1, 2, 3, 0xc0] {
@@ -99,7 +99,9 @@ fn unknown_and_unoffered_commands_are_refused() {
 fn ranges_beyond_the_namespace_are_refused() {
     let mut guest = ready(vec![namespace(1, 64)]);
     let page = guest.pages(1);
-    for opcode in [nvm::READ, nvm::WRITE, nvm::WRITE_ZEROES] {
+    let opcodes =
+        [nvm::READ, nvm::WRITE, nvm::WRITE_ZEROES, nvm::COMPARE, nvm::VERIFY, nvm::WRITE_UNCORRECTABLE];
+    for opcode in opcodes {
         for (lba, blocks) in [(64, 1), (63, 2), (0, 65), (u64::MAX, 1), (u64::MAX - 1, 2)] {
             let result = guest.io(1, transfer(opcode, 1, lba, blocks, page));
             assert_eq!(result, Err(Status::LBA_OUT_OF_RANGE), "{opcode} {lba} {blocks}");

@@ -3,6 +3,7 @@
 mod admin;
 mod attack;
 mod bus_master;
+mod commands;
 mod driver;
 mod firmware;
 mod format;

@@ -10,7 +10,7 @@ use super::{CLOCK_MS, Leaf, leaves};
 use crate::qemu::{QemuDevice, QemuLimit, QemuResidue, QemuSection};
 use crate::{
     Controller, ControllerConfig, EndedState, Error, FormatState, MoreFeaturesState, NamespaceConfig,
-    NvmeState, SweepState, WriteProtectionState,
+    NvmeState, SweepState, UncorrectableRunState, UncorrectableState, WriteProtectionState,
 };
 
 fn config() -> ControllerConfig {
@@ -163,6 +163,7 @@ fn variant(limit: &QemuLimit) -> usize {
         QemuLimit::ZeroTimestamp => 14,
         QemuLimit::Capability { .. } => 15,
         QemuLimit::Part { .. } => 16,
+        QemuLimit::Uncorrectable { .. } => 17,
     }
 }
 
@@ -180,6 +181,14 @@ const BEYOND: &[(Exceed, QemuLimit)] = &[
     (|s| _ = s.namespaces.put(900, s.namespaces.get(0).cloned()), QemuLimit::Namespaces { count: 2 }),
     (|s| s.namespaces.get_mut(0).unwrap().shape.read_only = true, QemuLimit::ReadOnly),
     (|s| s.namespaces.get_mut(0).unwrap().shape.block_shift = 10, QemuLimit::BlockSize { block_shift: 10 }),
+    (
+        |s| {
+            let run = UncorrectableRunState { first: 3, blocks: 2 };
+            let state = UncorrectableState { run_count: 1, runs: vec![run] };
+            s.namespaces.get_mut(0).unwrap().uncorrectable = Some(state);
+        },
+        QemuLimit::Uncorrectable { count: 1 },
+    ),
     (|s| s.changed_namespaces.push(1), QemuLimit::ChangedNamespaces { count: 1 }),
     (|s| s.shape.contiguous_queues = false, QemuLimit::Pieces),
     (|s| s.sq.get_mut(3).unwrap().contiguous = false, QemuLimit::QueueInPieces { id: 3 }),
@@ -235,7 +244,7 @@ fn every_limit_of_qemu_is_named() {
     let state = guest.controller.save();
     let residue = QemuResidue::new(&state).unwrap();
     QemuSection::join(&state, &residue, &device(), CLOCK_MS).unwrap();
-    let mut seen = [false; 17];
+    let mut seen = [false; 18];
     for (exceed, expected) in BEYOND {
         let mut exceeding = state.clone();
         exceed(&mut exceeding);
@@ -245,7 +254,7 @@ fn every_limit_of_qemu_is_named() {
         }
         seen[variant(expected)] = true;
     }
-    assert_eq!(seen, [true; 17]);
+    assert_eq!(seen, [true; 18]);
     assert_eq!(QemuLimit::SubsystemReset.to_string(), "CSTS.NSSRO is set");
 }
 
