@@ -3,7 +3,8 @@
 //! A *worker* is one share of a device's queues. It is driven by events only: its own wake-up descriptor (rung by a
 //! doorbell, through KVM's ioeventfd or through [`WakeUp::ring`]) and the descriptors that it names itself (the completions
 //! of its io_uring). A worker that has more to do than one turn allows rings itself again, so that workers on one
-//! thread take turns.
+//! thread take turns. During a turn nothing is written to the wake-up's descriptor: a worker that looks for calls itself
+//! ([`WakeUp::take_call`]) has no system call made for it.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -19,8 +20,9 @@ use vmm_sys_util::timerfd::TimerFd;
 
 /// One share of a device's queues.
 pub trait Worker: Send {
-    /// Serves what there is, within a bounded turn. `true`: there is more, call again.
-    fn turn(&mut self) -> bool;
+    /// Serves what there is, within a bounded turn. `called`: by [`WakeUp::ring`] or at its deadline; otherwise by KVM or a completion.
+    /// `true`: there is more, call again.
+    fn turn(&mut self, called: bool) -> bool;
 
     /// Eventfds (not blocking) that call for a turn, besides the wake-up. They are drained before the turn.
     ///
@@ -34,7 +36,16 @@ pub trait Worker: Send {
 
 /// Calls a worker to its thread.
 #[derive(Clone, Debug)]
-pub struct WakeUp(Arc<EventFd>);
+pub struct WakeUp(Arc<Calls>);
+
+#[derive(Debug)]
+struct Calls {
+    event: EventFd,
+    /// Somebody has called since the worker looked last.
+    called: AtomicBool,
+    /// The worker is in its turn, and looks at `called` before that is over.
+    in_turn: AtomicBool,
+}
 
 impl WakeUp {
     /// A new one.
@@ -42,19 +53,47 @@ impl WakeUp {
     /// # Errors
     /// The process has no descriptors left.
     pub fn new() -> io::Result<Self> {
-        Ok(Self(Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?)))
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        Ok(Self(Arc::new(Calls { event, called: AtomicBool::new(false), in_turn: AtomicBool::new(false) })))
     }
 
     /// Calls the worker. Ringing several times before it looks is one call.
     pub fn ring(&self) {
-        // The only error is a full counter, which is a pending call all the same.
-        let _ = self.0.write(1);
+        // Against `end_turn`, which does the same two steps the other way round: one of the two sees the other's write.
+        self.0.called.store(true, Ordering::SeqCst);
+        if !self.0.in_turn.load(Ordering::SeqCst) {
+            self.write();
+        }
+    }
+
+    /// Whether somebody has called since the last look: for the worker, in its turn.
+    #[must_use]
+    pub fn take_call(&self) -> bool {
+        // Looked at first: most looks find nothing, and need not take the line from those who call.
+        self.0.called.load(Ordering::Relaxed) && self.0.called.swap(false, Ordering::SeqCst)
     }
 
     /// The descriptor, for an ioeventfd.
     #[must_use]
     pub fn event_fd(&self) -> &EventFd {
-        &self.0
+        &self.0.event
+    }
+
+    fn begin_turn(&self) {
+        self.0.in_turn.store(true, Ordering::SeqCst);
+    }
+
+    /// From here on calls need the descriptor. One that came before is due, as is one of the worker itself, for `more`.
+    fn end_turn(&self, more: bool) {
+        self.0.in_turn.store(false, Ordering::SeqCst);
+        if more || self.0.called.load(Ordering::SeqCst) {
+            self.write();
+        }
+    }
+
+    fn write(&self) {
+        // The only error is a full counter, which is a pending call all the same.
+        let _ = self.0.event.write(1);
     }
 }
 
@@ -165,16 +204,18 @@ impl MutEventSubscriber for Subscriber {
     }
 
     fn process(&mut self, events: Events, _: &mut EventOps) {
-        if events.fd() == self.timer.as_raw_fd() {
+        let late = events.fd() == self.timer.as_raw_fd();
+        if late {
             self.armed = None;
             let _ = self.timer.wait();
         } else if let Some(event) = self.events().find(|event| event.as_raw_fd() == events.fd()) {
             // Not blocking; an event that someone else has drained is fine.
             let _ = event.read();
         }
-        if self.worker.turn() {
-            self.wake_up.ring();
-        }
+        self.wake_up.begin_turn();
+        let called = self.wake_up.take_call();
+        let more = self.worker.turn(called || late);
+        self.wake_up.end_turn(more);
         self.arm();
     }
 }
@@ -193,7 +234,7 @@ mod tests {
     }
 
     impl Worker for Countdown {
-        fn turn(&mut self) -> bool {
+        fn turn(&mut self, _: bool) -> bool {
             self.turns -= 1;
             self.report.send(self.turns).unwrap();
             self.turns > self.timed_turns
@@ -218,5 +259,54 @@ mod tests {
         drop(thread);
         assert!(reports.recv().is_err(), "the worker is gone with its thread");
         wake_up.ring();
+    }
+
+    /// Tells of every turn that it was called for.
+    struct Echo(mpsc::Sender<()>);
+
+    impl Worker for Echo {
+        fn turn(&mut self, called: bool) -> bool {
+            if called {
+                self.0.send(()).unwrap();
+            }
+            false
+        }
+
+        fn completion_events(&self) -> io::Result<Vec<EventFd>> {
+            Ok(Vec::new())
+        }
+
+        fn deadline(&self) -> Option<Instant> {
+            None
+        }
+    }
+
+    #[test]
+    fn a_call_is_never_lost_whenever_it_comes() {
+        let thread = IoThread::spawn("io-test").unwrap();
+        let (report, reports) = mpsc::channel();
+        let wake_up = WakeUp::new().unwrap();
+        thread.add(Box::new(Echo(report)), wake_up.clone()).unwrap();
+        // Each ring comes at about the end of the turn that answered the one before.
+        for round in 0..20_000 {
+            let answer = reports.recv_timeout(Duration::from_secs(30));
+            assert_eq!(answer, Ok(()), "call {round} is lost");
+            wake_up.ring();
+        }
+    }
+
+    #[test]
+    fn a_worker_in_its_turn_is_called_without_its_descriptor() {
+        let wake_up = WakeUp::new().unwrap();
+        wake_up.begin_turn();
+        wake_up.ring();
+        assert!(wake_up.event_fd().read().is_err(), "nothing was written");
+        assert!(wake_up.take_call() && !wake_up.take_call());
+        wake_up.end_turn(false);
+        assert!(wake_up.event_fd().read().is_err());
+        wake_up.begin_turn();
+        wake_up.ring();
+        wake_up.end_turn(false);
+        assert!(wake_up.event_fd().read().is_ok(), "a call that nobody took is due");
     }
 }

@@ -6,7 +6,7 @@
 //! 2. [`vmm`] is the process: it opens KVM ([`kvm`]), the console ([`console`]), the control socket ([`control`]) and the
 //!    lease, and becomes the owner of the guest.
 //! 3. [`machine`] opens memory and images ([`memory`], `block`), makes vCPU threads ([`vcpu`]) and I/O threads
-//!    ([`io_thread`]), puts the devices (`legacy`, `pci`, `nvme`, `virtio`) on their buses, and loads the kernel ([`boot`]).
+//!    ([`io_thread`], [`io_poll`]), puts the devices (`legacy`, `pci`, `nvme`, `virtio`) on their buses, and loads the kernel ([`boot`]).
 //! 4. vCPUs run. An access that is no RAM arrives on a bus and at a device; a doorbell calls an I/O thread, and what the
 //!    disk completes comes back as an interrupt through an irqfd. No command runs on a vCPU thread.
 //! 5. `migrate` starts a thread that runs the engine (crate `engine`) on this machine ([`mod@migrate`], [`dirty`]), until the
@@ -39,6 +39,7 @@ pub mod demo;
 pub mod dirty;
 pub mod drive;
 pub mod inspect;
+pub mod io_poll;
 pub mod io_thread;
 pub mod kvm;
 pub mod layout;

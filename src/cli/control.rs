@@ -97,7 +97,7 @@ pub(super) fn word(value: impl serde::Serialize) -> String {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let FerryStatus { name, process_id, status, ownership, lease, blocked_reasons, migration } =
+        let FerryStatus { name, process_id, status, ownership, lease, blocked_reasons, disks, migration } =
             &self.status;
         writeln!(f, "{name} (process {process_id}): {}, {}", word(status), word(ownership))?;
         if let Some(lease) = lease {
@@ -109,6 +109,19 @@ impl fmt::Display for Report {
         }
         for reason in blocked_reasons {
             writeln!(f, "  cannot migrate: {reason}")?;
+        }
+        for disk in disks {
+            writeln!(
+                f,
+                "  disk {}: {} commands, {} in flight, {} doorbell exits, {} turns of I/O threads, {} of {} polls with success",
+                disk.serial,
+                disk.completed,
+                disk.in_flight,
+                disk.doorbell_exits,
+                disk.turns,
+                disk.poll_hits,
+                disk.polls
+            )?;
         }
         if let Some(info) = &self.migration {
             write!(f, "  migration: {}", word(info.status))?;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::io_poll::IoPoll;
 use crate::vcpu::BootProtocol;
 
 use super::{ControllerSpec, Error, NamespaceOption, NvmeOption, parse_size};
@@ -85,6 +86,8 @@ pub struct Config {
     pub namespaces: Vec<NamespaceOption>,
     /// Threads that serve each controller's queues.
     pub io_threads: u8,
+    /// How long they look for work before they sleep, if it was said.
+    pub io_poll: Option<IoPoll>,
     /// The lease record, if it was named.
     pub lease: Option<PathBuf>,
     /// Whether the machine arrives by migration, so that it needs no kernel.
@@ -116,6 +119,8 @@ pub struct MachineSpec {
     pub controllers: Vec<ControllerSpec>,
     /// Threads that serve each controller's queues.
     pub io_threads: u8,
+    /// How long they look for work before they sleep.
+    pub io_poll: IoPoll,
     /// The lease record, if it was named; otherwise it lies beside the first writable image.
     pub lease: Option<PathBuf>,
 }
@@ -144,6 +149,10 @@ impl TryFrom<Config> for MachineSpec {
             return refuse("--initrd needs --kernel".to_owned());
         }
         let controllers = controllers(config.nvme, config.namespaces)?;
+        let io_poll = config.io_poll.unwrap_or_else(|| {
+            let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+            IoPoll::for_host(cores, usize::from(config.cpus) + usize::from(config.io_threads))
+        });
         Ok(Self {
             name: config.name,
             cpus: config.cpus,
@@ -156,6 +165,7 @@ impl TryFrom<Config> for MachineSpec {
             serial: config.serial,
             controllers,
             io_threads: config.io_threads,
+            io_poll,
             lease: config.lease,
         })
     }
@@ -219,6 +229,7 @@ mod tests {
                 "controller=a,nsid=2,backend=memory,size=1M".parse().unwrap(),
             ],
             io_threads: 1,
+            io_poll: None,
             lease: None,
             incoming: false,
         }

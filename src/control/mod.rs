@@ -37,7 +37,7 @@ pub use client::Client;
 pub use event::{Event, EventBus, ShutdownCause};
 pub use follow::{Finished, MigrateRequest};
 pub use operations::{
-    FerryDowntime, FerryLease, FerryMigration, FerryOwnership, FerryStatus, MigrationInfo,
+    FerryDisk, FerryDowntime, FerryLease, FerryMigration, FerryOwnership, FerryStatus, MigrationInfo,
     MigrationParameters, MigrationStatus, Operations, RamStats, Refusal, RunState,
 };
 pub use server::Server;

@@ -218,9 +218,32 @@ pub struct FerryStatus {
     /// Why the machine cannot migrate; none if it can.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub blocked_reasons: Vec<String>,
+    /// What the controllers have done in this process, in the order of their slots.
+    #[serde(default)]
+    pub disks: Vec<FerryDisk>,
     /// The latest migration, outgoing or incoming, if there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration: Option<FerryMigration>,
+}
+
+/// Counters of one controller and of the threads that serve it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FerryDisk {
+    /// The controller's serial number.
+    pub serial: String,
+    /// Commands completed.
+    pub completed: u64,
+    /// Commands that are being worked on.
+    pub in_flight: u32,
+    /// Doorbell registers that the guest left the virtual machine for.
+    pub doorbell_exits: u64,
+    /// Turns of the threads: each time one was called, or had been at work for long.
+    pub turns: u64,
+    /// Times that work ran out and a thread looked for more before it slept.
+    pub polls: u64,
+    /// Times that more came while it looked.
+    pub poll_hits: u64,
 }
 
 /// Who may run the guest, as far as this process knows.

@@ -10,11 +10,13 @@ use anyhow::Context;
 use block::{Identity, IoContext};
 use bus::GuestMemory;
 use engine::Description;
-use nvme::{Controller, ControllerConfig, Host, NamespaceConfig, NvmeState, Progress};
+use nvme::{Controller, ControllerConfig, Host, NamespaceConfig, NvmeState, Progress, Statistics};
 use pci::{BarWindow, PciFunction};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::ControllerSpec;
+use crate::control::FerryDisk;
+use crate::io_poll::{IoPoll, PollCounters, PollStatistics, Poller, TurnEnd};
 use crate::io_thread::{IoThread, WakeUp, Worker};
 use crate::kvm::{MsiRouter, MsixFunction, Vm};
 
@@ -29,6 +31,8 @@ pub struct Disk {
     interrupts: Arc<MsixFunction>,
     doorbells: Arc<Doorbells>,
     controller: Arc<Controller>,
+    /// Of each worker.
+    polls: Vec<Arc<PollCounters>>,
 }
 
 impl Disk {
@@ -68,7 +72,9 @@ impl Disk {
             Arc::clone(&doorbells) as _,
         )?;
         let controller = Arc::new(controller);
-        Ok(Self { config, namespaces: namespaces.to_vec(), completions, interrupts, doorbells, controller })
+        let polls = (0..workers).map(|_| Arc::default()).collect();
+        let namespaces = namespaces.to_vec();
+        Ok(Self { config, namespaces, completions, interrupts, doorbells, controller, polls })
     }
 
     /// The controller's serial number.
@@ -102,19 +108,42 @@ impl Disk {
         })
     }
 
-    /// Gives worker `n` to thread `n`; there are as many threads as workers.
+    /// Gives worker `n` to thread `n`; there are as many threads as workers. Each looks for work for up to `poll` before it sleeps.
     ///
     /// # Errors
     /// A thread has ended, or the process lacks descriptors.
-    pub fn serve(&self, threads: &[IoThread]) -> io::Result<()> {
-        for (worker, ((thread, wake_up), completion)) in
-            threads.iter().zip(&self.doorbells.wake_ups).zip(&self.completions).enumerate()
-        {
-            let controller = Arc::clone(&self.controller);
-            let share = Share { controller, worker, completion: completion.try_clone()? };
+    pub fn serve(&self, threads: &[IoThread], poll: IoPoll) -> io::Result<()> {
+        let parts = threads.iter().zip(&self.doorbells.wake_ups).zip(&self.completions).zip(&self.polls);
+        for (worker, (((thread, wake_up), completion), counters)) in parts.enumerate() {
+            let share = Share {
+                controller: Arc::clone(&self.controller),
+                worker,
+                completion: completion.try_clone()?,
+                wake_up: wake_up.clone(),
+                poller: Poller::new(poll, Arc::clone(counters)),
+            };
             thread.add(Box::new(share), wake_up.clone())?;
         }
         Ok(())
+    }
+
+    /// What was done, by the controller and by its threads together.
+    #[must_use]
+    pub fn counters(&self) -> FerryDisk {
+        let Statistics { completed, in_flight, doorbell_writes } = self.controller.statistics();
+        let mut counters = FerryDisk {
+            serial: self.config.serial.clone(),
+            completed,
+            in_flight,
+            doorbell_exits: doorbell_writes,
+            ..FerryDisk::default()
+        };
+        for PollStatistics { turns, polls, hits } in self.polls.iter().map(|counters| counters.read()) {
+            counters.turns += turns;
+            counters.polls += polls;
+            counters.poll_hits += hits;
+        }
+        counters
     }
 
     /// What a destination must have too, in this PCI slot.
@@ -261,11 +290,24 @@ struct Share {
     controller: Arc<Controller>,
     worker: usize,
     completion: EventFd,
+    wake_up: WakeUp,
+    poller: Poller,
 }
 
 impl Worker for Share {
-    fn turn(&mut self) -> bool {
-        self.controller.process(self.worker) == Progress::More
+    fn turn(&mut self, mut called: bool) -> bool {
+        let Self { controller, worker, wake_up, poller, .. } = self;
+        let end = poller.turn(|| {
+            if called || wake_up.take_call() {
+                called = false;
+                // Besides the queues, what others ask of the controller.
+                controller.process(*worker);
+                return true;
+            }
+            controller.poll(*worker)
+        });
+        // Only this asks the guest to ring, and looks once more.
+        end == TurnEnd::Long || controller.process(*worker) == Progress::More
     }
 
     fn completion_events(&self) -> io::Result<Vec<EventFd>> {

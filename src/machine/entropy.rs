@@ -84,7 +84,7 @@ impl QueueNotify for Notify {
 struct RequestQueue(Arc<VirtioPci>);
 
 impl Worker for RequestQueue {
-    fn turn(&mut self) -> bool {
+    fn turn(&mut self, _: bool) -> bool {
         self.0.process(REQUEST_QUEUE)
     }
 

@@ -25,6 +25,7 @@ use engine::Description;
 use crate::boot::{self, BootSpec, Kernel};
 use crate::config::MachineSpec;
 use crate::console::Console;
+use crate::control::FerryDisk;
 use crate::io_thread::IoThread;
 use crate::kvm::{Host, MsiRouter, Vm};
 use crate::layout;
@@ -130,7 +131,7 @@ impl Machine {
         chipset.root.insert(ENTROPY_SLOT, Arc::clone(entropy.device()) as _)?;
         for (slot, disk) in (FIRST_DISK_SLOT..).zip(&disks) {
             chipset.root.insert(slot, disk.function())?;
-            disk.serve(&io_threads)?;
+            disk.serve(&io_threads, spec.io_poll)?;
         }
         entropy.serve(io_threads.first().context("a machine has an I/O thread")?)?;
         let vcpus = VcpuManager::new(host, &vm, spec.cpus.into(), &chipset.buses, &on_vcpu_event)?;
@@ -230,6 +231,12 @@ impl Machine {
             disk.describe(slot, description);
         }
         Ok(())
+    }
+
+    /// What the controllers have done.
+    #[must_use]
+    pub fn disk_counters(&self) -> Vec<FerryDisk> {
+        self.disks.iter().map(Disk::counters).collect()
     }
 
     /// Why this machine cannot move: all the reasons, each with its device.

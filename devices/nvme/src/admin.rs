@@ -40,7 +40,12 @@ pub(crate) struct Pool {
 
 impl Pool {
     pub fn worker(&self, index: usize) -> MutexGuard<'_, Worker> {
-        lock(&self.workers[index])
+        // A worker that is polled gives its lock back for a moment only, in which nobody could take it without this.
+        let callers = &self.shared.lanes[index].callers;
+        callers.fetch_add(1, Ordering::SeqCst);
+        let worker = lock(&self.workers[index]);
+        callers.fetch_sub(1, Ordering::SeqCst);
+        worker
     }
 }
 

@@ -42,6 +42,8 @@ pub struct Statistics {
     pub completed: u64,
     /// Commands that backends are working on.
     pub in_flight: u32,
+    /// Doorbell registers that the guest wrote, each one an exit to here; those that are events of the host do not count.
+    pub doorbell_writes: u64,
 }
 
 /// An NVMe controller. Shared by vCPU threads (as a [`pci::PciFunction`]), by one thread for each worker
@@ -133,6 +135,9 @@ impl Controller {
     pub fn poll(&self, index: usize) -> bool {
         let shared = &self.pool.shared;
         let Some(worker) = self.pool.workers.get(index) else { return false };
+        while shared.lanes[index].callers.load(Ordering::Relaxed) > 0 {
+            std::thread::yield_now();
+        }
         let mut worker = lock(worker);
         let busy = worker.poll(shared);
         let admin_waits = index == 0
@@ -251,6 +256,7 @@ impl Controller {
         Statistics {
             completed: lanes.map(|lane| lane.completed.load(Ordering::Relaxed)).sum(),
             in_flight: self.pool.shared.in_flight(),
+            doorbell_writes: self.pool.shared.doorbell_writes.load(Ordering::Relaxed),
         }
     }
 }

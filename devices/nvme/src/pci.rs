@@ -3,6 +3,8 @@
 //! BAR 0 holds the registers, from 0x1000 the doorbells (stride 4 bytes), and on pages of their own the MSI-X table and its
 //! pending bits.
 
+use std::sync::atomic::Ordering;
+
 use nvme_spec::event::Event;
 use nvme_spec::regs;
 use pci::{BarKind, BarWindow, ConfigSpace, Identity, MsixLayout, PciFunction};
@@ -114,6 +116,7 @@ impl Controller {
         // Values are 16 bits; the upper half is reserved.
         let value = u32::from_le_bytes(data) & 0xffff;
         let index = offset / 4;
+        shared.doorbell_writes.fetch_add(1, Ordering::Relaxed);
         let event = match shared.doorbells.ring(index, value) {
             Rung::Wake(worker) => return shared.host.wake(worker),
             Rung::Noted => return,

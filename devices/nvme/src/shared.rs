@@ -30,6 +30,8 @@ pub trait Host: Send + Sync {
 pub(crate) struct Lane {
     pub completed: AtomicU64,
     pub in_flight: AtomicU32,
+    /// Those of other threads who wait for the worker's lock.
+    pub callers: AtomicU32,
 }
 
 /// Shared by all threads that enter the controller.
@@ -44,6 +46,8 @@ pub(crate) struct Shared {
     pub host: Arc<dyn Host>,
     pub endpoint: Endpoint,
     pub doorbells: Doorbells,
+    /// Doorbell registers written.
+    pub doorbell_writes: AtomicU64,
     pub lanes: Box<[Lane]>,
     /// The controller is ready and not shutting down: I/O commands are fetched.
     pub active: AtomicBool,
@@ -70,6 +74,7 @@ impl Shared {
     ) -> Self {
         Self {
             doorbells: Doorbells::new(config.queue_pairs),
+            doorbell_writes: AtomicU64::new(0),
             registers: Mutex::new(Registers::new(&config)),
             lanes: (0..workers).map(|_| Lane::default()).collect(),
             active: AtomicBool::new(false),

@@ -113,6 +113,7 @@ impl Operations for Machine {
             ownership: FerryOwnership::Owned,
             lease: None,
             blocked_reasons: self.migration_blockers(),
+            disks: Vec::new(),
             migration: None,
         }
     }
