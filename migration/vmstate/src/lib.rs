@@ -249,7 +249,8 @@
 //! # Absent
 //!
 //! - No reflection at run time, no map types, no floating point, no strings (bytes are counted `Vec<u8>`), no enums (integers, which
-//!   the device's constructor checks), no writing of older versions, and no default "nothing to save".
+//!   the device's constructor checks), no writing of older versions, and no default "nothing to save": whoever lists the devices of
+//!   a machine says of each what becomes of it ([`Migratability`]).
 //! - Of what QEMU's descriptions know: no single pointers (a sparse array of one slot has the same bytes), no sparse arrays of plain
 //!   integers, no lists of collections, no counts that are signed, 64 bits wide, or a field of another struct. A list is described
 //!   mark by mark, where QEMU says `qtailq` once.
