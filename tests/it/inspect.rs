@@ -78,7 +78,7 @@ fn a_suspended_guest_is_printed_verified_and_compared() {
 
     let tree = inspected([&file]).output;
     assert!(tree.starts_with("machine ferry\nsection ferry instance 0 "), "{tree}");
-    assert_eq!(lines_with(&tree, "section 0000:00:02.0/nvme instance 0 version 1: ").len(), 1, "{tree}");
+    assert_eq!(lines_with(&tree, "section 0000:00:02.0/nvme instance 0 version 2: ").len(), 1, "{tree}");
     // Eight queues and the admin queue, of which the guest uses four; namespaces 1, 4 and 9.
     assert!(lines_with(&tree, "9 slots, 5 present").len() >= 2, "{tree}");
     assert!(!lines_with(&tree, "  [5-8]  empty").is_empty(), "{tree}");

@@ -26,7 +26,7 @@ pub use admin::{
 
 /// A paused controller.
 #[derive(VmState, Clone, Debug, PartialEq, Eq)]
-#[vmstate(name = "nvme", version = 1)]
+#[vmstate(name = "nvme", version = 2, oldest = 1)]
 pub struct NvmeState {
     /// What both sides must have.
     pub shape: Shape,
