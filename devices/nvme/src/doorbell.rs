@@ -1,9 +1,11 @@
 //! Doorbells: what vCPU threads write, and the shadow doorbells in guest memory (Base 5.8).
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use bus::GuestMemory;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+
+use crate::wakeup::{HeadDoorbell, ShadowWords};
 
 /// The doorbells of all queues, by queue identifier.
 pub(crate) struct Doorbells {
@@ -15,13 +17,11 @@ pub(crate) struct Doorbells {
 #[repr(align(64))]
 struct Pair {
     tail: AtomicU32,
-    head: AtomicU32,
+    head: HeadDoorbell<AtomicU32>,
     /// Entries of the submission queue (bits 31:0, 0 when there is none) and the worker that serves it (63:32).
     sq: AtomicU64,
     /// The same of the completion queue.
     cq: AtomicU64,
-    /// The completion queue is full and its worker waits for the head to move.
-    waiting: AtomicBool,
 }
 
 /// What a doorbell write means.
@@ -65,9 +65,7 @@ impl Doorbells {
             pair.tail.store(value, Ordering::Release);
             return Rung::Wake(worker);
         }
-        // Against a worker that sets `waiting` and then reads the head: one of the two sees the other's write.
-        pair.head.store(value, Ordering::SeqCst);
-        if pair.waiting.load(Ordering::SeqCst) { Rung::Wake(worker) } else { Rung::Noted }
+        if pair.head.ring(value) { Rung::Wake(worker) } else { Rung::Noted }
     }
 
     /// Opens the tail doorbell of submission queue `queue` at `tail`.
@@ -80,8 +78,7 @@ impl Doorbells {
     /// Opens the head doorbell of completion queue `queue` at `head`.
     pub fn open_cq(&self, queue: u16, entries: u32, worker: usize, head: u32) {
         let pair = &self.pairs[usize::from(queue)];
-        pair.head.store(head, Ordering::Relaxed);
-        pair.waiting.store(false, Ordering::Relaxed);
+        pair.head.open(head);
         pair.cq.store(describe(entries, worker), Ordering::Release);
     }
 
@@ -113,12 +110,12 @@ impl Doorbells {
 
     /// The last head written by MMIO.
     pub fn head(&self, queue: u16) -> u32 {
-        self.pairs[usize::from(queue)].head.load(Ordering::SeqCst)
+        self.head_doorbell(queue).head()
     }
 
-    /// Says whether the worker waits for the head of `queue` to move.
-    pub fn set_waiting(&self, queue: u16, waiting: bool) {
-        self.pairs[usize::from(queue)].waiting.store(waiting, Ordering::SeqCst);
+    /// The head doorbell of `queue`.
+    pub fn head_doorbell(&self, queue: u16) -> &HeadDoorbell<AtomicU32> {
+        &self.pairs[usize::from(queue)].head
     }
 }
 
@@ -176,7 +173,7 @@ pub(crate) struct MemoryGone;
 impl Shadow {
     /// The value the guest wrote last.
     pub fn load(&self, memory: &GuestMemory) -> Result<u32, MemoryGone> {
-        memory.load::<u32>(self.value, Ordering::SeqCst).map(u32::from_le).map_err(|_| MemoryGone)
+        memory.load::<u32>(self.value, Ordering::Acquire).map(u32::from_le).map_err(|_| MemoryGone)
     }
 
     /// Writes the shadow itself: when a queue appears, and for the admin queue, whose doorbells are always MMIO.
@@ -184,12 +181,38 @@ impl Shadow {
         memory.store(value.to_le(), self.value, Ordering::SeqCst).map_err(|_| MemoryGone)
     }
 
-    /// Asks to be told (by MMIO) when the guest moves the doorbell past `index`. Whoever sleeps on it must read the shadow
-    /// again afterwards: the guest stores the shadow and then reads EventIdx, we store EventIdx and then read the shadow,
-    /// both sequentially consistent, so at least one side sees the other.
+    /// Asks to be told (by MMIO) when the guest moves the doorbell past `index`. Whoever sleeps on it looks again afterwards
+    /// ([`ShadowWords::ask`]).
     pub fn publish(&self, memory: &GuestMemory, index: u32) -> Result<(), MemoryGone> {
-        memory.store(index.to_le(), self.event_index, Ordering::SeqCst).map_err(|_| MemoryGone)?;
-        std::sync::atomic::fence(Ordering::SeqCst);
+        self.in_memory(memory).set_event_index(index)?;
+        self.in_memory(memory).fence();
         Ok(())
+    }
+
+    /// The two words.
+    pub fn in_memory<'a>(&self, memory: &'a GuestMemory) -> InMemory<'a> {
+        InMemory { shadow: *self, memory }
+    }
+}
+
+/// A shadow with the memory that it is in.
+pub(crate) struct InMemory<'a> {
+    shadow: Shadow,
+    memory: &'a GuestMemory,
+}
+
+impl ShadowWords for InMemory<'_> {
+    type Gone = MemoryGone;
+
+    fn value(&self) -> Result<u32, MemoryGone> {
+        self.shadow.load(self.memory)
+    }
+
+    fn set_event_index(&self, index: u32) -> Result<(), MemoryGone> {
+        self.memory.store(index.to_le(), self.shadow.event_index, Ordering::Release).map_err(|_| MemoryGone)
+    }
+
+    fn fence(&self) {
+        std::sync::atomic::fence(Ordering::SeqCst);
     }
 }

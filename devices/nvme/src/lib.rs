@@ -65,6 +65,7 @@ mod subsystem;
 #[cfg(test)]
 mod tests;
 mod uncorrectable;
+mod wakeup;
 mod worker;
 
 pub use config::{ControllerConfig, MAX_NAMESPACES, MAX_QUEUE_ENTRIES, NamespaceConfig};

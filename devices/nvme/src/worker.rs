@@ -20,6 +20,7 @@ use crate::namespace::{self, NamespaceTable};
 use crate::queue::{CompletionQueue, Ended, SubmissionQueue};
 use crate::shared::Shared;
 use crate::smart::Counters;
+use crate::wakeup::{self, ask_for_tail};
 
 /// Commands fetched from one queue before the next has its turn.
 const BURST: u32 = 32;
@@ -467,19 +468,16 @@ impl Worker {
     fn arm(&mut self, shared: &Shared) -> Result<bool, MemoryGone> {
         let mut more = false;
         for queue in self.sqs.iter_mut().flatten() {
-            if let Some(shadow) = queue.shadow {
-                if queue.published != Some(queue.tail) {
-                    shadow.publish(&shared.memory, queue.tail)?;
-                    queue.published = Some(queue.tail);
-                }
-                if !queue.doorbell_event {
-                    queue.doorbell_event = true;
-                    let offset = nvme_spec::regs::sq_tail_doorbell(queue.id);
-                    shared.host.set_doorbell_event(offset, self.index, true);
-                }
+            if queue.shadow.is_some() && !queue.doorbell_event {
+                queue.doorbell_event = true;
+                let offset = nvme_spec::regs::sq_tail_doorbell(queue.id);
+                shared.host.set_doorbell_event(offset, self.index, true);
             }
             let tail = match queue.shadow {
-                Some(shadow) => shadow.load(&shared.memory)?,
+                Some(shadow) => {
+                    let shadow = shadow.in_memory(&shared.memory);
+                    ask_for_tail(&shadow, &mut queue.published, queue.tail)?
+                }
                 None => shared.doorbells.tail(queue.id),
             };
             more |= tail != queue.tail && tail < queue.ring.entries;
@@ -577,10 +575,14 @@ pub(crate) fn refresh_head(shared: &Shared, cq: &mut CompletionQueue) -> Result<
         Some(shadow) => shadow.load(&shared.memory)?,
         None => shared.doorbells.head(cq.id),
     };
+    take_head(shared, cq, head);
+    Ok(())
+}
+
+fn take_head(shared: &Shared, cq: &mut CompletionQueue, head: u32) {
     if !cq.advance_head(head) && shared.events().bad_doorbell(Event::INVALID_DOORBELL_VALUE, cq.id) {
         shared.host.wake(0);
     }
-    Ok(())
 }
 
 /// Posts the backlog of `cq` as far as it has room, with one interrupt, and says how many entries that were. If some are
@@ -591,46 +593,63 @@ pub(crate) fn post_queue(
     cq: &mut CompletionQueue,
     sq_head: impl Fn(&Ended) -> u32,
 ) -> Result<u32, MemoryGone> {
-    let mut posted = 0;
     refresh_head(shared, cq)?;
-    loop {
-        while !cq.is_full()
-            && let Some(ended) = cq.backlog.pop_front()
-        {
-            cq.post(&shared.memory, &ended, sq_head(&ended))?;
-            posted += 1;
+    let (shadow, was_waiting) = (cq.shadow.map(|shadow| shadow.in_memory(&shared.memory)), cq.waiting);
+    let doorbell = shared.doorbells.head_doorbell(cq.id);
+    let mut backlog = Backlog { shared, cq, sq_head, posted: 0 };
+    let waiting = wakeup::post_or_wait(&mut backlog, doorbell, shadow.as_ref(), was_waiting)?;
+    let posted = backlog.posted;
+    cq.waiting = waiting;
+    if let Some(shadow) = cq.shadow {
+        if waiting != cq.doorbell_event {
+            cq.doorbell_event = waiting;
+            let offset = nvme_spec::regs::cq_head_doorbell(cq.id);
+            shared.host.set_doorbell_event(offset, shared.worker_of(cq.id), waiting);
         }
-        let waiting = !cq.backlog.is_empty();
-        if waiting != cq.waiting {
-            cq.waiting = waiting;
-            shared.doorbells.set_waiting(cq.id, waiting);
-        }
-        if let Some(shadow) = cq.shadow {
-            if waiting != cq.doorbell_event {
-                cq.doorbell_event = waiting;
-                let offset = nvme_spec::regs::cq_head_doorbell(cq.id);
-                shared.host.set_doorbell_event(offset, shared.worker_of(cq.id), waiting);
-            }
-            let index = match waiting {
-                true => Some(cq.head),
-                false => cq.ring.quiet_event_index(cq.head, cq.published),
-            };
-            if let Some(index) = index {
-                shadow.publish(&shared.memory, index)?;
-                cq.published = Some(index);
-            }
-        }
-        if !waiting {
-            break;
-        }
-        // Room may have been made before the guest could know that we wait for it.
-        refresh_head(shared, cq)?;
-        if cq.is_full() {
-            break;
+        if waiting {
+            // What it was asked for.
+            cq.published = Some(cq.head);
+        } else if let Some(index) = cq.ring.quiet_event_index(cq.head, cq.published) {
+            shadow.publish(&shared.memory, index)?;
+            cq.published = Some(index);
         }
     }
     if posted > 0 && cq.interrupts {
         shared.endpoint.msix().trigger(cq.vector);
     }
     Ok(posted)
+}
+
+/// What [`post_queue`] posts.
+struct Backlog<'a, H> {
+    shared: &'a Shared,
+    cq: &'a mut CompletionQueue,
+    sq_head: H,
+    posted: u32,
+}
+
+impl<H: Fn(&Ended) -> u32> wakeup::Posting for Backlog<'_, H> {
+    type Gone = MemoryGone;
+
+    fn post_what_fits(&mut self) -> Result<bool, MemoryGone> {
+        while !self.cq.is_full()
+            && let Some(ended) = self.cq.backlog.pop_front()
+        {
+            self.cq.post(&self.shared.memory, &ended, (self.sq_head)(&ended))?;
+            self.posted += 1;
+        }
+        Ok(self.cq.backlog.is_empty())
+    }
+
+    fn head(&self) -> u32 {
+        self.cq.head
+    }
+
+    fn set_head(&mut self, head: u32) {
+        take_head(self.shared, self.cq, head);
+    }
+
+    fn is_full(&self) -> bool {
+        self.cq.is_full()
+    }
 }
