@@ -250,10 +250,10 @@ impl ConfigSpace {
         self.bars.iter().enumerate().filter_map(window).collect()
     }
 
-    /// Whether the guest lets the function access memory and send messages.
+    /// Whether the guest lets the function access memory and send messages. In D3hot it may do neither (PCI PM 1.2, 5.4.1).
     #[must_use]
     pub fn bus_master(&self) -> bool {
-        self.word(COMMAND) & COMMAND_BUS_MASTER != 0
+        self.word(COMMAND) & COMMAND_BUS_MASTER != 0 && self.power_state() != POWER_D3HOT
     }
 
     /// Where the MSI-X table is, if there is one.

@@ -56,6 +56,37 @@ fn commands_are_fetched_only_by_a_bus_master() {
 }
 
 #[test]
+fn a_controller_in_d3hot_stands_still_and_goes_on_in_d0() {
+    for moves in [false, true] {
+        let (mut guest, control) = guest(true);
+        let page = guest.pages(1);
+        control.inject(Target::Any, 0, 1, Fault::Hold);
+        guest.push(1, transfer(nvm::WRITE, 1, 0, 1, page));
+        guest.ring(1);
+        guest.run();
+        guest.interrupts.take(1);
+        guest.set_power_state(3);
+        guest.push(2, transfer(nvm::READ, 1, 0, 1, page));
+        guest.ring(2);
+        let before = guest.read_bytes(0, MEMORY_BYTES);
+        control.release_held();
+        guest.run_until("the write", |guest| guest.controller.statistics().in_flight == 0);
+        guest.run();
+        assert!(guest.read_bytes(0, MEMORY_BYTES) == before, "guest memory was written in D3hot");
+        assert_eq!([1, 2].map(|vector| guest.interrupts.take(vector)), [0; 2]);
+        if moves {
+            guest.migrate(2);
+            guest.run();
+            assert!(guest.read_bytes(0, MEMORY_BYTES) == before, "guest memory was written in D3hot");
+        }
+        guest.set_power_state(0);
+        guest.run();
+        assert_eq!([1, 2].map(|queue| guest.reap(queue).len()), [1, 1], "migrated {moves}");
+        assert_eq!([1, 2].map(|vector| guest.interrupts.take(vector) >= 1), [true; 2]);
+    }
+}
+
+#[test]
 fn completions_and_interrupts_wait_for_a_bus_master() {
     for (shadow, moves) in [(false, false), (true, false), (false, true), (true, true)] {
         let (mut guest, control) = guest(shadow);

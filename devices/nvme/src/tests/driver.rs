@@ -262,6 +262,11 @@ impl Guest {
         self.controller.config_write(0x04, &(0b010 | u16::from(on) << 2).to_le_bytes());
     }
 
+    /// The power state: 0 for D0, 3 for D3hot.
+    pub fn set_power_state(&self, state: u8) {
+        self.controller.config_write(0x64, &[state]);
+    }
+
     /// Makes the controller a bus master, switches MSI-X on and unmasks all vectors.
     pub fn unmask_interrupts(&self) {
         self.set_bus_master(true);

@@ -90,16 +90,17 @@ fn read_only_bits_stay() {
 fn power_states_that_do_not_exist_are_discarded_and_d3_stops_decoding() {
     let mut config = config(1);
     let control = 0x4c + 4;
-    config.write(0x04, &[2, 0]);
+    config.write(0x04, &[6, 0]);
     config.write(control, &[1]);
     assert_eq!(read32(&config, control) & 3, 0);
     config.write(control, &[3]);
     assert_eq!(read32(&config, control), 0b1011);
     assert!(!config.bars()[0].decoded);
+    assert!(!config.bus_master());
     config.write(control, &[2]);
     assert_eq!(read32(&config, control) & 3, 3);
     config.write(control, &[0]);
-    assert!(config.bars()[0].decoded);
+    assert!(config.bars()[0].decoded && config.bus_master());
 }
 
 #[test]
