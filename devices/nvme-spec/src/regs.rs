@@ -135,7 +135,7 @@ register! {
         cmbs, with_cmbs: 57..=57,
         /// NVM Subsystem Shutdown Supported.
         nsss, with_nsss: 58..=58,
-        /// Controller Ready Modes Supported: bit 0 ready with media.
+        /// Controller Ready Modes Supported: bit 0 ready with media, bit 1 ready independent of media.
         crms, with_crms: 59..=60,
     }
 }
@@ -149,7 +149,7 @@ register! {
         css, with_css: 4..=6,
         /// Memory Page Size: 2 ^ (12 + MPS) bytes.
         mps, with_mps: 7..=10,
-        /// Arbitration Mechanism Selected: 0 round robin.
+        /// Arbitration Mechanism Selected: 0 round robin, 1 weighted round robin with urgent priority class.
         ams, with_ams: 11..=13,
         /// Shutdown Notification: 0 none, 1 normal, 2 abrupt.
         shn, with_shn: 14..=15,
@@ -190,6 +190,10 @@ register! {
     }
 }
 
+/// CC.AMS: round robin.
+pub const AMS_ROUND_ROBIN: u32 = 0;
+/// CC.AMS: weighted round robin with urgent priority class.
+pub const AMS_WEIGHTED: u32 = 1;
 /// CC.CSS: the NVM command set.
 pub const CSS_NVM: u32 = 0;
 /// CC.CSS: all supported I/O command sets.

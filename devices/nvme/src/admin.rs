@@ -299,6 +299,7 @@ impl Admin {
         }
         self.features = self.saved_features.clone();
         shared.write_cache.store(self.features.write_cache, Ordering::Release);
+        shared.arbitration.set(0, self.features.arbitration);
         if self.firmware.reset() {
             self.keep();
         }
@@ -352,6 +353,7 @@ impl Admin {
             self.phase = Phase::Failed;
             return;
         }
+        pool.shared.arbitration.set(cc.ams(), self.features.arbitration);
         registers.csts = registers.csts.with_rdy(1).with_shst(0);
         self.phase = Phase::Ready;
         pool.shared.active.store(true, Ordering::SeqCst);
@@ -578,8 +580,8 @@ pub(crate) fn check_configuration(cc: Cc) -> Result<(), &'static str> {
     if !matches!(cc.css(), regs::CSS_NVM | regs::CSS_ALL) {
         return Err("CC.CSS is not a command set that CAP.CSS offers");
     }
-    if cc.ams() != 0 {
-        return Err("CC.AMS is not round robin");
+    if !matches!(cc.ams(), regs::AMS_ROUND_ROBIN | regs::AMS_WEIGHTED) {
+        return Err("CC.AMS is neither round robin nor weighted round robin with urgent");
     }
     // Both may be 0 until I/O queues are created.
     if !matches!(cc.iosqes(), 0 | IOSQES) || !matches!(cc.iocqes(), 0 | IOCQES) {

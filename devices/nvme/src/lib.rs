@@ -38,6 +38,7 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod arbitration;
 mod command;
 mod config;
 mod controller;

@@ -7,7 +7,7 @@ use nvme_spec::regs::{self, Aqa, Cap, Cc, Csts};
 
 use crate::config::ControllerConfig;
 
-/// CAP.TO and CRTO: how long an enable or disable may take, in units of 500 ms.
+/// CAP.TO and both halves of CRTO (CRWMT, CRIMT): how long an enable or disable may take, in units of 500 ms.
 const TIMEOUT_500_MS: u64 = 60;
 /// CAP.MPSMAX: pages of 64 KiB.
 pub(crate) const MPSMAX: u64 = 4;
@@ -16,6 +16,13 @@ pub(crate) const IOSQES: u32 = 6;
 pub(crate) const IOCQES: u32 = 4;
 /// CAP.CSS: the NVM command set, also by CC.CSS = 110b.
 pub(crate) const COMMAND_SETS: u64 = 1 | 1 << 6;
+
+/// CAP.AMS: weighted round robin with urgent priority class.
+const AMS_OFFERED: u64 = 1;
+/// CAP.CRMS: ready with media and ready independent of media. The images are open before a guest runs, so that both are the same.
+const CRMS: u64 = 0b11;
+/// Bits of CC that are not reserved.
+const CC_BITS: u32 = 0x01ff_fff1;
 
 /// What the guest asked for by writing registers, until worker 0 has taken it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,11 +60,12 @@ impl Registers {
         let cap = Cap::default()
             .with_mqes(u64::from(config.mqes()))
             .with_cqr(u64::from(config.contiguous_queues))
+            .with_ams(AMS_OFFERED)
             .with_to(TIMEOUT_500_MS)
             .with_nssrs(1)
             .with_css(COMMAND_SETS)
             .with_mpsmax(MPSMAX)
-            .with_crms(1);
+            .with_crms(CRMS);
         Self {
             cap,
             cc: Cc::default(),
@@ -91,7 +99,7 @@ impl Registers {
             0x2c => (self.asq >> 32) as u32,
             regs::ACQ => self.acq as u32,
             0x34 => (self.acq >> 32) as u32,
-            regs::CRTO => TIMEOUT_500_MS as u32,
+            regs::CRTO => (TIMEOUT_500_MS << 16 | TIMEOUT_500_MS) as u32,
             // No controller memory buffer, boot partition or persistent memory region; NSSR reads 0.
             _ => 0,
         }
@@ -123,7 +131,7 @@ impl Registers {
         match offset {
             regs::INTMS => self.interrupt_mask |= value,
             regs::INTMC => self.interrupt_mask &= !value,
-            regs::CC => return self.write_cc(Cc(value)),
+            regs::CC => return self.write_cc(Cc(value & CC_BITS)),
             // NSSRO is cleared by writing 1; the rest is read-only.
             regs::CSTS => self.csts = self.csts.with_nssro(self.csts.nssro() & !Csts(value).nssro()),
             regs::NSSR if value == regs::NSSR_MAGIC => {

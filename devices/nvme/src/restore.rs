@@ -295,6 +295,7 @@ fn load_features(pool: &Pool, admin: &mut Admin, state: &NvmeState, now: Instant
         features.error_recovery[index] = namespace.error_recovery;
     }
     pool.shared.write_cache.store(saved.write_cache, Ordering::Release);
+    pool.shared.arbitration.set(Cc(state.registers.cc).ams(), saved.arbitration);
     admin.refresh_critical_warning();
 }
 
@@ -471,8 +472,7 @@ fn load_sq(
     if index == 0 {
         admin.queues.iter_mut().for_each(|queues| set(&mut queues.sq));
     } else {
-        let mut worker = pool.worker(worker);
-        worker.sqs.iter_mut().flatten().filter(|queue| queue.id == saved.id).for_each(set);
+        pool.worker(worker).sq_mut(saved.id).into_iter().for_each(set);
     }
     Ok(())
 }
@@ -494,11 +494,9 @@ fn load_backlog(
         let sq_index = if index == 0 {
             (ended.sq_id == 0).then_some(0)
         } else {
-            let worker = pool.worker(pool.shared.worker_of(saved.id));
-            let found = worker.sqs.iter().position(|queue| {
-                queue.as_ref().is_some_and(|queue| (queue.id, queue.cq_id) == (ended.sq_id, saved.id))
-            });
-            found.map(|position| position as u32)
+            let mut worker = pool.worker(pool.shared.worker_of(saved.id));
+            let completes_here = worker.sq_mut(ended.sq_id).is_some_and(|queue| queue.cq_id == saved.id);
+            completes_here.then(|| worker.sq_index(ended.sq_id)).flatten()
         };
         let Some(sq_index) = sq_index else {
             return refuse(field(), ended.sq_id, "it is not a queue that completes here");

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bus::GuestMemory;
 use pci::Endpoint;
 
+use crate::arbitration::Arbitration;
 use crate::config::ControllerConfig;
 use crate::doorbell::{Doorbells, MemoryGone};
 use crate::event::Events;
@@ -59,6 +60,7 @@ pub(crate) struct Shared {
     pub write_cache: AtomicBool,
     /// A worker that ends commands wakes worker 0: an operation waits for it.
     pub tells_of_ends: AtomicBool,
+    pub arbitration: Arbitration,
     pub events: Mutex<Events>,
     registers: Mutex<Registers>,
 }
@@ -82,6 +84,7 @@ impl Shared {
             admin_waits: AtomicBool::new(false),
             write_cache: AtomicBool::new(true),
             tells_of_ends: AtomicBool::new(false),
+            arbitration: Arbitration::new(),
             events: Mutex::new(Events::default()),
             subsystem,
             controller_id,

@@ -6,6 +6,7 @@
 //!
 //! Nothing on this way allocates, locks or makes a system call per command, once the buffers have grown.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use block::{Buffers, Completion, Failure, IoContext, Operation, Request};
@@ -21,11 +22,6 @@ use crate::queue::{CompletionQueue, Ended, SubmissionQueue};
 use crate::shared::Shared;
 use crate::smart::Counters;
 use crate::wakeup::{self, ask_for_tail};
-
-/// Commands fetched from one queue before the next has its turn.
-const BURST: u32 = 32;
-/// Rounds over all queues in one call.
-const ROUNDS: u32 = 4;
 
 /// Whose command a slot holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +76,10 @@ pub(crate) struct Worker {
     pub cqs: Vec<Option<CompletionQueue>>,
     /// In any order; an index is reused only after its queue was deleted.
     pub sqs: Vec<Option<SubmissionQueue>>,
+    /// Indexes into `sqs` by identifier.
+    pub sq_places: BTreeMap<u16, u32>,
+    /// Indexes into `sqs` that are free.
+    pub free_sqs: Vec<u32>,
     pub namespaces: NamespaceTable,
     pub walker: DataWalker,
     pub counters: Counters,
@@ -89,7 +89,8 @@ pub(crate) struct Worker {
     free: Vec<u32>,
     /// Indexes into `cqs` that have something to post.
     listed: Vec<u32>,
-    first_sq: usize,
+    /// Whose turn it is, by priority class; the first without classes.
+    pub turns: [usize; 4],
     pub ranges: Vec<GuestRange>,
     pub scratch: Vec<u8>,
     completions: Vec<Completion>,
@@ -120,6 +121,8 @@ impl Worker {
             context,
             cqs: Vec::new(),
             sqs: Vec::new(),
+            sq_places: BTreeMap::new(),
+            free_sqs: Vec::new(),
             namespaces,
             walker: DataWalker::new(u64::from(crate::config::MIN_PAGE_BYTES)),
             counters: Counters::default(),
@@ -127,7 +130,7 @@ impl Worker {
             slots: (0..depth).map(slot).collect(),
             free: (0..depth).rev().collect(),
             listed: Vec::new(),
-            first_sq: 0,
+            turns: [0; 4],
             ranges: Vec::new(),
             scratch: Vec::new(),
             completions: Vec::with_capacity(depth as usize),
@@ -163,12 +166,7 @@ impl Worker {
         self.post(shared)?;
         let mut more = false;
         if shared.may_fetch() {
-            for _ in 0..ROUNDS {
-                more = self.fetch_round(shared)?;
-                if !more {
-                    break;
-                }
-            }
+            more = self.fetch(shared)?;
         }
         if let Err(error) = self.context.submit() {
             log::error!("NVMe controller {:?}, worker {}: {error}", shared.config.serial, self.index);
@@ -198,21 +196,10 @@ impl Worker {
         !self.free.is_empty()
     }
 
-    /// One turn of every submission queue. `true`: some queue has entries left that could be fetched.
-    fn fetch_round(&mut self, shared: &Shared) -> Result<bool, MemoryGone> {
-        let mut more = false;
-        let count = self.sqs.len();
-        for turn in 0..count {
-            let index = (self.first_sq + turn) % count;
-            more |= self.fetch_burst(shared, index)?;
-        }
-        self.first_sq = if count == 0 { 0 } else { (self.first_sq + 1) % count };
-        Ok(more)
-    }
-
-    fn fetch_burst(&mut self, shared: &Shared, index: usize) -> Result<bool, MemoryGone> {
+    /// Fetches and starts up to `burst` commands of one queue. `true`: it has entries left that could be fetched.
+    pub fn fetch_burst(&mut self, shared: &Shared, index: usize, burst: u32) -> Result<bool, MemoryGone> {
         self.refresh_tail(shared, index)?;
-        for _ in 0..BURST {
+        for _ in 0..burst {
             // Looked at for each command: a backend that carries it out at once can take its time.
             if !shared.may_fetch() {
                 return Ok(false);
@@ -525,6 +512,8 @@ impl Worker {
         for queue in self.sqs.drain(..).flatten() {
             close_sq(shared, self.index, &queue);
         }
+        self.sq_places.clear();
+        self.free_sqs.clear();
         for queue in self.cqs.drain(..).flatten() {
             close_cq(shared, self.index, &queue);
         }

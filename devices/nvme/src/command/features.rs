@@ -8,6 +8,7 @@ use nvme_spec::feature as id;
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 
 use crate::admin::{Admin, Answer, Job, Pool};
+use crate::arbitration::{ARBITRATION_BITS, DEFAULT_ARBITRATION};
 use crate::config::MAX_NAMESPACES;
 use crate::namespace::{self, WriteProtection};
 use crate::smart::TEMPERATURE_KELVIN;
@@ -85,7 +86,7 @@ impl Timestamp {
 impl Features {
     pub fn new(vectors: u16) -> Self {
         Self {
-            arbitration: 0,
+            arbitration: DEFAULT_ARBITRATION,
             workload_hint: 0,
             over_temperature_kelvin: DEFAULT_OVER_TEMPERATURE_KELVIN,
             under_temperature_kelvin: 0,
@@ -277,7 +278,11 @@ impl Admin {
         let invalid = Status::INVALID_FIELD.do_not_retry();
         let value = entry.cdw11;
         match feature {
-            id::ARBITRATION => self.features.arbitration = value,
+            id::ARBITRATION => {
+                self.features.arbitration = value & ARBITRATION_BITS;
+                let ams = pool.shared.registers().cc.ams();
+                pool.shared.arbitration.set(ams, self.features.arbitration);
+            }
             id::POWER_MANAGEMENT if value & POWER_STATE != 0 => return Err(invalid),
             id::POWER_MANAGEMENT => self.features.workload_hint = value & WORKLOAD_HINT,
             id::TEMPERATURE_THRESHOLD => self.set_threshold(pool, value)?,

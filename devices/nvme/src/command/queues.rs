@@ -83,10 +83,7 @@ impl Admin {
             return Err(Status::COMPLETION_QUEUE_INVALID.do_not_retry());
         };
         cq.users += 1;
-        match worker.sqs.iter().position(Option::is_none) {
-            Some(free) => worker.sqs[free] = Some(sq),
-            None => worker.sqs.push(Some(sq)),
-        }
+        worker.insert_sq(sq);
         shared.doorbells.open_sq(id, entries, index, 0);
         Ok(())
     }
@@ -118,7 +115,7 @@ impl Admin {
         if self.deletes.iter().any(|delete| delete.sq_id == id) {
             return Err(Status::INVALID_QUEUE_IDENTIFIER.do_not_retry());
         }
-        if let Some(queue) = pool.worker(worker).sqs.iter_mut().flatten().find(|queue| queue.id == id) {
+        if let Some(queue) = pool.worker(worker).sq_mut(id) {
             queue.deleting = true;
         }
         if remove_idle_sq(pool, id) {
@@ -255,15 +252,10 @@ pub(crate) fn remove_idle_sq(pool: &Pool, id: u16) -> bool {
     let shared = &pool.shared;
     let Some(index) = shared.doorbells.sq_worker(id) else { return true };
     let mut worker = pool.worker(index);
-    let Some(position) =
-        worker.sqs.iter().position(|queue| queue.as_ref().is_some_and(|queue| queue.id == id))
-    else {
-        return true;
-    };
-    if worker.sqs[position].as_ref().is_some_and(|queue| queue.in_flight > 0) {
+    if worker.sq_mut(id).is_some_and(|queue| queue.in_flight > 0) {
         return false;
     }
-    if let Some(queue) = worker.sqs[position].take() {
+    if let Some(queue) = worker.remove_sq(id) {
         close_sq(shared, index, &queue);
         if let Some(cq) = worker.cq_mut(shared, queue.cq_id) {
             cq.users -= 1;
@@ -280,11 +272,43 @@ impl Worker {
         self.cqs.get_mut(usize::from(id) / shared.lanes.len())?.as_mut()
     }
 
+    /// Takes in a submission queue, whose identifier is new.
+    fn insert_sq(&mut self, queue: SubmissionQueue) {
+        let id = queue.id;
+        let place = match self.free_sqs.pop() {
+            Some(free) => {
+                self.sqs[free as usize] = Some(queue);
+                free
+            }
+            None => {
+                self.sqs.push(Some(queue));
+                self.sqs.len() as u32 - 1
+            }
+        };
+        self.sq_places.insert(id, place);
+    }
+
+    fn remove_sq(&mut self, id: u16) -> Option<SubmissionQueue> {
+        let place = self.sq_places.remove(&id)?;
+        self.free_sqs.push(place);
+        self.sqs.get_mut(place as usize)?.take()
+    }
+
+    /// Where submission queue `id` is in `sqs`, if it is here.
+    pub fn sq_index(&self, id: u16) -> Option<u32> {
+        self.sq_places.get(&id).copied()
+    }
+
+    /// Submission queue `id` if it is here.
+    pub fn sq_mut(&mut self, id: u16) -> Option<&mut SubmissionQueue> {
+        let place = self.sq_index(id)?;
+        self.sqs.get_mut(place as usize)?.as_mut()
+    }
+
     /// Aborts command `cid` of submission queue `sq_id` if it has not been fetched, and unless too many completions wait already.
     pub fn abort(&mut self, shared: &Shared, sq_id: u16, cid: u16) -> bool {
-        let position =
-            self.sqs.iter().position(|queue| queue.as_ref().is_some_and(|queue| queue.id == sq_id));
-        let Some(position) = position else { return false };
+        let Some(sq_index) = self.sq_index(sq_id) else { return false };
+        let position = sq_index as usize;
         if self.refresh_tail(shared, position).is_err() {
             return false;
         }
@@ -298,7 +322,6 @@ impl Worker {
             return false;
         }
         let cq_id = queue.cq_id;
-        let sq_index = position as u32;
         let ended = Ended { sq_id, sq_index, cid, dw0: 0, dw1: 0, status: Status::ABORT_REQUESTED };
         self.enqueue(shared, cq_id, ended);
         if let Err(gone) = self.post(shared) {

@@ -15,6 +15,7 @@ use super::section::{
 use super::split::{format_in_use, timestamp_ms, usable_formats};
 use super::{QemuDevice, configuration, pending_queues};
 use crate::Error;
+use crate::arbitration::DEFAULT_ARBITRATION;
 use crate::state::{CompletionQueueState, NamespaceState, NvmeState, SubmissionQueueState};
 
 impl QemuSection {
@@ -124,7 +125,7 @@ fn check_features(state: &NvmeState) -> Result<(), Error> {
     let features = &state.features;
     let coalescing_disabled = features.coalescing_disabled.words().iter().any(|&word| word != 0);
     let set = [
-        (id::ARBITRATION, "Arbitration", features.arbitration != 0),
+        (id::ARBITRATION, "Arbitration", !matches!(features.arbitration, 0 | DEFAULT_ARBITRATION)),
         (id::INTERRUPT_COALESCING, "Interrupt Coalescing", features.interrupt_coalescing != 0),
         (id::INTERRUPT_VECTOR_CONFIGURATION, "Interrupt Vector Configuration", coalescing_disabled),
         (id::KEEP_ALIVE_TIMER, "Keep Alive Timer", features.keep_alive_ms != 0),

@@ -144,7 +144,7 @@ fn identify_controller_says_what_there_is() {
 fn features_have_current_default_saved_values_and_capabilities() {
     let mut guest = ready(vec![namespace(1, 8)]);
     let cases = [
-        (feature::ARBITRATION, 0x0203_0402, 0x0203_0402, 0),
+        (feature::ARBITRATION, 0x0203_0402, 0x0203_0402, 7),
         (feature::POWER_MANAGEMENT, 0, 0, 0),
         (feature::TEMPERATURE_THRESHOLD, 350, 350, 343),
         (feature::VOLATILE_WRITE_CACHE, 0, 0, 1),

@@ -65,10 +65,11 @@ fn check_registers(guest: &Guest, expected: &[(u64, u32)], when: &str) {
 #[test]
 fn every_register_reads_before_during_and_after_enable() {
     let mut guest = Guest::power_on(config(), vec![]);
-    let cap =
-        Cap::default().with_mqes(0xffff).with_to(60).with_nssrs(1).with_css(0x41).with_mpsmax(4).with_crms(1);
+    let cap = Cap::default().with_mqes(0xffff).with_ams(1).with_to(60).with_nssrs(1).with_css(0x41);
+    let cap = cap.with_mpsmax(4).with_crms(3);
+    let crto = 60 << 16 | 60;
     let mut table =
-        vec![(0x00, cap.0 as u32), (0x04, (cap.0 >> 32) as u32), (regs::VS, 0x2_0000), (regs::CRTO, 60)];
+        vec![(0x00, cap.0 as u32), (0x04, (cap.0 >> 32) as u32), (regs::VS, 0x2_0000), (regs::CRTO, crto)];
     check_registers(&guest, &table, "after power-on");
     let (sq_base, cq_base) = (guest.pages(1), guest.pages(1));
     guest.write32(regs::AQA, 31 << 16 | 31);
@@ -130,10 +131,11 @@ fn narrow_writes_merge_and_bad_accesses_change_nothing() {
 fn an_enable_that_cannot_be_is_fatal_and_a_reset_leads_on() {
     let aqa = 31 << 16 | 31;
     let (sq, cq) = (0x10_0000, 0x10_1000);
-    let bad: [(&str, u32, u64, u64, u32); 9] = [
+    let bad: [(&str, u32, u64, u64, u32); 10] = [
         ("page size above MPSMAX", aqa, sq, cq, 0x0046_0281),
         ("command set", aqa, sq, cq, 0x0046_0011),
-        ("arbitration", aqa, sq, cq, 0x0046_0801),
+        ("arbitration reserved", aqa, sq, cq, 0x0046_1001),
+        ("arbitration of a vendor", aqa, sq, cq, 0x0046_3801),
         ("SQ entry size", aqa, sq, cq, 0x0045_0001),
         ("CQ entry size", aqa, sq, cq, 0x0056_0001),
         ("admin SQ of one entry", 31 << 16, sq, cq, 0x0046_0001),

@@ -1,6 +1,7 @@
 //! The controller against a driver-side model. No hypervisor; threads only in `threads`.
 
 mod admin;
+mod arbitration;
 mod attack;
 mod bus_master;
 mod commands;
@@ -10,6 +11,7 @@ mod format;
 mod hostile;
 mod init;
 mod io;
+mod many_queues;
 mod messages;
 mod migrate;
 mod polling;
@@ -18,6 +20,7 @@ mod qemu;
 mod queues;
 mod random;
 mod sanitize;
+mod registers;
 mod saved;
 mod sgl;
 mod threads;

@@ -53,7 +53,7 @@ fn get(id: u8, select: u8) -> SubmissionEntry {
 
 /// Savable features, a value and the default.
 const SAVABLE: [(u8, u32, u32); 8] = [
-    (feature::ARBITRATION, 0x0203_0402, 0),
+    (feature::ARBITRATION, 0x0203_0402, 7),
     (feature::POWER_MANAGEMENT, 2 << 5, 0),
     (feature::TEMPERATURE_THRESHOLD, 350, 343),
     (feature::VOLATILE_WRITE_CACHE, 0, 1),
