@@ -1,12 +1,15 @@
-//! Configuration space and MSI-X of one function, kept in agreement.
+//! Configuration space, interrupt pin and MSI-X of one function, kept in agreement.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bus::InterruptLine;
+
 use crate::bar::BarWindow;
-use crate::config::ConfigSpace;
+use crate::config::{ConfigSpace, STATUS, STATUS_INTERRUPT};
 use crate::error::Error;
 use crate::msix::{Control, Msix, MsixSink};
+use crate::pin::{Pin, PinControl};
 use crate::state::EndpointState;
 
 /// The part of a [`PciFunction`](crate::PciFunction) that is the same in every device: delegate to it.
@@ -14,6 +17,7 @@ pub struct Endpoint {
     config: Mutex<ConfigSpace>,
     /// Bus Master Enable of `config`, for those who take no lock.
     bus_master: AtomicBool,
+    pin: Pin,
     msix: Msix,
 }
 
@@ -25,12 +29,24 @@ impl Endpoint {
     pub fn new(config: ConfigSpace, sink: Arc<dyn MsixSink>) -> Result<Self, Error> {
         let layout = config.msix_layout().ok_or(Error::NoMsix)?;
         let bus_master = AtomicBool::new(config.bus_master());
-        Ok(Self { config: Mutex::new(config), bus_master, msix: Msix::new(layout, sink) })
+        let pin = Pin::new(PinControl::of(&config));
+        Ok(Self { config: Mutex::new(config), bus_master, pin, msix: Msix::new(layout, sink) })
+    }
+
+    /// Wires the interrupt pin, which leads nowhere before.
+    pub fn connect_pin(&self, line: Arc<dyn InterruptLine>) {
+        self.pin.connect(line);
     }
 
     /// A guest read of configuration space.
     pub fn config_read(&self, offset: u16, data: &mut [u8]) {
         self.lock_config().read(offset, data);
+        let status = STATUS.checked_sub(usize::from(offset)).and_then(|position| data.get_mut(position));
+        if let Some(status) = status
+            && self.pin.is_asserted()
+        {
+            *status |= STATUS_INTERRUPT;
+        }
     }
 
     /// A guest write of configuration space. `true`: it has made the function a bus master, and what the device held back is due.
@@ -42,6 +58,7 @@ impl Endpoint {
         let is_bus_master = config.bus_master();
         self.bus_master.store(is_bus_master, Ordering::SeqCst);
         self.msix.set_control(Control::of(&config));
+        self.pin.set_control(PinControl::of(&config));
         is_bus_master && !was_bus_master
     }
 
@@ -59,7 +76,24 @@ impl Endpoint {
         self.bus_master.load(Ordering::SeqCst)
     }
 
-    /// The interrupts.
+    /// Whether the function interrupts by its pin: it has one, MSI-X is off and it is not in D3hot. Takes no lock.
+    #[must_use]
+    pub fn uses_pin(&self) -> bool {
+        self.pin.is_in_use()
+    }
+
+    /// The device asks for service by its pin, or no longer does. What it asks for is not saved: it is derived, and said again after a
+    /// restore.
+    pub fn set_interrupt(&self, asserted: bool) {
+        self.pin.set_asserted(asserted);
+    }
+
+    /// Drives the line to the level that it should have, although it has not changed: the interrupt controller's state was restored.
+    pub fn drive_pin(&self) {
+        self.pin.drive();
+    }
+
+    /// The interrupts by message.
     #[must_use]
     pub fn msix(&self) -> &Msix {
         &self.msix
@@ -93,6 +127,7 @@ impl Endpoint {
         restored.restore(&state.config)?;
         self.msix.restore(&state.msix, Control::of(&restored))?;
         self.bus_master.store(restored.bus_master(), Ordering::SeqCst);
+        self.pin.set_control(PinControl::of(&restored));
         *config = restored;
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 mod config;
 mod msix;
+mod pin;
 mod root;
 mod state;
 
