@@ -299,10 +299,12 @@ impl Admin {
         }
         self.features = self.saved_features.clone();
         shared.write_cache.store(self.features.write_cache, Ordering::Release);
-        shared.arbitration.set(0, self.features.arbitration);
         if self.firmware.reset() {
             self.keep();
         }
+        self.apply_features(shared);
+        shared.pin_queues.clear();
+        shared.update_pin();
         self.parked.clear();
         self.deletes.clear();
         self.jobs.clear();
@@ -343,6 +345,8 @@ impl Admin {
         if cc.en() == 0 {
             return;
         }
+        // CC.AMS counts from here on.
+        self.apply_features(&pool.shared);
         let outcome = check_configuration(cc)
             .and_then(|()| self.open_admin_queues(pool, cc, aqa, asq, acq).map_err(|(_, what)| what));
         let mut registers = pool.shared.registers();
@@ -353,7 +357,6 @@ impl Admin {
             self.phase = Phase::Failed;
             return;
         }
-        pool.shared.arbitration.set(cc.ams(), self.features.arbitration);
         registers.csts = registers.csts.with_rdy(1).with_shst(0);
         self.phase = Phase::Ready;
         pool.shared.active.store(true, Ordering::SeqCst);
@@ -385,6 +388,7 @@ impl Admin {
             .map_err(|_| ("acq", "ACQ is not page aligned or not in guest memory"))?;
         shared.doorbells.open_sq(0, sq.ring.entries, 0, 0);
         shared.doorbells.open_cq(0, cq.ring.entries, 0, 0);
+        shared.pin_queues.add(&cq);
         self.queues = Some(Queues { sq, cq });
         self.page_shift = page_shift;
         self.walker.set_page_bytes(1 << page_shift);

@@ -217,6 +217,8 @@ impl Controller {
         let mut admin = lock(&self.admin);
         admin.paused_at = None;
         admin.restart_keep_alive();
+        shared.update_pin();
+        shared.endpoint.drive_pin();
         if admin.queues.as_ref().is_some_and(|queues| queues.cq.unseen() > 0) {
             shared.endpoint.msix().trigger(0);
         }

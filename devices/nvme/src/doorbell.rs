@@ -1,6 +1,6 @@
 //! Doorbells: what vCPU threads write, and the shadow doorbells in guest memory (Base 5.8).
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use bus::GuestMemory;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -22,6 +22,10 @@ struct Pair {
     sq: AtomicU64,
     /// The same of the completion queue.
     cq: AtomicU64,
+    /// The tail of the completion queue.
+    posted: AtomicU32,
+    /// The head has a shadow, and each of its writes is asked for.
+    followed: AtomicBool,
 }
 
 /// What a doorbell write means.
@@ -29,8 +33,8 @@ struct Pair {
 pub(crate) enum Rung {
     /// This worker has something to do.
     Wake(usize),
-    /// Noted; nobody waits for it.
-    Noted,
+    /// Noted; nobody waits for it. A head that this worker follows in its shadow, if one does.
+    Noted(Option<usize>),
     /// There is no such queue.
     NoQueue,
     /// The value is not an index of the queue.
@@ -65,7 +69,10 @@ impl Doorbells {
             pair.tail.store(value, Ordering::Release);
             return Rung::Wake(worker);
         }
-        if pair.head.ring(value) { Rung::Wake(worker) } else { Rung::Noted }
+        if pair.head.ring(value) {
+            return Rung::Wake(worker);
+        }
+        Rung::Noted(pair.followed.load(Ordering::Acquire).then_some(worker))
     }
 
     /// Opens the tail doorbell of submission queue `queue` at `tail`.
@@ -79,6 +86,8 @@ impl Doorbells {
     pub fn open_cq(&self, queue: u16, entries: u32, worker: usize, head: u32) {
         let pair = &self.pairs[usize::from(queue)];
         pair.head.open(head);
+        pair.posted.store(head, Ordering::Relaxed);
+        pair.followed.store(false, Ordering::Relaxed);
         pair.cq.store(describe(entries, worker), Ordering::Release);
     }
 
@@ -111,6 +120,22 @@ impl Doorbells {
     /// The last head written by MMIO.
     pub fn head(&self, queue: u16) -> u32 {
         self.head_doorbell(queue).head()
+    }
+
+    /// Takes over a head of `queue` that was found in its shadow.
+    pub fn note_head(&self, queue: u16, head: u32) {
+        self.head_doorbell(queue).note(head);
+        self.pairs[usize::from(queue)].followed.store(true, Ordering::Release);
+    }
+
+    /// Completion queue `queue` holds entries up to `tail`.
+    pub fn set_posted(&self, queue: u16, tail: u32) {
+        self.pairs[usize::from(queue)].posted.store(tail, Ordering::Release);
+    }
+
+    /// Whether completion queue `queue` holds entries that the guest has not taken, by what it wrote to the doorbell last.
+    pub fn has_unseen(&self, queue: u16) -> bool {
+        self.pairs[usize::from(queue)].posted.load(Ordering::Acquire) != self.head(queue)
     }
 
     /// The head doorbell of `queue`.

@@ -47,6 +47,7 @@ mod doorbell;
 mod error;
 mod event;
 mod firmware;
+mod interrupt;
 mod inventory;
 mod maintenance;
 mod namespace;

@@ -49,6 +49,7 @@ pub(crate) fn config_space(config: &ControllerConfig) -> Result<ConfigSpace, Err
     };
     let build = || {
         let mut space = ConfigSpace::new(&identity);
+        space.add_interrupt_pin();
         space.add_bar(BAR, BarKind::Memory64, length_bytes)?;
         // Where QEMU's controller has them, MSI-X table and all: a driver that comes from there keeps the offsets.
         space.add_msix(layout)?;
@@ -68,8 +69,11 @@ impl PciFunction for Controller {
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         let shared = &self.pool.shared;
-        if shared.endpoint.config_write(offset, data) {
-            // What came while guest memory was out of reach is served now.
+        let used_pin = shared.endpoint.uses_pin();
+        let is_due = shared.endpoint.config_write(offset, data);
+        shared.update_pin();
+        if is_due || shared.endpoint.uses_pin() && !used_pin {
+            // What came while guest memory was out of reach is served now; and heads in shadow doorbells are told to a pin.
             (0..self.pool.workers.len()).for_each(|index| shared.host.wake(index));
         }
     }
@@ -96,7 +100,11 @@ impl PciFunction for Controller {
             return;
         }
         if offset < regs::DOORBELLS {
-            if shared.registers().write(offset, data) {
+            let is_due = shared.registers().write(offset, data);
+            if matches!(offset & !3, regs::INTMS | regs::INTMC) || data.len() == 8 {
+                shared.update_pin();
+            }
+            if is_due {
                 shared.host.wake(0);
             }
             return;
@@ -118,8 +126,20 @@ impl Controller {
         let index = offset / 4;
         shared.doorbell_writes.fetch_add(1, Ordering::Relaxed);
         let event = match shared.doorbells.ring(index, value) {
-            Rung::Wake(worker) => return shared.host.wake(worker),
-            Rung::Noted => return,
+            Rung::Wake(worker) => {
+                if shared.endpoint.uses_pin() {
+                    shared.update_pin();
+                }
+                return shared.host.wake(worker);
+            }
+            Rung::Noted(follower) => {
+                if shared.endpoint.uses_pin() {
+                    shared.update_pin();
+                    // The next write to the shadow is to be told too.
+                    follower.into_iter().for_each(|worker| shared.host.wake(worker));
+                }
+                return;
+            }
             Rung::NoQueue => Event::INVALID_DOORBELL_REGISTER,
             Rung::BadValue => Event::INVALID_DOORBELL_VALUE,
         };

@@ -8,6 +8,7 @@ use nvme_spec::{CompletionEntry, Status, SubmissionEntry};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::doorbell::{MemoryGone, Shadow};
+use crate::interrupt::Delayed;
 use crate::prp::PrpWalker;
 
 /// Bytes of a submission queue entry, a power of two.
@@ -264,6 +265,8 @@ pub(crate) struct CompletionQueue {
     pub waiting: bool,
     /// It is in the worker's list of queues to post.
     pub listed: bool,
+    /// Interrupt coalescing.
+    pub delayed: Delayed,
 }
 
 impl CompletionQueue {
@@ -289,6 +292,7 @@ impl CompletionQueue {
             doorbell_event: false,
             waiting: false,
             listed: false,
+            delayed: Delayed::default(),
         })
     }
 

@@ -295,7 +295,7 @@ fn load_features(pool: &Pool, admin: &mut Admin, state: &NvmeState, now: Instant
         features.error_recovery[index] = namespace.error_recovery;
     }
     pool.shared.write_cache.store(saved.write_cache, Ordering::Release);
-    pool.shared.arbitration.set(Cc(state.registers.cc).ams(), saved.arbitration);
+    admin.apply_features(&pool.shared);
     admin.refresh_critical_warning();
 }
 
@@ -411,6 +411,7 @@ fn load_cq(
         cq.tail = saved.tail;
         cq.phase = saved.phase;
     });
+    pool.shared.doorbells.set_posted(saved.id, saved.tail);
     Ok(())
 }
 

@@ -10,6 +10,7 @@ use crate::arbitration::Arbitration;
 use crate::config::ControllerConfig;
 use crate::doorbell::{Doorbells, MemoryGone};
 use crate::event::Events;
+use crate::interrupt::{Coalescing, PinQueues};
 use crate::regs::Registers;
 use crate::subsystem::Subsystem;
 
@@ -37,7 +38,8 @@ pub(crate) struct Lane {
 
 /// Shared by all threads that enter the controller.
 ///
-/// Locks are taken in this order: admin, workers by index, that of the subsystem, `events`, `registers`; then those of the endpoint.
+/// Locks are taken in this order: admin, workers by index, that of the subsystem, `pin_queues`, `events`, `registers`; then those of the
+/// endpoint.
 pub(crate) struct Shared {
     pub subsystem: Arc<Subsystem>,
     /// Identify Controller CNTLID.
@@ -61,6 +63,8 @@ pub(crate) struct Shared {
     /// A worker that ends commands wakes worker 0: an operation waits for it.
     pub tells_of_ends: AtomicBool,
     pub arbitration: Arbitration,
+    pub coalescing: Coalescing,
+    pub pin_queues: PinQueues,
     pub events: Mutex<Events>,
     registers: Mutex<Registers>,
 }
@@ -85,6 +89,8 @@ impl Shared {
             write_cache: AtomicBool::new(true),
             tells_of_ends: AtomicBool::new(false),
             arbitration: Arbitration::new(),
+            coalescing: Coalescing::new(config.vectors),
+            pin_queues: PinQueues::default(),
             events: Mutex::new(Events::default()),
             subsystem,
             controller_id,

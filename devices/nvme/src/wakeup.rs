@@ -100,6 +100,11 @@ impl<W: Word> HeadDoorbell<W> {
         self.head.load()
     }
 
+    /// Takes over a head that did not come by MMIO.
+    pub fn note(&self, head: u32) {
+        self.head.store(head);
+    }
+
     /// The doorbell of a queue that begins at `head`.
     pub fn open(&self, head: u32) {
         self.head.store(head);

@@ -89,6 +89,8 @@ pub(crate) struct Worker {
     free: Vec<u32>,
     /// Indexes into `cqs` that have something to post.
     listed: Vec<u32>,
+    /// Indexes into `cqs` whose interrupts are delayed.
+    pub delayed: Vec<u32>,
     /// Whose turn it is, by priority class; the first without classes.
     pub turns: [usize; 4],
     pub ranges: Vec<GuestRange>,
@@ -130,6 +132,7 @@ impl Worker {
             slots: (0..depth).map(slot).collect(),
             free: (0..depth).rev().collect(),
             listed: Vec::new(),
+            delayed: Vec::new(),
             turns: [0; 4],
             ranges: Vec::new(),
             scratch: Vec::new(),
@@ -175,6 +178,7 @@ impl Worker {
         // Requests that were made meanwhile (the next steps of their commands) are submitted in the next pass.
         more |= self.reap(shared);
         self.post(shared)?;
+        self.finish_interrupts(shared)?;
         let lane = &shared.lanes[self.index];
         let before = lane.in_flight.swap(self.in_flight(), Ordering::SeqCst);
         if !shared.active.load(Ordering::SeqCst) && before != 0 && self.in_flight() == 0 {
@@ -434,15 +438,19 @@ impl Worker {
         if !shared.is_bus_master() {
             return Ok(());
         }
-        let Self { cqs, sqs, listed, .. } = self;
+        let Self { cqs, sqs, listed, delayed, .. } = self;
         let mut completed = 0;
         let mut outcome = Ok(());
         listed.retain(|&cq_index| {
             let Some(cq) = cqs[cq_index as usize].as_mut() else { return false };
+            let was_delayed = cq.delayed.until.is_some();
             let sq_head = |ended: &Ended| sqs[ended.sq_index as usize].as_ref().map_or(0, |queue| queue.head);
             match post_queue(shared, cq, sq_head) {
                 Ok(posted) => completed += u64::from(posted),
                 Err(gone) => outcome = Err(gone),
+            }
+            if !was_delayed && cq.delayed.until.is_some() {
+                delayed.push(cq_index);
             }
             cq.listed = !cq.backlog.is_empty();
             cq.listed
@@ -518,6 +526,7 @@ impl Worker {
             close_cq(shared, self.index, &queue);
         }
         self.listed.clear();
+        self.delayed.clear();
         for slot in self.slots.iter_mut().filter(|slot| slot.owner != Owner::Nobody) {
             slot.owner = Owner::Orphan;
         }
@@ -568,7 +577,8 @@ pub(crate) fn refresh_head(shared: &Shared, cq: &mut CompletionQueue) -> Result<
     Ok(())
 }
 
-fn take_head(shared: &Shared, cq: &mut CompletionQueue, head: u32) {
+/// Takes over the guest's head.
+pub(crate) fn take_head(shared: &Shared, cq: &mut CompletionQueue, head: u32) {
     if !cq.advance_head(head) && shared.events().bad_doorbell(Event::INVALID_DOORBELL_VALUE, cq.id) {
         shared.host.wake(0);
     }
@@ -589,23 +599,24 @@ pub(crate) fn post_queue(
     let waiting = wakeup::post_or_wait(&mut backlog, doorbell, shadow.as_ref(), was_waiting)?;
     let posted = backlog.posted;
     cq.waiting = waiting;
+    // A head that the pin follows is told to a vCPU thread, whatever happens.
+    let followed = shared.follows_head(cq);
     if let Some(shadow) = cq.shadow {
-        if waiting != cq.doorbell_event {
-            cq.doorbell_event = waiting;
+        let wants_event = waiting && !followed;
+        if wants_event != cq.doorbell_event {
+            cq.doorbell_event = wants_event;
             let offset = nvme_spec::regs::cq_head_doorbell(cq.id);
-            shared.host.set_doorbell_event(offset, shared.worker_of(cq.id), waiting);
+            shared.host.set_doorbell_event(offset, shared.worker_of(cq.id), wants_event);
         }
         if waiting {
             // What it was asked for.
             cq.published = Some(cq.head);
-        } else if let Some(index) = cq.ring.quiet_event_index(cq.head, cq.published) {
+        } else if !followed && let Some(index) = cq.ring.quiet_event_index(cq.head, cq.published) {
             shadow.publish(&shared.memory, index)?;
             cq.published = Some(index);
         }
     }
-    if posted > 0 && cq.interrupts {
-        shared.endpoint.msix().trigger(cq.vector);
-    }
+    shared.signal(cq, posted)?;
     Ok(posted)
 }
 

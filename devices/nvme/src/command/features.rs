@@ -11,6 +11,7 @@ use crate::admin::{Admin, Answer, Job, Pool};
 use crate::arbitration::{ARBITRATION_BITS, DEFAULT_ARBITRATION};
 use crate::config::MAX_NAMESPACES;
 use crate::namespace::{self, WriteProtection};
+use crate::shared::Shared;
 use crate::smart::TEMPERATURE_KELVIN;
 
 /// Over temperature threshold after a reset: 70 degrees Celsius, which Identify Controller gives as WCTEMP.
@@ -280,8 +281,7 @@ impl Admin {
         match feature {
             id::ARBITRATION => {
                 self.features.arbitration = value & ARBITRATION_BITS;
-                let ams = pool.shared.registers().cc.ams();
-                pool.shared.arbitration.set(ams, self.features.arbitration);
+                self.apply_features(&pool.shared);
             }
             id::POWER_MANAGEMENT if value & POWER_STATE != 0 => return Err(invalid),
             id::POWER_MANAGEMENT => self.features.workload_hint = value & WORKLOAD_HINT,
@@ -301,10 +301,14 @@ impl Admin {
                 }
                 return Ok(Answer::Now(queue_counts(pool)));
             }
-            id::INTERRUPT_COALESCING => self.features.interrupt_coalescing = value & 0xffff,
+            id::INTERRUPT_COALESCING => {
+                self.features.interrupt_coalescing = value & 0xffff;
+                self.apply_features(&pool.shared);
+            }
             id::INTERRUPT_VECTOR_CONFIGURATION => {
                 let vector = self.features.coalescing_disabled.get_mut((value & 0xffff) as usize);
                 *vector.ok_or(invalid)? = value >> 16 & 1 == 1;
+                self.apply_features(&pool.shared);
             }
             id::WRITE_ATOMICITY => self.features.write_atomicity = value & 1,
             id::ASYNC_EVENT_CONFIGURATION => self.features.async_events = value & ASYNC_EVENT_BITS,
@@ -374,6 +378,13 @@ impl Admin {
         }
         self.start_job(pool, Job::WriteProtect { cid: entry.cid });
         Ok(Answer::Later)
+    }
+
+    /// Tells the workers of the features that they go by: Arbitration, Interrupt Coalescing and Interrupt Vector Configuration.
+    pub fn apply_features(&self, shared: &Shared) {
+        let ams = shared.registers().cc.ams();
+        shared.arbitration.set(ams, self.features.arbitration);
+        shared.coalescing.set(self.features.interrupt_coalescing, &self.features.coalescing_disabled);
     }
 
     /// The host lives: the timer starts again (Base 3.9).

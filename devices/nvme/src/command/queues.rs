@@ -48,8 +48,9 @@ impl Admin {
         if worker.cqs.len() <= place {
             worker.cqs.resize_with(place + 1, || None);
         }
-        worker.cqs[place] = Some(cq);
         shared.doorbells.open_cq(id, entries, index, 0);
+        shared.pin_queues.add(&cq);
+        worker.cqs[place] = Some(cq);
         Ok(())
     }
 
@@ -102,6 +103,8 @@ impl Admin {
         if let Some(cq) = worker.cqs[usize::from(id) / pool.workers.len()].take() {
             close_cq(shared, worker.index, &cq);
         }
+        shared.pin_queues.remove(id);
+        shared.update_pin();
         Ok(Answer::Now(0))
     }
 

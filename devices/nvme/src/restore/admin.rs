@@ -177,6 +177,7 @@ pub(crate) fn load_kept(pool: &Pool, admin: &mut Admin, kept: &KeptState) -> Res
     }
     admin.saved_features = features.clone();
     admin.features = features;
+    admin.apply_features(&pool.shared);
     pool.shared.write_cache.store(admin.features.write_cache, std::sync::atomic::Ordering::Release);
     admin.firmware = firmware;
     admin.change_namespaces(pool, NSID_BROADCAST, |namespace| {

@@ -2,12 +2,12 @@
 //! only when it was woken or its I/O context's event is readable, so that a lost wake-up shows as a hanging command.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use block::{Backend, IoContext, MemoryImage};
-use bus::{GuestMapping, GuestMemory};
+use bus::{GuestMapping, GuestMemory, InterruptLine};
 use nvme_spec::opcode::admin;
 use nvme_spec::regs;
 use nvme_spec::{CompletionEntry, Status, SubmissionEntry};
@@ -80,6 +80,27 @@ impl Interrupts {
     }
 }
 
+/// The interrupt pin's line.
+#[derive(Default)]
+pub struct Line {
+    high: AtomicBool,
+    /// How often it was driven.
+    pub driven: AtomicU64,
+}
+
+impl InterruptLine for Line {
+    fn set_level(&self, high: bool) {
+        self.high.store(high, Ordering::SeqCst);
+        self.driven.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl Line {
+    pub fn is_high(&self) -> bool {
+        self.high.load(Ordering::SeqCst)
+    }
+}
+
 /// What a driver knows of a queue pair.
 #[derive(Clone, Debug)]
 pub struct Pair {
@@ -99,6 +120,7 @@ pub struct Guest {
     pub controller: Arc<Controller>,
     pub process: Arc<Process>,
     pub interrupts: Arc<Interrupts>,
+    pub line: Arc<Line>,
     pub config: ControllerConfig,
     pub namespaces: Vec<NamespaceConfig>,
     pub events: Vec<EventFd>,
@@ -157,11 +179,14 @@ impl Guest {
             process.clone(),
         )
         .unwrap();
+        let line = Arc::new(Line::default());
+        controller.connect_pin(line.clone());
         Self {
             memory,
             controller: Arc::new(controller),
             process,
             interrupts,
+            line,
             config,
             namespaces,
             events,
@@ -183,6 +208,7 @@ impl Guest {
             controller,
             process: Arc::default(),
             interrupts: Arc::default(),
+            line: Arc::default(),
             config,
             namespaces,
             events: Vec::new(),
@@ -267,9 +293,26 @@ impl Guest {
         self.controller.config_write(0x64, &[state]);
     }
 
+    /// Switches MSI-X on or off.
+    pub fn set_msix(&self, on: bool) {
+        self.controller.config_write(self.msix_capability() + 2, &(u16::from(on) << 15).to_le_bytes());
+    }
+
     /// Makes the controller a bus master, switches MSI-X on and unmasks all vectors.
     pub fn unmask_interrupts(&self) {
         self.set_bus_master(true);
+        let offset = self.msix_capability();
+        let mut table = [0; 4];
+        self.controller.config_read(offset + 4, &mut table);
+        let table = u64::from(u32::from_le_bytes(table));
+        for vector in 0..u64::from(self.config.vectors) {
+            self.write64(table + vector * 16, 0xfee0_0000);
+            self.write64(table + vector * 16 + 8, 0x20 + vector);
+        }
+        self.set_msix(true);
+    }
+
+    fn msix_capability(&self) -> u16 {
         let mut pointer = [0];
         self.controller.config_read(0x34, &mut pointer);
         loop {
@@ -280,15 +323,7 @@ impl Guest {
             }
             pointer[0] = header[1];
         }
-        let offset = u16::from(pointer[0]);
-        let mut table = [0; 4];
-        self.controller.config_read(offset + 4, &mut table);
-        let table = u64::from(u32::from_le_bytes(table));
-        for vector in 0..u64::from(self.config.vectors) {
-            self.write64(table + vector * 16, 0xfee0_0000);
-            self.write64(table + vector * 16 + 8, 0x20 + vector);
-        }
-        self.controller.config_write(offset + 2, &0x8000u16.to_le_bytes());
+        u16::from(pointer[0])
     }
 
     /// The initialisation of Base 3.5.1 with admin queues of 32 entries.
@@ -507,9 +542,12 @@ impl Guest {
         assert_eq!(restored.inventory().differences(&self.controller.inventory()), Vec::<String>::new());
         assert!(restored.save() == state, "what was restored saves the same");
         assert!(self.read_bytes(0, MEMORY_BYTES) == before, "restoring does not touch guest memory");
+        let line = Arc::new(Line::default());
+        restored.connect_pin(line.clone());
         restored.resume();
         self.process = process;
         self.interrupts = interrupts;
+        self.line = line;
         self.events = events;
         std::mem::replace(&mut self.controller, Arc::new(restored))
     }

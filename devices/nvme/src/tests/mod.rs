@@ -10,6 +10,7 @@ mod firmware;
 mod format;
 mod hostile;
 mod init;
+mod interrupts;
 mod io;
 mod many_queues;
 mod messages;
