@@ -42,3 +42,13 @@ pub const ACPI_PM_PORT: u16 = 0x600;
 pub const ACPI_SCI_GSI: u32 = 9;
 /// Interrupts of the I/O APIC: 24.
 pub const GSI_COUNT: u32 = 24;
+/// Pins of PCI functions share the inputs of the I/O APIC that no ISA device has.
+pub const FIRST_PCI_GSI: u32 = 16;
+/// How many these are.
+pub const PCI_GSI_COUNT: u32 = GSI_COUNT - FIRST_PCI_GSI;
+
+/// The interrupt that INTA# of `slot` leads to. Functions here have no other pin.
+#[must_use]
+pub const fn pci_gsi(slot: u8) -> u32 {
+    FIRST_PCI_GSI + slot as u32 % PCI_GSI_COUNT
+}

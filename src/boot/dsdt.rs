@@ -8,19 +8,16 @@ use acpi_tables::aml::{
     PackageBuilder, Path, ResourceTemplate, Return, Scope,
 };
 use acpi_tables::sdt::Sdt;
+use pci::SLOTS;
 
 use super::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::layout::{
     ECAM_LENGTH_BYTES, ECAM_START, PCI_CONFIG_PORT, PCI_WINDOW_LENGTH_BYTES, PCI_WINDOW_START, SERIAL_GSI,
-    SERIAL_PORT,
+    SERIAL_PORT, pci_gsi,
 };
 
-/// Slots of the PCI bus and pins of a slot.
-const SLOTS: u32 = 32;
-const PINS: u32 = 4;
-/// PCI interrupts share the inputs of the I/O APIC that no ISA device has.
-const FIRST_PCI_GSI: u32 = 16;
-const PCI_GSIS: u32 = 8;
+/// INTA# in `_PRT`.
+const PIN_A: u8 = 0;
 
 /// The table.
 pub(super) fn build() -> Vec<u8> {
@@ -77,23 +74,23 @@ fn pci_bridge() -> Encoded {
                     &AddressSpace::new_memory(memory, true, PCI_WINDOW_START as u32, window_last, None),
                 ]),
             ),
-            // A method, so that nobody reads the long list who needs no pin: the functions here use MSI-X.
+            // A method, so that nobody reads the list who needs no pin.
             &Method::new("_PRT".into(), 0, false, vec![&Return::new(&interrupt_routing())]),
         ],
     )
 }
 
-/// `_PRT` (ACPI 6.5, 6.2.13): for every pin of every slot the number of its interrupt.
+/// `_PRT` (ACPI 6.5, 6.2.13): for the pin of every slot the number of its interrupt.
 fn interrupt_routing() -> PackageBuilder {
     let mut table = PackageBuilder::new();
-    for (slot, pin) in (0..SLOTS).flat_map(|slot| (0..PINS).map(move |pin| (slot, pin))) {
+    for slot in 0..SLOTS {
         let mut entry = PackageBuilder::new();
         // All functions of the slot.
-        entry.add_element(&(slot << 16 | 0xffff));
-        entry.add_element(&(pin as u8));
+        entry.add_element(&(u32::from(slot) << 16 | 0xffff));
+        entry.add_element(&PIN_A);
         // No link device: the next element is the number itself.
         entry.add_element(&0_u8);
-        entry.add_element(&(FIRST_PCI_GSI + (slot + pin) % PCI_GSIS));
+        entry.add_element(&pci_gsi(slot));
         table.add_element(&entry);
     }
     table

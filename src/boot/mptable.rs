@@ -4,7 +4,7 @@ use bus::GuestMemory;
 use vm_memory::GuestAddress;
 
 use super::Error;
-use crate::layout::{IOAPIC_START, LAPIC_START};
+use crate::layout::{IOAPIC_START, LAPIC_START, pci_gsi};
 
 /// In the first KiB, where the specification lets systems look (4).
 const FLOATING_POINTER: GuestAddress = GuestAddress(0x200);
@@ -48,6 +48,10 @@ pub(super) fn configuration(cpus: u8) -> Vec<u8> {
     // KVM routes interrupt n to pin n of the I/O APIC, the timer's too: pin 0, not 2 as on PCs.
     for number in 0..ISA_INTERRUPTS {
         entries.push(vec![3, VECTORED, 0, 0, ISA_BUS, number, IOAPIC_ID, number]);
+    }
+    // INTA# of each slot: level and active low, as the bus has it. The source holds the slot above two bits for the pin (D.3).
+    for slot in 0..pci::SLOTS {
+        entries.push(vec![3, VECTORED, 0, 0, PCI_BUS, slot << 2, IOAPIC_ID, pci_gsi(slot) as u8]);
     }
     entries.push(vec![4, EXTERNAL, 0, 0, ISA_BUS, 0, 0, 0]);
     entries.push(vec![4, NMI, 0, 0, ISA_BUS, 0, ALL_LOCAL_APICS, 1]);

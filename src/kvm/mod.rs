@@ -31,7 +31,7 @@ pub use clock::{ClockPlan, ClockState, GuestTime, HostTime, is_same_tsc_frequenc
 pub use error::Error;
 pub use host::Host;
 pub use irqchip::{IoApicState, IrqchipState, PicState};
-pub use line::IrqLine;
+pub use line::{IrqLine, pci_pins};
 pub use msi::{MsiRouter, MsixFunction};
 pub use pit::{PitChannelState, PitState};
 pub use vm::Vm;

@@ -315,6 +315,7 @@ impl Worker for Share {
     }
 
     fn deadline(&self) -> Option<Instant> {
-        if self.worker == 0 { self.controller.deadline() } else { None }
+        let keep_alive = if self.worker == 0 { self.controller.deadline() } else { None };
+        keep_alive.into_iter().chain(self.controller.interrupt_deadline(self.worker)).min()
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! Locks are taken in this order, and none is held while a guest is waited for, except by [`Machine::pause`]:
 //! run state (`vmm`) > image access (`block`) > PCI root bus > configuration space > MSI-X table > KVM's route table >
-//! doorbells of a disk; a controller's worker > its doorbells of a disk.
+//! doorbells of a disk; a controller's worker > its doorbells of a disk; configuration space > interrupt pin > shared input.
 
 mod chipset;
 mod devices;
@@ -27,7 +27,7 @@ use crate::config::MachineSpec;
 use crate::console::Console;
 use crate::control::FerryDisk;
 use crate::io_thread::IoThread;
-use crate::kvm::{Host, MsiRouter, Vm};
+use crate::kvm::{Host, MsiRouter, Vm, pci_pins};
 use crate::layout;
 use crate::vcpu::{CpuidLeaf, EventHandler, VcpuEvent, VcpuManager};
 use chipset::Chipset;
@@ -129,7 +129,10 @@ impl Machine {
             });
         });
         chipset.root.insert(ENTROPY_SLOT, Arc::clone(entropy.device()) as _)?;
+        let pins = pci_pins(&vm);
         for (slot, disk) in (FIRST_DISK_SLOT..).zip(&disks) {
+            let pin = pins.get(usize::from(slot)).context("a slot has a pin")?;
+            disk.controller().connect_pin(Arc::clone(pin));
             chipset.root.insert(slot, disk.function())?;
             disk.serve(&io_threads, spec.io_poll)?;
         }
