@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use bus::GuestMemory;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -28,6 +29,8 @@ pub struct IoContext {
     depth: u32,
     in_flight: u32,
     event: EventFd,
+    /// Completions of the ring make the event readable.
+    event_enabled: bool,
     ready: VecDeque<Completion>,
     parked: Vec<Parked>,
     distortion: Distortion,
@@ -87,6 +90,7 @@ impl IoContext {
             depth,
             in_flight: 0,
             event,
+            event_enabled: true,
             ready: VecDeque::with_capacity(depth as usize),
             parked: Vec::new(),
             distortion: Distortion::default(),
@@ -159,6 +163,49 @@ impl IoContext {
             }
         }
         self.in_flight -= (completions.len() - before) as u32;
+    }
+
+    /// For a worker that looks at [`IoContext::completions`] all the time: the event need not become readable, which costs the kernel time
+    /// for each completion. It still may.
+    pub fn disable_event(&mut self) {
+        if self.event_enabled
+            && let Engine::Ring(ring) = &mut self.engine
+        {
+            ring.set_event(false);
+            self.event_enabled = false;
+        }
+    }
+
+    /// Undoes [`IoContext::disable_event`]. `true`: there are completions that the event may not tell of; the worker takes them before it
+    /// sleeps.
+    pub fn enable_event(&mut self) -> bool {
+        let Engine::Ring(ring) = &mut self.engine else { return false };
+        if std::mem::replace(&mut self.event_enabled, true) {
+            return false;
+        }
+        ring.set_event(true);
+        // Against the kernel, which adds a completion and then looks at the flag.
+        fence(Ordering::SeqCst);
+        ring.has_completions()
+    }
+
+    /// Notes from now on what the ring asks the kernel for.
+    #[cfg(test)]
+    pub(crate) fn record(&mut self) -> crate::uring::journal::Journal {
+        let journal = crate::uring::journal::Journal::default();
+        if let Engine::Ring(ring) = &mut self.engine {
+            ring.record(journal.clone());
+        }
+        journal
+    }
+
+    /// Files that the ring has registered; none without a ring.
+    #[cfg(test)]
+    pub(crate) fn registered_files(&self) -> usize {
+        match &self.engine {
+            Engine::Ring(ring) => ring.registered_files(),
+            Engine::Pool(_) => 0,
+        }
     }
 
     /// For backends: the request that is being submitted ends here and now.

@@ -2,7 +2,8 @@
 
 use std::io;
 use std::mem;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
+use std::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use std::sync::Arc;
 
 use bus::GuestMemory;
@@ -12,6 +13,11 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::file::OpenFile;
 use crate::transfer::{Distortion, Progress, Segment, Step, Transfer};
 use crate::{Completion, Failure, Request};
+use files::Files;
+
+mod files;
+#[cfg(test)]
+pub(crate) mod journal;
 
 /// A ring and its requests. Slot `n` has at most one entry in the kernel, with user data `n`.
 ///
@@ -21,11 +27,16 @@ pub(crate) struct Ring {
     ring: IoUring,
     memory: GuestMemory,
     slots: Vec<Transfer>,
+    /// For each slot, the place of its file in the ring's table.
+    places: Vec<Option<u32>>,
     free: Vec<u32>,
+    files: Files,
     /// Entries that the kernel has not seen yet.
     queued: u32,
     /// Entries whose completion was not reaped, the queued ones included.
     outstanding: u32,
+    #[cfg(test)]
+    journal: Option<journal::Journal>,
 }
 
 impl Ring {
@@ -34,23 +45,54 @@ impl Ring {
     /// # Errors
     /// The kernel has no io_uring, not this process, or lacks an operation (ENOSYS).
     pub(crate) fn new(memory: GuestMemory, depth: u32, event: &EventFd) -> io::Result<Self> {
-        let ring = IoUring::builder().dontfork().build(depth)?;
+        // Completions wait until this thread is in the kernel anyway, or is told by a flag (`reap`), instead of interrupting it.
+        let cooperative =
+            IoUring::builder().dontfork().setup_coop_taskrun().setup_taskrun_flag().build(depth);
+        let ring = match cooperative {
+            // Before 5.19.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                IoUring::builder().dontfork().build(depth)?
+            }
+            result => result?,
+        };
         let mut probe = Probe::new();
         ring.submitter().register_probe(&mut probe)?;
-        let needed =
-            [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE];
+        let needed = [
+            opcode::Read::CODE,
+            opcode::Write::CODE,
+            opcode::Readv::CODE,
+            opcode::Writev::CODE,
+            opcode::Fsync::CODE,
+            opcode::Fallocate::CODE,
+        ];
         if !needed.into_iter().all(|code| probe.is_supported(code)) {
             return Err(io::Error::from_raw_os_error(libc::ENOSYS));
         }
         ring.submitter().register_eventfd(event.as_raw_fd())?;
         Ok(Self {
+            files: Files::new(&ring),
             ring,
             memory,
             slots: (0..depth).map(|_| Transfer::new(false)).collect(),
+            places: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
             queued: 0,
             outstanding: 0,
+            #[cfg(test)]
+            journal: None,
         })
+    }
+
+    /// Notes from now on what the ring asks for and hears.
+    #[cfg(test)]
+    pub(crate) fn record(&mut self, journal: journal::Journal) {
+        self.journal = Some(journal);
+    }
+
+    /// Files that were registered.
+    #[cfg(test)]
+    pub(crate) fn registered_files(&self) -> usize {
+        self.files.count()
     }
 
     /// Queues the first step of `request`.
@@ -61,6 +103,7 @@ impl Ring {
         distortion: Distortion,
     ) -> Result<(), Failure> {
         let index = self.free.pop().ok_or(Failure::Io(libc::EAGAIN))?;
+        self.places[index as usize] = self.files.place(&self.ring, &file);
         let begun = self.slots[index as usize].begin(&self.memory, file, request, distortion);
         let begun = begun.and_then(|()| self.queue(index));
         if begun.is_err() {
@@ -72,8 +115,17 @@ impl Ring {
     /// Queues the next step of slot `index`.
     fn queue(&mut self, index: u32) -> Result<(), Failure> {
         let slot = &mut self.slots[index as usize];
-        let descriptor = types::Fd(slot.descriptor());
-        let entry = entry(descriptor, &slot.step(&self.memory)?).user_data(u64::from(index));
+        // The place in the table takes the descriptor's in the entry, and a flag says so.
+        let (descriptor, flags) = match self.places[index as usize] {
+            Some(place) => (place as RawFd, squeue::Flags::FIXED_FILE),
+            None => (slot.descriptor(), squeue::Flags::empty()),
+        };
+        let step = slot.step(&self.memory)?;
+        #[cfg(test)]
+        if let Some(journal) = &self.journal {
+            journal.note_step(index, &step);
+        }
+        let entry = entry(types::Fd(descriptor), &step).flags(flags).user_data(u64::from(index));
         // SAFETY: the entry's file, segments and the memory that these name stay valid until its completion is
         // reaped (see `Ring`).
         let pushed = unsafe { self.ring.submission().push(&entry) };
@@ -106,14 +158,36 @@ impl Ring {
         self.queued > 0
     }
 
+    /// Whether completions make the event readable. One that came while they did not never will.
+    pub(crate) fn set_event(&mut self, enabled: bool) {
+        let completion = self.ring.completion();
+        if enabled { completion.enable_eventfd() } else { completion.disable_eventfd() }
+    }
+
+    /// Whether there is something to reap.
+    pub(crate) fn has_completions(&mut self) -> bool {
+        self.outstanding > self.queued
+            && (!self.ring.completion().is_empty() || self.ring.submission().taskrun())
+    }
+
     /// Takes what has completed. Requests that go on are queued again.
     pub(crate) fn reap(&mut self, completions: &mut Vec<Completion>) {
+        if self.outstanding > self.queued && self.ring.submission().taskrun() {
+            // The kernel has ends to tell of and waits for a system call of this thread. What is queued can go with it; should it be
+            // refused, the next `enter` says why.
+            let submitted = self.ring.submit().unwrap_or_default();
+            self.queued -= (submitted as u32).min(self.queued);
+        }
         // One look: what a resubmission completes meanwhile is for the next call.
         let count = self.ring.completion().len();
         for _ in 0..count {
             let Some(completed) = self.ring.completion().next() else { return };
             self.outstanding -= 1;
             let index = completed.user_data() as u32;
+            #[cfg(test)]
+            if let Some(journal) = &self.journal {
+                journal.note(journal::Moment::Ended { slot: index, result: completed.result() });
+            }
             let slot = &mut self.slots[index as usize];
             let mut progress = slot.advance(&self.memory, completed.result());
             if progress == Progress::Again
@@ -124,6 +198,10 @@ impl Ring {
             if let Progress::Done(result) = progress {
                 self.free.push(index);
                 let (token, lost) = self.slots[index as usize].token();
+                #[cfg(test)]
+                if let Some(journal) = &self.journal {
+                    journal.note(journal::Moment::Told { token, success: result.is_ok() });
+                }
                 if !lost {
                     completions.push(Completion { token, result });
                 }
@@ -139,6 +217,23 @@ fn entry(descriptor: types::Fd, step: &Step<'_>) -> squeue::Entry {
         (segments.as_ptr().cast(), segments.len() as u32)
     }
     match *step {
+        // One run of memory, as most requests have: the kernel need not fetch a vector.
+        Step::Read { segments: &[Segment { address, length }], offset_bytes }
+            if length <= u32::MAX as usize =>
+        {
+            opcode::Read::new(descriptor, with_exposed_provenance_mut(address), length as u32)
+                .offset(offset_bytes)
+                .build()
+        }
+        Step::Write { segments: &[Segment { address, length }], offset_bytes, stable }
+            if length <= u32::MAX as usize =>
+        {
+            let flags = if stable { libc::RWF_DSYNC } else { 0 };
+            opcode::Write::new(descriptor, with_exposed_provenance(address), length as u32)
+                .offset(offset_bytes)
+                .rw_flags(flags)
+                .build()
+        }
         Step::Read { segments, offset_bytes } => {
             let (vector, count) = vector(segments);
             opcode::Readv::new(descriptor, vector, count).offset(offset_bytes).build()

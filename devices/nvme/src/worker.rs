@@ -148,7 +148,8 @@ impl Worker {
         let passed = self
             .pass(shared)
             .and_then(|more| if !more && shared.may_fetch() { self.arm(shared) } else { Ok(more) });
-        passed.unwrap_or_else(|gone| {
+        let missed = self.context.enable_event();
+        passed.map(|more| more | missed).unwrap_or_else(|gone| {
             shared.fail("an I/O queue or a shadow doorbell", &gone);
             false
         })
@@ -157,6 +158,7 @@ impl Worker {
     /// The same for a worker that does not sleep and looks again soon: the guest is kept from ringing. `true`: something was done.
     pub fn poll(&mut self, shared: &Shared) -> bool {
         self.busy = false;
+        self.context.disable_event();
         let passed = self.pass(shared).and_then(|more| self.quieten(shared).map(|()| more));
         passed.unwrap_or_else(|gone| {
             shared.fail("an I/O queue or a shadow doorbell", &gone);

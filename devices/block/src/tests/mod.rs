@@ -1,6 +1,8 @@
 //! Tests of all backends on both engines.
 
+mod durability;
 mod faults;
+mod files;
 mod hostile;
 mod images;
 mod locks;
