@@ -122,6 +122,63 @@ pub const EFFECT_EXCLUSIVE_IN_NAMESPACE: u32 = 1 << 16;
 /// CSE 010b: no other command to any namespace should be outstanding.
 pub const EFFECT_EXCLUSIVE: u32 = 2 << 16;
 wire_struct! {
+    /// One result of the Device Self-test log (Base figure 212).
+    pub struct SelfTestResult [28] {
+        /// Device Self-test Status: bits 3:0 one of the `SELF_TEST_*` results, 7:4 the Self-test Code.
+        0: status: u8,
+        /// Segment Number of the first segment that failed.
+        1: segment: u8,
+        /// Valid Diagnostic Information: bit 0 NSID, 1 failing LBA, 2 status code type, 3 status code.
+        2: valid: u8,
+        /// Power On Hours when the test ended.
+        4: power_on_hours: u64,
+        /// Namespace Identifier.
+        12: nsid: u32,
+        /// Failing LBA.
+        16: failing_lba: u64,
+        /// Status Code Type.
+        24: status_code_type: u8,
+        /// Status Code.
+        25: status_code: u8,
+        /// Vendor Specific.
+        26: vendor: u16,
+    }
+}
+
+wire_struct! {
+    /// Device Self-test (Base figure 211).
+    pub struct SelfTestLog [564] {
+        /// Current Device Self-test Operation: 0 none, 1 short, 2 extended.
+        0: operation: u8,
+        /// Current Device Self-test Completion.
+        1: completion_percent: u8,
+        /// Newest first.
+        4: results: [SelfTestResult; 20],
+    }
+}
+
+/// Device Self-test result: it completed without error.
+pub const SELF_TEST_PASSED: u8 = 0;
+/// It was aborted by a Device Self-test command.
+pub const SELF_TEST_ABORTED: u8 = 1;
+/// It was aborted by a Controller Level Reset.
+pub const SELF_TEST_RESET: u8 = 2;
+/// It was aborted because the namespace was removed.
+pub const SELF_TEST_NAMESPACE_REMOVED: u8 = 3;
+/// It was aborted by a Format NVM command.
+pub const SELF_TEST_FORMATTED: u8 = 4;
+/// It completed, and the segment that is named failed first.
+pub const SELF_TEST_FAILED_SEGMENT: u8 = 7;
+/// It was aborted by a sanitize operation.
+pub const SELF_TEST_SANITIZED: u8 = 9;
+/// The entry is not used.
+pub const SELF_TEST_UNUSED: u8 = 0xf;
+/// Valid Diagnostic Information: the namespace.
+pub const SELF_TEST_NSID_VALID: u8 = 1;
+/// Valid Diagnostic Information: namespace, LBA, status code type and status code.
+pub const SELF_TEST_ALL_VALID: u8 = 0xf;
+
+wire_struct! {
     /// Sanitize Status (Base 5.16.1.25).
     pub struct SanitizeStatusLog [512] {
         /// Sanitize Progress in 65,536ths; FFFFh while no operation is in progress.

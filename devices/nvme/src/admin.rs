@@ -8,13 +8,14 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use nvme_spec::event::Event;
-use nvme_spec::log::ErrorEntry;
+use nvme_spec::log::{self as logs, ErrorEntry};
 use nvme_spec::regs::{self, Aqa, Cc, Csts};
 use nvme_spec::{Status, SubmissionEntry};
 
 use crate::command::features::Features;
 use crate::command::format::Format;
 use crate::command::sanitize::Sanitize;
+use crate::command::self_test::{self, SelfTest};
 use crate::doorbell::{Buffers, MemoryGone};
 use crate::firmware::Firmware;
 use crate::maintenance::{Chunk, Kind};
@@ -84,6 +85,8 @@ pub(crate) enum Job {
     WriteProtect { cid: u16 },
     /// An operation goes on, or ends.
     Operation { kind: Kind, chunk: Chunk },
+    /// Nothing: nobody waits for it any more.
+    Nothing,
 }
 
 /// The admin queue pair. It lives here and not in a worker, so that its commands can reach into every worker.
@@ -118,6 +121,7 @@ pub(crate) struct Admin {
     pub firmware: Firmware,
     pub format: Option<Format>,
     pub sanitize: Sanitize,
+    pub self_test: SelfTest,
     /// An operation found no free slot in worker 0.
     pub waits_for_slot: bool,
     pub non_volatile: Option<Arc<dyn NonVolatile>>,
@@ -161,6 +165,7 @@ impl Admin {
             firmware: Firmware::new(),
             format: None,
             sanitize: Sanitize::new(),
+            self_test: SelfTest::default(),
             waits_for_slot: false,
             non_volatile: None,
             keep_failure_reported: false,
@@ -305,6 +310,9 @@ impl Admin {
         self.apply_features(shared);
         shared.pin_queues.clear();
         shared.update_pin();
+        if self.self_test.running.is_some_and(|test| test.code == self_test::SHORT) {
+            self.end_self_test(logs::SELF_TEST_RESET, None);
+        }
         self.parked.clear();
         self.deletes.clear();
         self.jobs.clear();
@@ -450,6 +458,7 @@ impl Admin {
                 self.phase = if registers.cc.en() == 1 { Phase::Stopped } else { Phase::Disabled };
             }
             Job::WriteCacheOff { cid } | Job::WriteProtect { cid } => self.end(cid, 0, status),
+            Job::Nothing => {}
             Job::Operation { kind, chunk } => self.finish_request(pool, kind, &chunk, status),
         }
     }

@@ -5,7 +5,7 @@
 //! vCPU threads        PciFunction::bar_write -> pci.rs -> doorbell.rs (atomics)  -> Host::wake(worker)
 //!                                                      -> regs.rs (what is wanted) -> Host::wake(0)
 //! worker threads      Controller::process(worker)
-//!                       worker 0: admin.rs (enable, reset, shutdown; command/: the admin commands; maintenance.rs: format, sanitize)
+//!                       worker 0: admin.rs (enable, reset, shutdown; command/: the admin commands; maintenance.rs: self-test, format, sanitize)
 //!                       every worker: worker.rs (fetch -> command/io.rs -> Backend::submit -> reap -> post -> interrupt)
 //! migration thread    Controller::pause -> save -> state.rs ... Controller::load -> resume
 //!                       (or, from and to QEMU, qemu/: section.rs <- join.rs, section.rs -> split.rs)
@@ -33,8 +33,7 @@
 //! # Absent
 //!
 //! Metadata, the controller memory buffer, pin interrupts, interrupt coalescing (accepted, not acted on), weighted arbitration,
-//! fused operations, reservations, namespace management and self-test. None of them is claimed in Identify, and their commands are
-//! refused.
+//! fused operations, reservations and namespace management. None of them is claimed in Identify, and their commands are refused.
 #![forbid(unsafe_code)]
 
 mod admin;
@@ -79,7 +78,7 @@ pub use shared::Host;
 pub use state::{
     CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState, FirmwareState,
     FormatState, MoreFeaturesState, NamespaceState, NvmeState, RegistersState, SanitizeState,
-    SavedFeaturesState, SmartState, SubmissionQueueState, SweepState, UncorrectableRunState,
+    SavedFeaturesState, SelfTestState, SmartState, SubmissionQueueState, SweepState, UncorrectableRunState,
     UncorrectableState, WriteProtectionState,
 };
 pub use subsystem::Subsystem;

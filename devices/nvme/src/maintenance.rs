@@ -38,6 +38,7 @@ pub(crate) struct Sweep {
 pub(crate) enum Kind {
     Format,
     Sanitize,
+    SelfTest,
 }
 
 /// The next request of a sweep.
@@ -46,6 +47,8 @@ pub(crate) struct Chunk {
     pub nsid: u32,
     pub offset_bytes: u64,
     pub length_bytes: u64,
+    /// Where the one after it begins.
+    pub next_bytes: u64,
     /// Nothing of the namespace is left after it.
     pub is_last: bool,
 }
@@ -60,27 +63,45 @@ impl Sweep {
         self.scope == NSID_BROADCAST || self.scope == nsid
     }
 
+    /// Whether a namespace could belong to both.
+    pub fn meets(&self, other: &Self) -> bool {
+        self.scope != 0 && other.scope != 0 && (self.covers(other.scope) || other.covers(self.scope))
+    }
+
     /// The namespaces that it is about, in order.
     fn namespaces<'a>(&self, table: &'a NamespaceTable) -> impl Iterator<Item = &'a Arc<Namespace>> {
         let sweep = *self;
         namespace::active(table).filter(move |namespace| sweep.covers(namespace.nsid))
     }
 
-    /// What is to be done next; `None`: it is through.
-    pub fn next(&self, table: &NamespaceTable) -> Option<Chunk> {
+    /// What is to be done next; `None`: it is through. Requests have at most `most_bytes` and are `stride` apart, which is at least as
+    /// much and depends on the size of the namespace.
+    pub fn next(
+        &self,
+        table: &NamespaceTable,
+        most_bytes: u64,
+        stride: impl Fn(u128) -> u64,
+    ) -> Option<Chunk> {
         let namespace = self.namespaces(table).find(|namespace| namespace.nsid >= self.nsid)?;
-        let done_bytes = if namespace.nsid == self.nsid { self.offset_bytes } else { 0 };
-        let left_bytes = namespace.size_bytes().saturating_sub(done_bytes.into());
-        let length_bytes = left_bytes.min(CHUNK_BYTES.into()) as u64;
-        let is_last = u128::from(length_bytes) == left_bytes;
-        Some(Chunk { nsid: namespace.nsid, offset_bytes: done_bytes, length_bytes, is_last })
+        let offset_bytes = if namespace.nsid == self.nsid { self.offset_bytes } else { 0 };
+        let size_bytes = namespace.size_bytes();
+        let left_bytes = size_bytes.saturating_sub(offset_bytes.into());
+        let length_bytes = left_bytes.min(most_bytes.into()) as u64;
+        let next_bytes = offset_bytes.saturating_add(stride(size_bytes));
+        let is_last = u128::from(next_bytes) >= size_bytes;
+        Some(Chunk { nsid: namespace.nsid, offset_bytes, length_bytes, next_bytes, is_last })
+    }
+
+    /// The same without gaps.
+    pub fn next_chunk(&self, table: &NamespaceTable) -> Option<Chunk> {
+        self.next(table, CHUNK_BYTES, |_| CHUNK_BYTES)
     }
 
     /// `chunk` has been done.
     pub fn advance(&mut self, chunk: &Chunk) {
         (self.nsid, self.offset_bytes) = match chunk.is_last {
             true => (chunk.nsid + 1, 0),
-            false => (chunk.nsid, chunk.offset_bytes + chunk.length_bytes),
+            false => (chunk.nsid, chunk.next_bytes),
         };
     }
 
@@ -121,7 +142,7 @@ impl Admin {
         }
         let mut more = false;
         let mut waits_for_quiet = false;
-        for kind in [Kind::Format, Kind::Sanitize] {
+        for kind in [Kind::Format, Kind::Sanitize, Kind::SelfTest] {
             let is_running = |&(_, job): &(u32, Job)| matches!(job, Job::Operation { kind: running, .. } if running == kind);
             if self.jobs.iter().any(is_running) {
                 continue;
@@ -129,6 +150,7 @@ impl Admin {
             let next = match kind {
                 Kind::Format => self.next_of_format(),
                 Kind::Sanitize => self.next_of_sanitize(),
+                Kind::SelfTest => self.next_of_self_test(),
             };
             match next {
                 Next::Nothing => {}
@@ -188,6 +210,7 @@ impl Admin {
     /// A request of an operation has ended: on to the next one, or to the end.
     pub fn finish_request(&mut self, pool: &Pool, kind: Kind, chunk: &Chunk, status: Status) {
         match kind {
+            Kind::SelfTest => self.advance_self_test(chunk, status),
             _ if !status.is_success() => self.end_operation(pool, kind, status),
             Kind::Format => self.advance_format(pool, chunk),
             Kind::Sanitize => self.advance_sanitize(chunk),
@@ -198,6 +221,7 @@ impl Admin {
         match kind {
             Kind::Format => self.end_format(pool, status),
             Kind::Sanitize => self.end_sanitize(pool, status),
+            Kind::SelfTest => self.complete_self_test(),
         }
     }
 
@@ -205,6 +229,8 @@ impl Admin {
         match kind {
             Kind::Format => self.format.iter_mut().for_each(|format| format.quiet = true),
             Kind::Sanitize => self.sanitize.running.iter_mut().for_each(|running| running.quiet = true),
+            // It only reads.
+            Kind::SelfTest => {}
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::controller::Controller;
 use crate::restore::admin as restore;
 use crate::save::admin as save;
 use crate::shared::lock;
-use crate::state::{FirmwareState, SanitizeState, SavedFeaturesState};
+use crate::state::{FirmwareState, SanitizeState, SavedFeaturesState, SelfTestState};
 
 /// A place that outlives the controller's power.
 pub trait NonVolatile: Send + Sync + Debug {
@@ -53,6 +53,8 @@ pub struct KeptState {
     pub formats: Vec<KeptFormatState>,
     /// Sanitize operations; one that was in progress begins its pass again.
     pub sanitize: SanitizeState,
+    /// Results of self-tests; one that was in progress ends with the power.
+    pub self_test: SelfTestState,
 }
 
 /// The format of a namespace.

@@ -66,6 +66,7 @@ impl Controller {
             firmware: admin::firmware_state(&admin),
             format: admin::format_state(&admin),
             sanitize: admin::sanitize_state(&admin),
+            self_test: admin::self_test_state(&admin),
         }
     }
 }

@@ -20,8 +20,8 @@ use crate::config::MAX_NAMESPACES;
 use crate::inventory::{NamespaceShape, Shape};
 
 pub use admin::{
-    FirmwareState, FormatState, MoreFeaturesState, SanitizeState, SavedFeaturesState, SweepState,
-    WriteProtectionState,
+    FirmwareState, FormatState, MoreFeaturesState, SanitizeState, SavedFeaturesState, SelfTestState,
+    SweepState, WriteProtectionState,
 };
 
 /// A paused controller.
@@ -72,6 +72,9 @@ pub struct NvmeState {
     /// Sanitize operations, if there ever was one.
     #[vmstate(subsection)]
     pub sanitize: Option<SanitizeState>,
+    /// Self-tests, if there ever was one.
+    #[vmstate(subsection)]
+    pub self_test: Option<SelfTestState>,
 }
 
 /// The registers that the guest can change (Base 3.1.3).

@@ -33,6 +33,7 @@ impl Admin {
             admin::ASYNC_EVENT_REQUEST => self.async_event_request(entry),
             admin::FIRMWARE_DOWNLOAD => self.firmware_download(pool, entry),
             admin::FORMAT_NVM => self.format_nvm(pool, entry),
+            admin::DEVICE_SELF_TEST => self.device_self_test(entry),
             admin::SANITIZE => self.start_sanitize(pool, entry),
             admin::FIRMWARE_COMMIT => self.firmware_commit(pool, entry),
             admin::DOORBELL_BUFFER_CONFIG => self.doorbell_buffer_config(pool, entry),
@@ -137,6 +138,7 @@ pub(crate) fn is_supported(opcode: u8) -> bool {
             | admin::FIRMWARE_DOWNLOAD
             | admin::KEEP_ALIVE
             | admin::DOORBELL_BUFFER_CONFIG
+            | admin::DEVICE_SELF_TEST
             | admin::FORMAT_NVM
             | admin::SANITIZE
     )

@@ -10,6 +10,7 @@
 //! that it was configured with.
 
 use block::Operation;
+use nvme_spec::log;
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 
 use crate::admin::{Admin, Answer, Pool};
@@ -64,6 +65,9 @@ impl Admin {
         if concerned().any(|namespace| namespace.read_only) {
             return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
         }
+        if self.self_test.running.is_some_and(|test| test.sweep.meets(&sweep)) {
+            self.end_self_test(log::SELF_TEST_FORMATTED, None);
+        }
         self.change_namespaces(pool, entry.nsid, |ns| ns.refusal = Some(Status::FORMAT_IN_PROGRESS));
         self.format = Some(Format { cid: Some(entry.cid), format: format as u8, sweep, quiet: false });
         Ok(Answer::Later)
@@ -74,7 +78,7 @@ impl Admin {
         if !format.quiet {
             return Next::Quiet(format.sweep);
         }
-        let Some(chunk) = format.sweep.next(&self.namespaces) else { return Next::End };
+        let Some(chunk) = format.sweep.next_chunk(&self.namespaces) else { return Next::End };
         let erase = Step {
             nsid: chunk.nsid,
             operation: Operation::WriteZeroes { deallocate: true, fua: false },

@@ -130,7 +130,10 @@ impl Admin {
             oaes: spec::OAES_NAMESPACE_ATTRIBUTE | spec::OAES_FIRMWARE_ACTIVATION,
             ctratt: spec::CTRATT_HOST_IDENTIFIER_128,
             cntrltype: 1,
-            oacs: spec::OACS_FORMAT | spec::OACS_FIRMWARE | spec::OACS_DOORBELL_BUFFER_CONFIG,
+            oacs: spec::OACS_FORMAT
+                | spec::OACS_FIRMWARE
+                | spec::OACS_SELF_TEST
+                | spec::OACS_DOORBELL_BUFFER_CONFIG,
             acl: 3,
             aerl: (MAX_PARKED - 1) as u8,
             // Bits 3:1: the number of slots.
@@ -157,6 +160,9 @@ impl Admin {
                 | spec::ONCS_WRITE_UNCORRECTABLE
                 | spec::ONCS_VERIFY
                 | spec::ONCS_COPY,
+            // As long as it takes to read a GiB in a second; one test at a time.
+            edstt: (capacity / (60 << 30) + 1).min(0xffff) as u16,
+            dsto: 1,
             // Format NVM is about one namespace, and takes the broadcast identifier; erasure is not cryptographic.
             fna: 0,
             sanicap: spec::SANICAP_BLOCK_ERASE

@@ -10,13 +10,14 @@ use crate::command::features;
 use crate::event::ERROR_LOG_ENTRIES;
 
 /// The pages that exist.
-const PAGES: [u8; 9] = [
+const PAGES: [u8; 10] = [
     id::SUPPORTED_PAGES,
     id::ERROR_INFORMATION,
     id::SMART,
     id::FIRMWARE_SLOT,
     id::CHANGED_NAMESPACES,
     id::COMMANDS_SUPPORTED,
+    id::DEVICE_SELF_TEST,
     id::FEATURES_SUPPORTED,
     id::MANAGEMENT_SUPPORTED,
     id::SANITIZE_STATUS,
@@ -53,6 +54,7 @@ impl Admin {
             id::SMART => self.smart_log(pool, entry.nsid)?,
             id::FIRMWARE_SLOT => self.firmware_log(),
             id::CHANGED_NAMESPACES => self.changed_namespaces_log(),
+            id::DEVICE_SELF_TEST => self.self_test_log(),
             id::SANITIZE_STATUS => self.sanitize_log(),
             id::COMMANDS_SUPPORTED => commands_log((entry.cdw14 >> 24) as u8)?,
             id::FEATURES_SUPPORTED => dword_table(256, feature_effects),

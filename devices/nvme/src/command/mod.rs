@@ -11,3 +11,4 @@ mod limits;
 mod logs;
 pub(crate) mod queues;
 pub(crate) mod sanitize;
+pub(crate) mod self_test;

@@ -158,6 +158,7 @@ impl Admin {
         if namespace::active(&self.namespaces).any(|namespace| namespace.read_only) {
             return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
         }
+        self.end_self_test(log::SELF_TEST_SANITIZED, None);
         let sweep = Sweep::new(NSID_BROADCAST);
         self.sanitize.command = entry.cdw10 & COMMAND_BITS;
         self.sanitize.passes = 0;
@@ -178,7 +179,7 @@ impl Admin {
         if !running.quiet {
             return Next::Quiet(running.sweep);
         }
-        let Some(chunk) = running.sweep.next(&self.namespaces) else { return Next::End };
+        let Some(chunk) = running.sweep.next_chunk(&self.namespaces) else { return Next::End };
         let step = Step {
             nsid: chunk.nsid,
             operation: self.sanitize_operation(running),
@@ -210,7 +211,7 @@ impl Admin {
         let command = self.sanitize.command;
         let Some(running) = &mut self.sanitize.running else { return };
         running.sweep.advance(chunk);
-        if running.sweep.next(&self.namespaces).is_none() {
+        if running.sweep.next_chunk(&self.namespaces).is_none() {
             running.pass += 1;
             self.sanitize.passes = running.pass.min(overwrites(command));
             if running.pass < passes(command) {

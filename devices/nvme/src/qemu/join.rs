@@ -146,6 +146,7 @@ fn check_parts(state: &NvmeState) -> Result<(), Error> {
         ("firmware that a guest brought", state.firmware.is_some()),
         ("a format in progress", state.format.is_some()),
         ("a sanitize operation", state.sanitize.is_some()),
+        ("self-tests", state.self_test.is_some()),
         ("a write protected namespace", protected),
     ];
     match parts.into_iter().find(|&(_, there)| there) {

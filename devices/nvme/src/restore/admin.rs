@@ -1,5 +1,6 @@
 //! What `restore.rs` gives back of the admin commands' own state. What is not there is as in a new controller.
 
+use nvme_spec::log::{self, SelfTestResult};
 use nvme_spec::{NSID_BROADCAST, Status, opcode};
 
 use super::refuse;
@@ -8,12 +9,15 @@ use crate::admin::{Admin, Pool};
 use crate::command::features::{ASYNC_EVENT_BITS, Features, WORKLOAD_HINT};
 use crate::command::format::Format;
 use crate::command::sanitize::{COMMAND_BITS, Outcome, Sanitize, Sanitizing, passes};
+use crate::command::self_test::{EXTENDED, RESULTS, SHORT, SelfTest, Testing};
 use crate::config::MAX_NAMESPACES;
 use crate::firmware::{Firmware, GRANULARITY_BYTES, SLOTS, Staging, is_revision};
 use crate::maintenance::Sweep;
 use crate::namespace::{self, FORMATS, WriteProtection};
 use crate::non_volatile::KeptState;
-use crate::state::{FirmwareState, FormatState, NvmeState, SanitizeState, SavedFeaturesState, SweepState};
+use crate::state::{
+    FirmwareState, FormatState, NvmeState, SanitizeState, SavedFeaturesState, SelfTestState, SweepState,
+};
 
 /// What is saved where nothing is in progress.
 pub(crate) const NO_SWEEP: SweepState = SweepState { scope: 0, nsid: 0, offset_bytes: 0 };
@@ -41,6 +45,12 @@ pub(super) fn load(pool: &Pool, admin: &mut Admin, state: &NvmeState) -> Result<
     }
     if admin.format.is_some() && admin.sanitize.running.is_some() {
         return refuse("format", 1u8, "a sanitize operation is in progress too");
+    }
+    if let Some(saved) = &state.self_test {
+        admin.self_test = self_test(admin, saved)?;
+    }
+    if admin.self_test.running.is_some() && admin.sanitize.refusal().is_some() {
+        return refuse("self_test.code", 1u8, "a sanitize operation is in progress too, or failed");
     }
     refuse_again(pool, admin);
     Ok(())
@@ -108,10 +118,41 @@ fn sweep(admin: &Admin, path: &str, saved: &SweepState) -> Result<Sweep, Error> 
         return refuse(format!("{path}.nsid"), nsid, "it is not a namespace of the operation");
     }
     let size_bytes = namespace::find(&admin.namespaces, nsid).map_or(0, |namespace| namespace.size_bytes());
-    if offset_bytes != 0 && u128::from(offset_bytes) >= size_bytes || !offset_bytes.is_multiple_of(4096) {
+    if offset_bytes != 0 && u128::from(offset_bytes) >= size_bytes || !offset_bytes.is_multiple_of(512) {
         return refuse(format!("{path}.offset_bytes"), offset_bytes, "it is not a place in the namespace");
     }
     Ok(Sweep { scope, nsid, offset_bytes })
+}
+
+fn self_test(admin: &Admin, saved: &SelfTestState) -> Result<SelfTest, Error> {
+    let mut results = std::collections::VecDeque::with_capacity(RESULTS);
+    for bytes in &saved.results {
+        let result = SelfTestResult::from_bytes(bytes);
+        let (code, outcome) = (result.status >> 4, result.status & 0xf);
+        let ends_so = outcome <= log::SELF_TEST_SANITIZED && matches!(code, SHORT | EXTENDED);
+        if !ends_so || result.to_bytes() != *bytes {
+            return refuse("self_test.results", result.status, "no test ends so");
+        }
+        results.push_back(result);
+    }
+    let probe_until_bytes = (saved.probe_until_bytes != 0).then_some(saved.probe_until_bytes);
+    let running = match saved.code {
+        0 if (saved.sweep, probe_until_bytes) == (NO_SWEEP, None) => None,
+        // The controller alone.
+        SHORT | EXTENDED if (saved.sweep, probe_until_bytes) == (NO_SWEEP, None) => {
+            Some(Testing { code: saved.code, sweep: Sweep::new(0), probe_until_bytes })
+        }
+        SHORT | EXTENDED => {
+            let sweep = sweep(admin, "self_test.sweep", &saved.sweep)?;
+            if probe_until_bytes.is_some_and(|until_bytes| until_bytes <= sweep.offset_bytes) {
+                let reason = "it is not after what is done";
+                return refuse("self_test.probe_until_bytes", saved.probe_until_bytes, reason);
+            }
+            Some(Testing { code: saved.code, sweep, probe_until_bytes })
+        }
+        other => return refuse("self_test.code", other, "there is no such test, or none is in progress"),
+    };
+    Ok(SelfTest { running, results })
 }
 
 fn format(admin: &Admin, saved: &FormatState, has_queue: bool) -> Result<Format, Error> {
@@ -198,6 +239,8 @@ pub(crate) fn load_kept(pool: &Pool, admin: &mut Admin, kept: &KeptState) -> Res
     let begins_again =
         SanitizeState { sweep: if kept.sanitize.running { again } else { NO_SWEEP }, ..kept.sanitize };
     admin.sanitize = sanitize(admin, &begins_again)?;
+    admin.self_test = self_test(admin, &kept.self_test)?;
+    admin.self_test.running = None;
     refuse_again(pool, admin);
     Ok(())
 }

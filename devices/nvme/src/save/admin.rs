@@ -5,14 +5,15 @@ use vmstate::Bitmap;
 use crate::admin::Admin;
 use crate::command::features::Features;
 use crate::command::sanitize::{Outcome, Sanitize};
+use crate::command::self_test::SelfTest;
 use crate::firmware::Firmware;
 use crate::maintenance::Sweep;
 use crate::namespace::{self, Namespace, WriteProtection};
 use crate::non_volatile::{KeptFormatState, KeptState};
 use crate::restore::admin::NO_SWEEP;
 use crate::state::{
-    FirmwareState, FormatState, MoreFeaturesState, SanitizeState, SavedFeaturesState, SweepState,
-    WriteProtectionState,
+    FirmwareState, FormatState, MoreFeaturesState, SanitizeState, SavedFeaturesState, SelfTestState,
+    SweepState, WriteProtectionState,
 };
 
 pub(crate) fn firmware_state(admin: &Admin) -> Option<FirmwareState> {
@@ -105,6 +106,20 @@ fn sanitize(sanitize: &Sanitize) -> SanitizeState {
     }
 }
 
+pub(crate) fn self_test_state(admin: &Admin) -> Option<SelfTestState> {
+    (admin.self_test != SelfTest::default()).then(|| self_test(&admin.self_test))
+}
+
+fn self_test(tests: &SelfTest) -> SelfTestState {
+    SelfTestState {
+        code: tests.running.map_or(0, |running| running.code),
+        sweep: tests.running.map_or(NO_SWEEP, |running| sweep(&running.sweep)),
+        probe_until_bytes: tests.running.and_then(|running| running.probe_until_bytes).unwrap_or(0),
+        result_count: tests.results.len() as u8,
+        results: tests.results.iter().map(|result| result.to_bytes()).collect(),
+    }
+}
+
 /// What outlives the power: see [`crate::NonVolatile`].
 pub(crate) fn kept_state(admin: &Admin) -> KeptState {
     let with = |protections: &[WriteProtection]| -> Vec<u32> {
@@ -127,5 +142,6 @@ pub(crate) fn kept_state(admin: &Admin) -> KeptState {
         format_count: formats.len() as u32,
         formats,
         sanitize: sanitize(&admin.sanitize),
+        self_test: self_test(&SelfTest { running: None, results: admin.self_test.results.clone() }),
     }
 }

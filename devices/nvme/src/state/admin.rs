@@ -117,3 +117,20 @@ pub struct SanitizeState {
     /// What is done of the next one.
     pub sweep: SweepState,
 }
+
+/// Self-tests (Base 5.9).
+#[derive(VmState, Clone, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/self-test", version = 1)]
+pub struct SelfTestState {
+    /// Self-test Code of the one that is in progress; 0 if none is, and then what follows is 0.
+    pub code: u8,
+    /// What is done of it.
+    pub sweep: SweepState,
+    /// Up to here in the namespace, blocks are read one by one, because a request failed; 0 if none did.
+    pub probe_until_bytes: u64,
+    /// Results.
+    pub result_count: u8,
+    /// They, newest first, as the log page has them.
+    #[vmstate(len = "result_count", max = crate::command::self_test::RESULTS)]
+    pub results: Vec<[u8; 28]>,
+}

@@ -244,7 +244,7 @@ fn a_format_that_nobody_can_have_begun_is_refused() {
         ("format.sweep.scope", |s| s.sweep.scope = 1025),
         ("format.sweep.nsid", |s| s.sweep.nsid = 9),
         ("format.sweep.offset_bytes", |s| s.sweep.offset_bytes = IMAGE_BYTES as u64),
-        ("format.sweep.offset_bytes", |s| s.sweep.offset_bytes = 512),
+        ("format.sweep.offset_bytes", |s| s.sweep.offset_bytes = 511),
     ];
     for (expected, change) in changes {
         let mut changed = state.clone();

@@ -23,5 +23,6 @@ mod random;
 mod registers;
 mod sanitize;
 mod saved;
+mod self_test;
 mod sgl;
 mod threads;
