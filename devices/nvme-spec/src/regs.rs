@@ -59,6 +59,10 @@ pub const PMRMSCU: u64 = 0xe18;
 /// First doorbell (NVMe over PCIe Transport 3.1.2): the tail of submission queue 0.
 pub const DOORBELLS: u64 = 0x1000;
 
+/// CMBMSC: Capabilities Registers Enabled.
+pub const CMBMSC_CRE: u64 = 1 << 0;
+/// CMBMSC: Controller Memory Space Enable.
+pub const CMBMSC_CMSE: u64 = 1 << 1;
 /// The value written to NSSR that resets the subsystem: "NVMe" (3.1.3.7).
 pub const NSSR_MAGIC: u32 = 0x4e56_4d65;
 /// VS of a controller that follows Base 2.0.

@@ -12,6 +12,7 @@ use nvme_spec::log::{self as logs, ErrorEntry};
 use nvme_spec::regs::{self, Aqa, Cc, Csts};
 use nvme_spec::{Status, SubmissionEntry};
 
+use crate::cmb::Window;
 use crate::command::features::Features;
 use crate::command::format::Format;
 use crate::command::sanitize::Sanitize;
@@ -341,6 +342,7 @@ impl Admin {
             registers.cc = Cc::default();
             registers.aqa = Aqa::default();
             (registers.asq, registers.acq) = (0, 0);
+            registers.set_buffer_control(0);
         }
         self.phase = if shutdown { Phase::Stopping } else { Phase::Disabled };
     }
@@ -355,8 +357,10 @@ impl Admin {
         }
         // CC.AMS counts from here on.
         self.apply_features(&pool.shared);
-        let outcome = check_configuration(cc)
-            .and_then(|()| self.open_admin_queues(pool, cc, aqa, asq, acq).map_err(|(_, what)| what));
+        let outcome = check_configuration(cc).and_then(|()| {
+            let (asq, acq) = place_admin_queues(&pool.shared.window, cc, aqa, asq, acq)?;
+            self.open_admin_queues(pool, cc, aqa, asq, acq).map_err(|(_, what)| what)
+        });
         let mut registers = pool.shared.registers();
         if let Err(what) = outcome {
             // The guest can do this for ever, and is told in CSTS.CFS.
@@ -370,7 +374,8 @@ impl Admin {
         pool.shared.active.store(true, Ordering::SeqCst);
     }
 
-    /// Makes the admin queues that AQA, ASQ and ACQ describe and sets the memory page size. The error names the register.
+    /// Makes the admin queues that AQA describes where ASQ and ACQ were translated to, and sets the memory page size. The error names
+    /// the register.
     pub fn open_admin_queues(
         &mut self,
         pool: &Pool,
@@ -583,6 +588,24 @@ impl Admin {
             self.end(cid, event.to_dword(), Status::SUCCESS);
         }
     }
+}
+
+/// Where in guest memory the queues are that ASQ and ACQ name.
+fn place_admin_queues(
+    window: &Window,
+    cc: Cc,
+    aqa: Aqa,
+    asq: u64,
+    acq: u64,
+) -> Result<(u64, u64), &'static str> {
+    let page_bytes = 1 << (12 + cc.mps());
+    let place = |address: u64, length_bytes: u32| {
+        let aligned = address.is_multiple_of(page_bytes);
+        aligned.then(|| window.translate(address, length_bytes.into()).ok()).flatten()
+    };
+    let asq = place(asq, (aqa.asqs() + 1) << 6).ok_or("ASQ is not page aligned or not in guest memory")?;
+    let acq = place(acq, (aqa.acqs() + 1) << 4).ok_or("ACQ is not page aligned or not in guest memory")?;
+    Ok((asq, acq))
 }
 
 /// The values of CC that this controller can be enabled with.

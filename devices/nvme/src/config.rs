@@ -28,6 +28,9 @@ pub struct ControllerConfig {
     pub queue_entries: u32,
     /// Whether queues must be physically contiguous (CAP.CQR).
     pub contiguous_queues: bool,
+    /// Size of the controller memory buffer, a power of two from 4096 to 2^31; 0: there is none. It is in the guest memory that the
+    /// controller is built with ([`memory_with_buffer`](crate::memory_with_buffer)).
+    pub buffer_bytes: u64,
 }
 
 impl ControllerConfig {
@@ -41,6 +44,7 @@ impl ControllerConfig {
             mdts: 7,
             queue_entries: MAX_QUEUE_ENTRIES,
             contiguous_queues: false,
+            buffer_bytes: 0,
         }
     }
 
@@ -66,6 +70,10 @@ impl ControllerConfig {
         }
         if !(2..=MAX_QUEUE_ENTRIES).contains(&self.queue_entries) {
             return refuse("the number of queue entries", u64::from(self.queue_entries), "2 to 65536");
+        }
+        if self.buffer_bytes != 0 && !crate::cmb::is_buffer_size(self.buffer_bytes) {
+            let allowed = "0 or a power of two from 4096 to 2147483648";
+            return refuse("the size of the controller memory buffer", self.buffer_bytes, allowed);
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use pci::{Endpoint, MsixSink};
 
 use crate::Error;
 use crate::admin::{Admin, Phase, Pool};
+use crate::cmb;
 use crate::config::{ControllerConfig, NamespaceConfig};
 use crate::namespace;
 use crate::shared::{Host, Shared, lock};
@@ -95,6 +96,14 @@ impl Controller {
                 allowed: "at least 1",
             });
         }
+        if !cmb::is_in(&memory, config.buffer_bytes) {
+            return Err(Error::Config {
+                serial: config.serial,
+                what: "the size of the controller memory buffer",
+                value: config.buffer_bytes,
+                allowed: "that of the buffer in guest memory",
+            });
+        }
         let endpoint = Endpoint::new(crate::pci::config_space(&config)?, sink).map_err(Error::Pci)?;
         subsystem.join(id, Arc::clone(&host))?;
         let table = subsystem.attached_to(id);
@@ -104,10 +113,14 @@ impl Controller {
             .into_iter()
             .enumerate()
             .map(|(index, context)| {
-                Mutex::new(Worker::new(index, context, namespace::copy_for_worker(&table.1)))
+                let mut worker = Worker::new(index, context, namespace::copy_for_worker(&table.1));
+                worker.walker.set_window(&shared.window);
+                Mutex::new(worker)
             })
             .collect();
-        let admin = Mutex::new(Admin::new(&shared, table));
+        let mut admin = Admin::new(&shared, table);
+        admin.walker.set_window(Arc::clone(&shared.window));
+        let admin = Mutex::new(admin);
         Ok(Self { pool: Pool { shared, workers }, admin })
     }
 

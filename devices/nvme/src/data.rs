@@ -1,9 +1,12 @@
 //! The data of an I/O command (Base 4.1): PRPs or an SGL, as PSDT says. Admin commands have PRPs: "SGLs shall not be used for Admin
 //! commands in NVMe over PCIe implementations" (Base figure 87).
 
+use std::sync::Arc;
+
 use bus::{GuestMemory, GuestRange};
 use nvme_spec::{Status, SubmissionEntry, entry};
 
+use crate::cmb::Window;
 use crate::prp::PrpWalker;
 use crate::sgl::SglWalker;
 
@@ -26,6 +29,12 @@ impl DataWalker {
     /// A walker for memory pages of `page_bytes`, a power of two of at least 4096.
     pub fn new(page_bytes: u64) -> Self {
         Self { prp: PrpWalker::new(page_bytes), sgl: SglWalker::new() }
+    }
+
+    /// Where the controller memory buffer is among the addresses of commands; without this there is none.
+    pub fn set_window(&mut self, window: &Arc<Window>) {
+        self.prp.set_window(Arc::clone(window));
+        self.sgl.set_window(Arc::clone(window));
     }
 
     pub fn set_page_bytes(&mut self, page_bytes: u64) {

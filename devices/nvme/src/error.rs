@@ -41,6 +41,15 @@ pub enum Error {
         /// Controller identifier.
         id: u16,
     },
+    /// A controller memory buffer that no controller can have.
+    #[error(
+        "a controller memory buffer of {length_bytes} bytes cannot be added to guest memory: its size must be a power of two from 4096 to \
+         2147483648, and there can be one"
+    )]
+    Buffer {
+        /// Its size.
+        length_bytes: u64,
+    },
     /// The PCI function could not be built.
     #[error("the PCI function of the NVMe controller cannot be built")]
     Pci(#[source] pci::Error),

@@ -32,12 +32,13 @@
 //!
 //! # Absent
 //!
-//! Metadata, the controller memory buffer, pin interrupts, interrupt coalescing (accepted, not acted on), weighted arbitration,
-//! fused operations, reservations and namespace management. None of them is claimed in Identify, and their commands are refused.
+//! Metadata, the persistent memory region, fused operations, reservations and namespace management. None of them is claimed in Identify,
+//! and their commands are refused.
 #![forbid(unsafe_code)]
 
 mod admin;
 mod arbitration;
+mod cmb;
 mod command;
 mod config;
 mod controller;
@@ -69,6 +70,7 @@ mod uncorrectable;
 mod wakeup;
 mod worker;
 
+pub use cmb::memory_with_buffer;
 pub use config::{ControllerConfig, MAX_NAMESPACES, MAX_QUEUE_ENTRIES, NamespaceConfig};
 pub use controller::{Controller, PauseReport, Progress, Statistics};
 pub use error::Error;
@@ -76,8 +78,8 @@ pub use inventory::{Inventory, NamespaceShape, Shape};
 pub use non_volatile::{KeptFormatState, KeptState, NonVolatile};
 pub use shared::Host;
 pub use state::{
-    CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState, FirmwareState,
-    FormatState, MoreFeaturesState, NamespaceState, NvmeState, RegistersState, SanitizeState,
+    BufferState, CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState,
+    FirmwareState, FormatState, MoreFeaturesState, NamespaceState, NvmeState, RegistersState, SanitizeState,
     SavedFeaturesState, SelfTestState, SmartState, SubmissionQueueState, SweepState, UncorrectableRunState,
     UncorrectableState, WriteProtectionState,
 };

@@ -1,7 +1,7 @@
 //! The controller as a PCI function: configuration space, BAR 0, and the way of register and doorbell writes.
 //!
 //! BAR 0 holds the registers, from 0x1000 the doorbells (stride 4 bytes), and on pages of their own the MSI-X table and its
-//! pending bits.
+//! pending bits. BAR 2 is the controller memory buffer, where there is one.
 
 use std::sync::atomic::Ordering;
 
@@ -22,6 +22,8 @@ const DEVICE_ID: u16 = 0x0010;
 const CLASS: [u8; 3] = [0x01, 0x08, 0x02];
 /// The BAR.
 const BAR: u8 = 0;
+/// That of the controller memory buffer.
+pub(crate) const BUFFER_BAR: u8 = 2;
 const POWER_MANAGEMENT_OFFSET: u8 = 0x60;
 const EXPRESS_OFFSET: u8 = 0x80;
 const PAGE_BYTES: u64 = 4096;
@@ -51,6 +53,9 @@ pub(crate) fn config_space(config: &ControllerConfig) -> Result<ConfigSpace, Err
         let mut space = ConfigSpace::new(&identity);
         space.add_interrupt_pin();
         space.add_bar(BAR, BarKind::Memory64, length_bytes)?;
+        if config.buffer_bytes > 0 {
+            space.add_bar(BUFFER_BAR, BarKind::Memory64Prefetchable, config.buffer_bytes)?;
+        }
         // Where QEMU's controller has them, MSI-X table and all: a driver that comes from there keeps the offsets.
         space.add_msix(layout)?;
         space.begin_next_capability_at(POWER_MANAGEMENT_OFFSET);
@@ -87,6 +92,9 @@ impl PciFunction for Controller {
         if shared.endpoint.bar_read(bar, offset, data) {
             return;
         }
+        if bar == BUFFER_BAR {
+            return shared.window.read(&shared.memory, offset, data);
+        }
         data.fill(0);
         if bar == BAR && offset < regs::DOORBELLS {
             shared.registers().read(offset, data);
@@ -96,7 +104,13 @@ impl PciFunction for Controller {
 
     fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) {
         let shared = &self.pool.shared;
-        if shared.endpoint.bar_write(bar, offset, data) || bar != BAR {
+        if shared.endpoint.bar_write(bar, offset, data) {
+            return;
+        }
+        if bar == BUFFER_BAR {
+            return shared.window.write(&shared.memory, offset, data);
+        }
+        if bar != BAR {
             return;
         }
         if offset < regs::DOORBELLS {

@@ -1,8 +1,12 @@
 //! Physical region pages (Base 4.1.1): from the two entries of a command to runs of guest memory.
 
+use std::sync::Arc;
+
 use bus::{GuestMemory, GuestRange};
 use nvme_spec::Status;
 use vm_memory::{Bytes, GuestAddress};
+
+use crate::cmb::Window;
 
 /// Entries of a list that are read from guest memory at once.
 const CHUNK_ENTRIES: usize = 512;
@@ -10,13 +14,19 @@ const CHUNK_ENTRIES: usize = 512;
 /// Walks PRPs of one memory page size; keeps its buffer between commands.
 pub(crate) struct PrpWalker {
     page_bytes: u64,
+    window: Arc<Window>,
     chunk: Box<[u8; CHUNK_ENTRIES * 8]>,
 }
 
 impl PrpWalker {
     /// A walker for pages of `page_bytes`, a power of two of at least 4096.
     pub fn new(page_bytes: u64) -> Self {
-        Self { page_bytes, chunk: Box::new([0; CHUNK_ENTRIES * 8]) }
+        Self { page_bytes, window: Window::new(0), chunk: Box::new([0; CHUNK_ENTRIES * 8]) }
+    }
+
+    /// Where the controller memory buffer is among the addresses of commands; without this there is none.
+    pub fn set_window(&mut self, window: Arc<Window>) {
+        self.window = window;
     }
 
     pub fn set_page_bytes(&mut self, page_bytes: u64) {
@@ -27,6 +37,18 @@ impl PrpWalker {
     /// pages become one range. Ends after as many entries as the length needs, whatever the lists say. Data pages are
     /// not checked to be guest memory: whoever accesses them does that.
     pub fn walk(
+        &mut self,
+        memory: &GuestMemory,
+        prp1: u64,
+        prp2: u64,
+        length_bytes: u64,
+        ranges: &mut Vec<GuestRange>,
+    ) -> Result<(), Status> {
+        let window = Arc::clone(&self.window);
+        window.gather(ranges, |ranges| self.walk_pages(memory, prp1, prp2, length_bytes, ranges))
+    }
+
+    fn walk_pages(
         &mut self,
         memory: &GuestMemory,
         prp1: u64,
@@ -52,7 +74,8 @@ impl PrpWalker {
         self.walk_list(memory, prp2, rest, ranges)
     }
 
-    /// Reads the pages of a queue that is not physically contiguous (Base 5.4: PRP1 is a list pointer): `count` pages.
+    /// Reads the pages of a queue that is not physically contiguous (Base 5.4: PRP1 is a list pointer): `count` pages, as the guest
+    /// names them.
     pub fn queue_pages(&mut self, memory: &GuestMemory, list: u64, count: u64) -> Result<Vec<u64>, Status> {
         let mut ranges = Vec::new();
         let length_bytes = count.checked_mul(self.page_bytes).ok_or(Status::INVALID_FIELD)?;
@@ -84,9 +107,10 @@ impl PrpWalker {
             let mut left = data_entries;
             while left > 0 {
                 let count = left.min(CHUNK_ENTRIES as u64);
+                let place = self.window.translate(list, count * 8)?;
                 let bytes = &mut self.chunk[..count as usize * 8];
                 memory
-                    .read_slice(bytes, GuestAddress(list))
+                    .read_slice(bytes, GuestAddress(place))
                     .map_err(|_| Status::DATA_TRANSFER_ERROR.do_not_retry())?;
                 for entry in 0..count as usize {
                     let mut raw = [0; 8];
@@ -102,8 +126,9 @@ impl PrpWalker {
                 return Ok(());
             }
             let mut raw = [0; 8];
+            let place = self.window.translate(list, 8)?;
             memory
-                .read_slice(&mut raw, GuestAddress(list))
+                .read_slice(&mut raw, GuestAddress(place))
                 .map_err(|_| Status::DATA_TRANSFER_ERROR.do_not_retry())?;
             list = u64::from_le_bytes(raw);
             // An entry inside a list has offset 0, the pointer to the next list included. A following list therefore holds a

@@ -7,6 +7,8 @@ use bus::GuestMemory;
 use nvme_spec::{CompletionEntry, Status, SubmissionEntry};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
+use crate::cmb::{self, Window};
+use crate::config::MIN_PAGE_BYTES;
 use crate::doorbell::{MemoryGone, Shadow};
 use crate::interrupt::Delayed;
 use crate::prp::PrpWalker;
@@ -59,7 +61,9 @@ impl Ring {
         let length_bytes = u64::from(entries) << entry_shift;
         let page_bytes = 1u64 << page_shift;
         let inside = |address: u64, length_bytes: u64| {
-            if !address.is_multiple_of(page_bytes) {
+            // In the controller memory buffer the guest's address was what is aligned; the buffer may begin at any 4 KiB.
+            let alignment = if cmb::is_in_buffer(address) { MIN_PAGE_BYTES.into() } else { page_bytes };
+            if !address.is_multiple_of(alignment) {
                 return Err(Status::PRP_OFFSET_INVALID.do_not_retry());
             }
             let inside = address.checked_add(length_bytes).is_some()
@@ -123,16 +127,23 @@ impl QueuePlace {
     pub fn from_command(
         walker: &mut PrpWalker,
         memory: &GuestMemory,
+        window: &Window,
         (id, entries): (u16, u32),
         (prp1, contiguous): (u64, bool),
         (entry_bytes, page_shift): (u64, u32),
     ) -> Result<Self, Status> {
+        let page_bytes = 1u64 << page_shift;
+        let length_bytes = u64::from(entries) * entry_bytes;
         let location = if contiguous {
-            Location::Contiguous(prp1)
+            if !prp1.is_multiple_of(page_bytes) {
+                return Err(Status::PRP_OFFSET_INVALID.do_not_retry());
+            }
+            Location::Contiguous(window.translate(prp1, length_bytes)?)
         } else {
-            let page_bytes = 1u64 << page_shift;
-            let count = (u64::from(entries) * entry_bytes).div_ceil(page_bytes);
-            Location::Pages(walker.queue_pages(memory, prp1, count)?.into_boxed_slice())
+            let count = length_bytes.div_ceil(page_bytes);
+            let pages = walker.queue_pages(memory, prp1, count)?.into_iter();
+            let pages = pages.map(|page| window.translate(page, page_bytes)).collect::<Result<_, _>>()?;
+            Location::Pages(pages)
         };
         Ok(Self { id, entries, location, page_shift })
     }

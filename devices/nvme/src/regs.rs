@@ -3,9 +3,13 @@
 //! Register writes come from vCPU threads and only note what is wanted; worker 0 does it (see `control`) and shows
 //! the result in CSTS.
 
+use std::sync::Arc;
+
 use nvme_spec::regs::{self, Aqa, Cap, Cc, Csts};
 
+use crate::cmb::Window;
 use crate::config::ControllerConfig;
+use crate::pci::BUFFER_BAR;
 
 /// CAP.TO and both halves of CRTO (CRWMT, CRIMT): how long an enable or disable may take, in units of 500 ms.
 const TIMEOUT_500_MS: u64 = 60;
@@ -21,6 +25,8 @@ pub(crate) const COMMAND_SETS: u64 = 1 | 1 << 6;
 const AMS_OFFERED: u64 = 1;
 /// CAP.CRMS: ready with media and ready independent of media. The images are open before a guest runs, so that both are the same.
 const CRMS: u64 = 0b11;
+/// Bits of CMBMSC that are not reserved: CRE, CMSE and CBA.
+pub(crate) const CMBMSC_BITS: u64 = !0xffc;
 /// Bits of CC that are not reserved.
 const CC_BITS: u32 = 0x01ff_fff1;
 
@@ -52,11 +58,14 @@ pub(crate) struct Registers {
     pub acq: u64,
     /// INTMS and INTMC read as this.
     pub interrupt_mask: u32,
+    /// CMBMSC.
+    buffer_control: u64,
+    window: Arc<Window>,
     pub wanted: Wanted,
 }
 
 impl Registers {
-    pub fn new(config: &ControllerConfig) -> Self {
+    pub fn new(config: &ControllerConfig, window: Arc<Window>) -> Self {
         let cap = Cap::default()
             .with_mqes(u64::from(config.mqes()))
             .with_cqr(u64::from(config.contiguous_queues))
@@ -65,6 +74,7 @@ impl Registers {
             .with_nssrs(1)
             .with_css(COMMAND_SETS)
             .with_mpsmax(MPSMAX)
+            .with_cmbs(u64::from(window.exists()))
             .with_crms(CRMS);
         Self {
             cap,
@@ -74,6 +84,8 @@ impl Registers {
             asq: 0,
             acq: 0,
             interrupt_mask: 0,
+            buffer_control: 0,
+            window,
             wanted: Wanted::default(),
         }
     }
@@ -99,8 +111,14 @@ impl Registers {
             0x2c => (self.asq >> 32) as u32,
             regs::ACQ => self.acq as u32,
             0x34 => (self.acq >> 32) as u32,
+            // "If CMBMSC.CRE is 0, then the values of CMBLOC and CMBSZ are cleared to 0h."
+            regs::CMBLOC if self.buffer_control & regs::CMBMSC_CRE != 0 => self.window.location(BUFFER_BAR),
+            regs::CMBSZ if self.buffer_control & regs::CMBMSC_CRE != 0 => self.window.size(),
+            regs::CMBMSC => self.buffer_control as u32,
+            0x54 => (self.buffer_control >> 32) as u32,
+            regs::CMBSTS => self.window.status(self.buffer_control),
             regs::CRTO => (TIMEOUT_500_MS << 16 | TIMEOUT_500_MS) as u32,
-            // No controller memory buffer, boot partition or persistent memory region; NSSR reads 0.
+            // No boot partition or persistent memory region; NSSR reads 0; nothing is known of how fast the buffer can be written.
             _ => 0,
         }
     }
@@ -119,7 +137,8 @@ impl Registers {
         }
         let base = offset & !3;
         // What a narrow access does not cover keeps its value; in registers where writing 1 acts, it is 0.
-        let keeps = matches!(base, regs::CC | regs::AQA | regs::ASQ | 0x2c | regs::ACQ | 0x34);
+        let keeps =
+            matches!(base, regs::CC | regs::AQA | regs::ASQ | 0x2c | regs::ACQ | 0x34 | regs::CMBMSC | 0x54);
         let mut bytes = if keeps { self.dword(base).to_le_bytes() } else { [0; 4] };
         let start = (offset & 3) as usize;
         bytes[start..start + data.len()].copy_from_slice(data);
@@ -147,10 +166,27 @@ impl Registers {
             regs::ASQ if disabled => self.asq = self.asq & !0xffff_ffff | u64::from(value & !0xfff),
             0x2c if disabled => self.asq = self.asq & 0xffff_ffff | u64::from(value) << 32,
             regs::ACQ if disabled => self.acq = self.acq & !0xffff_ffff | u64::from(value & !0xfff),
+            regs::CMBMSC => {
+                self.set_buffer_control(self.buffer_control & !0xffff_ffff | u64::from(value));
+            }
+            0x54 => self.set_buffer_control(self.buffer_control & 0xffff_ffff | u64::from(value) << 32),
             0x34 if disabled => self.acq = self.acq & 0xffff_ffff | u64::from(value) << 32,
             _ => {}
         }
         false
+    }
+
+    /// CMBMSC.
+    pub fn buffer_control(&self) -> u64 {
+        self.buffer_control
+    }
+
+    /// Changes CMBMSC, which a controller without a buffer does not have.
+    pub fn set_buffer_control(&mut self, value: u64) {
+        if self.window.exists() {
+            self.buffer_control = value & CMBMSC_BITS;
+            self.window.set(self.buffer_control);
+        }
     }
 
     fn write_cc(&mut self, value: Cc) -> bool {

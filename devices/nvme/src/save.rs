@@ -14,8 +14,8 @@ use crate::inventory::{NamespaceShape, Shape};
 use crate::queue::{CompletionQueue, Ended, Location, Ring, SubmissionQueue};
 use crate::shared::{Shared, lock};
 use crate::state::{
-    CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState, NamespaceState,
-    NvmeState, RegistersState, SmartState, SubmissionQueueState,
+    BufferState, CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState,
+    NamespaceState, NvmeState, RegistersState, SmartState, SubmissionQueueState,
 };
 
 impl Controller {
@@ -67,8 +67,14 @@ impl Controller {
             format: admin::format_state(&admin),
             sanitize: admin::sanitize_state(&admin),
             self_test: admin::self_test_state(&admin),
+            buffer: buffer_state(shared),
         }
     }
+}
+
+fn buffer_state(shared: &Shared) -> Option<BufferState> {
+    let control = shared.registers().buffer_control();
+    (control != 0).then_some(BufferState { control })
 }
 
 fn registers_state(shared: &Shared) -> RegistersState {

@@ -1,5 +1,7 @@
 //! Scatter gather lists (Base 4.1.2): from the descriptor in a command to runs of guest memory.
 
+use std::sync::Arc;
+
 use block::NOWHERE;
 use bus::{GuestMemory, GuestRange};
 use nvme_spec::Status;
@@ -7,6 +9,7 @@ use nvme_spec::identify as spec;
 use nvme_spec::sgl::{BIT_BUCKET, DATA_BLOCK, LAST_SEGMENT, SEGMENT, SglDescriptor};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::cmb::Window;
 use crate::data::Direction;
 use crate::prp;
 
@@ -27,6 +30,7 @@ const MAX_DESCRIPTORS: u32 = 131_072;
 /// Walks SGLs; keeps its buffer between commands.
 pub(crate) struct SglWalker {
     chunk: Box<[u8; CHUNK_DESCRIPTORS * SglDescriptor::SIZE_BYTES]>,
+    window: Arc<Window>,
 }
 
 /// A segment in guest memory.
@@ -45,12 +49,29 @@ struct Walk<'a> {
 
 impl SglWalker {
     pub fn new() -> Self {
-        Self { chunk: Box::new([0; CHUNK_DESCRIPTORS * SglDescriptor::SIZE_BYTES]) }
+        Self { chunk: Box::new([0; CHUNK_DESCRIPTORS * SglDescriptor::SIZE_BYTES]), window: Window::new(0) }
+    }
+
+    /// Where the controller memory buffer is among the addresses of commands; without this there is none.
+    pub fn set_window(&mut self, window: Arc<Window>) {
+        self.window = window;
     }
 
     /// Appends to `ranges` the memory of a transfer of `length_bytes` that `first` describes, which may describe more. Data are not
     /// checked to be in guest memory: whoever accesses them does that.
     pub fn walk(
+        &mut self,
+        memory: &GuestMemory,
+        first: SglDescriptor,
+        length_bytes: u64,
+        direction: Direction,
+        ranges: &mut Vec<GuestRange>,
+    ) -> Result<(), Status> {
+        let window = Arc::clone(&self.window);
+        window.gather(ranges, |ranges| self.walk_list(memory, first, length_bytes, direction, ranges))
+    }
+
+    fn walk_list(
         &mut self,
         memory: &GuestMemory,
         first: SglDescriptor,
@@ -94,7 +115,8 @@ impl SglWalker {
             }
             let bytes = &mut self.chunk[..count as usize * SglDescriptor::SIZE_BYTES];
             let unreadable = Status::DATA_TRANSFER_ERROR.do_not_retry();
-            memory.read_slice(bytes, GuestAddress(address)).map_err(|_| unreadable)?;
+            let place = self.window.translate(address, bytes.len() as u64)?;
+            memory.read_slice(bytes, GuestAddress(place)).map_err(|_| unreadable)?;
             address = address.checked_add(bytes.len() as u64).ok_or(unreadable)?;
             left -= count;
             let descriptors = bytes.as_chunks::<{ SglDescriptor::SIZE_BYTES }>().0;

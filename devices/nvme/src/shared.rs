@@ -7,6 +7,7 @@ use bus::GuestMemory;
 use pci::Endpoint;
 
 use crate::arbitration::Arbitration;
+use crate::cmb::Window;
 use crate::config::ControllerConfig;
 use crate::doorbell::{Doorbells, MemoryGone};
 use crate::event::Events;
@@ -46,6 +47,8 @@ pub(crate) struct Shared {
     pub controller_id: u16,
     pub config: ControllerConfig,
     pub memory: GuestMemory,
+    /// Where the controller memory buffer is among the addresses of commands.
+    pub window: Arc<Window>,
     pub host: Arc<dyn Host>,
     pub endpoint: Endpoint,
     pub doorbells: Doorbells,
@@ -78,10 +81,11 @@ impl Shared {
         workers: usize,
         host: Arc<dyn Host>,
     ) -> Self {
+        let window = Window::new(config.buffer_bytes);
         Self {
             doorbells: Doorbells::new(config.queue_pairs),
             doorbell_writes: AtomicU64::new(0),
-            registers: Mutex::new(Registers::new(&config)),
+            registers: Mutex::new(Registers::new(&config, Arc::clone(&window))),
             lanes: (0..workers).map(|_| Lane::default()).collect(),
             active: AtomicBool::new(false),
             paused: AtomicBool::new(false),
@@ -95,6 +99,7 @@ impl Shared {
             subsystem,
             controller_id,
             config,
+            window,
             memory,
             host,
             endpoint,

@@ -75,6 +75,17 @@ pub struct NvmeState {
     /// Self-tests, if there ever was one.
     #[vmstate(subsection)]
     pub self_test: Option<SelfTestState>,
+    /// The controller memory buffer, if the guest has done something with it.
+    #[vmstate(subsection)]
+    pub buffer: Option<BufferState>,
+}
+
+/// Where the guest has the controller memory buffer (Base 3.1.3.16); its contents travel with RAM.
+#[derive(VmState, Clone, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/buffer", version = 1)]
+pub struct BufferState {
+    /// CMBMSC.
+    pub control: u64,
 }
 
 /// The registers that the guest can change (Base 3.1.3).

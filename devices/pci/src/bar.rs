@@ -12,6 +12,8 @@ pub enum BarKind {
     Memory32,
     /// 64-bit, not prefetchable; takes this BAR and the next.
     Memory64,
+    /// 64-bit, prefetchable: memory without side effects.
+    Memory64Prefetchable,
 }
 
 /// A BAR and where the guest has put it.
@@ -36,12 +38,20 @@ pub(crate) struct Bar {
     pub length_bytes: u64,
 }
 
+impl BarKind {
+    /// Whether it takes two registers.
+    pub(crate) fn is_64_bit(self) -> bool {
+        matches!(self, Self::Memory64 | Self::Memory64Prefetchable)
+    }
+}
+
 impl Bar {
-    /// The read-only low bits (PCI 3.0, 6.2.5.1): bit 0 memory, bits 2:1 type.
+    /// The read-only low bits (PCI 3.0, 6.2.5.1): bit 0 memory, bits 2:1 type, bit 3 prefetchable.
     pub fn type_bits(self) -> u32 {
         match self.kind {
             BarKind::Memory32 => 0b0000,
             BarKind::Memory64 => 0b0100,
+            BarKind::Memory64Prefetchable => 0b1100,
         }
     }
 
@@ -50,7 +60,7 @@ impl Bar {
         let mask = !(self.length_bytes - 1);
         match self.kind {
             BarKind::Memory32 => mask & 0xffff_ffff,
-            BarKind::Memory64 => mask,
+            BarKind::Memory64 | BarKind::Memory64Prefetchable => mask,
         }
     }
 }

@@ -103,18 +103,14 @@ impl ConfigSpace {
     pub fn add_bar(&mut self, bar: u8, kind: BarKind, length_bytes: u64) -> Result<(), Error> {
         let bad = |reason| Error::BadBar { bar, length_bytes, reason };
         let index = usize::from(bar);
-        let (words, limit) = match kind {
-            BarKind::Memory32 => (1, 1 << 31),
-            BarKind::Memory64 => (2, 1 << 62),
-        };
+        let (words, limit) = if kind.is_64_bit() { (2, 1 << 62) } else { (1, 1 << 31) };
         if index + words > BAR_COUNT {
             return Err(bad("there are six BARs, and a 64-bit one takes two"));
         }
         if !length_bytes.is_power_of_two() || !(16..=limit).contains(&length_bytes) {
             return Err(bad("the size must be a power of two, at least 16 bytes, and addressable"));
         }
-        let below_is_wide =
-            index > 0 && self.bars[index - 1].is_some_and(|bar| bar.kind == BarKind::Memory64);
+        let below_is_wide = index > 0 && self.bars[index - 1].is_some_and(|bar| bar.kind.is_64_bit());
         if below_is_wide || self.bars[index..index + words].iter().any(Option::is_some) {
             return Err(bad("it is taken"));
         }
@@ -246,10 +242,7 @@ impl ConfigSpace {
             let bar = (*bar)?;
             let offset = BAR_OFFSET + 4 * index;
             let low = u64::from(self.double_word(offset));
-            let high = match bar.kind {
-                BarKind::Memory32 => 0,
-                BarKind::Memory64 => u64::from(self.double_word(offset + 4)),
-            };
+            let high = if bar.kind.is_64_bit() { u64::from(self.double_word(offset + 4)) } else { 0 };
             let address = (high << 32 | low) & bar.address_mask();
             Some(BarWindow {
                 bar: index as u8,

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use bus::{Bus, BusDevice};
 
-use crate::bar::{BAR_OFFSET, BarKind, BarWindow};
+use crate::bar::{BAR_OFFSET, BarWindow};
 use crate::config::{ConfigSpace, Identity};
 use crate::error::Error;
 use crate::state::RootBusState;
@@ -106,10 +106,7 @@ impl RootBus {
         let window_end = window_start.saturating_add(window_length_bytes);
         let mut next = window_start;
         for (slot, BarWindow { bar, kind, length_bytes, .. }) in bars {
-            let limit = match kind {
-                BarKind::Memory32 => window_end.min(1 << 32),
-                BarKind::Memory64 => window_end,
-            };
+            let limit = if kind.is_64_bit() { window_end } else { window_end.min(1 << 32) };
             let place = next.checked_next_multiple_of(length_bytes);
             let place = place.and_then(|start| Some((start, start.checked_add(length_bytes)?)));
             let Some((start, end)) = place.filter(|&(_, end)| end <= limit) else {
@@ -118,10 +115,8 @@ impl RootBus {
             next = end;
             let Some(function) = slots.functions.get(&slot) else { continue };
             let offset = BAR_OFFSET as u16 + 4 * u16::from(bar);
-            match kind {
-                BarKind::Memory32 => function.config_write(offset, &start.to_le_bytes()[..4]),
-                BarKind::Memory64 => function.config_write(offset, &start.to_le_bytes()),
-            }
+            let register_bytes = if kind.is_64_bit() { 8 } else { 4 };
+            function.config_write(offset, &start.to_le_bytes()[..register_bytes]);
         }
         self.map(&mut slots);
         Ok(())

@@ -20,8 +20,7 @@
 //!
 //! - **SGLs**, Compare, Copy and Verify, which QEMU offers, are refused here. Linux describes large transfers by SGLs unless it was started
 //!   with `nvme.sgl_threshold=0`: without that, these fail until the driver has initialised the controller anew.
-//! - **Pin interrupts**: there is no pin. A guest that neither polls nor has enabled MSI-X waits for ever. A section in which the pin
-//!   is asserted is refused.
+//! - **Pin interrupts**: a section in which the pin is asserted is refused, and is not written either.
 //! - The namespace's NGUID, EUI-64 and UUID are made from the serial number here, and QEMU's are not in its section. Linux compares them when
 //!   it scans again, and then drops a namespace that seems to be another.
 //! - CAP.TO, CAP.NSSRS, CAP.CRMS and VS, when they are read again. What limits the guest's requests (MQES, CQR, the doorbell stride,

@@ -127,6 +127,8 @@ pub struct Guest {
     pub queues: BTreeMap<u16, Pair>,
     /// Shadow doorbells and event indexes.
     pub shadow: Option<(u64, u64)>,
+    /// Where the controller memory buffer is, by CMBMSC.
+    pub buffer: Option<u64>,
     next_page: u64,
 }
 
@@ -167,7 +169,11 @@ impl Guest {
         workers: usize,
         depth: u32,
     ) -> Self {
-        let memory = guest_memory();
+        let mut memory = guest_memory();
+        if config.buffer_bytes > 0 {
+            let buffer = Arc::new(GuestMapping::new(config.buffer_bytes as usize).unwrap());
+            memory = crate::memory_with_buffer(&memory, buffer).unwrap();
+        }
         let (contexts, events) = contexts(&memory, workers, depth);
         let (process, interrupts) = (Arc::new(Process::default()), Arc::new(Interrupts::default()));
         let controller = Controller::new(
@@ -192,6 +198,7 @@ impl Guest {
             events,
             queues: BTreeMap::new(),
             shadow: None,
+            buffer: None,
             next_page: 0x10_0000,
         }
     }
@@ -214,6 +221,7 @@ impl Guest {
             events: Vec::new(),
             queues: BTreeMap::new(),
             shadow: None,
+            buffer: None,
             next_page: 0x10_0000,
         }
     }
@@ -349,17 +357,38 @@ impl Guest {
     }
 
     pub fn clear(&self, address: u64, bytes: usize) {
-        self.memory.write_slice(&vec![0; bytes], GuestAddress(address)).unwrap();
+        self.write_bytes(address, &vec![0; bytes]);
     }
 
+    /// Reads memory, the controller's buffer through its BAR.
     pub fn read_bytes(&self, address: u64, bytes: usize) -> Vec<u8> {
         let mut data = vec![0; bytes];
-        self.memory.read_slice(&mut data, GuestAddress(address)).unwrap();
+        match self.in_buffer(address) {
+            Some(offset) => {
+                for (position, bytes) in (0..).zip(data.chunks_mut(8)) {
+                    self.controller.bar_read(2, offset + position * 8, bytes);
+                }
+            }
+            None => self.memory.read_slice(&mut data, GuestAddress(address)).unwrap(),
+        }
         data
     }
 
+    /// Writes memory, the controller's buffer through its BAR.
     pub fn write_bytes(&self, address: u64, data: &[u8]) {
-        self.memory.write_slice(data, GuestAddress(address)).unwrap();
+        match self.in_buffer(address) {
+            Some(offset) => {
+                for (position, bytes) in (0..).zip(data.chunks(8)) {
+                    self.controller.bar_write(2, offset + position * 8, bytes);
+                }
+            }
+            None => self.memory.write_slice(data, GuestAddress(address)).unwrap(),
+        }
+    }
+
+    fn in_buffer(&self, address: u64) -> Option<u64> {
+        let offset = address.checked_sub(self.buffer?)?;
+        (offset < self.config.buffer_bytes).then_some(offset)
     }
 
     /// Puts an entry into submission queue `queue` and gives it a CID; does not ring.

@@ -4,6 +4,7 @@ mod admin;
 mod arbitration;
 mod attack;
 mod bus_master;
+mod cmb;
 mod commands;
 mod driver;
 mod firmware;
