@@ -56,7 +56,7 @@ pub struct RunArguments {
     /// Where the serial console goes: stdio, null, file:PATH or unix:PATH.
     #[arg(long, default_value = "stdio", value_name = "WHERE")]
     pub serial: SerialOutput,
-    /// An NVMe controller: serial=S[,queues=64][,msix=N][,mdts=N]; path=P,serial=S also gives it one file namespace.
+    /// An NVMe controller: serial=S[,queues=64][,msix=N][,mdts=N][,cqr][,cmb=SIZE]; path=P,serial=S also gives it one file namespace.
     #[arg(long, value_name = "OPTIONS")]
     pub nvme: Vec<NvmeOption>,
     /// A namespace: controller=S,nsid=N,backend=file|memory|null[,path=|size=][,lba=512|4096][,ro].

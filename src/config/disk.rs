@@ -7,18 +7,22 @@ use super::{Error, Options};
 
 /// I/O queue pairs of a controller unless said otherwise.
 pub const DEFAULT_QUEUE_PAIRS: u16 = 64;
-/// Largest number of I/O queue pairs: MSI-X has at most 2,048 vectors, and one belongs to the admin queue.
-pub const MAX_QUEUE_PAIRS: u16 = 2047;
+/// Largest number of I/O queue pairs: all identifiers but that of the admin queue.
+pub const MAX_QUEUE_PAIRS: u16 = u16::MAX;
+/// Largest number of MSI-X vectors (PCI 3.0, 6.8.2).
+pub const MAX_VECTORS: u16 = 2048;
 /// MDTS unless said otherwise: 2^7 pages of 4 KiB, 512 KiB.
 pub const DEFAULT_MDTS: u8 = 7;
 /// Largest MDTS: 2^9 pages, 2 MiB; larger transfers gain nothing and cost memory per command in flight.
 pub const MAX_MDTS: u8 = 9;
+/// Largest controller memory buffer: an eighth of the window in which BARs are assigned.
+pub const MAX_BUFFER_BYTES: u64 = 64 << 20;
 /// Largest namespace identifier.
 pub const MAX_NSID: u32 = 1024;
 /// Bytes of a serial number ("NVM Express Base 2.0, 5.17.2.1": SN).
 pub const MAX_SERIAL_BYTES: usize = 20;
 
-/// A controller as declared: `serial=S[,queues=N][,msix=N][,mdts=N]`, or short `path=P,serial=S[,lba=N][,ro]` for a
+/// A controller as declared: `serial=S[,queues=N][,msix=N][,mdts=N][,cqr][,cmb=SIZE]`, or short `path=P,serial=S[,lba=N][,ro]` for a
 /// controller with one file namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NvmeOption {
@@ -42,10 +46,14 @@ pub struct ControllerSpec {
     pub serial: String,
     /// I/O queue pairs that it offers.
     pub queue_pairs: u16,
-    /// MSI-X vectors: at least one per queue pair and one for the admin queue.
+    /// MSI-X vectors: at least one per queue pair and one for the admin queue, as long as there are so many.
     pub vectors: u16,
     /// Maximum data transfer size, as the power of two of 4 KiB pages.
     pub mdts: u8,
+    /// Queues must be physically contiguous (CAP.CQR).
+    pub contiguous_queues: bool,
+    /// Size of the controller memory buffer, 0 for none.
+    pub buffer_bytes: u64,
     /// Its namespaces, by ascending identifier; holes are normal.
     pub namespaces: Vec<NamespaceSpec>,
 }
@@ -90,20 +98,25 @@ impl FromStr for NvmeOption {
             return Err(options.error("a serial has 1 to 20 printable ASCII characters"));
         }
         let queue_pairs = options.number("queues")?.unwrap_or(DEFAULT_QUEUE_PAIRS);
-        if !(1..=MAX_QUEUE_PAIRS).contains(&queue_pairs) {
+        if queue_pairs == 0 {
             return Err(options.error(format!("queues={queue_pairs} is not between 1 and {MAX_QUEUE_PAIRS}")));
         }
-        let vectors = options.number("msix")?.unwrap_or(queue_pairs + 1);
-        if !(queue_pairs + 1..=MAX_QUEUE_PAIRS + 1).contains(&vectors) {
-            let least = queue_pairs + 1;
+        let least = queue_pairs.saturating_add(1).min(MAX_VECTORS);
+        let vectors = options.number("msix")?.unwrap_or(least);
+        if !(least..=MAX_VECTORS).contains(&vectors) {
             return Err(options.error(format!(
-                "msix={vectors} is not between {least} (one per queue pair and one for the admin queue) and {}",
-                MAX_QUEUE_PAIRS + 1
+                "msix={vectors} is not between {least} (one per queue pair and one for the admin queue) and {MAX_VECTORS}"
             )));
         }
         let mdts = options.number("mdts")?.unwrap_or(DEFAULT_MDTS);
         if !(1..=MAX_MDTS).contains(&mdts) {
             return Err(options.error(format!("mdts={mdts} is not between 1 and {MAX_MDTS}")));
+        }
+        let contiguous_queues = options.flag("cqr")?;
+        let buffer_bytes = options.size("cmb")?.unwrap_or(0);
+        let possible = buffer_bytes.is_power_of_two() && (4096..=MAX_BUFFER_BYTES).contains(&buffer_bytes);
+        if buffer_bytes != 0 && !possible {
+            return Err(options.error("cmb is not a power of two from 4K to 64M"));
         }
         let mut namespaces = Vec::new();
         if let Some(path) = options.text("path")? {
@@ -111,8 +124,17 @@ impl FromStr for NvmeOption {
             let backend = BackendSpec::File(path.into());
             namespaces.push(NamespaceSpec { nsid: 1, backend, block_bytes, read_only });
         }
-        options.finish("serial, queues, msix and mdts; with path also lba and ro")?;
-        Ok(Self { controller: ControllerSpec { serial, queue_pairs, vectors, mdts, namespaces } })
+        options.finish("serial, queues, msix, mdts, cqr and cmb; with path also lba and ro")?;
+        let controller = ControllerSpec {
+            serial,
+            queue_pairs,
+            vectors,
+            mdts,
+            contiguous_queues,
+            buffer_bytes,
+            namespaces,
+        };
+        Ok(Self { controller })
     }
 }
 
@@ -178,6 +200,31 @@ mod tests {
     }
 
     #[test]
+    fn more_queues_than_vectors_share_them() {
+        for (text, queue_pairs, vectors) in [
+            ("serial=s,queues=2047", 2047, 2048),
+            ("serial=s,queues=2048", 2048, 2048),
+            ("serial=s,queues=65535,msix=2048", 65_535, 2048),
+            ("serial=s,queues=8,msix=2048", 8, 2048),
+        ] {
+            let option: NvmeOption = text.parse().unwrap();
+            assert_eq!(
+                (option.controller.queue_pairs, option.controller.vectors),
+                (queue_pairs, vectors),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_form_of_queues_and_the_memory_buffer_are_the_controllers() {
+        let plain: NvmeOption = "serial=s".parse().unwrap();
+        assert_eq!((plain.controller.contiguous_queues, plain.controller.buffer_bytes), (false, 0));
+        let option: NvmeOption = "serial=s,cqr,cmb=1M".parse().unwrap();
+        assert_eq!((option.controller.contiguous_queues, option.controller.buffer_bytes), (true, 1 << 20));
+    }
+
+    #[test]
     fn namespaces_of_each_backend() {
         let option: NamespaceOption =
             "controller=c,nsid=7,backend=memory,size=1M,lba=4096,ro".parse().unwrap();
@@ -198,9 +245,14 @@ mod tests {
             "serial=with space",
             "serial=123456789012345678901",
             "serial=s,queues=0",
-            "serial=s,queues=2048",
+            "serial=s,queues=65536",
+            "serial=s,queues=4096,msix=2047",
+            "serial=s,queues=8,msix=2049",
             "serial=s,queues=8,msix=8",
             "serial=s,mdts=10",
+            "serial=s,cmb=2K",
+            "serial=s,cmb=12K",
+            "serial=s,cmb=128M",
             "serial=s,lba=512",
             "serial=s,path=p,lba=520",
         ] {

@@ -19,17 +19,25 @@ ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 const CLEAR_CHUNK_WORDS: usize = 1024;
 
 impl Vm {
-    /// The pages of `slot` that vCPUs wrote since they were last cleared: bit n of word n/64 is page n.
+    /// The pages of `slot` that vCPUs wrote since they were last cleared: bit n of word n/64 is page n. None of a slot that the guest does
+    /// not see.
     pub(crate) fn dirty_log(&self, slot: u32, length_bytes: u64) -> Result<Vec<u64>, Error> {
         let length = usize::try_from(length_bytes).expect("a slot's size was mapped, so it fits usize");
-        self.fd()
-            .get_dirty_log(slot, length)
-            .map_err(Error::call(format!("fetch the dirty log of memory slot {slot}")))
+        let log = self.with_slot(slot, || {
+            self.fd()
+                .get_dirty_log(slot, length)
+                .map_err(Error::call(format!("fetch the dirty log of memory slot {slot}")))
+        });
+        log.unwrap_or_else(|| Ok(vec![0; (length_bytes / PAGE_SIZE_BYTES).div_ceil(64) as usize]))
     }
 
     /// Clears in the log of `slot` the pages that are set in `bitmap`, a whole log of a slot of `length_bytes`, and
-    /// has writes to them reported again.
+    /// has writes to them reported again. A slot that the guest does not see has no log.
     pub(crate) fn clear_dirty_log(&self, slot: u32, length_bytes: u64, bitmap: &[u64]) -> Result<(), Error> {
+        self.with_slot(slot, || self.clear_chunks(slot, length_bytes, bitmap)).unwrap_or(Ok(()))
+    }
+
+    fn clear_chunks(&self, slot: u32, length_bytes: u64, bitmap: &[u64]) -> Result<(), Error> {
         let pages = length_bytes / PAGE_SIZE_BYTES;
         for (index, words) in bitmap.chunks(CLEAR_CHUNK_WORDS).enumerate() {
             if words.iter().all(|&word| word == 0) {

@@ -6,12 +6,13 @@ use bus::GuestMapping;
 use kvm_bindings as kvm;
 use kvm_bindings::{kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VcpuFd, VmFd};
+use vm_memory::bitmap::Bitmap;
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Error, Host};
 use crate::layout;
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, RamBlock};
 
 /// A KVM virtual machine with its interrupt controllers and timer, before and while vCPUs run in it.
 ///
@@ -19,12 +20,25 @@ use crate::memory::GuestRam;
 #[derive(Debug)]
 pub struct Vm {
     fd: VmFd,
-    /// Slots in use, with the mappings that they point at.
-    slots: Mutex<Vec<Slot>>,
+    slots: Mutex<Slots>,
     xsave_bytes: usize,
     max_vcpus: u32,
     /// Whether a log starts with every page dirty, so that nothing is write-protected when it is switched on.
     initially_set: bool,
+}
+
+/// Slots in use, with the mappings that they point at.
+#[derive(Debug, Default)]
+struct Slots {
+    list: Vec<Slot>,
+    /// Whether they have logs.
+    logged: bool,
+}
+
+impl Slots {
+    fn position(&self, slot: u32) -> Option<usize> {
+        self.list.iter().position(|other| other.region.slot == slot)
+    }
 }
 
 #[derive(Debug)]
@@ -94,9 +108,47 @@ impl Vm {
                 userspace_addr: block.mapping.as_ptr() as u64,
             };
             self.set_region(region)?;
-            self.slots().push(Slot { region, _mapping: Arc::clone(&block.mapping) });
+            self.slots().list.push(Slot { region, _mapping: Arc::clone(&block.mapping) });
         }
         Ok(())
+    }
+
+    /// Lets the guest see `block`, which is not RAM and has a slot, at `address`, or no longer. A log that goes with the place is made
+    /// good by marking every page in the block's own bitmap.
+    ///
+    /// # Errors
+    /// [`Error::Call`]: something else is there. The guest does not see the block then.
+    pub fn place_block(&self, block: &RamBlock, address: Option<u64>) -> Result<(), Error> {
+        let Some(slot) = block.kvm_slot.filter(|_| block.guest_base.is_none()) else { return Ok(()) };
+        let mut slots = self.slots();
+        if let Some(position) = slots.position(slot) {
+            let region = slots.list[position].region;
+            if Some(region.guest_phys_addr) == address {
+                return Ok(());
+            }
+            self.set_region(kvm_userspace_memory_region { memory_size: 0, flags: 0, ..region })?;
+            slots.list.swap_remove(position);
+            if slots.logged {
+                block.mapping.bitmap().mark_dirty(0, block.mapping.size());
+            }
+        }
+        let Some(guest_phys_addr) = address else { return Ok(()) };
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: if slots.logged { kvm::KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+            guest_phys_addr,
+            memory_size: block.length_bytes(),
+            userspace_addr: block.mapping.as_ptr() as u64,
+        };
+        self.set_region(region)?;
+        slots.list.push(Slot { region, _mapping: Arc::clone(&block.mapping) });
+        Ok(())
+    }
+
+    /// Calls `f` while memory slot `slot` stays as it is; not if there is none.
+    pub(crate) fn with_slot<T>(&self, slot: u32, f: impl FnOnce() -> T) -> Option<T> {
+        let slots = self.slots();
+        slots.position(slot).map(|_| f())
     }
 
     /// Switches the dirty log of every slot on or off. On: the first log of a slot reports every page.
@@ -104,7 +156,9 @@ impl Vm {
     /// # Errors
     /// [`Error::Call`]; slots before the failing one are switched.
     pub(crate) fn log_dirty_pages(&self, on: bool) -> Result<(), Error> {
-        for slot in self.slots().iter_mut() {
+        let mut slots = self.slots();
+        slots.logged = on;
+        for slot in &mut slots.list {
             let flags = if on { kvm::KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
             let region = kvm_userspace_memory_region { flags, ..slot.region };
             self.set_region(region)?;
@@ -121,14 +175,14 @@ impl Vm {
     #[allow(unsafe_code)]
     fn set_region(&self, region: kvm_userspace_memory_region) -> Result<(), Error> {
         let kvm_userspace_memory_region { slot, flags, guest_phys_addr, memory_size, .. } = region;
-        // SAFETY: address and size are those of a mapping that `self.slots` (or, during `map_ram`, the caller's block,
-        // which is pushed next) keeps mapped until the VM is gone.
+        // SAFETY: address and size are those of a mapping that `self.slots` (or, during `map_ram` and `place_block`, the caller's block,
+        // which is pushed next) keeps mapped until the slot or the VM is gone.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(Error::call(format!(
             "set memory slot {slot} at {guest_phys_addr:#x}+{memory_size:#x} with flags {flags:#x}"
         )))
     }
 
-    fn slots(&self) -> std::sync::MutexGuard<'_, Vec<Slot>> {
+    fn slots(&self) -> std::sync::MutexGuard<'_, Slots> {
         self.slots.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 

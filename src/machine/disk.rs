@@ -19,6 +19,9 @@ use crate::control::FerryDisk;
 use crate::io_poll::{IoPoll, PollCounters, PollStatistics, Poller, TurnEnd};
 use crate::io_thread::{IoThread, WakeUp, Worker};
 use crate::kvm::{MsiRouter, MsixFunction, Vm};
+use crate::memory::RamBlock;
+
+use super::buffer::Buffer;
 
 /// Requests that each worker may have at the disk at once.
 const REQUESTS_PER_WORKER: u32 = 256;
@@ -30,6 +33,7 @@ pub struct Disk {
     completions: Vec<EventFd>,
     interrupts: Arc<MsixFunction>,
     doorbells: Arc<Doorbells>,
+    buffer: Option<Arc<Buffer>>,
     controller: Arc<Controller>,
     /// Of each worker.
     polls: Vec<Arc<PollCounters>>,
@@ -43,6 +47,7 @@ impl Disk {
     pub fn new(
         spec: &ControllerSpec,
         namespaces: &[NamespaceConfig],
+        buffer: Option<&RamBlock>,
         workers: u8,
         memory: &GuestMemory,
         vm: &Arc<Vm>,
@@ -53,8 +58,15 @@ impl Disk {
             queue_pairs: spec.queue_pairs,
             vectors: spec.vectors,
             mdts: spec.mdts,
+            contiguous_queues: spec.contiguous_queues,
+            buffer_bytes: spec.buffer_bytes,
             ..ControllerConfig::new(serial)
         };
+        let memory = match buffer {
+            Some(block) => nvme::memory_with_buffer(memory, Arc::clone(&block.mapping))?,
+            None => memory.clone(),
+        };
+        let buffer = buffer.map(|block| Arc::new(Buffer::new(Arc::clone(vm), block.clone())));
         let contexts = (0..workers)
             .map(|_| IoContext::new(memory.clone(), REQUESTS_PER_WORKER))
             .collect::<Result<Vec<_>, _>>()
@@ -65,7 +77,7 @@ impl Disk {
         let doorbells = Doorbells::new(Arc::clone(vm), workers)?;
         let controller = Controller::new(
             config.clone(),
-            memory.clone(),
+            memory,
             namespaces,
             contexts,
             Arc::clone(&interrupts) as _,
@@ -74,7 +86,7 @@ impl Disk {
         let controller = Arc::new(controller);
         let polls = (0..workers).map(|_| Arc::default()).collect();
         let namespaces = namespaces.to_vec();
-        Ok(Self { config, namespaces, completions, interrupts, doorbells, controller, polls })
+        Ok(Self { config, namespaces, completions, interrupts, doorbells, buffer, controller, polls })
     }
 
     /// The controller's serial number.
@@ -89,7 +101,7 @@ impl Disk {
     /// The state is not one of this controller, which is of no use then.
     pub fn load(&self, state: &NvmeState) -> Result<(), nvme::Error> {
         self.controller.load(state)?;
-        self.doorbells.place(&self.controller.bars());
+        self.bus_function().place();
         Ok(())
     }
 
@@ -102,10 +114,15 @@ impl Disk {
     /// The controller as the PCI bus sees it.
     #[must_use]
     pub fn function(&self) -> Arc<dyn PciFunction> {
-        Arc::new(Function {
+        Arc::new(self.bus_function())
+    }
+
+    fn bus_function(&self) -> Function {
+        Function {
             controller: Arc::clone(&self.controller),
             doorbells: Arc::clone(&self.doorbells),
-        })
+            buffer: self.buffer.clone(),
+        }
     }
 
     /// Gives worker `n` to thread `n`; there are as many threads as workers. Each looks for work for up to `poll` before it sleeps.
@@ -148,12 +165,19 @@ impl Disk {
 
     /// What a destination must have too, in this PCI slot.
     pub fn describe(&self, slot: u8, description: &mut Description) {
-        let ControllerConfig { serial, queue_pairs, vectors, mdts, .. } = &self.config;
+        let ControllerConfig { serial, queue_pairs, vectors, mdts, contiguous_queues, buffer_bytes, .. } =
+            &self.config;
         let controller = format!("nvme.{serial}");
         description.set(format!("{controller}.slot"), slot);
         description.set(format!("{controller}.queues"), queue_pairs);
         description.set(format!("{controller}.msix"), vectors);
         description.set(format!("{controller}.mdts"), mdts);
+        if *contiguous_queues {
+            description.set(format!("{controller}.cqr"), true);
+        }
+        if *buffer_bytes > 0 {
+            description.set(format!("{controller}.cmb_bytes"), buffer_bytes);
+        }
         for NamespaceConfig { nsid, block_bytes, backend } in &self.namespaces {
             let Identity { kind, capacity_bytes, read_only } = backend.identity();
             let namespace = format!("{controller}.ns.{nsid}");
@@ -256,10 +280,22 @@ impl Host for Doorbells {
     }
 }
 
-/// The controller on the PCI bus; follows its BAR.
+/// The controller on the PCI bus; follows its BARs.
 struct Function {
     controller: Arc<Controller>,
     doorbells: Arc<Doorbells>,
+    buffer: Option<Arc<Buffer>>,
+}
+
+impl Function {
+    /// The BARs may have moved.
+    fn place(&self) {
+        let bars = self.controller.bars();
+        self.doorbells.place(&bars);
+        if let Some(buffer) = &self.buffer {
+            buffer.place(&bars);
+        }
+    }
 }
 
 impl PciFunction for Function {
@@ -269,7 +305,7 @@ impl PciFunction for Function {
 
     fn config_write(&self, offset: u16, data: &[u8]) {
         self.controller.config_write(offset, data);
-        self.doorbells.place(&self.controller.bars());
+        self.place();
     }
 
     fn bars(&self) -> Vec<BarWindow> {

@@ -6,8 +6,10 @@
 //!
 //! Locks are taken in this order, and none is held while a guest is waited for, except by [`Machine::pause`]:
 //! run state (`vmm`) > image access (`block`) > PCI root bus > configuration space > MSI-X table > KVM's route table >
-//! doorbells of a disk; a controller's worker > its doorbells of a disk; configuration space > interrupt pin > shared input.
+//! doorbells of a disk > memory slots; a controller's worker > its doorbells of a disk; configuration space > interrupt pin > shared
+//! input.
 
+mod buffer;
 mod chipset;
 mod devices;
 mod disk;
@@ -101,7 +103,8 @@ impl Machine {
             .iter()
             .enumerate()
             .map(|(index, spec_of_disk)| {
-                Disk::new(spec_of_disk, resources.namespaces(index), spec.io_threads, memory, &vm, &router)
+                let (namespaces, buffer) = (resources.namespaces(index), resources.buffer(index));
+                Disk::new(spec_of_disk, namespaces, buffer, spec.io_threads, memory, &vm, &router)
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         let entropy = EntropyDevice::new(memory, &router)?;

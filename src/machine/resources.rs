@@ -10,7 +10,7 @@ use block::{Backend, FileImage, FileOptions, MemoryImage, NullImage};
 use nvme::NamespaceConfig;
 
 use crate::config::{BackendSpec, ControllerSpec, MachineSpec, NamespaceSpec};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, RamBlock};
 
 /// Between two tries at an image that is locked.
 const LOCK_RETRY: Duration = Duration::from_millis(1);
@@ -23,6 +23,8 @@ pub struct Resources {
     ram: GuestRam,
     /// For each controller of the specification, in its order.
     namespaces: Vec<Vec<NamespaceConfig>>,
+    /// Names of the blocks of controller memory buffers, by controller.
+    buffers: Vec<Option<String>>,
 }
 
 impl Resources {
@@ -45,13 +47,20 @@ impl Resources {
             })
             .collect();
         refuse_shared_images(spec)?;
-        let ram = GuestRam::new(spec.memory_bytes, &blocks)?;
+        let buffer = |controller: &ControllerSpec| {
+            (controller.buffer_bytes > 0)
+                .then(|| (buffer_block_name(&controller.serial), controller.buffer_bytes))
+        };
+        let buffers: Vec<_> = spec.controllers.iter().map(buffer).collect();
+        let buffer_blocks: Vec<_> = buffers.iter().flatten().cloned().collect();
+        let ram = GuestRam::with_buffers(spec.memory_bytes, &blocks, &buffer_blocks)?;
         let open = |controller: &ControllerSpec| {
             let namespaces = controller.namespaces.iter();
             namespaces.map(|namespace| open_namespace(&controller.serial, namespace, &ram)).collect()
         };
         let namespaces = spec.controllers.iter().map(open).collect::<anyhow::Result<_>>()?;
-        Ok(Self { ram, namespaces })
+        let buffers = buffers.into_iter().map(|buffer| buffer.map(|(name, _)| name)).collect();
+        Ok(Self { ram, namespaces, buffers })
     }
 
     /// The memory.
@@ -73,6 +82,12 @@ impl Resources {
             namespace.backend = wrap(Arc::clone(&namespace.backend));
         }
         self
+    }
+
+    /// The memory buffer of controller `index`, if it has one.
+    #[must_use]
+    pub fn buffer(&self, index: usize) -> Option<&RamBlock> {
+        self.ram.block(self.buffers.get(index)?.as_deref()?)
     }
 
     /// Takes lock and access of every image, in the fixed order (controllers as declared, namespaces by identifier): all
@@ -159,6 +174,10 @@ fn refuse_shared_images(spec: &MachineSpec) -> anyhow::Result<()> {
 }
 
 /// Name of the RAM block that holds a memory namespace.
+fn buffer_block_name(serial: &str) -> String {
+    format!("nvme/{serial}/cmb")
+}
+
 fn memory_block_name(serial: &str, nsid: u32) -> String {
     format!("namespace-{serial}-{nsid}")
 }

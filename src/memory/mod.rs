@@ -1,8 +1,8 @@
 //! Guest RAM: one sealed memfd a block, mapped shared, with the bitmap of the pages that this process wrote.
 //!
-//! A *block* is what migration moves: `ram-low`, `ram-high` (what is above 3 GiB, see [`crate::layout`]) and one for
-//! each namespace that lives in memory. The first two are in the guest's address space and in a KVM slot; a
-//! namespace's block is reached only by the NVMe controller.
+//! A *block* is what migration moves: `ram-low`, `ram-high` (what is above 3 GiB, see [`crate::layout`]), one for
+//! each namespace that lives in memory and one for each controller memory buffer. The first two are in the guest's address space and in
+//! a KVM slot; a namespace's block is reached only by the NVMe controller; a buffer has a KVM slot, and is where the guest puts it.
 //!
 //! Invariants: a block never changes its size (the memfd is sealed, so that no holder of the descriptor can turn an
 //! access into SIGBUS); names are unique; nothing outside this module makes a pointer from a mapping.
@@ -33,6 +33,9 @@ pub const PAGE_SIZE_BYTES: u64 = 4096;
 pub const RAM_LOW: &str = "ram-low";
 /// Name of the block at [`layout::HIGH_RAM_START`].
 pub const RAM_HIGH: &str = "ram-high";
+
+/// KVM memory slots of device memory begin after those of RAM.
+const FIRST_BUFFER_SLOT: u32 = 2;
 
 /// A part of a block, through which the device models' bitmap sees writes.
 pub type RamSlice<'a> = VolatileSlice<'a, RefSlice<'a, GuestBitmap>>;
@@ -106,14 +109,19 @@ pub struct RamBlock {
     pub mapping: Arc<GuestMapping>,
     /// The memory as a descriptor.
     pub memfd: Arc<File>,
-    /// Where the guest sees it; `None` for memory that only a device model reaches.
+    /// Where the guest sees it as RAM; `None` for memory that a device model reaches.
     pub guest_base: Option<u64>,
-    /// The KVM memory slot; `None` where [`Self::guest_base`] is.
+    /// The KVM memory slot: of RAM, and of device memory that the guest sees where and while it wants to.
     pub kvm_slot: Option<u32>,
 }
 
 impl RamBlock {
-    fn new(name: &str, length_bytes: u64, place: Option<(u64, u32)>) -> Result<Self, Error> {
+    fn new(
+        name: &str,
+        length_bytes: u64,
+        guest_base: Option<u64>,
+        kvm_slot: Option<u32>,
+    ) -> Result<Self, Error> {
         let size = usize::try_from(length_bytes)
             .ok()
             .filter(|_| length_bytes > 0 && length_bytes.is_multiple_of(PAGE_SIZE_BYTES))
@@ -127,13 +135,7 @@ impl RamBlock {
         let memfd = Arc::new(File::from(memfd));
         let mapping = GuestMapping::from_file(FileOffset::from_arc(Arc::clone(&memfd), 0), size)
             .map_err(|e| create("map the memfd", io::Error::other(e)))?;
-        Ok(Self {
-            name: name.to_owned(),
-            mapping: Arc::new(mapping),
-            memfd,
-            guest_base: place.map(|(base, _)| base),
-            kvm_slot: place.map(|(_, slot)| slot),
-        })
+        Ok(Self { name: name.to_owned(), mapping: Arc::new(mapping), memfd, guest_base, kvm_slot })
     }
 
     /// Size in bytes, a multiple of [`PAGE_SIZE_BYTES`].
@@ -264,11 +266,23 @@ impl GuestRam {
     /// # Errors
     /// [`Error::BadSize`], [`Error::DuplicateName`], [`Error::Create`].
     pub fn new(memory_bytes: u64, extra_blocks: &[(String, u64)]) -> Result<Self, Error> {
+        Self::with_buffers(memory_bytes, extra_blocks, &[])
+    }
+
+    /// The same with a block for each `(name, bytes)` of `buffers`: memory of devices that the guest sees where and while it wants to.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_buffers(
+        memory_bytes: u64,
+        extra_blocks: &[(String, u64)],
+        buffers: &[(String, u64)],
+    ) -> Result<Self, Error> {
         let low_bytes = memory_bytes.min(layout::LOW_RAM_END);
-        let mut blocks = vec![RamBlock::new(RAM_LOW, low_bytes, Some((0, 0)))?];
+        let mut blocks = vec![RamBlock::new(RAM_LOW, low_bytes, Some(0), Some(0))?];
         if memory_bytes > low_bytes {
-            let place = Some((layout::HIGH_RAM_START, 1));
-            blocks.push(RamBlock::new(RAM_HIGH, memory_bytes - low_bytes, place)?);
+            let (base, slot) = (Some(layout::HIGH_RAM_START), Some(1));
+            blocks.push(RamBlock::new(RAM_HIGH, memory_bytes - low_bytes, base, slot)?);
         }
         let regions = blocks
             .iter()
@@ -280,11 +294,13 @@ impl GuestRam {
             })
             .collect::<Result<Vec<_>, _>>()?;
         let memory = GuestMemory::from_arc_regions(regions)?;
-        for (name, length_bytes) in extra_blocks {
+        let extra = extra_blocks.iter().map(|block| (block, None));
+        let buffers = buffers.iter().zip((FIRST_BUFFER_SLOT..).map(Some));
+        for ((name, length_bytes), kvm_slot) in extra.chain(buffers) {
             if blocks.iter().any(|block| block.name == *name) {
                 return Err(Error::DuplicateName(name.clone()));
             }
-            blocks.push(RamBlock::new(name, *length_bytes, None)?);
+            blocks.push(RamBlock::new(name, *length_bytes, None, kvm_slot)?);
         }
         Ok(Self { blocks, memory })
     }

@@ -59,9 +59,14 @@ pub(crate) struct TestGuest {
 impl TestGuest {
     /// `code` runs on the first of `count` vCPUs when they are resumed. There is 1 MiB of RAM, and a namespace of 16 pages.
     pub(crate) fn new(count: u32, code: &[u8]) -> Self {
+        Self::with_buffers(count, code, &[])
+    }
+
+    /// The same with memory that can be placed.
+    pub(crate) fn with_buffers(count: u32, code: &[u8], buffers: &[(String, u64)]) -> Self {
         let host = Host::open().expect("these tests need /dev/kvm");
         let vm = Vm::new(&host).unwrap();
-        let ram = GuestRam::new(1 << 20, &[("namespace-A-1".into(), 1 << 16)]).unwrap();
+        let ram = GuestRam::with_buffers(1 << 20, &[("namespace-A-1".into(), 1 << 16)], buffers).unwrap();
         vm.map_ram(&ram).unwrap();
         let recorder = || {
             let (writes, receiver) = mpsc::channel();
