@@ -251,6 +251,8 @@ pub const ONCS_TIMESTAMP: u16 = 1 << 6;
 pub const ONCS_VERIFY: u16 = 1 << 7;
 /// ONCS bit 8: Copy.
 pub const ONCS_COPY: u16 = 1 << 8;
+/// FUSES bit 0: fused Compare and Write.
+pub const FUSES_COMPARE_AND_WRITE: u16 = 1 << 0;
 /// CDFS bit 0: Copy Descriptor Format 0h.
 pub const CDFS_FORMAT_0: u16 = 1 << 0;
 /// CDFS bit 1: Copy Descriptor Format 1h.

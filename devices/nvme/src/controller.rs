@@ -106,6 +106,9 @@ impl Controller {
         }
         let endpoint = Endpoint::new(crate::pci::config_space(&config)?, sink).map_err(Error::Pci)?;
         subsystem.join(id, Arc::clone(&host))?;
+        for worker in 0..contexts.len() {
+            subsystem.exclusion.join((id, worker), Arc::clone(&host));
+        }
         let table = subsystem.attached_to(id);
         let membership = (Arc::clone(subsystem), id);
         let shared = Shared::new(membership, config, memory, endpoint, contexts.len(), host);
@@ -278,6 +281,10 @@ impl Controller {
 
 impl Drop for Controller {
     fn drop(&mut self) {
-        self.pool.shared.subsystem.leave(self.pool.shared.controller_id);
+        let shared = &self.pool.shared;
+        for worker in 0..self.pool.workers.len() {
+            shared.subsystem.exclusion.leave((shared.controller_id, worker));
+        }
+        shared.subsystem.leave(shared.controller_id);
     }
 }

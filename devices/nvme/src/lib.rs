@@ -32,8 +32,8 @@
 //!
 //! # Absent
 //!
-//! Metadata, the persistent memory region, fused operations, reservations and namespace management. None of them is claimed in Identify,
-//! and their commands are refused.
+//! Metadata, the persistent memory region, reservations and namespace management. None of them is claimed in Identify, and their
+//! commands are refused.
 #![forbid(unsafe_code)]
 
 mod admin;
@@ -46,6 +46,7 @@ mod data;
 mod doorbell;
 mod error;
 mod event;
+mod exclusion;
 mod firmware;
 mod interrupt;
 mod inventory;
@@ -61,6 +62,7 @@ mod restore;
 mod save;
 mod sgl;
 mod shared;
+mod slot;
 mod smart;
 mod state;
 mod subsystem;

@@ -29,7 +29,8 @@ pub(crate) const CONGESTED_BACKLOG: usize = 256;
 /// fetched while [`CONGESTED_BACKLOG`] of them wait for anything, their completions included (`Admin::may_fetch`). A restored queue may
 /// begin with more and only gets shorter, except for parked requests, for which the admin queue's has room.
 pub(crate) const MAX_BACKLOG: usize = 65_536;
-const _: () = assert!(CONGESTED_BACKLOG + block::IoContext::MAXIMUM_DEPTH as usize <= MAX_BACKLOG);
+/// A fused pair has one slot and two completions, and a worker one such pair at a time.
+const _: () = assert!(CONGESTED_BACKLOG + (block::IoContext::MAXIMUM_DEPTH as usize) < MAX_BACKLOG);
 
 /// Where the entries of a queue are. All of it was inside guest memory when the queue was made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -149,6 +150,20 @@ impl QueuePlace {
     }
 }
 
+/// What a submission queue waits for although it has entries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Hold {
+    #[default]
+    No,
+    /// Its next command is for a range that is claimed, or begins a pair while another is carried out.
+    Claims,
+    /// Its last entry is the first half of a fused operation.
+    Half {
+        /// The tail that it was found with.
+        tail: u32,
+    },
+}
+
 /// A submission queue. The tail is the guest's, the head is ours.
 #[derive(Debug)]
 pub(crate) struct SubmissionQueue {
@@ -164,6 +179,7 @@ pub(crate) struct SubmissionQueue {
     pub deleting: bool,
     /// Ring indexes of commands that were aborted (and completed) before they were fetched.
     pub aborted: Vec<u16>,
+    pub hold: Hold,
     pub shadow: Option<Shadow>,
     /// The EventIdx that was published last.
     pub published: Option<u32>,
@@ -184,6 +200,7 @@ impl SubmissionQueue {
             in_flight: 0,
             deleting: false,
             aborted: Vec::new(),
+            hold: Hold::No,
             shadow: None,
             published: None,
             doorbell_event: false,
@@ -209,6 +226,8 @@ impl SubmissionQueue {
         let mut bytes = [0; SubmissionEntry::SIZE_BYTES];
         memory.read_slice(&mut bytes, self.ring.address(index)).map_err(|_| MemoryGone)?;
         self.head = self.ring.next(index);
+        // It waits no longer: the same tail comes again after a lap.
+        self.hold = Hold::No;
         if !self.aborted.is_empty()
             && let Some(position) = self.aborted.iter().position(|&aborted| u32::from(aborted) == index)
         {
@@ -216,6 +235,21 @@ impl SubmissionQueue {
             return Ok(None);
         }
         Ok(Some(SubmissionEntry::from_bytes(&bytes)))
+    }
+
+    /// Puts the entry that was just fetched back, to wait.
+    pub fn give_back(&mut self, hold: Hold) {
+        self.head = self.head.checked_sub(1).unwrap_or(self.ring.entries - 1);
+        self.hold = hold;
+    }
+
+    /// Whether it has to wait although it has entries.
+    pub fn is_held(&self) -> bool {
+        match self.hold {
+            Hold::No => false,
+            Hold::Claims => true,
+            Hold::Half { tail } => tail == self.tail,
+        }
     }
 
     /// Looks for an unfetched command `cid` and marks it as aborted.

@@ -20,6 +20,7 @@ use nvme_spec::NSID_BROADCAST;
 
 use crate::Error;
 use crate::config::{MAX_NAMESPACES, NamespaceConfig};
+use crate::exclusion::Exclusion;
 use crate::namespace::{self, Namespace, NamespaceTable};
 use crate::shared::{Host, lock};
 
@@ -35,6 +36,8 @@ pub struct Subsystem {
     /// Counts changes of what is attached, so that a controller that has seen the last one takes no lock.
     generation: AtomicU64,
     contents: Mutex<Contents>,
+    /// Ranges that fused operations have for themselves.
+    pub(crate) exclusion: Exclusion,
 }
 
 /// What the lock protects.
@@ -76,6 +79,7 @@ impl Subsystem {
             shared,
             generation: AtomicU64::new(0),
             contents: Mutex::new(Contents { namespaces: table.into(), controllers: BTreeMap::new() }),
+            exclusion: Exclusion::default(),
         }))
     }
 

@@ -15,58 +15,17 @@ use nvme_spec::event::Event;
 use nvme_spec::log::ErrorEntry;
 use nvme_spec::{NSID_BROADCAST, Status};
 
+use crate::command::fused::{Admission, Pair};
 use crate::data::DataWalker;
 use crate::doorbell::MemoryGone;
+use crate::exclusion::View;
 use crate::namespace::{self, NamespaceTable};
 use crate::queue::{CompletionQueue, Ended, SubmissionQueue};
 use crate::shared::Shared;
+use crate::slot::is_cached;
+pub(crate) use crate::slot::{Owner, Slot, Step, flush_step};
 use crate::smart::Counters;
 use crate::wakeup::{self, ask_for_tail};
-
-/// Whose command a slot holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Owner {
-    /// The slot is free.
-    Nobody,
-    /// The submission queue with this index.
-    Queue(u32),
-    /// An admin command or the controller itself, by a token that goes into `Worker::admin_ended`.
-    Admin(u32),
-    /// The queue is gone (reset); the end is noted and dropped.
-    Orphan,
-}
-
-/// A backend request that a command still needs. Commands of several requests have one at a time in flight.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Step {
-    pub nsid: u32,
-    pub operation: Operation,
-    pub offset_bytes: u64,
-    pub length_bytes: u64,
-}
-
-/// A command in flight.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    pub owner: Owner,
-    /// Counts uses, so that a token of an earlier use is recognised.
-    generation: u32,
-    pub cid: u16,
-    pub nsid: u32,
-    /// For the error log.
-    pub lba: u64,
-    pub write: bool,
-    /// The request in flight.
-    pub running: Step,
-    /// Dword 0 of the completion, if the command fails: ranges that were copied.
-    pub copied: u32,
-    /// A request that fails does not end the command: the others are made all the same.
-    pub goes_on: bool,
-    /// The first failure of its requests.
-    status: Status,
-    /// Requests to make after the one in flight, last first.
-    pub steps: Vec<Step>,
-}
 
 /// See the module's text.
 pub(crate) struct Worker {
@@ -95,6 +54,10 @@ pub(crate) struct Worker {
     pub turns: [usize; 4],
     pub ranges: Vec<GuestRange>,
     pub scratch: Vec<u8>,
+    /// The fused pair that is carried out.
+    pub pair: Option<Pair>,
+    /// What is known of claimed ranges.
+    pub claims: View,
     completions: Vec<Completion>,
     /// Something was fetched or reaped in this pass.
     busy: bool,
@@ -105,19 +68,6 @@ pub(crate) struct Worker {
 impl Worker {
     pub fn new(index: usize, context: IoContext, namespaces: NamespaceTable) -> Self {
         let depth = context.depth();
-        let slot = |_| Slot {
-            owner: Owner::Nobody,
-            generation: 0,
-            cid: 0,
-            nsid: 0,
-            lba: 0,
-            write: false,
-            running: flush_step(0),
-            copied: 0,
-            goes_on: false,
-            status: Status::SUCCESS,
-            steps: Vec::new(),
-        };
         Self {
             index,
             context,
@@ -129,13 +79,15 @@ impl Worker {
             walker: DataWalker::new(u64::from(crate::config::MIN_PAGE_BYTES)),
             counters: Counters::default(),
             admin_ended: Vec::new(),
-            slots: (0..depth).map(slot).collect(),
+            slots: (0..depth).map(|_| Slot::free()).collect(),
             free: (0..depth).rev().collect(),
             listed: Vec::new(),
             delayed: Vec::new(),
             turns: [0; 4],
             ranges: Vec::new(),
             scratch: Vec::new(),
+            pair: None,
+            claims: View::default(),
             completions: Vec::with_capacity(depth as usize),
             busy: false,
             failures_told: Vec::new(),
@@ -169,6 +121,7 @@ impl Worker {
     fn pass(&mut self, shared: &Shared) -> Result<bool, MemoryGone> {
         self.reap(shared);
         self.post(shared)?;
+        self.look_at_claims(shared);
         let mut more = false;
         if shared.may_fetch() {
             more = self.fetch(shared)?;
@@ -179,6 +132,7 @@ impl Worker {
         }
         // Requests that were made meanwhile (the next steps of their commands) are submitted in the next pass.
         more |= self.reap(shared);
+        more |= self.look_at_claims(shared);
         self.post(shared)?;
         self.finish_interrupts(shared)?;
         let lane = &shared.lanes[self.index];
@@ -211,7 +165,7 @@ impl Worker {
                 return Ok(false);
             }
             let Some(queue) = self.sqs[index].as_mut() else { return Ok(false) };
-            if queue.is_empty() || queue.deleting || self.free.is_empty() {
+            if queue.is_empty() || queue.deleting || self.free.is_empty() || queue.is_held() {
                 return Ok(false);
             }
             let cq_index = usize::from(queue.cq_id) / shared.lanes.len();
@@ -222,6 +176,17 @@ impl Worker {
                 return Ok(false);
             }
             let Some(entry) = queue.fetch(&shared.memory)? else { continue };
+            if entry.fuse() != 0 || !self.claims.is_empty() {
+                match self.admit(shared, index, &entry)? {
+                    Admission::Start => {}
+                    Admission::Hold => return Ok(false),
+                    Admission::Done => {
+                        self.busy = true;
+                        continue;
+                    }
+                }
+            }
+            let Some(queue) = self.sqs[index].as_mut() else { return Ok(false) };
             queue.in_flight += 1;
             self.busy = true;
             let cid = entry.cid;
@@ -257,6 +222,7 @@ impl Worker {
         slot.nsid = nsid;
         slot.lba = 0;
         slot.write = false;
+        slot.running = flush_step(nsid);
         slot.copied = 0;
         slot.goes_on = false;
         slot.status = Status::SUCCESS;
@@ -291,7 +257,7 @@ impl Worker {
             namespace.backend.submit(&mut self.context, &request);
             return true;
         }
-        false
+        self.next_of_pair(slot_index)
     }
 
     /// Takes what the backends have finished. `true`: commands went on to their next step.
@@ -396,7 +362,9 @@ impl Worker {
     }
 
     /// The command in a slot has ended: the slot is free again.
-    fn finish(&mut self, shared: &Shared, slot_index: u32, status: Status) {
+    pub fn finish(&mut self, shared: &Shared, slot_index: u32, status: Status) {
+        let pair = self.end_pair(shared, slot_index, status);
+        let status = pair.map_or(status, |(_, first, _)| first);
         let slot = &mut self.slots[slot_index as usize];
         let (owner, cid) = (slot.owner, slot.cid);
         // "If the command completes with failure, Dword 0 ... contains the number of the lowest numbered Source Range entry that was
@@ -406,7 +374,12 @@ impl Worker {
         slot.steps.clear();
         self.free.push(slot_index);
         match owner {
-            Owner::Queue(index) => self.end(shared, index, cid, dw0, status),
+            Owner::Queue(index) => {
+                self.end(shared, index, cid, dw0, status);
+                if let Some((cid, _, status)) = pair {
+                    self.end(shared, index, cid, 0, status);
+                }
+            }
             Owner::Admin(token) => self.admin_ended.push((token, status)),
             Owner::Orphan | Owner::Nobody => {}
         }
@@ -480,7 +453,8 @@ impl Worker {
             more |= tail != queue.tail && tail < queue.ring.entries;
             // Left over because there was no slot or no room in the completion queue, and now there is.
             let cq = self.cqs.get(usize::from(queue.cq_id) / shared.lanes.len()).and_then(Option::as_ref);
-            let held = queue.deleting || self.free.is_empty() || cq.is_none_or(|cq| cq.waiting);
+            let held =
+                queue.deleting || queue.is_held() || self.free.is_empty() || cq.is_none_or(|cq| cq.waiting);
             more |= !queue.is_empty() && !held;
         }
         Ok(more)
@@ -529,27 +503,12 @@ impl Worker {
         }
         self.listed.clear();
         self.delayed.clear();
+        self.drop_waiting_pair(shared);
         for slot in self.slots.iter_mut().filter(|slot| slot.owner != Owner::Nobody) {
             slot.owner = Owner::Orphan;
         }
         self.admin_ended.clear();
     }
-}
-
-/// A request that makes stable what a namespace's cache holds.
-pub(crate) fn flush_step(nsid: u32) -> Step {
-    Step { nsid, operation: Operation::Flush, offset_bytes: 0, length_bytes: 0 }
-}
-
-/// Whether `operation` may end before what it wrote is stable.
-pub(crate) fn is_cached(operation: Operation) -> bool {
-    matches!(
-        operation,
-        Operation::Write { fua: false }
-            | Operation::WriteZeroes { fua: false, .. }
-            | Operation::Fill { .. }
-            | Operation::Copy { fua: false, .. }
-    )
 }
 
 /// Closes the doorbell of a submission queue that goes away.

@@ -6,7 +6,7 @@ use nvme_spec::{IDENTIFY_SIZE_BYTES, Status, SubmissionEntry};
 
 use crate::admin::{Admin, Answer, MAX_PARKED, Pool};
 use crate::command::features::{DEFAULT_OVER_TEMPERATURE_KELVIN, KEEP_ALIVE_GRANULARITY_MS};
-use crate::command::{copy, limits};
+use crate::command::{copy, fused, limits};
 use crate::config::{MAX_NAMESPACES, padded};
 use crate::event::ERROR_LOG_ENTRIES;
 use crate::firmware;
@@ -169,6 +169,8 @@ impl Admin {
                 | spec::SANICAP_OVERWRITE
                 | spec::SANICAP_MEDIA_NOT_MODIFIED_AFTERWARDS,
             cdfs: copy::DESCRIPTOR_FORMATS,
+            fuses: spec::FUSES_COMPARE_AND_WRITE,
+            acwu: fused::atomic_compare_and_write_unit(config),
             nwpc: spec::NWPC_WRITE_PROTECT
                 | spec::NWPC_UNTIL_POWER_CYCLE
                 | if self.non_volatile.is_some() { spec::NWPC_PERMANENT } else { 0 },

@@ -23,7 +23,7 @@ impl Worker {
         if !is_supported(entry.opcode) {
             return Err(Status::INVALID_OPCODE.do_not_retry());
         }
-        // Fused operations are not offered (Identify FUSES).
+        // FUSE 11b; the halves of fused operations do not come here.
         if entry.fuse() != 0 {
             return Err(Status::INVALID_FIELD.do_not_retry());
         }
@@ -293,7 +293,7 @@ fn limited_range(
 }
 
 /// Number of logical blocks of a command: CDW12 has one less, so that 65,536 fit.
-fn blocks(entry: &SubmissionEntry) -> u64 {
+pub(crate) fn blocks(entry: &SubmissionEntry) -> u64 {
     u64::from(entry.cdw12 & opcode::CDW12_NLB_MASK) + 1
 }
 

@@ -5,6 +5,7 @@ mod copy;
 pub(crate) mod features;
 mod firmware;
 pub(crate) mod format;
+pub(crate) mod fused;
 mod identify;
 mod io;
 mod limits;

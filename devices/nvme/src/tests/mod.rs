@@ -9,6 +9,7 @@ mod commands;
 mod driver;
 mod firmware;
 mod format;
+mod fused;
 mod hostile;
 mod init;
 mod interrupts;

@@ -1,11 +1,15 @@
 //! Random guests: against a reference disk, and hostile ones.
 
+use std::sync::Arc;
+
+use block::{Failure, Fault, FaultControl, FaultImage, Target};
 use nvme_spec::opcode::{self, nvm};
-use nvme_spec::{SubmissionEntry, regs};
+use nvme_spec::sgl::{DATA_BLOCK, LAST_SEGMENT};
+use nvme_spec::{SglDescriptor, Status, SubmissionEntry, regs};
 use proptest::prelude::*;
 
-use super::driver::{Guest, MEMORY_BYTES, namespace, transfer};
-use crate::ControllerConfig;
+use super::driver::{Guest, MEMORY_BYTES, memory_image, namespace, transfer};
+use crate::{ControllerConfig, NamespaceConfig};
 
 const BLOCKS: u64 = 64;
 const QUEUES: u16 = 3;
@@ -48,6 +52,45 @@ enum Action {
     Migrate {
         workers: usize,
     },
+    /// Compares with what the disk holds, but for one byte if `differs`.
+    Compare {
+        queue: u16,
+        nsid: u32,
+        lba: u64,
+        blocks: u64,
+        differs: bool,
+    },
+    Verify {
+        queue: u16,
+        nsid: u32,
+        lba: u64,
+        blocks: u64,
+    },
+    /// Copies blocks, in two ranges if there are two.
+    Copy {
+        queue: u16,
+        nsid: u32,
+        lba: u64,
+        blocks: u64,
+        destination: u64,
+    },
+    Uncorrectable {
+        queue: u16,
+        nsid: u32,
+        lba: u64,
+        blocks: u64,
+    },
+    /// A fused Compare and Write; the first half alone for a while, perhaps in another controller.
+    Pair {
+        queue: u16,
+        nsid: u32,
+        lba: u64,
+        fill: u8,
+        differs: bool,
+        workers: Option<usize>,
+    },
+    /// The next request to an image fails.
+    Fail,
 }
 
 fn action() -> impl Strategy<Value = Action> {
@@ -64,6 +107,30 @@ fn action() -> impl Strategy<Value = Action> {
         1 => (queue.clone(), nsid).prop_map(|(queue, nsid)| Action::Flush { queue, nsid }),
         1 => (queue, 1..7u64).prop_map(|(queue, count)| Action::Burst { queue, count }),
         1 => (1..4usize).prop_map(|workers| Action::Migrate { workers }),
+        4 => more_actions(),
+    ]
+}
+
+fn more_actions() -> impl Strategy<Value = Action> {
+    let at = || {
+        let range = (0..BLOCKS).prop_flat_map(|lba| (Just(lba), 1..=(BLOCKS - lba).min(8)));
+        (1..=QUEUES, prop_oneof![Just(1u32), Just(42)], range)
+    };
+    prop_oneof![
+        2 => (at(), any::<bool>()).prop_map(|((queue, nsid, (lba, blocks)), differs)| {
+            Action::Compare { queue, nsid, lba, blocks, differs }
+        }),
+        1 => at().prop_map(|(queue, nsid, (lba, blocks))| Action::Verify { queue, nsid, lba, blocks }),
+        2 => (at(), 0..BLOCKS - 8).prop_map(|((queue, nsid, (lba, blocks)), destination)| {
+            Action::Copy { queue, nsid, lba, blocks, destination }
+        }),
+        1 => at().prop_map(|(queue, nsid, (lba, blocks))| Action::Uncorrectable { queue, nsid, lba, blocks }),
+        2 => (at(), any::<u8>(), any::<bool>(), prop::option::of(1..4usize)).prop_map(
+            |((queue, nsid, (lba, _)), fill, differs, workers)| {
+                Action::Pair { queue, nsid, lba, fill, differs, workers }
+            }
+        ),
+        1 => Just(Action::Fail),
     ]
 }
 
@@ -87,19 +154,66 @@ fn scattered(
         rest -= length;
         index += 1;
     }
+    // Every other buffer by SGL.
+    if offset.is_multiple_of(8) {
+        let descriptor =
+            |&(address, length): &(u64, usize)| SglDescriptor::new(DATA_BLOCK, address, length as u32);
+        let list: Vec<u8> = pieces.iter().flat_map(|piece| descriptor(piece).to_bytes()).collect();
+        guest.write_bytes(area, &list);
+        let mut entry = SubmissionEntry { flags: 0x40, ..entry };
+        entry.set_data_sgl(SglDescriptor::new(LAST_SEGMENT, area, list.len() as u32));
+        return (entry, pieces);
+    }
     let list: Vec<u8> = pages.iter().skip(1).flat_map(|page| page.to_le_bytes()).collect();
     guest.write_bytes(area, &list);
     let prp2 = if pages.len() == 2 { pages[1] } else { area };
     (SubmissionEntry { prp1: pages[0], prp2, ..entry }, pieces)
 }
 
-fn disk(reference: &mut [Vec<u8>; 2], nsid: u32, lba: u64, blocks: u64) -> &mut [u8] {
-    &mut reference[usize::from(nsid != 1)][(lba * 512) as usize..((lba + blocks) * 512) as usize]
+/// What a disk has to hold.
+#[derive(Clone)]
+struct Reference {
+    bytes: Vec<u8>,
+    /// Blocks that cannot be read.
+    marked: Vec<bool>,
+}
+
+impl Reference {
+    fn new() -> Self {
+        Self { bytes: vec![0; (BLOCKS * 512) as usize], marked: vec![false; BLOCKS as usize] }
+    }
+
+    fn of(both: &mut [Self; 2], nsid: u32) -> &mut Self {
+        &mut both[usize::from(nsid != 1)]
+    }
+
+    fn blocks(&self, lba: u64, blocks: u64) -> &[u8] {
+        &self.bytes[(lba * 512) as usize..((lba + blocks) * 512) as usize]
+    }
+
+    fn write(&mut self, lba: u64, data: &[u8]) {
+        self.bytes[(lba * 512) as usize..][..data.len()].copy_from_slice(data);
+        self.marked[lba as usize..][..data.len() / 512].fill(false);
+    }
+
+    fn is_marked(&self, lba: u64, blocks: u64) -> bool {
+        self.marked[lba as usize..(lba + blocks) as usize].contains(&true)
+    }
+
+    /// How a command ends that reads these blocks, if the image does its part.
+    fn reads(&self, lba: u64, blocks: u64) -> Result<(), Status> {
+        if self.is_marked(lba, blocks) { Err(Status::UNRECOVERED_READ_ERROR) } else { Ok(()) }
+    }
 }
 
 fn play(actions: &[Action], shadow: bool) {
     let config = ControllerConfig { queue_pairs: 4, vectors: 5, ..ControllerConfig::new("RANDOM") };
-    let mut guest = Guest::ready(config, vec![namespace(1, BLOCKS as usize), namespace(42, BLOCKS as usize)]);
+    let control = Arc::new(FaultControl::default());
+    let namespaces = [1, 42].map(|nsid| {
+        let backend = Arc::new(FaultImage::new(memory_image(BLOCKS as usize * 512), control.clone()));
+        NamespaceConfig { nsid, block_bytes: 512, backend }
+    });
+    let mut guest = Guest::ready(config, namespaces.into());
     if shadow {
         guest.use_shadow_doorbells();
     }
@@ -107,9 +221,110 @@ fn play(actions: &[Action], shadow: bool) {
         guest.create_pair(queue, 5 + u32::from(queue));
     }
     let area = guest.pages(8);
-    let mut reference = [vec![0; (BLOCKS * 512) as usize], vec![0; (BLOCKS * 512) as usize]];
+    let mut reference = [Reference::new(), Reference::new()];
+    // The next request fails; a command that never makes one leaves it.
+    let mut fails = false;
     for action in actions {
+        let seen = control.seen();
         match *action {
+            Action::Fail => {
+                if !std::mem::replace(&mut fails, true) {
+                    control.inject(Target::Any, 0, 1, Fault::Fail(Failure::Io(5)));
+                }
+            }
+            Action::Compare { queue, nsid, lba, blocks, differs } => {
+                let disk = Reference::of(&mut reference, nsid);
+                let mut data = disk.blocks(lba, blocks).to_vec();
+                data[(blocks * 300) as usize] ^= u8::from(differs);
+                guest.write_bytes(area, &data);
+                let expected = disk.reads(lba, blocks).and(match (fails, differs) {
+                    (true, _) => Err(Status::UNRECOVERED_READ_ERROR),
+                    (_, true) => Err(Status::COMPARE_FAILURE),
+                    _ => Ok(()),
+                });
+                assert_eq!(guest.io(queue, transfer(nvm::COMPARE, nsid, lba, blocks as u32, area)), expected);
+            }
+            Action::Verify { queue, nsid, lba, blocks } => {
+                let disk = Reference::of(&mut reference, nsid);
+                let expected =
+                    if fails { Err(Status::UNRECOVERED_READ_ERROR) } else { disk.reads(lba, blocks) };
+                assert_eq!(guest.io(queue, transfer(nvm::VERIFY, nsid, lba, blocks as u32, 0)), expected);
+            }
+            Action::Copy { queue, nsid, lba, blocks, destination } => {
+                let disk = Reference::of(&mut reference, nsid);
+                let first = (blocks / 2).max(1);
+                let ranges: Vec<_> = [(lba, first), (lba + first, blocks - first)]
+                    .into_iter()
+                    .filter(|range| range.1 > 0)
+                    .collect();
+                let list: Vec<u8> = ranges.iter().flat_map(|range| copy_range(range.0, range.1)).collect();
+                guest.write_bytes(area, &list);
+                let mut entry = transfer(nvm::COPY, nsid, 0, 1, area);
+                entry.cdw12 = ranges.len() as u32 - 1;
+                entry.set_cdw10_64(destination);
+                let completion = guest.submit(queue, entry);
+                // All sources are looked at first, and then one range is copied after the other.
+                if disk.is_marked(lba, blocks) {
+                    assert_eq!(
+                        (completion.status().code(), completion.dw0),
+                        (Status::UNRECOVERED_READ_ERROR, 0)
+                    );
+                } else if fails {
+                    assert_eq!((completion.status().code(), completion.dw0), (Status::WRITE_FAULT, 0));
+                } else {
+                    assert_eq!((completion.status(), completion.dw0), (Status::SUCCESS, 0));
+                    let mut position = destination;
+                    for (source, count) in ranges {
+                        let data = disk.blocks(source, count).to_vec();
+                        disk.write(position, &data);
+                        position += count;
+                    }
+                }
+            }
+            Action::Uncorrectable { queue, nsid, lba, blocks } => {
+                guest.io(queue, transfer(nvm::WRITE_UNCORRECTABLE, nsid, lba, blocks as u32, 0)).unwrap();
+                let disk = Reference::of(&mut reference, nsid);
+                disk.marked[lba as usize..(lba + blocks) as usize].fill(true);
+            }
+            Action::Pair { queue, nsid, lba, fill, differs, workers } => {
+                let disk = Reference::of(&mut reference, nsid);
+                let mut data = disk.blocks(lba, 1).to_vec();
+                data[511] ^= u8::from(differs);
+                guest.write_bytes(area, &data);
+                guest.write_bytes(area + 512, &[fill; 512]);
+                let halves = [(1, nvm::COMPARE, area), (2, nvm::WRITE, area + 512)];
+                let mut cids = Vec::new();
+                for (flags, opcode, address) in halves {
+                    let entry = transfer(opcode, nsid, lba, 1, address);
+                    cids.push(guest.push(queue, SubmissionEntry { flags, ..entry }));
+                    if let Some(workers) = workers.filter(|_| flags == 1) {
+                        guest.ring(queue);
+                        guest.run();
+                        guest.migrate(workers);
+                        guest.run();
+                        assert!(guest.reap(queue).is_empty(), "a half has ended");
+                    }
+                }
+                guest.ring(queue);
+                let mut ended = Vec::new();
+                guest.run_until("the pair", |guest| {
+                    ended.extend(guest.reap(queue).iter().map(|entry| (entry.cid, entry.status().code())));
+                    ended.len() >= 2
+                });
+                let compared = disk.reads(lba, 1).and(match (fails, differs) {
+                    (true, _) => Err(Status::UNRECOVERED_READ_ERROR),
+                    (_, true) => Err(Status::COMPARE_FAILURE),
+                    _ => Ok(()),
+                });
+                let expected = match compared {
+                    Ok(()) => [Status::SUCCESS; 2],
+                    Err(status) => [status, Status::ABORTED_FAILED_FUSED],
+                };
+                assert_eq!(ended, [(cids[0], expected[0]), (cids[1], expected[1])]);
+                if compared.is_ok() {
+                    disk.write(lba, &[fill; 512]);
+                }
+            }
             Action::Write { queue, nsid, lba, blocks, fill, offset } => {
                 let entry = transfer(nvm::WRITE, nsid, lba, blocks as u32, 0);
                 let (entry, pieces) = scattered(&guest, area, entry, blocks, offset);
@@ -120,25 +335,35 @@ fn play(actions: &[Action], shadow: bool) {
                     guest.write_bytes(address, &data[position..position + length]);
                     position += length;
                 }
-                disk(&mut reference, nsid, lba, blocks).copy_from_slice(&data);
-                guest.io(queue, entry).unwrap();
+                let expected = if fails { Err(Status::WRITE_FAULT) } else { Ok(()) };
+                assert_eq!(guest.io(queue, entry), expected, "{action:?}");
+                if expected.is_ok() {
+                    Reference::of(&mut reference, nsid).write(lba, &data);
+                }
             }
             Action::Read { queue, nsid, lba, blocks, offset } => {
                 let entry = transfer(nvm::READ, nsid, lba, blocks as u32, 0);
                 let (entry, pieces) = scattered(&guest, area, entry, blocks, offset);
-                guest.io(queue, entry).unwrap();
+                let disk = Reference::of(&mut reference, nsid);
+                let expected =
+                    if fails { Err(Status::UNRECOVERED_READ_ERROR) } else { disk.reads(lba, blocks) };
+                assert_eq!(guest.io(queue, entry), expected, "{action:?}");
                 let data: Vec<u8> =
                     pieces.iter().flat_map(|(address, length)| guest.read_bytes(*address, *length)).collect();
-                assert!(data == disk(&mut reference, nsid, lba, blocks), "{action:?}");
+                assert!(expected.is_err() || data == disk.blocks(lba, blocks), "{action:?}");
             }
             Action::Zeroes { queue, nsid, lba, blocks } => {
                 let mut entry = transfer(nvm::WRITE_ZEROES, nsid, lba, blocks as u32, 0);
                 entry.cdw12 |= opcode::CDW12_DEALLOCATE;
-                guest.io(queue, entry).unwrap();
-                disk(&mut reference, nsid, lba, blocks).fill(0);
+                let expected = if fails { Err(Status::WRITE_FAULT) } else { Ok(()) };
+                assert_eq!(guest.io(queue, entry), expected);
+                if expected.is_ok() {
+                    Reference::of(&mut reference, nsid).write(lba, &vec![0; (blocks * 512) as usize]);
+                }
             }
             Action::Flush { queue, nsid } => {
-                guest.io(queue, transfer(nvm::FLUSH, nsid, 0, 1, 0)).unwrap();
+                let expected = if fails { Err(Status::WRITE_FAULT) } else { Ok(()) };
+                assert_eq!(guest.io(queue, transfer(nvm::FLUSH, nsid, 0, 1, 0)), expected);
             }
             Action::Burst { queue, count } => {
                 // Never more than the queue takes.
@@ -151,11 +376,22 @@ fn play(actions: &[Action], shadow: bool) {
                     seen.extend(guest.reap(queue).iter().map(|entry| entry.cid));
                     seen.len() == cids.len()
                 });
+                // One that cannot be read ends before those that were begun before it.
+                seen.sort_unstable();
                 assert_eq!(seen, cids);
             }
             Action::Migrate { workers } => drop(guest.migrate(workers)),
         }
+        fails &= control.seen() == seen;
     }
+}
+
+/// A source range of Copy, format 0h.
+fn copy_range(lba: u64, blocks: u64) -> [u8; 32] {
+    let mut entry = [0; 32];
+    entry[8..16].copy_from_slice(&lba.to_le_bytes());
+    entry[16..18].copy_from_slice(&(blocks as u16 - 1).to_le_bytes());
+    entry
 }
 
 /// Where a hostile guest points.

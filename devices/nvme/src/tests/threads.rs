@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use nvme_spec::opcode::nvm;
-use nvme_spec::regs;
+use nvme_spec::{CompletionEntry, SubmissionEntry, regs};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::driver::{Guest, Interrupts, PATIENCE, contexts, guest_memory, namespace, transfer};
@@ -24,8 +24,8 @@ impl Host for Threads {
     fn set_doorbell_event(&self, _bar_offset: u64, _worker: usize, _enabled: bool) {}
 }
 
-fn play(shadow: bool) {
-    const ROUNDS: u64 = 3000;
+/// A guest with two queue pairs whose workers run on threads of their own.
+fn with_threads(shadow: bool, plays: impl FnOnce(&mut Guest)) {
     let config = ControllerConfig { queue_pairs: 2, vectors: 3, ..ControllerConfig::new("THREADS") };
     let namespaces = vec![namespace(1, 64)];
     let memory = guest_memory();
@@ -64,6 +64,17 @@ fn play(shadow: bool) {
         }
         guest.create_pair(1, 8);
         guest.create_pair(2, 3);
+        plays(&mut guest);
+        threads.stop.store(true, Ordering::SeqCst);
+        threads.wake(0);
+        threads.wake(1);
+    });
+}
+
+fn play(shadow: bool) {
+    const ROUNDS: u64 = 3000;
+    with_threads(shadow, |guest| {
+        let start = Instant::now();
         let page = guest.pages(1);
         let mut pending = [0u64; 3];
         let mut done = 0;
@@ -81,9 +92,6 @@ fn play(shadow: bool) {
                 std::thread::yield_now();
             }
         }
-        threads.stop.store(true, Ordering::SeqCst);
-        threads.wake(0);
-        threads.wake(1);
         assert_eq!(done + pending.iter().sum::<u64>(), ROUNDS);
     });
 }
@@ -96,4 +104,51 @@ fn sleeping_workers_are_woken_by_mmio() {
 #[test]
 fn sleeping_workers_are_woken_with_shadow_doorbells() {
     play(true);
+}
+
+#[test]
+fn fused_pairs_of_two_threads_count_every_success_once() {
+    const ROUNDS: usize = 300;
+    with_threads(true, |guest| {
+        let start = Instant::now();
+        // The block's first byte counts; both queues try to raise it from what they last knew.
+        let pages: Vec<u64> = (0..256).map(|_| guest.pages(1)).collect();
+        for (value, &page) in pages.iter().enumerate() {
+            guest.write_bytes(page, &[value as u8; 512]);
+        }
+        let (mut successes, mut rounds) = (0, 0);
+        let mut waiting: [Vec<CompletionEntry>; 2] = [Vec::new(), Vec::new()];
+        let mut outstanding = [false; 2];
+        while rounds < ROUNDS || outstanding.contains(&true) {
+            for (queue, (waiting, outstanding)) in (1..).zip(waiting.iter_mut().zip(&mut outstanding)) {
+                if !*outstanding && rounds < ROUNDS {
+                    rounds += 1;
+                    *outstanding = true;
+                    let (old, new) = (pages[successes % 256], pages[(successes + 1) % 256]);
+                    for (flags, opcode, page) in [(1, nvm::COMPARE, old), (2, nvm::WRITE, new)] {
+                        guest.push(queue, SubmissionEntry { flags, ..transfer(opcode, 1, 9, 1, page) });
+                    }
+                    guest.ring(queue);
+                }
+                waiting.extend(guest.reap(queue));
+                if let [compare, write] = waiting[..] {
+                    assert_eq!(compare.status().is_success(), write.status().is_success());
+                    successes += usize::from(write.status().is_success());
+                    waiting.clear();
+                    *outstanding = false;
+                }
+            }
+            assert!(start.elapsed() < PATIENCE, "lost after {rounds} pairs");
+            std::thread::yield_now();
+        }
+        let page = guest.pages(1);
+        guest.push(1, transfer(nvm::READ, 1, 9, 1, page));
+        guest.ring(1);
+        while guest.reap(1).is_empty() {
+            assert!(start.elapsed() < PATIENCE);
+            std::thread::yield_now();
+        }
+        assert_eq!(usize::from(guest.read_bytes(page, 1)[0]), successes % 256);
+        assert!(successes > 0);
+    });
 }
