@@ -8,9 +8,11 @@ use nvme_spec::identify::IdentifyController;
 use nvme_spec::opcode::{self, admin, nvm};
 use nvme_spec::{Status, SubmissionEntry, regs};
 
-use super::driver::{Guest, PATIENCE, memory_image, namespace, transfer};
+use super::driver::{
+    Guest, Interrupts, PATIENCE, Process, contexts, guest_memory, memory_image, namespace, transfer,
+};
 use super::io::Witness;
-use crate::{ControllerConfig, NamespaceConfig};
+use crate::{Controller, ControllerConfig, NamespaceConfig, Subsystem};
 
 const FIRST: u8 = 1;
 const SECOND: u8 = 2;
@@ -316,6 +318,60 @@ fn a_pair_waits_for_what_is_in_flight_in_its_range_and_keeps_others_out() {
     finish(&mut guest, &control);
     assert_eq!(ends(&mut guest, 1, &halves), [OK, OK]);
     assert_eq!(ends(&mut guest, 2, &[deallocate]), [OK]);
+}
+
+/// A guest of controller `id` of a subsystem.
+fn member(subsystem: &Arc<Subsystem>, id: u16, namespaces: &[NamespaceConfig]) -> Guest {
+    let config = ControllerConfig { queue_pairs: 4, vectors: 5, ..ControllerConfig::new("FUSED") };
+    let memory = guest_memory();
+    let (contexts, events) = contexts(&memory, 2, 8);
+    let (process, interrupts) = (Arc::new(Process::default()), Arc::new(Interrupts::default()));
+    let (sink, host) = (interrupts.clone(), process.clone());
+    let controller = Controller::join(subsystem, id, config.clone(), memory.clone(), contexts, sink, host);
+    let controller = Arc::new(controller.unwrap());
+    let mut guest = Guest::around(config, namespaces.to_vec(), memory, controller);
+    (guest.process, guest.interrupts, guest.events) = (process, interrupts, events);
+    guest.enable();
+    guest.create_pair(1, 8);
+    guest
+}
+
+#[test]
+fn a_pair_waits_for_commands_of_another_controller_and_keeps_them_out() {
+    let (control, witness) = (Arc::new(FaultControl::default()), Witness::new(64 * 512));
+    let backend = Arc::new(FaultImage::new(witness.clone(), control.clone()));
+    let namespaces = [NamespaceConfig { nsid: 1, block_bytes: 512, backend }];
+    let subsystem = Subsystem::new("FUSED", &namespaces, true).unwrap();
+    let [mut one, mut other] = [0, 1].map(|id| member(&subsystem, id, &namespaces));
+    let (zeroes, ones) = pages(&mut one);
+    let page = other.pages(1);
+    other.write_bytes(page, &[0; 512]);
+    control.inject(Target::Any, 0, 2, Fault::Hold);
+    let write = other.push(1, transfer(nvm::WRITE, 1, 5, 1, page));
+    other.ring(1);
+    other.run();
+    let halves = pair(5, zeroes, ones).map(|entry| one.push(1, entry));
+    one.ring(1);
+    one.run();
+    other.run();
+    assert_eq!((control.held(), witness.take().len()), (1, 0), "the pair has not begun");
+    let read = other.push(1, transfer(nvm::READ, 1, 5, 1, page));
+    other.ring(1);
+    control.release_held();
+    assert_eq!(ends(&mut other, 1, &[write]), [OK], "and the read is not begun");
+    one.run_until("the comparison", |_| control.held() == 1);
+    other.run();
+    assert_eq!(witness.take().len(), 1);
+    control.release_held();
+    assert_eq!(ends(&mut one, 1, &halves), [OK, OK]);
+    assert_eq!(ends(&mut other, 1, &[read]), [OK]);
+    assert_eq!(other.read_bytes(page, 512), [1; 512]);
+    // A controller that is gone keeps nobody waiting.
+    let halves = pair(5, ones, zeroes).map(|entry| one.push(1, entry));
+    one.ring(1);
+    one.run();
+    drop(other);
+    assert_eq!(ends(&mut one, 1, &halves), [OK, OK]);
 }
 
 #[test]
