@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use block::{Buffers, Operation, Request};
+use nvme_spec::entry::PSDT_SGL_DESCRIPTOR;
 use nvme_spec::log::ErrorEntry;
 use nvme_spec::opcode::{self, nvm};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
@@ -23,8 +24,8 @@ impl Worker {
         if !is_supported(entry.opcode) {
             return Err(Status::INVALID_OPCODE.do_not_retry());
         }
-        // FUSE 11b; the halves of fused operations do not come here.
-        if entry.fuse() != 0 {
+        // FUSE 11b and PSDT 11b are reserved, whether there are data or not; the halves of fused operations do not come here.
+        if entry.fuse() != 0 || entry.psdt() > PSDT_SGL_DESCRIPTOR {
             return Err(Status::INVALID_FIELD.do_not_retry());
         }
         if entry.opcode == nvm::FLUSH && entry.nsid == NSID_BROADCAST {

@@ -82,8 +82,10 @@ fn unknown_and_unoffered_commands_are_refused() {
         assert_eq!(guest.io(1, transfer(opcode, 1, 0, 1, page)), Err(Status::INVALID_OPCODE), "{opcode:#x}");
     }
     for flags in [3, 0xc0] {
-        let entry = SubmissionEntry { flags, ..transfer(nvm::READ, 1, 0, 1, page) };
-        assert_eq!(guest.io(1, entry), Err(Status::INVALID_FIELD), "flags {flags:#x}");
+        for opcode in [nvm::READ, nvm::FLUSH, nvm::WRITE_ZEROES, nvm::VERIFY] {
+            let entry = SubmissionEntry { flags, ..transfer(opcode, 1, 0, 1, page) };
+            assert_eq!(guest.io(1, entry), Err(Status::INVALID_FIELD), "{opcode:#x}, flags {flags:#x}");
+        }
     }
     for nsid in [0, 1025, 0xffff_fffe, NSID_BROADCAST] {
         assert_eq!(
