@@ -16,6 +16,7 @@
 //! - What the kernel wrote to guest memory is in the dirty bitmap before the completion is reported.
 //! - The kernel never holds an address that could go away: contexts keep guest memory alive, and dropping one waits.
 //! - Flush and forced unit access mean stable storage (fdatasync, RWF_DSYNC). Write zeroes really writes or deallocates.
+//! - What is compared, verified or copied passes through bounded host memory, turn by turn, like any other transfer.
 //! - An image that can be written is locked as long as it is held.
 //!
 //! Images: [`FileImage`] (raw file or block device), [`MemoryImage`] (travels like RAM), [`NullImage`] (measurement),

@@ -404,14 +404,28 @@ fn address() -> impl Strategy<Value = u64> {
     ]
 }
 
+/// The second half of a PRP pair or of an SGL descriptor: a length, and what it is, in the upper four bits.
+fn address_or_descriptor() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        3 => address(),
+        2 => (0..5u64, (0..600u64).prop_map(|units| units * 16)).prop_map(|(kind, length)| kind << 60 | length),
+    ]
+}
+
+/// FUSE and PSDT.
+fn flags() -> impl Strategy<Value = u8> {
+    prop_oneof![8 => Just(0u8), 3 => Just(0x40), 1 => Just(0x80), 2 => Just(1), 2 => Just(2), 1 => any::<u8>()]
+}
+
 fn entry() -> impl Strategy<Value = SubmissionEntry> {
     let opcodes = prop_oneof![4 => 0..0x1au8, 1 => any::<u8>()];
     let nsid = prop_oneof![3 => Just(1u32), 1 => any::<u32>(), 1 => 0..3u32];
     let dword = || prop_oneof![2 => 0..64u32, 1 => any::<u32>(), 1 => any::<u8>().prop_map(|low| u32::from(low) << 16 | 3)];
-    (opcodes, nsid, address(), address(), [dword(), dword(), dword(), dword()], any::<u8>()).prop_map(
+    let dwords = [dword(), dword(), dword(), dword()];
+    (opcodes, nsid, address(), address_or_descriptor(), dwords, flags()).prop_map(
         |(opcode, nsid, prp1, prp2, [cdw10, cdw11, cdw12, cdw13], flags)| SubmissionEntry {
             opcode,
-            flags: if flags < 240 { 0 } else { flags },
+            flags,
             nsid,
             prp1,
             prp2,
@@ -437,7 +451,7 @@ proptest! {
     fn hostile_guests_hurt_only_themselves(
         entries in prop::collection::vec((any::<bool>(), entry()), 1..60),
         writes in prop::collection::vec((0..0x1040u64, any::<u32>()), 0..12),
-        junk in prop::collection::vec(address(), 64),
+        junk in prop::collection::vec(address_or_descriptor(), 64),
         shadow: bool,
     ) {
         let config = ControllerConfig { queue_pairs: 4, vectors: 5, ..ControllerConfig::new("HOSTILE") };
