@@ -13,6 +13,7 @@
 //! | [`identify`] | Identify data structures |
 //! | [`feature`] | feature identifiers and their bit fields |
 //! | [`log`] | log pages |
+//! | [`persistent`] | the Persistent Event log |
 //! | [`event`] | asynchronous events |
 //!
 //! The controller model (`nvme`) and the bare-metal test guest (`exerciser`) are both built on it; neither side
@@ -36,6 +37,7 @@ pub mod feature;
 pub mod identify;
 pub mod log;
 pub mod opcode;
+pub mod persistent;
 pub mod regs;
 pub mod sgl;
 pub mod status;

@@ -22,6 +22,7 @@ use crate::firmware::Firmware;
 use crate::maintenance::{Chunk, Kind};
 use crate::namespace::{self, Namespace, NamespaceTable};
 use crate::non_volatile::NonVolatile;
+use crate::persistent::PersistentEvents;
 use crate::prp::PrpWalker;
 use crate::queue::{CONGESTED_BACKLOG, CompletionQueue, Ended, Location, QueuePlace, SubmissionQueue};
 use crate::regs::{IOCQES, IOSQES, MPSMAX, Wanted};
@@ -123,6 +124,9 @@ pub(crate) struct Admin {
     pub format: Option<Format>,
     pub sanitize: Sanitize,
     pub self_test: SelfTest,
+    pub persistent: PersistentEvents,
+    /// The last reset activated other firmware.
+    activated: bool,
     /// An operation found no free slot in worker 0.
     pub waits_for_slot: bool,
     pub non_volatile: Option<Arc<dyn NonVolatile>>,
@@ -167,6 +171,8 @@ impl Admin {
             format: None,
             sanitize: Sanitize::new(),
             self_test: SelfTest::default(),
+            persistent: PersistentEvents::new(),
+            activated: false,
             waits_for_slot: false,
             non_volatile: None,
             keep_failure_reported: false,
@@ -305,12 +311,12 @@ impl Admin {
         }
         self.features = self.saved_features.clone();
         shared.write_cache.store(self.features.write_cache, Ordering::Release);
-        if self.firmware.reset() {
-            self.keep();
-        }
         self.apply_features(shared);
         shared.pin_queues.clear();
         shared.update_pin();
+        self.activated = self.firmware.reset();
+        self.persistent.context = None;
+        self.persistent.knows_begin = false;
         if self.self_test.running.is_some_and(|test| test.code == self_test::SHORT) {
             self.end_self_test(logs::SELF_TEST_RESET, None);
         }
@@ -344,6 +350,7 @@ impl Admin {
             (registers.asq, registers.acq) = (0, 0);
             registers.set_buffer_control(0);
         }
+        self.persistent.set_since_reset(0, Instant::now());
         self.phase = if shutdown { Phase::Stopping } else { Phase::Disabled };
     }
 
@@ -370,7 +377,13 @@ impl Admin {
             return;
         }
         registers.csts = registers.csts.with_rdy(1).with_shst(0);
+        drop(registers);
         self.phase = Phase::Ready;
+        if !self.persistent.knows_begin {
+            let activated = std::mem::take(&mut self.activated);
+            self.log_power_on_or_reset(pool, activated);
+            self.keep();
+        }
         pool.shared.active.store(true, Ordering::SeqCst);
     }
 

@@ -56,6 +56,7 @@ mod maintenance;
 mod namespace;
 mod non_volatile;
 mod pci;
+mod persistent;
 mod prp;
 pub mod qemu;
 mod queue;
@@ -83,8 +84,8 @@ pub use non_volatile::{KeptFormatState, KeptState, NonVolatile};
 pub use shared::Host;
 pub use state::{
     BufferState, CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState,
-    FirmwareState, FormatState, MoreFeaturesState, NamespaceState, NvmeState, RegistersState, SanitizeState,
-    SavedFeaturesState, SelfTestState, SmartState, SubmissionQueueState, SweepState, UncorrectableRunState,
-    UncorrectableState, WriteProtectionState,
+    FirmwareState, FormatState, MoreFeaturesState, NamespaceState, NvmeState, PersistentEventsState,
+    RegistersState, SanitizeState, SavedFeaturesState, SelfTestState, SmartState, SubmissionQueueState,
+    SweepState, UncorrectableRunState, UncorrectableState, WriteProtectionState,
 };
 pub use subsystem::Subsystem;

@@ -16,7 +16,7 @@ use crate::controller::Controller;
 use crate::restore::admin as restore;
 use crate::save::admin as save;
 use crate::shared::lock;
-use crate::state::{FirmwareState, SanitizeState, SavedFeaturesState, SelfTestState};
+use crate::state::{FirmwareState, PersistentEventsState, SanitizeState, SavedFeaturesState, SelfTestState};
 
 /// A place that outlives the controller's power.
 pub trait NonVolatile: Send + Sync + Debug {
@@ -55,6 +55,8 @@ pub struct KeptState {
     pub sanitize: SanitizeState,
     /// Results of self-tests; one that was in progress ends with the power.
     pub self_test: SelfTestState,
+    /// The persistent event log, without a context.
+    pub persistent_events: PersistentEventsState,
 }
 
 /// The format of a namespace.

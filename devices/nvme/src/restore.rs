@@ -88,7 +88,7 @@ impl Controller {
         load_features(pool, &mut admin, state, now);
         load_events(pool, &mut admin, &state.events);
         load_smart(&mut admin, state, now);
-        admin::load(pool, &mut admin, state)?;
+        admin::load(pool, &mut admin, state, now)?;
         for (index, saved) in state.namespaces.present() {
             if let (Some(saved), Some(Some(namespace))) = (&saved.uncorrectable, admin.namespaces.get(index))
             {

@@ -68,6 +68,7 @@ impl Controller {
             sanitize: admin::sanitize_state(&admin),
             self_test: admin::self_test_state(&admin),
             buffer: buffer_state(shared),
+            persistent_events: admin::persistent_events_state(&admin),
         }
     }
 }

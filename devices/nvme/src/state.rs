@@ -20,8 +20,8 @@ use crate::config::MAX_NAMESPACES;
 use crate::inventory::{NamespaceShape, Shape};
 
 pub use admin::{
-    FirmwareState, FormatState, MoreFeaturesState, SanitizeState, SavedFeaturesState, SelfTestState,
-    SweepState, WriteProtectionState,
+    FirmwareState, FormatState, MoreFeaturesState, PersistentEventsState, SanitizeState, SavedFeaturesState,
+    SelfTestState, SweepState, WriteProtectionState,
 };
 
 /// A paused controller.
@@ -75,6 +75,9 @@ pub struct NvmeState {
     /// Self-tests, if there ever was one.
     #[vmstate(subsection)]
     pub self_test: Option<SelfTestState>,
+    /// The persistent event log, if there is something in it.
+    #[vmstate(subsection)]
+    pub persistent_events: Option<PersistentEventsState>,
     /// The controller memory buffer, if the guest has done something with it.
     #[vmstate(subsection)]
     pub buffer: Option<BufferState>,

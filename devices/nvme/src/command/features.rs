@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use nvme_spec::event::Event;
 use nvme_spec::feature as id;
+use nvme_spec::persistent::{TimestampChangeEvent, kind};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 
 use crate::admin::{Admin, Answer, Job, Pool};
@@ -78,9 +79,10 @@ impl Timestamp {
         self.milliseconds.wrapping_add(elapsed) & TIMESTAMP_MASK
     }
 
-    fn to_bytes(self) -> [u8; 8] {
+    /// As Get Features returns it.
+    pub fn value(self) -> u64 {
         // Bits 51:49 Timestamp Origin: 1 set by the host.
-        (self.milliseconds_at(Instant::now()) | u64::from(self.set) << 49).to_le_bytes()
+        self.milliseconds_at(Instant::now()) | u64::from(self.set) << 49
     }
 }
 
@@ -227,7 +229,7 @@ impl Admin {
             id::WRITE_ATOMICITY => features.write_atomicity,
             id::ASYNC_EVENT_CONFIGURATION => features.async_events,
             id::TIMESTAMP => {
-                let bytes = features.timestamp.to_bytes();
+                let bytes = features.timestamp.value().to_le_bytes();
                 self.write_data(pool, entry, &bytes)?;
                 0
             }
@@ -314,7 +316,11 @@ impl Admin {
             id::ASYNC_EVENT_CONFIGURATION => self.features.async_events = value & ASYNC_EVENT_BITS,
             id::TIMESTAMP => {
                 let milliseconds = u64::from_le_bytes(self.read_data(pool, entry)?) & TIMESTAMP_MASK;
-                self.features.timestamp = Timestamp { milliseconds, at: Instant::now(), set: true };
+                let (now, previous) = (Instant::now(), self.features.timestamp.value());
+                self.features.timestamp = Timestamp { milliseconds, at: now, set: true };
+                let since_reset_ms = self.persistent.since_reset_ms_at(now);
+                let event = TimestampChangeEvent { previous, since_reset_ms };
+                self.log_event(pool, kind::TIMESTAMP_CHANGE, &event.to_bytes());
             }
             id::KEEP_ALIVE_TIMER => {
                 // "The value is rounded up to the granularity of the KAS field."

@@ -1,6 +1,7 @@
 //! Firmware Image Download and Firmware Commit (Base 5.12, 5.11).
 
 use nvme_spec::event::Event;
+use nvme_spec::persistent::{FirmwareCommitEvent, kind};
 use nvme_spec::{Status, SubmissionEntry, identify};
 
 use crate::admin::{Admin, Answer, Pool};
@@ -23,12 +24,25 @@ impl Admin {
     /// Firmware Commit: CDW10 bits 2:0 are the slot, 5:3 the action.
     pub fn firmware_commit(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Result<Answer, Status> {
         let (slot, action) = ((entry.cdw10 & 7) as u8, (entry.cdw10 >> 3 & 7) as u8);
-        let activated = self.firmware.commit(slot, action)?;
+        let old = self.firmware.running;
+        let committed = self.firmware.commit(slot, action);
+        let status = committed.err().unwrap_or_default().code();
+        let event = FirmwareCommitEvent {
+            old,
+            new: self.firmware.in_slot(slot).unwrap_or(old),
+            action,
+            slot,
+            status_code_type: (status.0 >> 8) as u8,
+            status_code: status.0 as u8,
+            vendor: 0,
+        };
+        self.log_event(pool, kind::FIRMWARE_COMMIT, &event.to_bytes());
+        self.keep();
+        let activated = committed?;
         if activated && self.features.async_events & identify::OAES_FIRMWARE_ACTIVATION != 0 {
             // It has been activated when the host learns of it: CSTS.PP never is 1.
             pool.shared.events().queue(Event::FIRMWARE_ACTIVATION);
         }
-        self.keep();
         Ok(Answer::Now(0))
     }
 }

@@ -11,6 +11,7 @@
 
 use block::Operation;
 use nvme_spec::log;
+use nvme_spec::persistent::{FormatCompletionEvent, FormatStartEvent, kind};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 
 use crate::admin::{Admin, Answer, Pool};
@@ -68,6 +69,8 @@ impl Admin {
         if self.self_test.running.is_some_and(|test| test.sweep.meets(&sweep)) {
             self.end_self_test(log::SELF_TEST_FORMATTED, None);
         }
+        let event = FormatStartEvent { nsid: entry.nsid, fna: 0, command: entry.cdw10 };
+        self.log_event(pool, kind::FORMAT_START, &event.to_bytes());
         self.change_namespaces(pool, entry.nsid, |ns| ns.refusal = Some(Status::FORMAT_IN_PROGRESS));
         self.format = Some(Format { cid: Some(entry.cid), format: format as u8, sweep, quiet: false });
         Ok(Answer::Later)
@@ -95,6 +98,7 @@ impl Admin {
         let shift = FORMATS[usize::from(format.format)];
         if chunk.is_last {
             self.change_namespaces(pool, chunk.nsid, |namespace| {
+                namespace.uncorrectable.heal(0, u64::MAX);
                 namespace.set_format(shift);
                 namespace.refusal = None;
             });
@@ -104,7 +108,19 @@ impl Admin {
 
     /// Those that were not reached keep their format, and their contents are undefined.
     pub(crate) fn end_format(&mut self, pool: &Pool, status: Status) {
+        let remaining = self.format.and_then(|format| {
+            let namespace = namespace::find(&self.namespaces, format.sweep.nsid).ok()?;
+            Some(self.format_remaining(namespace))
+        });
         let Some(format) = self.format.take() else { return };
+        let event = FormatCompletionEvent {
+            nsid: format.sweep.scope,
+            smallest_fpi: remaining.unwrap_or(0),
+            outcome: u8::from(!status.is_success()),
+            information: 0,
+            status: u32::from(status.0) << 1,
+        };
+        self.log_event(pool, kind::FORMAT_COMPLETION, &event.to_bytes());
         self.change_namespaces(pool, format.sweep.scope, |namespace| namespace.refusal = None);
         if let Some(cid) = format.cid {
             self.end(cid, 0, status);

@@ -11,6 +11,7 @@ use crate::config::{MAX_NAMESPACES, padded};
 use crate::event::ERROR_LOG_ENTRIES;
 use crate::firmware;
 use crate::namespace::{self, FORMATS, Namespace};
+use crate::persistent;
 
 /// Critical temperature: 90 degrees Celsius.
 const CRITICAL_TEMPERATURE_KELVIN: u16 = 363;
@@ -43,7 +44,7 @@ impl Admin {
             cns::ALLOCATED_NAMESPACE => {
                 allocated_page(pool, entry.nsid, |namespace| self.namespace_page(namespace))?
             }
-            cns::CONTROLLER => self.controller_page(pool),
+            cns::CONTROLLER => self.controller_identity(pool).to_bytes(),
             cns::ACTIVE_NAMESPACES | cns::CSI_ACTIVE_NAMESPACES => {
                 namespace_list(entry.nsid, namespace::active(&self.namespaces).map(|active| active.nsid))?
             }
@@ -108,7 +109,8 @@ impl Admin {
         structure.to_bytes()
     }
 
-    fn controller_page(&self, pool: &Pool) -> Page {
+    /// Identify Controller.
+    pub(crate) fn controller_identity(&self, pool: &Pool) -> spec::IdentifyController {
         let config = &pool.shared.config;
         let mut subnqn = [0; 256];
         let nqn = format!("nqn.2014-08.org.nvmexpress:ferry:{}", config.serial);
@@ -143,7 +145,10 @@ impl Admin {
             // Activation takes no time that could be told in units of 100 ms.
             mtfa: 1,
             fwug: (firmware::GRANULARITY_BYTES / 4096) as u8,
-            lpa: spec::LPA_COMMANDS_SUPPORTED | spec::LPA_EXTENDED_DATA | spec::LPA_SUPPORTED_PAGES,
+            lpa: spec::LPA_COMMANDS_SUPPORTED
+                | spec::LPA_EXTENDED_DATA
+                | spec::LPA_PERSISTENT_EVENT
+                | spec::LPA_SUPPORTED_PAGES,
             elpe: (ERROR_LOG_ENTRIES - 1) as u8,
             wctemp: DEFAULT_OVER_TEMPERATURE_KELVIN,
             cctemp: CRITICAL_TEMPERATURE_KELVIN,
@@ -160,14 +165,13 @@ impl Admin {
                 | spec::ONCS_WRITE_UNCORRECTABLE
                 | spec::ONCS_VERIFY
                 | spec::ONCS_COPY,
+            pels: (persistent::LOG_BYTES / (64 << 10)) as u32,
             // As long as it takes to read a GiB in a second; one test at a time.
             edstt: (capacity / (60 << 30) + 1).min(0xffff) as u16,
             dsto: 1,
             // Format NVM is about one namespace, and takes the broadcast identifier; erasure is not cryptographic.
             fna: 0,
-            sanicap: spec::SANICAP_BLOCK_ERASE
-                | spec::SANICAP_OVERWRITE
-                | spec::SANICAP_MEDIA_NOT_MODIFIED_AFTERWARDS,
+            sanicap: super::sanitize::CAPABILITIES,
             cdfs: copy::DESCRIPTOR_FORMATS,
             fuses: spec::FUSES_COMPARE_AND_WRITE,
             acwu: fused::atomic_compare_and_write_unit(config),
@@ -181,7 +185,6 @@ impl Admin {
             psd,
             ..spec::IdentifyController::default()
         }
-        .to_bytes()
     }
 }
 

@@ -10,7 +10,7 @@ use crate::command::features;
 use crate::event::ERROR_LOG_ENTRIES;
 
 /// The pages that exist.
-const PAGES: [u8; 10] = [
+const PAGES: [u8; 11] = [
     id::SUPPORTED_PAGES,
     id::ERROR_INFORMATION,
     id::SMART,
@@ -18,6 +18,7 @@ const PAGES: [u8; 10] = [
     id::CHANGED_NAMESPACES,
     id::COMMANDS_SUPPORTED,
     id::DEVICE_SELF_TEST,
+    id::PERSISTENT_EVENT,
     id::FEATURES_SUPPORTED,
     id::MANAGEMENT_SUPPORTED,
     id::SANITIZE_STATUS,
@@ -54,8 +55,12 @@ impl Admin {
             id::SMART => self.smart_log(pool, entry.nsid)?,
             id::FIRMWARE_SLOT => self.firmware_log(),
             id::CHANGED_NAMESPACES => self.changed_namespaces_log(),
+            id::PERSISTENT_EVENT => match self.persistent_event_log(pool, entry)? {
+                Some(log) => log,
+                None => return Ok(Answer::Now(0)),
+            },
             id::DEVICE_SELF_TEST => self.self_test_log(),
-            id::SANITIZE_STATUS => self.sanitize_log(),
+            id::SANITIZE_STATUS => self.sanitize_status().to_bytes().to_vec(),
             id::COMMANDS_SUPPORTED => commands_log((entry.cdw14 >> 24) as u8)?,
             id::FEATURES_SUPPORTED => dword_table(256, feature_effects),
             // The management interface is not there: no command of it is supported.
@@ -93,12 +98,17 @@ impl Admin {
         if !matches!(nsid, 0 | NSID_BROADCAST) {
             return Err(Status::INVALID_FIELD.do_not_retry());
         }
+        Ok(self.smart(pool).to_bytes().to_vec())
+    }
+
+    /// The SMART / Health Information log.
+    pub(crate) fn smart(&self, pool: &Pool) -> log::SmartLog {
         let mut counters = self.counters_before;
         for index in 0..pool.workers.len() {
             counters.add(&pool.worker(index).counters);
         }
         let errors = pool.shared.events().error_count;
-        Ok(counters.log(&self.health, errors).to_bytes().to_vec())
+        counters.log(&self.health, errors)
     }
 
     fn firmware_log(&self) -> Vec<u8> {

@@ -9,13 +9,18 @@ use block::Operation;
 use nvme_spec::event::Event;
 use nvme_spec::log::{self, SanitizeStatusLog};
 use nvme_spec::opcode::{self, admin};
-use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
+use nvme_spec::persistent::{SanitizeCompletionEvent, SanitizeStartEvent, kind};
+use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, identify};
 
 use crate::admin::{Admin, Answer, Pool};
 use crate::maintenance::{Chunk, Next, Sweep};
 use crate::namespace;
 use crate::worker::{Step, flush_step};
 
+/// Identify Controller SANICAP.
+pub(crate) const CAPABILITIES: u32 = identify::SANICAP_BLOCK_ERASE
+    | identify::SANICAP_OVERWRITE
+    | identify::SANICAP_MEDIA_NOT_MODIFIED_AFTERWARDS;
 /// Bits of CDW10 that mean something.
 pub(crate) const COMMAND_BITS: u32 = 0x3ff;
 
@@ -164,6 +169,12 @@ impl Admin {
         self.sanitize.passes = 0;
         self.sanitize.running = Some(Sanitizing { pattern: entry.cdw11, pass: 0, sweep, quiet: false });
         self.refuse_while_sanitizing(pool);
+        let event = SanitizeStartEvent {
+            sanicap: CAPABILITIES,
+            command: self.sanitize.command,
+            pattern: entry.cdw11,
+        };
+        self.log_event(pool, kind::SANITIZE_START, &event.to_bytes());
         self.keep();
         Ok(Answer::Now(0))
     }
@@ -211,6 +222,11 @@ impl Admin {
         let command = self.sanitize.command;
         let Some(running) = &mut self.sanitize.running else { return };
         running.sweep.advance(chunk);
+        if let Ok(namespace) = namespace::find(&self.namespaces, chunk.nsid)
+            && chunk.is_last
+        {
+            namespace.uncorrectable.heal(0, u64::MAX);
+        }
         if running.sweep.next_chunk(&self.namespaces).is_none() {
             running.pass += 1;
             self.sanitize.passes = running.pass.min(overwrites(command));
@@ -229,12 +245,15 @@ impl Admin {
             false => Outcome::Failed { exited: false },
         };
         self.refuse_while_sanitizing(pool);
+        let log = self.sanitize_status();
+        let event = SanitizeCompletionEvent { progress: log.progress, status: log.status, information: 0 };
+        self.log_event(pool, kind::SANITIZE_COMPLETION, &event.to_bytes());
         pool.shared.events().queue(Event::SANITIZE_COMPLETED);
         self.keep();
     }
 
     /// The Sanitize Status log (Base 5.16.1.25). No times are estimated.
-    pub(crate) fn sanitize_log(&self) -> Vec<u8> {
+    pub(crate) fn sanitize_status(&self) -> SanitizeStatusLog {
         let sanitize = &self.sanitize;
         let progress = sanitize.running.map_or(0xffff, |running| {
             let all = u64::from(passes(sanitize.command));
@@ -253,7 +272,5 @@ impl Admin {
             command: sanitize.command,
             estimated_seconds: [log::NO_ESTIMATE; 6],
         }
-        .to_bytes()
-        .to_vec()
     }
 }

@@ -99,6 +99,10 @@ impl Admin {
     /// A request has ended.
     pub(crate) fn advance_self_test(&mut self, chunk: &Chunk, status: Status) {
         let Some(running) = &mut self.self_test.running else { return };
+        let marked = namespace::find(&self.namespaces, chunk.nsid)
+            .is_ok_and(|namespace| namespace.is_uncorrectable(chunk.offset_bytes, chunk.length_bytes));
+        // What the image gives for blocks that Write Uncorrectable has marked does not count.
+        let status = if marked { Status::UNRECOVERED_READ_ERROR } else { status };
         if status.is_success() {
             running.sweep.advance(chunk);
             if running.probe_until_bytes.is_some_and(|until_bytes| chunk.next_bytes >= until_bytes) {

@@ -21,7 +21,7 @@ use crate::state::{CompletionQueueState, NamespaceState, NvmeState, SubmissionQu
 impl QemuSection {
     /// The section of a QEMU `device` that goes on as `state` says when the virtual clock shows `clock_ms`.
     ///
-    /// The SMART counters are not in it: QEMU begins them again. All else of `state` comes back from [`QemuSection::split`].
+    /// The SMART counters and the persistent events are not in it: QEMU begins them again. All else of `state` comes back from [`QemuSection::split`].
     ///
     /// # Errors
     /// [`Error::BeyondQemu`]: QEMU's controller cannot be in that state.

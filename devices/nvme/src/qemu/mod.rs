@@ -27,7 +27,7 @@
 //!   page sizes, command sets) is compared instead, and must be the same.
 //! - Identify Controller: model, firmware, NQN, optional commands and logs.
 //! - Configuration space: revision and subsystem identifiers; no function level reset, no link.
-//! - The temperature; and the SMART counters, which QEMU does not save either: they begin again with each process.
+//! - The temperature; and the SMART counters and persistent events, which QEMU does not save either: they begin again with each process.
 //!
 //! # Speed
 //!

@@ -1,5 +1,7 @@
 //! What `restore.rs` gives back of the admin commands' own state. What is not there is as in a new controller.
 
+use std::time::Instant;
+
 use nvme_spec::log::{self, SelfTestResult};
 use nvme_spec::{NSID_BROADCAST, Status, opcode};
 
@@ -15,14 +17,16 @@ use crate::firmware::{Firmware, GRANULARITY_BYTES, SLOTS, Staging, is_revision};
 use crate::maintenance::Sweep;
 use crate::namespace::{self, FORMATS, WriteProtection};
 use crate::non_volatile::KeptState;
+use crate::persistent::is_context;
 use crate::state::{
-    FirmwareState, FormatState, NvmeState, SanitizeState, SavedFeaturesState, SelfTestState, SweepState,
+    FirmwareState, FormatState, NvmeState, PersistentEventsState, SanitizeState, SavedFeaturesState,
+    SelfTestState, SweepState,
 };
 
 /// What is saved where nothing is in progress.
 pub(crate) const NO_SWEEP: SweepState = SweepState { scope: 0, nsid: 0, offset_bytes: 0 };
 
-pub(super) fn load(pool: &Pool, admin: &mut Admin, state: &NvmeState) -> Result<(), Error> {
+pub(super) fn load(pool: &Pool, admin: &mut Admin, state: &NvmeState, now: Instant) -> Result<(), Error> {
     if let Some(saved) = &state.features.saved {
         admin.saved_features = saved_features(saved, pool.shared.config.vectors)?;
     }
@@ -46,6 +50,11 @@ pub(super) fn load(pool: &Pool, admin: &mut Admin, state: &NvmeState) -> Result<
     if admin.format.is_some() && admin.sanitize.running.is_some() {
         return refuse("format", 1u8, "a sanitize operation is in progress too");
     }
+    if let Some(saved) = &state.persistent_events {
+        persistent_events(admin, saved, now)?;
+    }
+    // What began before is in there, or was never to be.
+    admin.persistent.knows_begin = state.sq.get(0).is_some();
     if let Some(saved) = &state.self_test {
         admin.self_test = self_test(admin, saved)?;
     }
@@ -122,6 +131,20 @@ fn sweep(admin: &Admin, path: &str, saved: &SweepState) -> Result<Sweep, Error> 
         return refuse(format!("{path}.offset_bytes"), offset_bytes, "it is not a place in the namespace");
     }
     Ok(Sweep { scope, nsid, offset_bytes })
+}
+
+fn persistent_events(admin: &mut Admin, saved: &PersistentEventsState, now: Instant) -> Result<(), Error> {
+    let log = &mut admin.persistent;
+    log.set_events(&saved.events)
+        .or_else(|reason| refuse("persistent_events.event_bytes", saved.event_bytes, reason))?;
+    if !saved.context.is_empty() && !is_context(&saved.context) {
+        let reason = "it is not a copy of such a log";
+        return refuse("persistent_events.context_bytes", saved.context_bytes, reason);
+    }
+    log.context = (!saved.context.is_empty()).then(|| saved.context.clone());
+    log.generation = saved.generation;
+    log.set_since_reset(saved.since_reset_ms, now);
+    Ok(())
 }
 
 fn self_test(admin: &Admin, saved: &SelfTestState) -> Result<SelfTest, Error> {
@@ -241,6 +264,8 @@ pub(crate) fn load_kept(pool: &Pool, admin: &mut Admin, kept: &KeptState) -> Res
     admin.sanitize = sanitize(admin, &begins_again)?;
     admin.self_test = self_test(admin, &kept.self_test)?;
     admin.self_test.running = None;
+    persistent_events(admin, &kept.persistent_events, Instant::now())?;
+    admin.persistent.context = None;
     refuse_again(pool, admin);
     Ok(())
 }

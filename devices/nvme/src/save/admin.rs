@@ -1,5 +1,7 @@
 //! What `save.rs` takes of the admin commands' own state: nothing where it is as in a new controller.
 
+use std::time::Instant;
+
 use vmstate::Bitmap;
 
 use crate::admin::Admin;
@@ -12,8 +14,8 @@ use crate::namespace::{self, Namespace, WriteProtection};
 use crate::non_volatile::{KeptFormatState, KeptState};
 use crate::restore::admin::NO_SWEEP;
 use crate::state::{
-    FirmwareState, FormatState, MoreFeaturesState, SanitizeState, SavedFeaturesState, SelfTestState,
-    SweepState, WriteProtectionState,
+    FirmwareState, FormatState, MoreFeaturesState, PersistentEventsState, SanitizeState, SavedFeaturesState,
+    SelfTestState, SweepState, WriteProtectionState,
 };
 
 pub(crate) fn firmware_state(admin: &Admin) -> Option<FirmwareState> {
@@ -120,6 +122,23 @@ fn self_test(tests: &SelfTest) -> SelfTestState {
     }
 }
 
+pub(crate) fn persistent_events_state(admin: &Admin) -> Option<PersistentEventsState> {
+    (!admin.persistent.is_empty()).then(|| persistent_events(admin))
+}
+
+fn persistent_events(admin: &Admin) -> PersistentEventsState {
+    let (log, now) = (&admin.persistent, admin.paused_at.unwrap_or_else(Instant::now));
+    let (events, context) = (log.to_bytes(), log.context.clone().unwrap_or_default());
+    PersistentEventsState {
+        generation: log.generation,
+        since_reset_ms: log.since_reset_ms_at(now),
+        event_bytes: events.len() as u32,
+        events,
+        context_bytes: context.len() as u32,
+        context,
+    }
+}
+
 /// What outlives the power: see [`crate::NonVolatile`].
 pub(crate) fn kept_state(admin: &Admin) -> KeptState {
     let with = |protections: &[WriteProtection]| -> Vec<u32> {
@@ -142,6 +161,12 @@ pub(crate) fn kept_state(admin: &Admin) -> KeptState {
         format_count: formats.len() as u32,
         formats,
         sanitize: sanitize(&admin.sanitize),
+        persistent_events: PersistentEventsState {
+            since_reset_ms: 0,
+            context_bytes: 0,
+            context: Vec::new(),
+            ..persistent_events(admin)
+        },
         self_test: self_test(&SelfTest { running: None, results: admin.self_test.results.clone() }),
     }
 }

@@ -3,6 +3,7 @@
 use vmstate::{Bitmap, VmState};
 
 use crate::firmware::{MAX_GRANULES, MAX_IMAGE_BYTES, SLOTS};
+use crate::persistent::{EVENTS_BYTES, LOG_BYTES};
 
 /// Values that a reset brings back (Base 5.27, Save).
 #[derive(VmState, Clone, Debug, PartialEq, Eq)]
@@ -133,4 +134,24 @@ pub struct SelfTestState {
     /// They, newest first, as the log page has them.
     #[vmstate(len = "result_count", max = crate::command::self_test::RESULTS)]
     pub results: Vec<[u8; 28]>,
+}
+
+/// The persistent event log (Base 5.16.1.14).
+#[derive(VmState, Clone, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/persistent-events", version = 1)]
+pub struct PersistentEventsState {
+    /// Events ever logged; wraps.
+    pub generation: u16,
+    /// Milliseconds since the last reset.
+    pub since_reset_ms: u64,
+    /// Bytes of all events.
+    pub event_bytes: u32,
+    /// Header and data of each, newest first.
+    #[vmstate(len = "event_bytes", max = EVENTS_BYTES)]
+    pub events: Vec<u8>,
+    /// Bytes of the copy that the host reads; 0 if it has no context.
+    pub context_bytes: u32,
+    /// The copy, its header included.
+    #[vmstate(len = "context_bytes", max = LOG_BYTES)]
+    pub context: Vec<u8>,
 }

@@ -254,6 +254,10 @@ fn log_pages_are_read_from_any_offset() {
     for page in 0..=255u8 {
         let result = guest.admin(SubmissionEntry { prp1: 0x20_0000, ..get_log(page, 64) });
         let there = supported[usize::from(page) * 4] == 1;
+        if page == log::id::PERSISTENT_EVENT {
+            assert!(there && result == Err(Status::COMMAND_SEQUENCE_ERROR), "it is read through a context");
+            continue;
+        }
         assert_eq!(result, if there { Ok(0) } else { Err(Status::INVALID_LOG_PAGE) }, "page {page:#x}");
     }
     let whole: [u8; 512] = guest.admin_data(get_log(log::id::SMART, 512)).unwrap();

@@ -324,7 +324,9 @@ fn flipped_bits_are_refused_or_harmless() {
         }
     }
     assert!(refused > accepted && accepted > 0, "{refused} refused, {accepted} accepted");
-    for length in 0..bytes.len() {
+    // The log of events is the last part, and one that old states lack.
+    let shorter = vmstate::to_bytes(&NvmeState { persistent_events: None, ..state }).len();
+    for length in (0..bytes.len()).filter(|&length| length != shorter) {
         assert!(vmstate::from_bytes::<NvmeState>(&bytes[..length], NvmeState::VERSION).is_err());
     }
 }

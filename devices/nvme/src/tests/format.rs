@@ -63,10 +63,13 @@ fn a_format_erases_and_changes_the_size_of_blocks() {
     assert_eq!(guest.io(1, transfer(nvm::READ, 1, blocks / 8, 1, page)), Err(Status::LBA_OUT_OF_RANGE));
     guest.io(1, transfer(nvm::READ, 5, 0, 8, page)).unwrap();
     assert!(guest.read_bytes(page, 4096) == vec![0xaa; 4096], "the other namespace is as it was");
-    // And back, with an erase of user data.
+    // And back, with an erase of user data. What was uncorrectable is not any more, also where a migration comes between.
     guest.io(1, transfer(nvm::WRITE, 1, 1, 1, page)).unwrap();
+    guest.io(1, transfer(nvm::WRITE_UNCORRECTABLE, 1, blocks / 8 - 1, 1, page)).unwrap();
+    guest.migrate(1);
     guest.admin(format(1, 1 << 9)).unwrap();
     assert_eq!(shape(&mut guest, 1), (blocks, 0, 0x80));
+    guest.io(1, transfer(nvm::READ, 1, blocks - 8, 8, page)).unwrap();
     guest.io(1, transfer(nvm::READ, 1, 8, 8, page)).unwrap();
     assert!(guest.read_bytes(page, 4096) == vec![0; 4096]);
     // All of them.

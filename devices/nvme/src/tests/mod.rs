@@ -17,6 +17,7 @@ mod io;
 mod many_queues;
 mod messages;
 mod migrate;
+mod persistent;
 mod polling;
 mod protection;
 mod qemu;

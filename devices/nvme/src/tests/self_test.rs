@@ -104,6 +104,14 @@ fn the_block_that_cannot_be_read_is_named() {
     assert_eq!((result.status, result.segment, result.valid), (0x20 | log::SELF_TEST_FAILED_SEGMENT, 1, 0xf));
     assert_eq!((result.nsid, result.failing_lba), (1, 2 * MIB as u64 / 512 + 5));
     assert_eq!((result.status_code_type, result.status_code), (2, 0x81));
+    // So is one that the guest has marked.
+    guest.create_pair(1, 8);
+    let page = guest.pages(1);
+    guest.io(1, transfer(nvm::WRITE_UNCORRECTABLE, 1, 4097, 1, page)).unwrap();
+    guest.admin(test(1, EXTENDED)).unwrap();
+    let result = self::result(&mut guest);
+    assert_eq!((result.status, result.failing_lba, result.status_code), (0x27, 4097, 0x81));
+    guest.io(1, transfer(nvm::WRITE, 1, 4097, 1, page)).unwrap();
     // What fails once and never again is no failure.
     let seen = control.seen();
     control.inject(Target::Read, 2, 1, Fault::Fail(Failure::Io(5)));
