@@ -9,7 +9,7 @@
 use crate::description::{Node, Nodes};
 use crate::{Error, trailer};
 
-/// Levels of structs that are followed.
+/// Levels of structs and lists that are followed.
 const DEPTH_MAX: u32 = 32;
 /// The longest name of a field or a type.
 const NAME_BYTES_MAX: usize = 255;
@@ -70,12 +70,34 @@ pub enum Value<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct Array<'a> {
     entry: Node<'a>,
+    inside: Inside<'a>,
     bytes: &'a [u8],
     element_bytes: usize,
     offset: u64,
     depth: u32,
     /// Each starts with a byte of its own.
     is_marked: bool,
+}
+
+/// What the elements of an entry are, measured once for all of them: a description can have many entries without a byte.
+#[derive(Debug, Clone, Copy)]
+enum Inside<'a> {
+    /// Nothing that has fields.
+    Plain,
+    /// A struct, and the bytes that its description adds up to.
+    Struct(Node<'a>, u64),
+    /// A container that only QEMU has: the entry is a description too, of the last of its elements. What they add up to, if they do.
+    Container(Option<u64>),
+}
+
+impl<'a> Inside<'a> {
+    fn of(entry: Node<'a>) -> Result<Self, Error> {
+        Ok(match (entry.get("struct"), entry.get("fields")) {
+            (Some(inner), _) => Inside::Struct(inner, trailer::state_bytes(inner)?),
+            (None, Some(_)) => Inside::Container(trailer::state_bytes(entry).ok()),
+            (None, None) => Inside::Plain,
+        })
+    }
 }
 
 /// Elements of a list that take fewer bytes, marks included, are shown as bytes: there would be more to read than they say.
@@ -88,15 +110,19 @@ impl<'a> Described<'a> {
     ///
     /// If the description is none, or does not have as many bytes as there are.
     pub fn new(description: Node<'a>, bytes: &'a [u8], offset: u64) -> Result<Self, Error> {
-        Self::at_depth(description, bytes, offset, 1)
+        Self::measured(description, trailer::state_bytes(description)?, bytes, offset, 1)
     }
 
-    fn at_depth(description: Node<'a>, bytes: &'a [u8], offset: u64, depth: u32) -> Result<Self, Error> {
+    /// The same inside of others; the description adds up to `described` bytes.
+    fn measured(
+        description: Node<'a>,
+        described: u64,
+        bytes: &'a [u8],
+        offset: u64,
+        depth: u32,
+    ) -> Result<Self, Error> {
         let this = Described { description, bytes, offset, depth };
-        if depth > DEPTH_MAX {
-            return Err(unfit(offset, format!("there are more than {DEPTH_MAX} structs in each other")));
-        }
-        let described = trailer::state_bytes(description)?;
+        check_depth(depth, offset)?;
         if described != bytes.len() as u64 {
             let (name, there) = (this.name(), bytes.len());
             return Err(unfit(
@@ -160,8 +186,9 @@ impl<'a> Described<'a> {
                 return Err(unfit(start, format!("subsection {name:?} v{version} does not begin here")));
             }
             let offset = cursor.offset;
-            let bytes = cursor.take(trailer::state_bytes(part)?, name)?;
-            parts.push(Self::at_depth(part, bytes, offset, self.depth + 1)?);
+            let described = trailer::state_bytes(part)?;
+            let bytes = cursor.take(described, name)?;
+            parts.push(Self::measured(part, described, bytes, offset, self.depth + 1)?);
         }
         Ok(parts)
     }
@@ -204,7 +231,7 @@ impl<'a> Array<'a> {
                 Ok(Value::Struct(Described { description, bytes, offset: offset.saturating_add(1), depth }))
             }
             [] => Err(unfit(offset, format!("there is no element {index} of {}", self.count()))),
-            bytes => decode(self.entry, bytes, offset, self.depth),
+            bytes => decode(self.entry, self.inside, bytes, offset, self.depth),
         }
     }
 }
@@ -266,7 +293,7 @@ impl<'a> Cursor<'a> {
         let total = entry_bytes(entry, self)?;
         let bytes = self.take(total, name)?;
         match entry.number("array_len") {
-            None | Some(1) => decode(entry, bytes, offset, self.depth),
+            None | Some(1) => decode(entry, Inside::of(entry)?, bytes, offset, self.depth),
             Some(0) => Ok(Value::Elements(Vec::new())),
             Some(count) => {
                 let element_bytes = bytes.len() as u64 / count; // the sum of bytes is below 64 bits
@@ -276,6 +303,7 @@ impl<'a> Cursor<'a> {
                 let element_bytes = element_bytes as usize; // no more than `bytes` has
                 Ok(Value::Array(Array {
                     entry,
+                    inside: Inside::of(entry)?,
                     bytes,
                     element_bytes,
                     offset,
@@ -346,9 +374,14 @@ impl<'a> Cursor<'a> {
         Err(self.unfit(format!("the list {name} has no end")))
     }
 
-    /// An element of a list: mostly one entry, but an array has as many as its elements differ.
+    /// An element of a list: mostly one entry, but an array has as many as its elements differ. Lists in lists are told apart by
+    /// their names alone and take no levels of the JSON, so they are counted like structs.
     fn element(&mut self, entries: Nodes<'a>) -> Result<Value<'a>, Error> {
-        let mut parts = self.fields(entries)?;
+        check_depth(self.depth + 1, self.offset)?;
+        self.depth += 1;
+        let parts = self.fields(entries);
+        self.depth -= 1;
+        let mut parts = parts?;
         match (parts.pop(), parts.is_empty()) {
             (Some(only), true) => Ok(only.value),
             (last, _) => Ok(Value::Elements(parts.into_iter().chain(last).map(|part| part.value).collect())),
@@ -380,6 +413,16 @@ impl<'a> Cursor<'a> {
     }
 }
 
+/// Refuses what lies deeper than is followed: every level takes some of the stack.
+fn check_depth(depth: u32, offset: u64) -> Result<(), Error> {
+    match depth > DEPTH_MAX {
+        true => {
+            Err(unfit(offset, format!("there are more than {DEPTH_MAX} structs and lists in each other")))
+        }
+        false => Ok(()),
+    }
+}
+
 /// Whether an entry is one of `name`: a marker of this type, or something that is no marker.
 fn is(entry: Node<'_>, name: &str, marker: Option<&str>) -> bool {
     let kind = entry.text("type").unwrap_or_default();
@@ -403,18 +446,27 @@ fn text<'a>(entry: Node<'a>, key: &str, at: &Cursor<'_>) -> Result<&'a str, Erro
 }
 
 /// One element of an entry.
-fn decode<'a>(entry: Node<'a>, bytes: &'a [u8], offset: u64, depth: u32) -> Result<Value<'a>, Error> {
-    if let Some(inner) = entry.get("struct") {
-        return Ok(Value::Struct(Described::at_depth(inner, bytes, offset, depth + 1)?));
-    }
+fn decode<'a>(
+    entry: Node<'a>,
+    inside: Inside<'a>,
+    bytes: &'a [u8],
+    offset: u64,
+    depth: u32,
+) -> Result<Value<'a>, Error> {
     let kind = entry.text("type").unwrap_or_default();
-    if entry.get("fields").is_some() {
-        // Containers that only QEMU has; the entry is a description too, of the last of their elements.
-        let inner = match kind {
-            QUEUE_TYPE => queue(entry, bytes, offset, depth),
-            _ => Described::at_depth(entry, bytes, offset, depth + 1).ok().map(Value::Struct),
-        };
-        return Ok(inner.unwrap_or(Value::Bytes(bytes)));
+    let structure = |description, described| {
+        Described::measured(description, described, bytes, offset, depth + 1).map(Value::Struct)
+    };
+    match inside {
+        Inside::Struct(inner, described) => return structure(inner, described),
+        Inside::Container(described) => {
+            let inner = described.and_then(|described| match kind {
+                QUEUE_TYPE => queue(entry, described, bytes, offset, depth),
+                _ => structure(entry, described).ok(),
+            });
+            return Ok(inner.unwrap_or(Value::Bytes(bytes)));
+        }
+        Inside::Plain => {}
     }
     // `uint8 equal`: the loader compares. `int32 le`: it accepts no more than its own. Their bytes are those of the plain type.
     let plain = kind.strip_suffix(" equal").or_else(|| kind.strip_suffix(" le")).unwrap_or(kind);
@@ -442,16 +494,18 @@ fn decode<'a>(entry: Node<'a>, bytes: &'a [u8], offset: u64, depth: u32) -> Resu
     })
 }
 
-/// The elements of one of QEMU's lists, if all are laid out like the last: a mark and an element each, and a mark at the end.
-fn queue<'a>(entry: Node<'a>, bytes: &'a [u8], offset: u64, depth: u32) -> Option<Value<'a>> {
+/// The elements of one of QEMU's lists, if all are laid out like the last, which adds up to `described` bytes: a mark and an element
+/// each, and a mark at the end.
+fn queue<'a>(entry: Node<'a>, described: u64, bytes: &'a [u8], offset: u64, depth: u32) -> Option<Value<'a>> {
     let (0x00, pieces) = bytes.split_last()? else { return None };
-    let length = usize::try_from(trailer::state_bytes(entry).ok()?).ok()?.checked_add(1)?;
+    let length = usize::try_from(described).ok()?.checked_add(1)?;
     if length < QUEUE_ELEMENT_BYTES_MIN || depth >= DEPTH_MAX || !pieces.len().is_multiple_of(length) {
         return None;
     }
     let is_marked = pieces.chunks(length).all(|piece| piece.first() == Some(&0x01));
     is_marked.then_some(Value::List(Array {
         entry,
+        inside: Inside::Container(Some(described)),
         bytes: pieces,
         element_bytes: length,
         offset,

@@ -235,7 +235,7 @@ fn structs_in_structs_have_an_end() {
         description = json!({ "vmsd_name": "x", "version": 1, "fields": [field] });
     }
     let error = read(&description, &[]).unwrap_err().to_string();
-    assert_eq!(error, "at byte 100: there are more than 32 structs in each other");
+    assert_eq!(error, "at byte 100: there are more than 32 structs and lists in each other");
 }
 
 #[test]
@@ -285,5 +285,43 @@ proptest! {
         exact.resize(needed, 0);
         let _ = read(&description, &exact);
         prop_assert!(bytes.len() == needed || read(&description, &bytes).is_err());
+    }
+}
+
+/// A list in a list in a list: a description can go on so for as long as its text allows.
+fn lists_in_lists(depth: usize) -> (Json, Vec<u8>) {
+    let mark = |level: usize| json!({ "name": format!("l{level}"), "type": "list-marker", "size": 1 });
+    let inner = json!({ "name": "n", "type": "uint8", "size": 1 });
+    let entries: Vec<_> = (0..depth).map(mark).chain([inner]).chain((0..depth).rev().map(mark)).collect();
+    let bytes = [vec![1; depth], vec![7], vec![0; depth]].concat();
+    (json!({ "vmsd_name": "x", "version": 1, "fields": entries }), bytes)
+}
+
+#[test]
+fn lists_in_each_other_are_followed_as_far_as_structs() {
+    let shown = |depth| {
+        let (description, bytes) = lists_in_lists(depth);
+        read(&description, &bytes)
+    };
+    assert_eq!(shown(3).unwrap(), "{l0=[[[7]]]}");
+    shown(DEPTH_MAX as usize - 1).unwrap();
+    let error = shown(DEPTH_MAX as usize + 1).unwrap_err().to_string();
+    assert_eq!(error, "at byte 132: there are more than 32 structs and lists in each other");
+    assert_eq!(shown(20_000).unwrap_err().to_string(), error);
+}
+
+/// Were each element measured by itself, this would take hours.
+#[test]
+fn elements_are_measured_together_however_much_their_description_says() {
+    let hollow = vec![json!({ "name": "h", "type": "buffer", "size": 0 }); 30_000];
+    for kind in ["qtailq", "other"] {
+        let entry = json!({ "name": "q", "type": kind, "size": 1, "array_len": 1_000_000, "fields": hollow });
+        let description = json!({ "vmsd_name": "x", "version": 1, "fields": [entry] });
+        let (description, bytes) = (compact(&description), vec![0; 1_000_000]);
+        let state = Described::new(description.root(), &bytes, 0).unwrap();
+        let fields = state.fields().unwrap();
+        let Value::Array(array) = &fields[0].value else { panic!("{fields:?}") };
+        let is_byte = |index| matches!(array.get(index), Ok(Value::Bytes([0])));
+        assert!((0..array.count()).all(is_byte) && array.count() == 1_000_000);
     }
 }
