@@ -44,6 +44,10 @@ impl PrpWalker {
         length_bytes: u64,
         ranges: &mut Vec<GuestRange>,
     ) -> Result<(), Status> {
+        // The count of references is shared with other workers: it is left alone where there is no buffer.
+        if !self.window.exists() {
+            return self.walk_pages(memory, prp1, prp2, length_bytes, ranges);
+        }
         let window = Arc::clone(&self.window);
         window.gather(ranges, |ranges| self.walk_pages(memory, prp1, prp2, length_bytes, ranges))
     }

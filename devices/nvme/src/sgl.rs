@@ -67,6 +67,10 @@ impl SglWalker {
         direction: Direction,
         ranges: &mut Vec<GuestRange>,
     ) -> Result<(), Status> {
+        // As for PRPs.
+        if !self.window.exists() {
+            return self.walk_list(memory, first, length_bytes, direction, ranges);
+        }
         let window = Arc::clone(&self.window);
         window.gather(ranges, |ranges| self.walk_list(memory, first, length_bytes, direction, ranges))
     }
