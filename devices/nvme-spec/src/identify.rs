@@ -205,6 +205,8 @@ pub const OACS_FORMAT: u16 = 1 << 1;
 pub const OACS_FIRMWARE: u16 = 1 << 2;
 /// OACS bit 4: Device Self-test.
 pub const OACS_SELF_TEST: u16 = 1 << 4;
+/// OACS bit 3: Namespace Management and Namespace Attachment.
+pub const OACS_NAMESPACE_MANAGEMENT: u16 = 1 << 3;
 /// OACS bit 8: Doorbell Buffer Config.
 pub const OACS_DOORBELL_BUFFER_CONFIG: u16 = 1 << 8;
 /// LPA bit 0: SMART log per namespace.

@@ -92,6 +92,22 @@ pub const SANITIZE_UNRESTRICTED_EXIT: u32 = 1 << 3;
 pub const SANITIZE_INVERT_PATTERN: u32 = 1 << 8;
 /// Sanitize CDW10 bit 9: No-Deallocate After Sanitize.
 pub const SANITIZE_NO_DEALLOCATE: u32 = 1 << 9;
+/// Select field of Namespace Management: CDW10 bits 3:0 (Base 5.23).
+pub mod management {
+    /// Create.
+    pub const CREATE: u32 = 0;
+    /// Delete.
+    pub const DELETE: u32 = 1;
+}
+
+/// Select field of Namespace Attachment: CDW10 bits 3:0 (Base 5.22).
+pub mod attachment {
+    /// Controller Attach.
+    pub const ATTACH: u32 = 0;
+    /// Controller Detach.
+    pub const DETACH: u32 = 1;
+}
+
 /// CDW12 bit 31 of Read and Write: Limited Retry (NVM 3.2.4).
 pub const CDW12_LIMITED_RETRY: u32 = 1 << 31;
 /// CDW12 bit 30 of Read, Write and Write Zeroes: Force Unit Access.

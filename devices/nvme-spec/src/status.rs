@@ -133,6 +133,22 @@ statuses! {
     OVERLAPPING_RANGE = command_specific 0x14,
     /// Device Self-test In Progress.
     SELF_TEST_IN_PROGRESS = command_specific 0x1d,
+    /// Namespace Insufficient Capacity.
+    NAMESPACE_INSUFFICIENT_CAPACITY = command_specific 0x15,
+    /// Namespace Identifier Unavailable.
+    NAMESPACE_IDENTIFIER_UNAVAILABLE = command_specific 0x16,
+    /// Namespace Already Attached.
+    NAMESPACE_ALREADY_ATTACHED = command_specific 0x18,
+    /// Namespace Is Private.
+    NAMESPACE_IS_PRIVATE = command_specific 0x19,
+    /// Namespace Not Attached.
+    NAMESPACE_NOT_ATTACHED = command_specific 0x1a,
+    /// Thin Provisioning Not Supported.
+    THIN_PROVISIONING_NOT_SUPPORTED = command_specific 0x1b,
+    /// Controller List Invalid.
+    CONTROLLER_LIST_INVALID = command_specific 0x1c,
+    /// I/O Command Set Not Supported.
+    IO_COMMAND_SET_NOT_SUPPORTED = command_specific 0x29,
     /// Conflicting Attributes (NVM).
     CONFLICTING_ATTRIBUTES = command_specific 0x80,
     /// Invalid Protection Information (NVM).

@@ -7,7 +7,6 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use nvme_spec::event::Event;
 use nvme_spec::log::{self as logs, ErrorEntry};
 use nvme_spec::regs::{self, Aqa, Cc, Csts};
 use nvme_spec::{Status, SubmissionEntry};
@@ -19,8 +18,9 @@ use crate::command::sanitize::Sanitize;
 use crate::command::self_test::{self, SelfTest};
 use crate::doorbell::{Buffers, MemoryGone};
 use crate::firmware::Firmware;
+use crate::follow::Following;
 use crate::maintenance::{Chunk, Kind};
-use crate::namespace::{self, Namespace, NamespaceTable};
+use crate::namespace::NamespaceTable;
 use crate::non_volatile::NonVolatile;
 use crate::persistent::PersistentEvents;
 use crate::prp::PrpWalker;
@@ -28,6 +28,7 @@ use crate::queue::{CONGESTED_BACKLOG, CompletionQueue, Ended, Location, QueuePla
 use crate::regs::{IOCQES, IOSQES, MPSMAX, Wanted};
 use crate::shared::{Shared, lock};
 use crate::smart::{Counters, Health};
+use crate::state::SmartState;
 use crate::worker::{Owner, Worker, post_queue, refresh_head};
 
 /// Asynchronous Event Requests that can be outstanding (Identify Controller AERL + 1).
@@ -148,8 +149,7 @@ pub(crate) struct Admin {
     pub buffers: Option<Buffers>,
     /// Those that are attached to this controller.
     pub namespaces: NamespaceTable,
-    /// The generation of the subsystem that they are of.
-    namespaces_generation: u64,
+    pub following: Following,
     /// Namespaces that changed since the host read the log, for log page 04h.
     pub changed_namespaces: Vec<u32>,
     pub health: Health,
@@ -161,7 +161,7 @@ pub(crate) struct Admin {
 }
 
 impl Admin {
-    pub fn new(shared: &Shared, (namespaces_generation, namespaces): (u64, NamespaceTable)) -> Self {
+    pub fn new(shared: &Shared, (generation, namespaces): (u64, NamespaceTable), smart: &SmartState) -> Self {
         Self {
             phase: Phase::Disabled,
             queues: None,
@@ -186,10 +186,10 @@ impl Admin {
             keep_alive: None,
             buffers: None,
             namespaces,
-            namespaces_generation,
+            following: Following::new(generation),
             changed_namespaces: Vec::new(),
-            health: Health::new(),
-            counters_before: Counters::default(),
+            health: Health::after(smart),
+            counters_before: Counters::from_state(smart),
             page_shift: 12,
             walker: PrpWalker::new(u64::from(crate::config::MIN_PAGE_BYTES)),
         }
@@ -211,21 +211,6 @@ impl Admin {
         }
     }
 
-    /// Takes over what is attached now. The workers' tables are replaced under their locks: a command that was fetched before went to
-    /// the old namespace, one that is fetched after finds the new one.
-    fn follow_subsystem(&mut self, pool: &Pool) {
-        let shared = &pool.shared;
-        if shared.subsystem.generation() == self.namespaces_generation {
-            return;
-        }
-        let (generation, table) = shared.subsystem.attached_to(shared.controller_id);
-        for index in 0..pool.workers.len() {
-            pool.worker(index).namespaces = namespace::copy_for_worker(&table);
-        }
-        self.namespaces = table;
-        self.namespaces_generation = generation;
-    }
-
     /// Nothing that this controller has begun is unfinished.
     pub fn is_quiet(&self, pool: &Pool) -> bool {
         let stable = matches!(self.phase, Phase::Disabled | Phase::Ready | Phase::Stopped | Phase::Failed);
@@ -233,6 +218,7 @@ impl Admin {
             && self.deletes.is_empty()
             && self.jobs.is_empty()
             && self.waiting_jobs.is_empty()
+            && self.has_followed(pool)
             && !self.control_is_due(pool)
     }
 
@@ -322,6 +308,7 @@ impl Admin {
         }
         self.parked.clear();
         self.deletes.clear();
+        self.following.forget();
         self.jobs.clear();
         self.waiting_jobs.clear();
         self.keep_alive = None;
@@ -481,23 +468,6 @@ impl Admin {
         }
     }
 
-    /// Changes the namespace `scope`, or all with the broadcast identifier: commands that begin from now on find it as `change` leaves
-    /// it, here and, when it has followed, at every other controller of the subsystem.
-    pub fn change_namespaces(&mut self, pool: &Pool, scope: u32, change: impl Fn(&mut Namespace)) {
-        pool.shared.subsystem.change(scope, change);
-        self.follow_subsystem(pool);
-    }
-
-    /// Notes that the host has to look at a namespace again (Base 5.16.1.5), and tells it if it wants to be told.
-    pub fn tell_namespace_changed(&mut self, pool: &Pool, nsid: u32) {
-        if !self.changed_namespaces.contains(&nsid) {
-            self.changed_namespaces.push(nsid);
-        }
-        if self.features.async_events & nvme_spec::identify::OAES_NAMESPACE_ATTRIBUTE != 0 {
-            pool.shared.events().queue(Event::NAMESPACE_CHANGED);
-        }
-    }
-
     /// Answers Delete I/O Submission Queue commands whose queues have nothing in flight any more.
     fn finish_deletes(&mut self, pool: &Pool) {
         let mut position = 0;
@@ -551,6 +521,7 @@ impl Admin {
         let unanswered = queues.cq.backlog.len()
             + self.parked.len()
             + self.deletes.len()
+            + self.following.pending()
             + self.jobs.len()
             + usize::from(self.format.is_some())
             + self.waiting_jobs.len();

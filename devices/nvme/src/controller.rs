@@ -13,7 +13,9 @@ use crate::admin::{Admin, Phase, Pool};
 use crate::cmb;
 use crate::config::{ControllerConfig, NamespaceConfig};
 use crate::namespace;
+use crate::save::smart_state;
 use crate::shared::{Host, Shared, lock};
+use crate::store::ControllerPlace;
 use crate::subsystem::{FIRST_CONTROLLER_ID, Subsystem};
 use crate::worker::Worker;
 
@@ -77,7 +79,8 @@ impl Controller {
     /// A controller as after power-on, which is controller `id` of `subsystem`; its namespaces are attached to it.
     ///
     /// # Errors
-    /// [`Error::Serial`], [`Error::Config`], [`Error::ControllerId`], [`Error::Pci`].
+    /// [`Error::Serial`], [`Error::Config`], [`Error::ControllerId`], [`Error::Pci`]; [`Error::State`]: what it kept is not what a
+    /// controller keeps.
     pub fn join(
         subsystem: &Arc<Subsystem>,
         id: u16,
@@ -105,7 +108,7 @@ impl Controller {
             });
         }
         let endpoint = Endpoint::new(crate::pci::config_space(&config)?, sink).map_err(Error::Pci)?;
-        subsystem.join(id, Arc::clone(&host))?;
+        let record = subsystem.join(id, Arc::clone(&host))?;
         for worker in 0..contexts.len() {
             subsystem.exclusion.join((id, worker), Arc::clone(&host));
         }
@@ -121,10 +124,15 @@ impl Controller {
                 Mutex::new(worker)
             })
             .collect();
-        let mut admin = Admin::new(&shared, table);
+        let mut admin = Admin::new(&shared, table, &record.smart);
         admin.walker.set_window(Arc::clone(&shared.window));
         let admin = Mutex::new(admin);
-        Ok(Self { pool: Pool { shared, workers }, admin })
+        let controller = Self { pool: Pool { shared, workers }, admin };
+        if subsystem.is_managed() {
+            let place = Arc::new(ControllerPlace::new(subsystem, id));
+            controller.attach_non_volatile(place, record.kept.as_ref().map(|kept| &kept.kept))?;
+        }
+        Ok(controller)
     }
 
     /// Does what worker `index` can do now, in bounded batches. Called by that worker's thread after each wake-up, and again
@@ -267,6 +275,19 @@ impl Controller {
         namespace::active(&admin.namespaces).map(|ns| (ns.nsid, Arc::clone(&ns.backend))).collect()
     }
 
+    /// Writes what the subsystem keeps without power, if it has changed: the counters of this controller with it. May wait for the
+    /// store: called at reset, at shutdown and from time to time, on a thread that serves no I/O.
+    ///
+    /// # Errors
+    /// [`Error::Store`]: the store has what it had.
+    pub fn persist(&self) -> Result<(), Error> {
+        let smart = {
+            let admin = lock(&self.admin);
+            smart_state(&self.pool, &admin, Instant::now())
+        };
+        self.pool.shared.subsystem.persist(self.pool.shared.controller_id, smart)
+    }
+
     /// What was done and what is being done.
     #[must_use]
     pub fn statistics(&self) -> Statistics {
@@ -285,6 +306,7 @@ impl Drop for Controller {
         for worker in 0..self.pool.workers.len() {
             shared.subsystem.exclusion.leave((shared.controller_id, worker));
         }
-        shared.subsystem.leave(shared.controller_id);
+        let smart = smart_state(&self.pool, &lock(&self.admin), Instant::now());
+        self.pool.shared.subsystem.leave(self.pool.shared.controller_id, smart);
     }
 }

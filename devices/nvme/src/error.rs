@@ -30,6 +30,24 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// The image of a created namespace cannot be used.
+    #[error("NVMe namespace {nsid}, which the guest has created: its image cannot be used")]
+    NamespaceImage {
+        /// Namespace identifier.
+        nsid: u32,
+        /// Why.
+        source: crate::StoreError,
+    },
+    /// The store of a subsystem failed.
+    #[error("NVM subsystem {serial:?}: cannot {what}")]
+    Store {
+        /// Serial number of the subsystem.
+        serial: String,
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: crate::StoreError,
+    },
     /// A controller that cannot be in a subsystem.
     #[error(
         "NVM subsystem {serial:?}: controller {id} cannot join: the identifier is taken, or another controller is there and nothing is \

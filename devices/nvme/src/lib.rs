@@ -39,6 +39,7 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod allocations;
 mod arbitration;
 mod cmb;
 mod command;
@@ -50,9 +51,11 @@ mod error;
 mod event;
 mod exclusion;
 mod firmware;
+mod follow;
 mod interrupt;
 mod inventory;
 mod maintenance;
+mod management;
 mod namespace;
 mod non_volatile;
 mod pci;
@@ -68,6 +71,7 @@ mod shared;
 mod slot;
 mod smart;
 mod state;
+mod store;
 mod subsystem;
 #[cfg(test)]
 mod tests;
@@ -87,5 +91,9 @@ pub use state::{
     FirmwareState, FormatState, MoreFeaturesState, NamespaceState, NvmeState, PersistentEventsState,
     RegistersState, SanitizeState, SavedFeaturesState, SelfTestState, SmartState, SubmissionQueueState,
     SweepState, UncorrectableRunState, UncorrectableState, WriteProtectionState,
+};
+pub use store::{
+    AllocatedProtectionState, AllocatedState, AllocationsState, ControllerKeptState, ControllerRecord,
+    MAX_CONTROLLERS, Store, StoreError, SubsystemState,
 };
 pub use subsystem::Subsystem;

@@ -25,6 +25,8 @@ pub(crate) struct Namespace {
     pub protection: WriteProtection,
     /// What commands to its blocks are answered with while an operation of the controller has it.
     pub refusal: Option<Status>,
+    /// It may be attached to several controllers (Identify Namespace NMIC bit 0).
+    pub shared: bool,
     pub uuid: [u8; 16],
     pub backend: Arc<dyn Backend>,
     /// Shared by all copies of the namespace.
@@ -69,7 +71,7 @@ pub(crate) type NamespaceTable = Arc<[Option<Arc<Namespace>>]>;
 impl Namespace {
     /// Checks `config` and names the namespace after the controller's `serial`, so that source and destination of a
     /// migration give the same identifiers.
-    pub fn new(config: &NamespaceConfig, serial: &str) -> Result<Self, Error> {
+    pub fn new(config: &NamespaceConfig, serial: &str, shared: bool) -> Result<Self, Error> {
         let refuse = |reason: String| Err(Error::Namespace { nsid: config.nsid, reason });
         if !(1..=MAX_NAMESPACES).contains(&config.nsid) {
             return refuse(format!("identifiers are 1 to {MAX_NAMESPACES}"));
@@ -97,7 +99,8 @@ impl Namespace {
             read_only: identity.read_only,
             protection: WriteProtection::None,
             refusal: None,
-            uuid: uuid(serial, config.nsid),
+            shared,
+            uuid: uuid(serial, config.nsid, 0),
             backend: Arc::clone(&config.backend),
             uncorrectable: Arc::default(),
         })
@@ -191,11 +194,18 @@ pub(crate) fn active(table: &NamespaceTable) -> impl Iterator<Item = &Arc<Namesp
     table.iter().flatten()
 }
 
-/// A version 8 (custom) UUID from serial number and NSID: 128-bit FNV-1a.
-fn uuid(serial: &str, nsid: u32) -> [u8; 16] {
+/// The UUID of the `count`-th namespace that a guest has created. NGUID and EUI64 "shall be globally unique" (NVM figure 97): one that is
+/// created again with the same NSID is another namespace.
+pub(crate) fn uuid_of_created(serial: &str, nsid: u32, count: u64) -> [u8; 16] {
+    uuid(serial, nsid, count)
+}
+
+/// A version 8 (custom) UUID from serial number, NSID, and which of those that were created it is (0 none): 128-bit FNV-1a.
+fn uuid(serial: &str, nsid: u32, created: u64) -> [u8; 16] {
     const OFFSET: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
     const PRIME: u128 = 0x0000_0000_0100_0000_0000_0000_0000_013b;
-    let bytes = serial.bytes().chain([0]).chain(nsid.to_be_bytes());
+    let created = (created > 0).then(|| created.to_be_bytes()).into_iter().flatten();
+    let bytes = serial.bytes().chain([0]).chain(nsid.to_be_bytes()).chain(created);
     let hash = bytes.fold(OFFSET, |hash, byte| (hash ^ u128::from(byte)).wrapping_mul(PRIME));
     let mut uuid = hash.to_be_bytes();
     uuid[6] = uuid[6] & 0x0f | 0x80;

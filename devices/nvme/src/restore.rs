@@ -77,6 +77,8 @@ impl Controller {
         }
         self.begin_pause();
         check_shape(state, &Shape::of(&pool.shared.config))?;
+        pool.shared.subsystem.load(state.allocations.as_ref())?;
+        admin.follow_subsystem(pool);
         check_namespaces(state, &admin)?;
         let phase = check_registers(&state.registers)?;
         check_features(&state.features, pool.shared.config.vectors)?;
@@ -324,13 +326,7 @@ fn load_events(pool: &Pool, admin: &mut Admin, state: &EventsState) {
 
 fn load_smart(admin: &mut Admin, state: &NvmeState, now: Instant) {
     let smart = &state.smart;
-    admin.counters_before = Counters {
-        units_read: smart.units_read,
-        units_written: smart.units_written,
-        reads: smart.reads,
-        writes: smart.writes,
-        media_errors: smart.media_errors,
-    };
+    admin.counters_before = Counters::from_state(smart);
     admin.health.power_cycles = smart.power_cycles;
     admin.health.seconds_before = smart.power_on_seconds;
     admin.health.since = now;

@@ -53,7 +53,7 @@ impl Controller {
                     event_index: buffers.event_index,
                 }
             }),
-            smart: smart_state(pool, &admin),
+            smart: smart_state(pool, &admin, now(&admin)),
             changed_count: admin.changed_namespaces.len() as u16,
             changed_namespaces: admin.changed_namespaces.clone(),
             sq_count: queue_ids,
@@ -69,6 +69,7 @@ impl Controller {
             self_test: admin::self_test_state(&admin),
             buffer: buffer_state(shared),
             persistent_events: admin::persistent_events_state(&admin),
+            allocations: shared.subsystem.to_state(shared.controller_id),
         }
     }
 }
@@ -130,20 +131,13 @@ fn events_state(shared: &Shared, admin: &Admin) -> EventsState {
     }
 }
 
-fn smart_state(pool: &Pool, admin: &Admin) -> SmartState {
+/// What the controller has counted until `now`.
+pub(crate) fn smart_state(pool: &Pool, admin: &Admin, now: Instant) -> SmartState {
     let mut counters = admin.counters_before;
     for index in 0..pool.workers.len() {
         counters.add(&pool.worker(index).counters);
     }
-    SmartState {
-        units_read: counters.units_read,
-        units_written: counters.units_written,
-        reads: counters.reads,
-        writes: counters.writes,
-        media_errors: counters.media_errors,
-        power_cycles: admin.health.power_cycles,
-        power_on_seconds: admin.health.power_on_seconds_at(now(admin)),
-    }
+    counters.to_state(&admin.health, now)
 }
 
 fn namespaces_state(admin: &Admin) -> Slots<NamespaceState> {

@@ -60,6 +60,8 @@ pub(crate) struct Slot {
     pub copied: u32,
     /// A request that fails does not end the command: the others are made all the same.
     pub goes_on: bool,
+    /// Its namespace is gone or smaller by now, and whoever changed it waits for the end.
+    pub drains: bool,
     /// The first failure of its requests.
     pub status: Status,
     /// Requests to make after the one in flight, last first.
@@ -79,6 +81,7 @@ impl Slot {
             running: flush_step(0),
             copied: 0,
             goes_on: false,
+            drains: false,
             status: Status::SUCCESS,
             steps: Vec::new(),
         }

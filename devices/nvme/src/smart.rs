@@ -4,6 +4,8 @@ use std::time::Instant;
 
 use nvme_spec::log::SmartLog;
 
+use crate::state::SmartState;
+
 /// The temperature that the controller reports: 35 degrees Celsius. There is no sensor.
 pub(crate) const TEMPERATURE_KELVIN: u16 = 308;
 
@@ -27,6 +29,30 @@ impl Counters {
         self.reads = self.reads.saturating_add(other.reads);
         self.writes = self.writes.saturating_add(other.writes);
         self.media_errors = self.media_errors.saturating_add(other.media_errors);
+    }
+
+    /// What was counted before.
+    pub fn from_state(state: &SmartState) -> Self {
+        Self {
+            units_read: state.units_read,
+            units_written: state.units_written,
+            reads: state.reads,
+            writes: state.writes,
+            media_errors: state.media_errors,
+        }
+    }
+
+    /// As it is saved.
+    pub fn to_state(self, health: &Health, now: Instant) -> SmartState {
+        SmartState {
+            units_read: self.units_read,
+            units_written: self.units_written,
+            reads: self.reads,
+            writes: self.writes,
+            media_errors: self.media_errors,
+            power_cycles: health.power_cycles,
+            power_on_seconds: health.power_on_seconds_at(now),
+        }
     }
 
     /// The log page.
@@ -61,8 +87,14 @@ pub(crate) struct Health {
 }
 
 impl Health {
-    pub fn new() -> Self {
-        Self { critical_warning: 0, power_cycles: 1, seconds_before: 0, since: Instant::now() }
+    /// Of a controller that goes on with what it counted before.
+    pub fn after(state: &SmartState) -> Self {
+        Self {
+            critical_warning: 0,
+            power_cycles: state.power_cycles,
+            seconds_before: state.power_on_seconds,
+            since: Instant::now(),
+        }
     }
 
     /// How long the controller has been powered on at `now`.

@@ -3,6 +3,7 @@
 //! ```text
 //! nvme: configuration (must agree) | registers | features | events and error log | doorbell buffers | SMART counters
 //!       | changed namespaces | sq[id] | cq[id] | namespaces[nsid - 1] | PCI configuration space and MSI-X
+//!       | allocations of the subsystem, if they are more than what is attached or can change
 //! ```
 //! Not saved, because it is derived: the phase of the controller (from CC and CSTS), which submission queues use a completion queue,
 //! which worker serves what, EventIdx values, the critical warning, EUI-64.
@@ -18,6 +19,7 @@ use vmstate::{Bitmap, Slots, VmState};
 
 use crate::config::MAX_NAMESPACES;
 use crate::inventory::{NamespaceShape, Shape};
+use crate::store::AllocationsState;
 
 pub use admin::{
     FirmwareState, FormatState, MoreFeaturesState, PersistentEventsState, SanitizeState, SavedFeaturesState,
@@ -81,6 +83,9 @@ pub struct NvmeState {
     /// The controller memory buffer, if the guest has done something with it.
     #[vmstate(subsection)]
     pub buffer: Option<BufferState>,
+    /// What the subsystem has allocated; without it, what is attached here, and the guest cannot change that.
+    #[vmstate(subsection)]
+    pub allocations: Option<AllocationsState>,
 }
 
 /// Where the guest has the controller memory buffer (Base 3.1.3.16); its contents travel with RAM.

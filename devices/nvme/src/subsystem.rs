@@ -1,58 +1,87 @@
 //! An NVM subsystem (Base 1.5): the namespaces that are allocated, and the controllers that they are attached to.
 //!
 //! ```text
-//! Subsystem: allocated namespaces by NSID (holes are normal) -> attached to controllers
-//!     | generation                                            ^ join
-//! Controller (worker 0): sees a new generation -> replaces its own table and those of its workers, under their locks
+//! management.rs: create, delete, attach, detach -> Subsystem: allocated namespaces by NSID (holes are normal) -> store.rs
+//!     | generation + 1, wake                                       ^ join                  ^ followed(generation)
+//! follow.rs, on worker 0 of every controller: replaces its table and those of its workers, under their locks; waits for the commands
+//!     that went to a namespace which is gone or smaller now
 //! ```
 //!
 //! What commands address is a copy: every worker has the attached namespaces of its controller, so that no I/O command takes a lock or
 //! touches a reference count that is shared with another worker. A change is made here first and followed by each controller on
-//! its own worker 0, where nothing of the controller is in the midst of an admin command.
+//! its own worker 0, where nothing of the controller is in the midst of an admin command. It is complete when all have followed:
+//! then no command is at the image of a namespace that was deleted, and the image can go.
 //!
 //! A controller that is alone in its subsystem says nothing of sharing: CMIC and NMIC are 0.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use nvme_spec::NSID_BROADCAST;
+use nvme_spec::{NSID_BROADCAST, Status};
 
 use crate::Error;
 use crate::config::{MAX_NAMESPACES, NamespaceConfig};
 use crate::exclusion::Exclusion;
-use crate::namespace::{self, Namespace, NamespaceTable};
+use crate::inventory::NamespaceShape;
+use crate::namespace::{self, Namespace, NamespaceTable, WriteProtection};
 use crate::shared::{Host, lock};
+use crate::state::SmartState;
+use crate::store::{
+    AllocatedProtectionState, AllocatedState, AllocationsState, ControllerRecord, Store, SubsystemState,
+};
 
 /// Controller identifier of the only controller of a subsystem that is not shared.
 pub(crate) const FIRST_CONTROLLER_ID: u16 = 0;
 
-/// See the module's text. Its lock is taken after those of admin and workers, and no other is taken while it is held.
+/// See the module's text. `saved` is locked before `contents`; both after admin and workers, and no other lock while they are held.
 pub struct Subsystem {
     /// Serial number that identifiers are made from.
-    serial: String,
-    /// Several controllers may attach a namespace (Identify Namespace NMIC bit 0).
+    pub(crate) serial: String,
+    /// Several controllers may be here.
     shared: bool,
+    /// Where its state and created namespaces are kept; without one the guest cannot manage namespaces.
+    pub(crate) store: Option<Arc<dyn Store>>,
     /// Counts changes of what is attached, so that a controller that has seen the last one takes no lock.
     generation: AtomicU64,
+    /// What the store has, or would have. Held while a change is made, so that they come one after another; a controller that only
+    /// looks does not wait for the store.
+    saved: Mutex<SubsystemState>,
+    /// The store has an older one.
+    unwritten: AtomicBool,
     contents: Mutex<Contents>,
     /// Ranges that fused operations have for themselves.
     pub(crate) exclusion: Exclusion,
 }
 
-/// What the lock protects.
+/// What serves commands.
 pub(crate) struct Contents {
     /// By NSID less one.
     pub namespaces: Box<[Option<Allocated>]>,
     /// By controller identifier.
-    controllers: BTreeMap<u16, Arc<dyn Host>>,
+    controllers: BTreeMap<u16, Member>,
+    /// Deleted, but a controller may still have commands at the image.
+    removed: Vec<Removed>,
 }
 
 /// A namespace that exists (Base 3.2.1, "allocated"), attached or not.
 pub(crate) struct Allocated {
     pub namespace: Namespace,
+    /// The guest created it.
+    pub created: bool,
     /// Identifiers of the controllers that it is attached to.
     pub attached: BTreeSet<u16>,
+}
+
+struct Member {
+    host: Arc<dyn Host>,
+    /// The last generation whose tables its workers have, with nothing in flight at a namespace that it took away.
+    followed: u64,
+}
+
+struct Removed {
+    namespace: Namespace,
+    generation: u64,
 }
 
 impl Subsystem {
@@ -62,51 +91,132 @@ impl Subsystem {
     /// # Errors
     /// [`Error::Namespace`] for the first that cannot be.
     pub fn new(serial: &str, namespaces: &[NamespaceConfig], shared: bool) -> Result<Arc<Self>, Error> {
+        Self::build(serial, namespaces, shared, None, SubsystemState::default())
+    }
+
+    /// A subsystem that is powered on with what `store` has kept of it: `saved` is the state that was written last, if any was. What
+    /// the guest created is there again; `namespaces` are the host's, and attached as the guest left them.
+    ///
+    /// # Errors
+    /// [`Error::Namespace`] for the first that cannot be: a created one has lost its image, or has the identifier of another.
+    pub fn with_store(
+        serial: &str,
+        namespaces: &[NamespaceConfig],
+        shared: bool,
+        store: Arc<dyn Store>,
+        saved: Option<SubsystemState>,
+    ) -> Result<Arc<Self>, Error> {
+        let mut saved = saved.unwrap_or_default();
+        for record in &mut saved.controllers {
+            record.smart.power_cycles = record.smart.power_cycles.saturating_add(1);
+        }
+        for record in &mut saved.allocations.namespaces {
+            let until_power_cycle = WriteProtection::UntilPowerCycle.to_value();
+            record.protection.take_if(|protection| u32::from(protection.value) == until_power_cycle);
+        }
+        Self::build(serial, namespaces, shared, Some(store), saved)
+    }
+
+    fn build(
+        serial: &str,
+        namespaces: &[NamespaceConfig],
+        shared: bool,
+        store: Option<Arc<dyn Store>>,
+        mut saved: SubsystemState,
+    ) -> Result<Arc<Self>, Error> {
+        let refuse = |nsid, reason: &str| Err(Error::Namespace { nsid, reason: reason.to_owned() });
         let mut table: Vec<Option<Allocated>> = (0..MAX_NAMESPACES).map(|_| None).collect();
+        let known: Vec<u16> = saved.controllers.iter().map(|record| record.id).collect();
         for config in namespaces {
-            let namespace = Namespace::new(config, serial)?;
-            let place = &mut table[namespace.nsid as usize - 1];
+            let nsid = config.nsid;
+            let namespace = Namespace::new(config, serial, shared)?;
+            let place = &mut table[nsid as usize - 1];
             if place.is_some() {
-                return Err(Error::Namespace {
-                    nsid: config.nsid,
-                    reason: "the identifier is used twice".to_owned(),
-                });
+                return refuse(nsid, "the identifier is used twice");
             }
-            *place = Some(Allocated { namespace, attached: BTreeSet::new() });
+            let record = saved.allocations.get_mut(nsid);
+            if record.as_ref().is_some_and(|record| record.created) {
+                return refuse(
+                    nsid,
+                    "the guest has created one with this identifier: give the host's another",
+                );
+            }
+            let attached = record.as_ref().map_or(&known, |record| &record.attached);
+            let attached = attached.iter().copied().collect();
+            let mut allocated = Allocated { namespace, created: false, attached };
+            if let Some(record) = record {
+                allocated.protect_as(record)?;
+            }
+            *place = Some(allocated);
+        }
+        // A namespace that the host gives no more is forgotten.
+        saved.allocations.retain(|record| record.created);
+        for record in &saved.allocations.namespaces {
+            let allocated = reopen(store.as_deref(), record)?;
+            match table.get_mut((record.shape.nsid as usize).wrapping_sub(1)) {
+                Some(place @ None) => *place = Some(allocated),
+                _ => {
+                    return refuse(
+                        record.shape.nsid,
+                        "the saved state has it twice, or no such identifier can be",
+                    );
+                }
+            }
+        }
+        for allocated in table.iter().flatten() {
+            saved.allocations.put(allocated.to_state());
         }
         Ok(Arc::new(Self {
             serial: serial.to_owned(),
             shared,
+            store,
             generation: AtomicU64::new(0),
-            contents: Mutex::new(Contents { namespaces: table.into(), controllers: BTreeMap::new() }),
+            saved: Mutex::new(saved),
+            unwritten: AtomicBool::new(true),
+            contents: Mutex::new(Contents {
+                namespaces: table.into(),
+                controllers: BTreeMap::new(),
+                removed: Vec::new(),
+            }),
             exclusion: Exclusion::default(),
         }))
     }
 
-    /// Adds controller `id`, whose worker 0 `host` wakes when something changes, and attaches every namespace to it.
+    /// Adds controller `id`, whose worker 0 `host` wakes when something changes. If it was never here every namespace of the host is
+    /// attached to it. Returns what it goes on with.
     ///
     /// # Errors
     /// [`Error::ControllerId`]: the identifier is taken, or another controller is there and nothing is shared.
-    pub(crate) fn join(&self, id: u16, host: Arc<dyn Host>) -> Result<(), Error> {
+    pub(crate) fn join(&self, id: u16, host: Arc<dyn Host>) -> Result<ControllerRecord, Error> {
+        let mut saved = lock(&self.saved);
         let mut contents = self.contents();
+        let refused = Error::ControllerId { serial: self.serial.clone(), id };
         let alone = contents.controllers.is_empty();
+        let known = saved.controllers.iter().any(|record| record.id == id);
         if contents.controllers.contains_key(&id) || !alone && !self.shared {
-            return Err(Error::ControllerId { serial: self.serial.clone(), id });
+            return Err(refused);
         }
-        contents.controllers.insert(id, host);
-        for allocated in contents.namespaces.iter_mut().flatten() {
-            allocated.attached.insert(id);
+        let record = saved.controller(id).ok_or(refused)?.clone();
+        if !known {
+            for allocated in contents.namespaces.iter_mut().flatten().filter(|allocated| !allocated.created) {
+                allocated.attached.insert(id);
+                saved.allocations.put(allocated.to_state());
+            }
         }
-        Ok(())
+        self.unwritten.fetch_or(!known, Ordering::AcqRel);
+        let followed = self.generation();
+        contents.controllers.insert(id, Member { host, followed });
+        Ok(record)
     }
 
-    /// Removes controller `id`, which is dropped.
-    pub(crate) fn leave(&self, id: u16) {
-        let mut contents = self.contents();
-        contents.controllers.remove(&id);
-        for allocated in contents.namespaces.iter_mut().flatten() {
-            allocated.attached.remove(&id);
+    /// Removes controller `id`, which is dropped; `smart` is what it has counted. Its namespaces stay attached to its identifier.
+    pub(crate) fn leave(&self, id: u16, smart: SmartState) {
+        if let Some(record) = lock(&self.saved).controller(id) {
+            record.smart = smart;
+            self.unwritten.store(true, Ordering::Release);
         }
+        self.contents().controllers.remove(&id);
+        self.complete();
     }
 
     /// Whether more than one controller may be here.
@@ -115,22 +225,31 @@ impl Subsystem {
         self.shared
     }
 
+    /// Whether the guest may create, delete, attach and detach namespaces.
+    #[must_use]
+    pub fn is_managed(&self) -> bool {
+        self.store.is_some()
+    }
+
     /// Identifiers of the controllers, in order.
     #[must_use]
     pub fn controllers(&self) -> Vec<u16> {
         self.contents().controllers.keys().copied().collect()
     }
 
-    /// Changes the namespace `scope`, or with the broadcast identifier all that are allocated. The controllers follow.
-    pub(crate) fn change(&self, scope: u32, change: impl Fn(&mut Namespace)) {
-        let mut contents = self.contents();
-        for allocated in contents.namespaces.iter_mut().flatten() {
-            if scope == NSID_BROADCAST || scope == allocated.namespace.nsid {
-                change(&mut allocated.namespace);
-            }
-        }
-        self.generation.fetch_add(1, Ordering::SeqCst);
-        contents.controllers.values().for_each(|host| host.wake(0));
+    /// Total and unallocated NVM capacity in bytes (Identify Controller TNVMCAP, UNVMCAP).
+    pub(crate) fn capacity_bytes(&self) -> (u128, u128) {
+        let contents = self.contents();
+        let size = |created: bool| -> u128 {
+            let namespaces = contents.allocated().filter(|allocated| allocated.created == created);
+            namespaces.map(|allocated| allocated.namespace.size_bytes()).sum()
+        };
+        // A deleted namespace has its place until its image is gone.
+        let removed: u128 = contents.removed.iter().map(|removed| removed.namespace.size_bytes()).sum();
+        let used = size(true) + removed;
+        let quota = self.store.as_ref().map_or(0, |store| u128::from(store.capacity_bytes()));
+        // A quota that was made smaller than what is used takes nothing away.
+        (size(false) + quota.max(used), quota.saturating_sub(used))
     }
 
     /// Counts what changes in [`Subsystem::attached_to`].
@@ -146,12 +265,147 @@ impl Subsystem {
             Some(Arc::new(allocated.namespace.clone()))
         };
         let table = contents.namespaces.iter().map(attached).collect();
-        (self.generation.load(Ordering::SeqCst), table)
+        (self.generation(), table)
+    }
+
+    /// Controller `id` works with the namespaces of `generation`, and nothing of it is where they are not any more.
+    pub(crate) fn followed(&self, id: u16, generation: u64) {
+        if let Some(member) = self.contents().controllers.get_mut(&id) {
+            member.followed = generation;
+        }
+        self.complete();
+    }
+
+    /// Whether every controller has followed `generation`.
+    pub(crate) fn is_followed(&self, generation: u64) -> bool {
+        self.contents().followed() >= generation
+    }
+
+    /// Writes the state with the counters of controller `id`, unless the store has it.
+    pub(crate) fn persist(&self, id: u16, smart: SmartState) -> Result<(), Error> {
+        self.update(|state| {
+            if let Some(record) = state.controller(id) {
+                record.smart = smart;
+            }
+        })
+    }
+
+    /// Changes what is kept without power, and nothing that serves commands: the store has it when this returns.
+    ///
+    /// # Errors
+    /// [`Error::Store`]: nothing has changed.
+    pub(crate) fn update(&self, change: impl FnOnce(&mut SubsystemState)) -> Result<(), Error> {
+        let mut saved = self.saved();
+        let mut next = saved.clone();
+        change(&mut next);
+        if next != *saved || self.unwritten.load(Ordering::Acquire) {
+            self.write(&next)?;
+            *saved = next;
+        }
+        Ok(())
+    }
+
+    /// For who holds `saved`, which becomes `state` if this succeeds.
+    fn write(&self, state: &SubsystemState) -> Result<(), Error> {
+        if let Some(store) = &self.store {
+            let failed =
+                |source| Error::Store { serial: self.serial.clone(), what: "write the state", source };
+            store.write(state).map_err(failed)?;
+        }
+        self.unwritten.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Lets go of deleted namespaces that no controller uses any more, and tells all controllers that something may be complete.
+    fn complete(&self) {
+        let (gone, hosts) = {
+            let mut contents = self.contents();
+            let followed = contents.followed();
+            let (gone, removed): (Vec<_>, _) = std::mem::take(&mut contents.removed)
+                .into_iter()
+                .partition(|removed| removed.generation <= followed);
+            contents.removed = removed;
+            (gone, contents.hosts())
+        };
+        for Removed { namespace, .. } in gone {
+            let uuid = namespace.uuid;
+            drop(namespace);
+            if let Some(store) = &self.store {
+                store.remove(&uuid);
+            }
+        }
+        hosts.iter().for_each(|host| host.wake(0));
+    }
+
+    /// Makes a change of what the store has, and then, with `apply`, of what serves commands: both or neither. Returns the generation
+    /// that controllers have to follow.
+    pub(crate) fn commit(
+        &self,
+        saved: &mut SubsystemState,
+        next: SubsystemState,
+        apply: impl FnOnce(&mut Contents, u64),
+    ) -> Result<u64, Error> {
+        self.write(&next)?;
+        *saved = next;
+        let (generation, hosts) = {
+            let mut contents = self.contents();
+            let generation = self.generation() + 1;
+            apply(&mut contents, generation);
+            self.generation.store(generation, Ordering::SeqCst);
+            (generation, contents.hosts())
+        };
+        hosts.iter().for_each(|host| host.wake(0));
+        // Without controllers nobody else does.
+        self.complete_alone();
+        Ok(generation)
+    }
+
+    /// Puts other namespaces in the place of all, for a subsystem that is not in use yet.
+    pub(crate) fn replace(&self, table: Vec<Option<Allocated>>) {
+        let mut contents = self.contents();
+        contents.namespaces = table.into();
+        self.generation.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Changes the namespace `scope`, or with the broadcast identifier all that are allocated, for who tells the store of it. The
+    /// controllers follow.
+    pub(crate) fn change(&self, scope: u32, change: impl Fn(&mut Namespace)) {
+        let mut saved = self.saved();
+        let hosts = {
+            let mut contents = self.contents();
+            for allocated in contents.namespaces.iter_mut().flatten() {
+                if scope == NSID_BROADCAST || scope == allocated.namespace.nsid {
+                    change(&mut allocated.namespace);
+                    saved.allocations.put(allocated.to_state());
+                }
+            }
+            self.unwritten.store(true, Ordering::Release);
+            self.generation.fetch_add(1, Ordering::SeqCst);
+            contents.hosts()
+        };
+        hosts.iter().for_each(|host| host.wake(0));
+    }
+
+    fn complete_alone(&self) {
+        if self.contents().controllers.is_empty() {
+            self.complete();
+        }
+    }
+
+    /// What the store has, while nobody changes it.
+    pub(crate) fn saved(&self) -> MutexGuard<'_, SubsystemState> {
+        lock(&self.saved)
     }
 
     /// What is allocated, while nobody changes it.
     pub(crate) fn contents(&self) -> MutexGuard<'_, Contents> {
         lock(&self.contents)
+    }
+
+    /// The allocated namespaces as they are saved.
+    #[must_use]
+    pub fn allocations(&self) -> AllocationsState {
+        self.saved().allocations.clone()
     }
 }
 
@@ -162,7 +416,107 @@ impl Contents {
     }
 
     /// The namespace of a command that needs an allocated one: the same answers as [`namespace::find`].
-    pub fn find(&self, nsid: u32) -> Result<&Allocated, nvme_spec::Status> {
+    pub fn find(&self, nsid: u32) -> Result<&Allocated, Status> {
         namespace::slot(&self.namespaces, nsid)
     }
+
+    /// Whether controller `id` is here.
+    pub fn has_controller(&self, id: u16) -> bool {
+        self.controllers.contains_key(&id)
+    }
+
+    /// The lowest identifier that nothing has, and that no command in flight can mean.
+    pub fn free_nsid(&self) -> Option<u32> {
+        let is_free = |nsid: &u32| {
+            self.namespaces[*nsid as usize - 1].is_none()
+                && !self.removed.iter().any(|removed| removed.namespace.nsid == *nsid)
+        };
+        (1..=self.namespaces.len() as u32).find(is_free)
+    }
+
+    /// Takes a namespace away; its image is used until all controllers have followed `generation`.
+    pub fn remove(&mut self, nsid: u32, generation: u64) {
+        let place = self.namespaces.get_mut((nsid as usize).wrapping_sub(1)).and_then(Option::take);
+        self.removed.extend(place.map(|allocated| Removed { namespace: allocated.namespace, generation }));
+    }
+
+    /// The generation that the slowest controller has followed.
+    fn followed(&self) -> u64 {
+        self.controllers.values().map(|member| member.followed).min().unwrap_or(u64::MAX)
+    }
+
+    fn hosts(&self) -> Vec<Arc<dyn Host>> {
+        self.controllers.values().map(|member| Arc::clone(&member.host)).collect()
+    }
+}
+
+impl Allocated {
+    /// Whether no operation of a controller (format, sanitize) has it; what its commands are answered with meanwhile.
+    pub fn is_at_rest(&self) -> Result<(), Status> {
+        self.namespace.refusal.map_or(Ok(()), Err)
+    }
+
+    /// As it is saved.
+    pub fn to_state(&self) -> AllocatedState {
+        AllocatedState {
+            shape: NamespaceShape::of(&self.namespace),
+            created: self.created,
+            shared: self.namespace.shared,
+            attached_count: self.attached.len() as u32,
+            attached: self.attached.iter().copied().collect(),
+            protection: match self.namespace.protection {
+                WriteProtection::None => None,
+                protection => Some(AllocatedProtectionState { value: protection.to_value() as u8 }),
+            },
+        }
+    }
+
+    /// Protects it as it was saved.
+    pub fn protect_as(&mut self, record: &AllocatedState) -> Result<(), Error> {
+        let value = record.protection.as_ref().map_or(0, |protection| protection.value.into());
+        let Some(protection) = WriteProtection::from_value(value) else {
+            let reason = format!("its write protection is {value}, which is none");
+            return Err(Error::Namespace { nsid: record.shape.nsid, reason });
+        };
+        self.namespace.protect(protection);
+        Ok(())
+    }
+}
+
+/// A created namespace as it was saved, with its image.
+pub(crate) fn reopen(store: Option<&dyn Store>, record: &AllocatedState) -> Result<Allocated, Error> {
+    let shape = &record.shape;
+    let refuse = |reason: String| Err(Error::Namespace { nsid: shape.nsid, reason });
+    if !namespace::FORMATS.contains(&shape.block_shift) {
+        return refuse(format!("there is no format with blocks of 2^{} bytes", shape.block_shift));
+    }
+    let size_bytes = shape.blocks.checked_mul(1 << shape.block_shift).filter(|&bytes| bytes > 0);
+    let Some(size_bytes) = size_bytes else {
+        return refuse(format!("{} blocks are no size of a namespace", shape.blocks));
+    };
+    let Some(store) = store else {
+        return refuse("the guest created it, and there is no directory for its image here".to_owned());
+    };
+    let backend = match store.open(&shape.uuid, size_bytes, 1 << shape.block_shift) {
+        Ok(backend) => backend,
+        Err(source) => {
+            return Err(Error::NamespaceImage { nsid: shape.nsid, source });
+        }
+    };
+    let namespace = Namespace {
+        nsid: shape.nsid,
+        block_shift: shape.block_shift,
+        blocks: shape.blocks,
+        read_only: false,
+        protection: WriteProtection::None,
+        refusal: None,
+        uncorrectable: Arc::default(),
+        shared: record.shared,
+        uuid: shape.uuid,
+        backend,
+    };
+    let attached = record.attached.iter().copied().collect();
+    let mut allocated = Allocated { namespace, created: true, attached };
+    allocated.protect_as(record)?;
+    Ok(allocated)
 }

@@ -62,7 +62,7 @@ pub(crate) struct Worker {
     /// Something was fetched or reaped in this pass.
     busy: bool,
     /// Namespaces of whose failures the log has spoken.
-    failures_told: Vec<u32>,
+    pub failures_told: Vec<u32>,
 }
 
 impl Worker {
@@ -244,8 +244,15 @@ impl Worker {
     /// Starts the next step of a command. `false`: there is none.
     pub fn next_step(&mut self, slot_index: u32) -> bool {
         while let Some(step) = self.slots[slot_index as usize].steps.pop() {
-            // A namespace that is gone by now has nothing left to do.
-            let Ok(namespace) = namespace::find(&self.namespaces, step.nsid) else { continue };
+            let namespace = match namespace::find(&self.namespaces, step.nsid) {
+                Ok(namespace) => namespace,
+                // A namespace that is gone by now has nothing left to flush; of anything else the guest learns that it was not done.
+                Err(_) if self.slots[slot_index as usize].goes_on => continue,
+                Err(status) => {
+                    self.slots[slot_index as usize].status = status;
+                    return false;
+                }
+            };
             self.slots[slot_index as usize].running = step;
             let request = Request {
                 token: self.token(slot_index),
@@ -302,7 +309,7 @@ impl Worker {
             if !orphan && (status.is_success() || goes_on) && self.next_step(index) {
                 stepped = true;
             } else {
-                self.finish(shared, index, status);
+                self.finish(shared, index, self.slots[index as usize].status);
             }
         }
         self.completions = completions;
@@ -372,6 +379,9 @@ impl Worker {
         let dw0 = if status.is_success() { 0 } else { slot.copied };
         slot.owner = Owner::Nobody;
         slot.steps.clear();
+        if std::mem::take(&mut slot.drains) {
+            shared.host.wake(0);
+        }
         self.free.push(slot_index);
         match owner {
             Owner::Queue(index) => {

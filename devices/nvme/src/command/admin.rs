@@ -10,7 +10,7 @@ use crate::prp;
 impl Admin {
     /// Executes one admin command.
     pub fn execute(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Result<Answer, Status> {
-        if !is_supported(entry.opcode) {
+        if !is_supported(pool, entry.opcode) {
             return Err(Status::INVALID_OPCODE.do_not_retry());
         }
         // Neither fused admin commands nor SGLs exist here.
@@ -36,6 +36,8 @@ impl Admin {
             admin::DEVICE_SELF_TEST => self.device_self_test(entry),
             admin::SANITIZE => self.start_sanitize(pool, entry),
             admin::FIRMWARE_COMMIT => self.firmware_commit(pool, entry),
+            admin::NAMESPACE_MANAGEMENT => self.namespace_management(pool, entry),
+            admin::NAMESPACE_ATTACHMENT => self.namespace_attachment(pool, entry),
             admin::DOORBELL_BUFFER_CONFIG => self.doorbell_buffer_config(pool, entry),
             // Keep Alive.
             _ => {
@@ -121,7 +123,10 @@ impl Admin {
 }
 
 /// The admin commands that [`Admin::execute`] knows; also what the Commands Supported log says.
-pub(crate) fn is_supported(opcode: u8) -> bool {
+pub(crate) fn is_supported(pool: &Pool, opcode: u8) -> bool {
+    if matches!(opcode, admin::NAMESPACE_MANAGEMENT | admin::NAMESPACE_ATTACHMENT) {
+        return pool.shared.subsystem.is_managed();
+    }
     matches!(
         opcode,
         admin::DELETE_SQ

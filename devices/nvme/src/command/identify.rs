@@ -2,7 +2,7 @@
 
 use nvme_spec::identify::{self as spec, cns, descriptor};
 use nvme_spec::regs::VERSION_2_0;
-use nvme_spec::{IDENTIFY_SIZE_BYTES, Status, SubmissionEntry};
+use nvme_spec::{IDENTIFY_SIZE_BYTES, NSID_BROADCAST, Status, SubmissionEntry};
 
 use crate::admin::{Admin, Answer, MAX_PARKED, Pool};
 use crate::command::features::{DEFAULT_OVER_TEMPERATURE_KELVIN, KEEP_ALIVE_GRANULARITY_MS};
@@ -40,6 +40,10 @@ impl Admin {
             return Err(invalid);
         }
         let page = match structure {
+            // "the controller returns an Identify Namespace data structure that specifies capabilities that are common across namespaces"
+            cns::NAMESPACE if entry.nsid == NSID_BROADCAST && pool.shared.subsystem.is_managed() => {
+                format_page(0)
+            }
             cns::NAMESPACE => self.page_of(entry.nsid, |namespace| self.namespace_page(namespace))?,
             cns::ALLOCATED_NAMESPACE => {
                 allocated_page(pool, entry.nsid, |namespace| self.namespace_page(namespace))?
@@ -115,8 +119,8 @@ impl Admin {
         let mut subnqn = [0; 256];
         let nqn = format!("nqn.2014-08.org.nvmexpress:ferry:{}", config.serial);
         subnqn[..nqn.len()].copy_from_slice(nqn.as_bytes());
-        let capacity: u128 =
-            pool.shared.subsystem.contents().allocated().map(|ns| ns.namespace.size_bytes()).sum();
+        let managed = pool.shared.subsystem.is_managed();
+        let (total_bytes, unallocated_bytes) = pool.shared.subsystem.capacity_bytes();
         let mut psd = [spec::PowerState::default(); 32];
         // 25 W, in units of 0.01 W.
         psd[0].maximum_power = 2500;
@@ -135,7 +139,8 @@ impl Admin {
             oacs: spec::OACS_FORMAT
                 | spec::OACS_FIRMWARE
                 | spec::OACS_SELF_TEST
-                | spec::OACS_DOORBELL_BUFFER_CONFIG,
+                | spec::OACS_DOORBELL_BUFFER_CONFIG
+                | if managed { spec::OACS_NAMESPACE_MANAGEMENT } else { 0 },
             acl: 3,
             aerl: (MAX_PARKED - 1) as u8,
             // Bits 3:1: the number of slots.
@@ -152,7 +157,8 @@ impl Admin {
             elpe: (ERROR_LOG_ENTRIES - 1) as u8,
             wctemp: DEFAULT_OVER_TEMPERATURE_KELVIN,
             cctemp: CRITICAL_TEMPERATURE_KELVIN,
-            tnvmcap: capacity,
+            tnvmcap: total_bytes,
+            unvmcap: unallocated_bytes,
             kas: (KEEP_ALIVE_GRANULARITY_MS / 100) as u16,
             sqes: 0x66,
             cqes: 0x44,
@@ -167,7 +173,7 @@ impl Admin {
                 | spec::ONCS_COPY,
             pels: (persistent::LOG_BYTES / (64 << 10)) as u32,
             // As long as it takes to read a GiB in a second; one test at a time.
-            edstt: (capacity / (60 << 30) + 1).min(0xffff) as u16,
+            edstt: (total_bytes / (60 << 30) + 1).min(0xffff) as u16,
             dsto: 1,
             // Format NVM is about one namespace, and takes the broadcast identifier; erasure is not cryptographic.
             fna: 0,
@@ -238,6 +244,7 @@ fn format_page(format: u16) -> Page {
 
 fn independent_page(namespace: &Namespace) -> Page {
     spec::IdentifyIndependentNamespace {
+        nmic: u8::from(namespace.shared),
         nsattr: if namespace.read_only { spec::NSATTR_WRITE_PROTECTED } else { 0 },
         nstat: u8::from(namespace.refusal.is_none()),
         ..spec::IdentifyIndependentNamespace::default()

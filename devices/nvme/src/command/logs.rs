@@ -61,7 +61,7 @@ impl Admin {
             },
             id::DEVICE_SELF_TEST => self.self_test_log(),
             id::SANITIZE_STATUS => self.sanitize_status().to_bytes().to_vec(),
-            id::COMMANDS_SUPPORTED => commands_log((entry.cdw14 >> 24) as u8)?,
+            id::COMMANDS_SUPPORTED => commands_log(pool, (entry.cdw14 >> 24) as u8)?,
             id::FEATURES_SUPPORTED => dword_table(256, feature_effects),
             // The management interface is not there: no command of it is supported.
             id::MANAGEMENT_SUPPORTED => vec![0; 4096],
@@ -132,11 +132,12 @@ fn error_log(pool: &Pool) -> Vec<u8> {
 }
 
 /// Commands Supported and Effects: 256 dwords for admin commands, 256 for I/O commands of the command set, reserved.
-fn commands_log(command_set: u8) -> Result<Vec<u8>, Status> {
+fn commands_log(pool: &Pool, command_set: u8) -> Result<Vec<u8>, Status> {
     if command_set != nvme_spec::identify::CSI_NVM {
         return Err(Status::INVALID_FIELD.do_not_retry());
     }
-    let mut page = dword_table(256, |opcode| if is_supported(opcode) { admin_effects(opcode) } else { 0 });
+    let mut page =
+        dword_table(256, |opcode| if is_supported(pool, opcode) { admin_effects(opcode) } else { 0 });
     page.extend(dword_table(256, |opcode| match opcode {
         nvm::READ | nvm::FLUSH | nvm::COMPARE | nvm::VERIFY => log::EFFECT_SUPPORTED,
         nvm::WRITE | nvm::WRITE_ZEROES | nvm::DATASET_MANAGEMENT | nvm::WRITE_UNCORRECTABLE | nvm::COPY => {
@@ -158,6 +159,9 @@ fn admin_effects(opcode: u8) -> u32 {
                     | log::EFFECT_EXCLUSIVE_IN_NAMESPACE
             }
             admin::SANITIZE => log::EFFECT_CONTENT_CHANGE | log::EFFECT_EXCLUSIVE,
+            admin::NAMESPACE_MANAGEMENT | admin::NAMESPACE_ATTACHMENT => {
+                log::EFFECT_NAMESPACE_CAPABILITY | log::EFFECT_NAMESPACE_INVENTORY
+            }
             admin::FIRMWARE_COMMIT => log::EFFECT_CONTROLLER_CAPABILITY,
             _ => 0,
         }

@@ -10,6 +10,7 @@ mod identify;
 mod io;
 mod limits;
 mod logs;
+mod namespaces;
 pub(crate) mod queues;
 pub(crate) mod sanitize;
 pub(crate) mod self_test;
