@@ -12,6 +12,8 @@
 //! 5. `migrate` starts a thread that runs the engine (crate `engine`) on this machine ([`mod@migrate`], [`dirty`]), until the
 //!    guest runs elsewhere; there, `ferry run --incoming` has prepared the same machine and fills it.
 //!
+//! What a disk keeps without power, and what its guest creates on it, lies in a folder ([`subsystem`]).
+//!
 //! [`inspect`] reads the files that guests are suspended into, without a machine.
 //!
 //! [`demo`] and [`mod@bench`] are users of all that: they run `ferry` processes through [`drive`], and look at the guests.
@@ -46,5 +48,6 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod migrate;
+pub mod subsystem;
 pub mod vcpu;
 pub mod vmm;

@@ -20,6 +20,9 @@ Examples:
       --incoming unix:/run/move.sock       # then, elsewhere:
   ferry migrate --api vm.sock unix:/run/move.sock
 
+  # A guest that may create namespaces (nvme create-ns) of 10G in all; what it did is there again after a power cycle:
+  ferry run --kernel vmlinux --nvme serial=c0,subsystem=/var/lib/c0,capacity=10G
+
   # One controller with three namespaces; identifiers may have holes:
   ferry run --kernel vmlinux --nvme serial=c0,queues=8 \\
       --ns controller=c0,nsid=1,backend=file,path=a.raw \\
@@ -57,6 +60,8 @@ pub struct RunArguments {
     #[arg(long, default_value = "stdio", value_name = "WHERE")]
     pub serial: SerialOutput,
     /// An NVMe controller: serial=S[,queues=64][,msix=N][,mdts=N][,cqr][,cmb=SIZE]; path=P,serial=S also gives it one file namespace.
+    /// subsystem=DIR[,capacity=SIZE] keeps in DIR what outlives its power (counters, saved features, firmware slots), and
+    /// images of the namespaces that the guest creates, SIZE in all [default: 0]; a destination needs the same DIR.
     #[arg(long, value_name = "OPTIONS")]
     pub nvme: Vec<NvmeOption>,
     /// A namespace: controller=S,nsid=N,backend=file|memory|null[,path=|size=][,lba=512|4096][,ro].

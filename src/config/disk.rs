@@ -22,7 +22,8 @@ pub const MAX_NSID: u32 = 1024;
 /// Bytes of a serial number ("NVM Express Base 2.0, 5.17.2.1": SN).
 pub const MAX_SERIAL_BYTES: usize = 20;
 
-/// A controller as declared: `serial=S[,queues=N][,msix=N][,mdts=N][,cqr][,cmb=SIZE]`, or short `path=P,serial=S[,lba=N][,ro]` for a
+/// A controller as declared: `serial=S[,queues=N][,msix=N][,mdts=N][,cqr][,cmb=SIZE][,subsystem=DIR[,capacity=SIZE]]`, or short
+/// `path=P,serial=S[,lba=N][,ro]` for a
 /// controller with one file namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NvmeOption {
@@ -54,8 +55,19 @@ pub struct ControllerSpec {
     pub contiguous_queues: bool,
     /// Size of the controller memory buffer, 0 for none.
     pub buffer_bytes: u64,
+    /// Where it keeps what outlives its power, if it does.
+    pub subsystem: Option<SubsystemSpec>,
     /// Its namespaces, by ascending identifier; holes are normal.
     pub namespaces: Vec<NamespaceSpec>,
+}
+
+/// Non-volatile memory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SubsystemSpec {
+    /// A folder.
+    pub directory: PathBuf,
+    /// Bytes that namespaces which the guest creates may have in all.
+    pub capacity_bytes: u64,
 }
 
 /// A namespace.
@@ -124,7 +136,20 @@ impl FromStr for NvmeOption {
             let backend = BackendSpec::File(path.into());
             namespaces.push(NamespaceSpec { nsid: 1, backend, block_bytes, read_only });
         }
-        options.finish("serial, queues, msix, mdts, cqr and cmb; with path also lba and ro")?;
+        let capacity_bytes = options.size("capacity")?;
+        let subsystem = match options.text("subsystem")? {
+            None if capacity_bytes.is_some() => {
+                return Err(options.error("capacity=… is that of a folder: say which with subsystem=DIR"));
+            }
+            None => None,
+            Some(directory) => Some(SubsystemSpec {
+                directory: directory.into(),
+                capacity_bytes: capacity_bytes.unwrap_or(0),
+            }),
+        };
+        options.finish(
+            "serial, queues, msix, mdts, cqr, cmb, subsystem and capacity; with path also lba and ro",
+        )?;
         let controller = ControllerSpec {
             serial,
             queue_pairs,
@@ -132,6 +157,7 @@ impl FromStr for NvmeOption {
             mdts,
             contiguous_queues,
             buffer_bytes,
+            subsystem,
             namespaces,
         };
         Ok(Self { controller })
@@ -225,6 +251,15 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_is_given_with_or_without_capacity() {
+        let subsystem = |text: &str| text.parse::<NvmeOption>().unwrap().controller.subsystem;
+        let folder = |capacity_bytes| Some(SubsystemSpec { directory: "/var/d".into(), capacity_bytes });
+        assert_eq!(subsystem("serial=s"), None);
+        assert_eq!(subsystem("serial=s,subsystem=/var/d"), folder(0));
+        assert_eq!(subsystem("serial=s,subsystem=/var/d,capacity=3M"), folder(3 << 20));
+    }
+
+    #[test]
     fn namespaces_of_each_backend() {
         let option: NamespaceOption =
             "controller=c,nsid=7,backend=memory,size=1M,lba=4096,ro".parse().unwrap();
@@ -253,6 +288,9 @@ mod tests {
             "serial=s,cmb=2K",
             "serial=s,cmb=12K",
             "serial=s,cmb=128M",
+            "serial=s,capacity=1M",
+            "serial=s,subsystem=",
+            "serial=s,subsystem=d,capacity=much",
             "serial=s,lba=512",
             "serial=s,path=p,lba=520",
         ] {

@@ -180,6 +180,19 @@ fn controllers(
         if controllers.iter().any(|other| other.serial == controller.serial) {
             return Err(Error::Machine(format!("two controllers have the serial {:?}", controller.serial)));
         }
+        let folder = |controller: &ControllerSpec| {
+            controller.subsystem.as_ref().map(|subsystem| subsystem.directory.clone())
+        };
+        if let Some(directory) = folder(&controller)
+            && let Some(other) = controllers.iter().find(|other| folder(other).as_ref() == Some(&directory))
+        {
+            return Err(Error::Machine(format!(
+                "{} is the folder of two controllers, {:?} and {:?}",
+                directory.display(),
+                other.serial,
+                controller.serial
+            )));
+        }
         controllers.push(controller);
     }
     if controllers.len() > MAX_CONTROLLERS {
@@ -246,13 +259,17 @@ mod tests {
     #[test]
     fn what_makes_no_machine_is_refused() {
         type Change = fn(&mut Config);
-        let changes: [(&str, Change); 8] = [
+        let changes: [(&str, Change); 9] = [
             ("--cpus 0", |c| c.cpus = 0),
             ("--memory 1M", |c| c.memory = "1M".into()),
             ("--memory 17M", |c| c.memory = "17M".into()),
             ("nothing to run", |c| c.kernel = None),
             ("--io-threads 0", |c| c.io_threads = 0),
             ("two controllers", |c| c.nvme.push("serial=a".parse().unwrap())),
+            ("d is the folder of two controllers, \"c\" and \"d\"", |c| {
+                c.nvme.push("serial=c,subsystem=d".parse().unwrap());
+                c.nvme.push("serial=d,subsystem=d,capacity=1M".parse().unwrap());
+            }),
             ("no --nvme has that serial", |c| {
                 c.namespaces.push("controller=z,nsid=1,backend=null,size=1M".parse().unwrap());
             }),

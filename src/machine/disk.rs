@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use anyhow::Context;
-use block::{Identity, IoContext};
+use block::IoContext;
 use bus::GuestMemory;
 use engine::Description;
-use nvme::{Controller, ControllerConfig, Host, NamespaceConfig, NvmeState, Progress, Statistics};
+use nvme::{AllocatedState, Controller, ControllerConfig, Host, NvmeState, Progress, Statistics, Store};
 use pci::{BarWindow, PciFunction};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -20,16 +20,21 @@ use crate::io_poll::{IoPoll, PollCounters, PollStatistics, Poller, TurnEnd};
 use crate::io_thread::{IoThread, WakeUp, Worker};
 use crate::kvm::{MsiRouter, MsixFunction, Vm};
 use crate::memory::RamBlock;
+use crate::subsystem::Directory;
 
 use super::buffer::Buffer;
 
+use super::resources::Nvm;
+
+/// Controllers are alone in their subsystems.
+const CONTROLLER_ID: u16 = 0;
 /// Requests that each worker may have at the disk at once.
 const REQUESTS_PER_WORKER: u32 = 256;
 
 /// A controller of the machine.
 pub struct Disk {
     config: ControllerConfig,
-    namespaces: Vec<NamespaceConfig>,
+    directory: Option<Arc<Directory>>,
     completions: Vec<EventFd>,
     interrupts: Arc<MsixFunction>,
     doorbells: Arc<Doorbells>,
@@ -46,7 +51,7 @@ impl Disk {
     /// The configuration does not make a controller; the process lacks descriptors, or KVM interrupt routes.
     pub fn new(
         spec: &ControllerSpec,
-        namespaces: &[NamespaceConfig],
+        nvm: &Nvm,
         buffer: Option<&RamBlock>,
         workers: u8,
         memory: &GuestMemory,
@@ -75,18 +80,19 @@ impl Disk {
             contexts.iter().map(|context| context.event_fd().try_clone()).collect::<io::Result<Vec<_>>>()?;
         let interrupts = MsixFunction::new(router, spec.vectors)?;
         let doorbells = Doorbells::new(Arc::clone(vm), workers)?;
-        let controller = Controller::new(
+        let controller = Controller::join(
+            &nvm.subsystem,
+            CONTROLLER_ID,
             config.clone(),
             memory,
-            namespaces,
             contexts,
             Arc::clone(&interrupts) as _,
             Arc::clone(&doorbells) as _,
         )?;
         let controller = Arc::new(controller);
         let polls = (0..workers).map(|_| Arc::default()).collect();
-        let namespaces = namespaces.to_vec();
-        Ok(Self { config, namespaces, completions, interrupts, doorbells, buffer, controller, polls })
+        let directory = nvm.directory.clone();
+        Ok(Self { config, directory, completions, interrupts, doorbells, buffer, controller, polls })
     }
 
     /// The controller's serial number.
@@ -178,14 +184,28 @@ impl Disk {
         if *buffer_bytes > 0 {
             description.set(format!("{controller}.cmb_bytes"), buffer_bytes);
         }
-        for NamespaceConfig { nsid, block_bytes, backend } in &self.namespaces {
-            let Identity { kind, capacity_bytes, read_only } = backend.identity();
-            let namespace = format!("{controller}.ns.{nsid}");
-            description.set(format!("{namespace}.backend"), kind);
-            description.set(format!("{namespace}.capacity_bytes"), capacity_bytes);
-            description.set(format!("{namespace}.lba"), block_bytes);
-            description.set(format!("{namespace}.ro"), read_only);
+        if let Some(directory) = &self.directory {
+            description.set(format!("{controller}.subsystem"), engine::lease::show_id(&directory.id()));
+            description.set(format!("{controller}.subsystem.capacity_bytes"), directory.capacity_bytes());
         }
+        for AllocatedState { shape, created, .. } in self.controller.subsystem().allocations().namespaces {
+            let block_bytes = 1u64 << shape.block_shift;
+            let namespace = format!("{controller}.ns.{}", shape.nsid);
+            description
+                .set(format!("{namespace}.backend"), String::from_utf8_lossy(&shape.backend).trim_end());
+            description.set(format!("{namespace}.capacity_bytes"), shape.blocks * block_bytes);
+            description.set(format!("{namespace}.lba"), block_bytes);
+            description.set(format!("{namespace}.ro"), shape.read_only);
+            if created {
+                description.set(format!("{namespace}.created"), engine::lease::show_id(&shape.uuid));
+            }
+        }
+    }
+
+    /// Where the controller keeps what outlives its power.
+    #[must_use]
+    pub fn directory(&self) -> Option<&Arc<Directory>> {
+        self.directory.as_ref()
     }
 
     /// Makes sure that every interrupt that was raised is in a local APIC. The controller is paused.

@@ -31,13 +31,14 @@ use crate::control::FerryDisk;
 use crate::io_thread::IoThread;
 use crate::kvm::{Host, MsiRouter, Vm, pci_pins};
 use crate::layout;
+use crate::subsystem::{Keeper, keeper};
 use crate::vcpu::{CpuidLeaf, EventHandler, VcpuEvent, VcpuManager};
 use chipset::Chipset;
 use devices::Devices;
 use disk::Disk;
 use entropy::EntropyDevice;
 
-pub use resources::{Resources, first_writable_file};
+pub use resources::{Nvm, Resources, first_writable_file};
 pub use run::{Action, Refused, RunState};
 pub use sections::{schema_hashes, schemas};
 
@@ -69,6 +70,7 @@ pub type EventSink = Arc<dyn Fn(GuestEvent) + Send + Sync>;
 pub struct Machine {
     /// Dropped first: nothing below is used by a vCPU any more.
     vcpus: VcpuManager,
+    keeper: Keeper,
     /// Dropped before the disks that they serve.
     _io_threads: Vec<IoThread>,
     disks: Vec<Disk>,
@@ -101,10 +103,11 @@ impl Machine {
         let disks = spec
             .controllers
             .iter()
+            .zip(resources.disks())
             .enumerate()
-            .map(|(index, spec_of_disk)| {
-                let (namespaces, buffer) = (resources.namespaces(index), resources.buffer(index));
-                Disk::new(spec_of_disk, namespaces, buffer, spec.io_threads, memory, &vm, &router)
+            .map(|(index, (spec_of_disk, nvm))| {
+                let buffer = resources.buffer(index);
+                Disk::new(spec_of_disk, nvm, buffer, spec.io_threads, memory, &vm, &router)
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         let entropy = EntropyDevice::new(memory, &router)?;
@@ -142,7 +145,23 @@ impl Machine {
         entropy.serve(io_threads.first().context("a machine has an I/O thread")?)?;
         let vcpus = VcpuManager::new(host, &vm, spec.cpus.into(), &chipset.buses, &on_vcpu_event)?;
         let devices = Devices::of(spec, &resources);
-        Ok(Self { vcpus, _io_threads: io_threads, disks, entropy, chipset, router, vm, resources, devices })
+        let kept = disks.iter().filter_map(|disk| {
+            disk.directory().map(|directory| (Arc::clone(disk.controller()), Arc::clone(directory)))
+        });
+        let keeper = Keeper::start(kept.collect(), keeper::INTERVAL)
+            .context("cannot start the thread that keeps the state of controllers")?;
+        Ok(Self {
+            vcpus,
+            keeper,
+            _io_threads: io_threads,
+            disks,
+            entropy,
+            chipset,
+            router,
+            vm,
+            resources,
+            devices,
+        })
     }
 
     /// Gives the BARs their addresses and loads the kernel: a guest that can be resumed for the first time.
@@ -249,6 +268,12 @@ impl Machine {
     #[must_use]
     pub fn migration_blockers(&self) -> Vec<String> {
         self.devices.blockers()
+    }
+
+    /// Writes what the controllers keep without power, where they have a place for it. Done from time to time anyway, and worth it
+    /// where something begins or ends.
+    pub fn keep_state(&self) {
+        self.keeper.keep();
     }
 
     /// Memory and images.

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use block::{Backend, FileImage, FileOptions, MemoryImage, NullImage};
-use nvme::NamespaceConfig;
+use nvme::{NamespaceConfig, Subsystem};
 
-use crate::config::{BackendSpec, ControllerSpec, MachineSpec, NamespaceSpec};
+use crate::config::{BackendSpec, ControllerSpec, MachineSpec, NamespaceSpec, SubsystemSpec};
 use crate::memory::{GuestRam, RamBlock};
+use crate::subsystem::Directory;
 
 /// Between two tries at an image that is locked.
 const LOCK_RETRY: Duration = Duration::from_millis(1);
@@ -22,17 +23,37 @@ const LOCK_RETRY: Duration = Duration::from_millis(1);
 pub struct Resources {
     ram: GuestRam,
     /// For each controller of the specification, in its order.
-    namespaces: Vec<Vec<NamespaceConfig>>,
+    disks: Vec<Nvm>,
     /// Names of the blocks of controller memory buffers, by controller.
     buffers: Vec<Option<String>>,
 }
 
+/// What a controller keeps over a reset of the guest.
+pub struct Nvm {
+    /// Its namespaces.
+    pub subsystem: Arc<Subsystem>,
+    /// Where it keeps what outlives its power.
+    pub directory: Option<Arc<Directory>>,
+}
+
 impl Resources {
-    /// Makes the memory and looks at the images.
+    /// Makes the memory and looks at the images; `arrives` says that a guest is to come which has them already.
     ///
     /// # Errors
     /// There is not enough memory, or an image is missing or cannot hold its namespace.
-    pub fn open(spec: &MachineSpec) -> anyhow::Result<Self> {
+    pub fn open(spec: &MachineSpec, arrives: bool) -> anyhow::Result<Self> {
+        Self::open_with(spec, arrives, &|image| image)
+    }
+
+    /// As [`Resources::open`], with what `wrap` makes of every image of the host's.
+    ///
+    /// # Errors
+    /// As [`Resources::open`].
+    pub(crate) fn open_with(
+        spec: &MachineSpec,
+        arrives: bool,
+        wrap: &dyn Fn(Arc<dyn Backend>) -> Arc<dyn Backend>,
+    ) -> anyhow::Result<Self> {
         let blocks: Vec<(String, u64)> = spec
             .controllers
             .iter()
@@ -54,13 +75,10 @@ impl Resources {
         let buffers: Vec<_> = spec.controllers.iter().map(buffer).collect();
         let buffer_blocks: Vec<_> = buffers.iter().flatten().cloned().collect();
         let ram = GuestRam::with_buffers(spec.memory_bytes, &blocks, &buffer_blocks)?;
-        let open = |controller: &ControllerSpec| {
-            let namespaces = controller.namespaces.iter();
-            namespaces.map(|namespace| open_namespace(&controller.serial, namespace, &ram)).collect()
-        };
-        let namespaces = spec.controllers.iter().map(open).collect::<anyhow::Result<_>>()?;
+        let open = |controller: &ControllerSpec| open_nvm(controller, &ram, arrives, wrap);
+        let disks = spec.controllers.iter().map(open).collect::<anyhow::Result<_>>()?;
         let buffers = buffers.into_iter().map(|buffer| buffer.map(|(name, _)| name)).collect();
-        Ok(Self { ram, namespaces, buffers })
+        Ok(Self { ram, disks, buffers })
     }
 
     /// The memory.
@@ -69,19 +87,10 @@ impl Resources {
         &self.ram
     }
 
-    /// The namespaces of controller `index`, by ascending identifier.
+    /// What each controller keeps, in the order of the specification.
     #[must_use]
-    pub fn namespaces(&self, index: usize) -> &[NamespaceConfig] {
-        self.namespaces.get(index).map_or(&[], Vec::as_slice)
-    }
-
-    /// Puts something before every image.
-    #[cfg(test)]
-    pub fn wrap_images(mut self, wrap: impl Fn(Arc<dyn Backend>) -> Arc<dyn Backend>) -> Self {
-        for namespace in self.namespaces.iter_mut().flatten() {
-            namespace.backend = wrap(Arc::clone(&namespace.backend));
-        }
-        self
+    pub fn disks(&self) -> &[Nvm] {
+        &self.disks
     }
 
     /// The memory buffer of controller `index`, if it has one.
@@ -90,20 +99,22 @@ impl Resources {
         self.ram.block(self.buffers.get(index)?.as_deref()?)
     }
 
-    /// Takes lock and access of every image, in the fixed order (controllers as declared, namespaces by identifier): all
-    /// or none. Harmless for images that are held.
+    /// Takes lock and access of every folder and image, in the fixed order (controllers as declared, its folder, namespaces by
+    /// identifier): all or none. Harmless for those that are held.
     ///
     /// # Errors
     /// Someone else holds one, or it is not what it was.
     pub fn acquire_images(&self) -> Result<(), block::Error> {
-        for (index, image) in self.images().enumerate() {
-            if let Err(error) = image.acquire() {
-                for image in self.images().take(index) {
+        let mut taken = Vec::new();
+        for holding in self.holdings() {
+            if let Err(error) = holding.acquire() {
+                for holding in &taken {
                     // Nothing was written, so nothing can be lost.
-                    let _ = image.release();
+                    let _ = Holding::release(holding);
                 }
                 return Err(error);
             }
+            taken.push(holding);
         }
         Ok(())
     }
@@ -143,12 +154,64 @@ impl Resources {
     /// # Errors
     /// A flush failed; that image and those after it are still held.
     pub fn release_images(&self) -> Result<(), block::Error> {
-        self.images().try_for_each(|image| image.release())
+        self.holdings().try_for_each(|holding| holding.release())
     }
 
-    fn images(&self) -> impl Iterator<Item = &Arc<dyn Backend>> {
-        self.namespaces.iter().flatten().map(|namespace| &namespace.backend)
+    fn images(&self) -> impl Iterator<Item = Arc<dyn Backend>> {
+        self.disks.iter().flat_map(|disk| disk.subsystem.images()).map(|(_, image)| image)
     }
+
+    fn holdings(&self) -> impl Iterator<Item = Holding> {
+        self.disks.iter().flat_map(|disk| {
+            let images = disk.subsystem.images().into_iter().map(|(_, image)| Holding::Image(image));
+            disk.directory.iter().cloned().map(Holding::Directory).chain(images)
+        })
+    }
+}
+
+/// What has a lock.
+enum Holding {
+    Directory(Arc<Directory>),
+    Image(Arc<dyn Backend>),
+}
+
+impl Holding {
+    fn acquire(&self) -> Result<(), block::Error> {
+        match self {
+            Self::Directory(directory) => directory.acquire(),
+            Self::Image(image) => image.acquire(),
+        }
+    }
+
+    fn release(&self) -> Result<(), block::Error> {
+        match self {
+            Self::Directory(directory) => directory.release(),
+            Self::Image(image) => image.release(),
+        }
+    }
+}
+
+fn open_nvm(
+    spec: &ControllerSpec,
+    ram: &GuestRam,
+    arrives: bool,
+    wrap: &dyn Fn(Arc<dyn Backend>) -> Arc<dyn Backend>,
+) -> anyhow::Result<Nvm> {
+    let serial = &spec.serial;
+    let open = |namespace| {
+        let config = open_namespace(serial, namespace, ram)?;
+        Ok(NamespaceConfig { backend: wrap(config.backend), ..config })
+    };
+    let namespaces: Vec<NamespaceConfig> = spec.namespaces.iter().map(open).collect::<anyhow::Result<_>>()?;
+    let Some(SubsystemSpec { directory, capacity_bytes }) = &spec.subsystem else {
+        return Ok(Nvm { subsystem: Subsystem::new(serial, &namespaces, false)?, directory: None });
+    };
+    let directory = Directory::open(directory, serial, *capacity_bytes, arrives)
+        .with_context(|| format!("cannot use {} as the subsystem of {serial}", directory.display()))?;
+    let directory = Arc::new(directory);
+    let state = directory.state();
+    let subsystem = Subsystem::with_store(serial, &namespaces, false, Arc::clone(&directory) as _, state)?;
+    Ok(Nvm { subsystem, directory: Some(directory) })
 }
 
 /// Refuses an image that two namespaces would hold, one of them to write: its lock would keep this very machine out.

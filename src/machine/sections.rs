@@ -27,11 +27,11 @@ impl Devices {
     /// Those of the machine of `spec`, on `resources`.
     pub(super) fn of(spec: &MachineSpec, resources: &Resources) -> Self {
         let serials = spec.controllers.iter().map(|controller| &controller.serial);
-        let images = serials.enumerate().flat_map(|(index, serial)| {
-            let namespaces = resources.namespaces(index).iter();
-            namespaces.map(move |namespace| {
-                (format!("nvme.{serial}.ns.{}", namespace.nsid), namespace.backend.migratability())
-            })
+        let images = serials.zip(resources.disks()).flat_map(|(serial, disk)| {
+            let images = disk.subsystem.images();
+            images
+                .into_iter()
+                .map(move |(nsid, image)| (format!("nvme.{serial}.ns.{nsid}"), image.migratability()))
         });
         Self::new(spec.cpus.into(), spec.controllers.len(), images.collect())
     }
@@ -55,6 +55,7 @@ impl Machine {
         // move in their own ways.
         let Self {
             vcpus: processors,
+            keeper: _,
             _io_threads: _,
             disks: controllers,
             entropy: rng,

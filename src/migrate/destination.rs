@@ -31,7 +31,7 @@ impl Factory {
         if let Some(machine) = self.machine.take() {
             return Ok(machine);
         }
-        let resources = Arc::new(Resources::open(&self.vmm.spec)?);
+        let resources = Arc::new(Resources::open(&self.vmm.spec, true)?);
         let blocks = resources.ram().blocks().iter();
         self.blocks = blocks.map(|block| stream::RamBlock::new(&block.name, block.length_bytes())).collect();
         self.vmm.prepare_machine(resources)
@@ -46,6 +46,10 @@ impl DestinationFactory for Factory {
     }
 
     fn description(&mut self) -> MachineResult<Description> {
+        // What guests create in a folder changes while one waits for them: it is looked at anew.
+        if self.vmm.spec.controllers.iter().any(|controller| controller.subsystem.is_some()) {
+            self.machine = None;
+        }
         // It is made now and kept: it costs nothing until memory arrives, and the guest finds it ready.
         let machine = self.prepare()?;
         let description = description::describe(&machine)?;

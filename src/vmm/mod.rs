@@ -150,7 +150,7 @@ impl Vmm {
     /// The first boot: becomes the owner, builds the machine, starts it.
     fn boot_first(self: &Arc<Self>, discard_suspended: bool) -> anyhow::Result<()> {
         ownership::check(&self.spec, discard_suspended)?;
-        let resources = Arc::new(Resources::open(&self.spec)?);
+        let resources = Arc::new(Resources::open(&self.spec, false)?);
         self.acquire_images(&resources)?;
         let machine = self.boot(resources)?;
         // Last, so that a machine that cannot be built leaves no trace.
@@ -159,6 +159,8 @@ impl Vmm {
             ownership::claim(lease, discard_suspended)?;
         }
         self.return_lease(lease);
+        // A destination looks for it.
+        machine.keep_state();
         self.install(machine, Action::Start, Machine::resume)
     }
 
@@ -365,6 +367,7 @@ impl Vmm {
         let _transition = lock(&self.transition);
         let (state, resources) = self.change(Action::Reset, |machine| {
             machine.halt()?;
+            machine.keep_state();
             Ok(Arc::clone(machine.resources()))
         })?;
         *lock(&self.machine) = None;
@@ -405,6 +408,7 @@ impl Vmm {
             *lock(&self.run_state) = over;
         }
         machine.halt().context("cannot stop the guest")?;
+        machine.keep_state();
         machine.resources().release_images().context("cannot make the images stable")?;
         if let Some(lease) = lock(&self.lease).as_mut() {
             lease.release()?;

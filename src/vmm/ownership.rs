@@ -11,7 +11,7 @@ use crate::config::MachineSpec;
 use crate::machine::first_writable_file;
 
 /// Opens the record that decides who owns the guest of `spec`, without claiming anything: the one that was named, or
-/// `<first writable image>.ferry-lease`. `None`: a machine that writes no file and names no record.
+/// `<first writable image>.ferry-lease`, or `ferry-lease` in the first folder of a subsystem. `None`: a machine that writes no file and names no record.
 ///
 /// # Errors
 /// The record cannot be opened or made, or lies beside a block device.
@@ -28,6 +28,9 @@ pub fn open_existing_lease(spec: &MachineSpec) -> anyhow::Result<Option<Lease>> 
     let Some(path) = lease_path(spec)? else { return Ok(None) };
     Ok(Some(Lease::open_existing(&path, owner(spec)?)?))
 }
+
+/// The record of a machine that writes no image of the host's, in its folder.
+const LEASE_IN_FOLDER: &str = "ferry-lease";
 
 fn owner(spec: &MachineSpec) -> anyhow::Result<Owner> {
     Owner::this_process(&spec.name).context("cannot name this process in the lease record")
@@ -94,7 +97,10 @@ fn lease_path(spec: &MachineSpec) -> anyhow::Result<Option<PathBuf>> {
     if let Some(path) = &spec.lease {
         return Ok(Some(path.clone()));
     }
-    let Some(image) = first_writable_file(&spec.controllers) else { return Ok(None) };
+    let Some(image) = first_writable_file(&spec.controllers) else {
+        let folder = spec.controllers.iter().find_map(|controller| controller.subsystem.as_ref());
+        return Ok(folder.map(|folder| folder.directory.join(LEASE_IN_FOLDER)));
+    };
     let is_block_device =
         std::fs::metadata(image).is_ok_and(|metadata| metadata.file_type().is_block_device());
     ensure!(
@@ -124,6 +130,8 @@ mod tests {
         assert_eq!(lease_path(&spec(&[])).unwrap(), None);
         let disks = ["--nvme", "path=a.raw,serial=a,ro", "--nvme", "path=b.raw,serial=b"];
         assert_eq!(lease_path(&spec(&disks)).unwrap(), Some("b.raw.ferry-lease".into()));
+        let folder = spec(&["--nvme", "path=a.raw,serial=a,ro", "--nvme", "serial=b,subsystem=d"]);
+        assert_eq!(lease_path(&folder).unwrap(), Some("d/ferry-lease".into()));
         let named = spec(&[&disks[..], &["--lease", "record"]].concat());
         assert_eq!(lease_path(&named).unwrap(), Some("record".into()));
     }

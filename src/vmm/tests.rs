@@ -9,7 +9,7 @@ use crate::cli::{Arguments, Command};
 /// A process with a machine whose vCPUs were never started, but that counts as running.
 fn running() -> (Arc<Vmm>, Receiver<Request>) {
     let (vmm, requests) = process();
-    let machine = vmm.prepare_machine(Arc::new(Resources::open(&vmm.spec).unwrap())).unwrap();
+    let machine = vmm.prepare_machine(Arc::new(Resources::open(&vmm.spec, false).unwrap())).unwrap();
     assert!(vmm.operations().cont().is_err(), "there is no machine that is ours yet");
     vmm.install(machine, Action::Start, |_| Ok(())).unwrap();
     assert_eq!(vmm.run_state(), RunState::Running);
@@ -56,8 +56,8 @@ fn a_device_that_cannot_move_is_told_of_before_a_migration_and_refuses_it() {
     let namespace = |nsid| format!("controller=a,nsid={nsid},backend=null,size=4096");
     let (vmm, requests) =
         process_with(&["--nvme", "serial=a,queues=1", "--ns", &namespace(3), "--ns", &namespace(9)]);
-    let images = Resources::open(&vmm.spec).unwrap();
-    let images = images.wrap_images(|image| Arc::new(FaultImage::new(image, Arc::default())));
+    let wrap = |image| -> Arc<dyn block::Backend> { Arc::new(FaultImage::new(image, Arc::default())) };
+    let images = Resources::open_with(&vmm.spec, false, &wrap).unwrap();
     let machine = vmm.prepare_machine(Arc::new(images)).unwrap();
     vmm.install(machine, Action::Start, |_| Ok(())).unwrap();
 

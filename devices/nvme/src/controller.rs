@@ -54,6 +54,8 @@ pub struct Statistics {
 pub struct Controller {
     pub(crate) pool: Pool,
     pub(crate) admin: Mutex<Admin>,
+    /// Of its membership in the subsystem.
+    ticket: u64,
 }
 
 impl Controller {
@@ -108,7 +110,7 @@ impl Controller {
             });
         }
         let endpoint = Endpoint::new(crate::pci::config_space(&config)?, sink).map_err(Error::Pci)?;
-        let record = subsystem.join(id, Arc::clone(&host))?;
+        let (ticket, record) = subsystem.join(id, Arc::clone(&host))?;
         for worker in 0..contexts.len() {
             subsystem.exclusion.join((id, worker), Arc::clone(&host));
         }
@@ -127,7 +129,7 @@ impl Controller {
         let mut admin = Admin::new(&shared, table, &record.smart);
         admin.walker.set_window(Arc::clone(&shared.window));
         let admin = Mutex::new(admin);
-        let controller = Self { pool: Pool { shared, workers }, admin };
+        let controller = Self { pool: Pool { shared, workers }, admin, ticket };
         if subsystem.is_managed() {
             let place = Arc::new(ControllerPlace::new(subsystem, id));
             controller.attach_non_volatile(place, record.kept.as_ref().map(|kept| &kept.kept))?;
@@ -303,10 +305,12 @@ impl Controller {
 impl Drop for Controller {
     fn drop(&mut self) {
         let shared = &self.pool.shared;
-        for worker in 0..self.pool.workers.len() {
-            shared.subsystem.exclusion.leave((shared.controller_id, worker));
-        }
         let smart = smart_state(&self.pool, &lock(&self.admin), Instant::now());
-        self.pool.shared.subsystem.leave(self.pool.shared.controller_id, smart);
+        // One that was succeeded has nothing there any more.
+        if shared.subsystem.leave(shared.controller_id, self.ticket, smart) {
+            for worker in 0..self.pool.workers.len() {
+                shared.subsystem.exclusion.leave((shared.controller_id, worker));
+            }
+        }
     }
 }

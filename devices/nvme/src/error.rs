@@ -50,8 +50,7 @@ pub enum Error {
     },
     /// A controller that cannot be in a subsystem.
     #[error(
-        "NVM subsystem {serial:?}: controller {id} cannot join: the identifier is taken, or another controller is there and nothing is \
-         shared"
+        "NVM subsystem {serial:?}: controller {id} cannot join: another is there and nothing is shared, or there were too many"
     )]
     ControllerId {
         /// Serial number of the subsystem.

@@ -34,8 +34,8 @@
 //!
 //! # Absent
 //!
-//! Metadata, the persistent memory region, reservations and namespace management. None of them is claimed in Identify, and their
-//! commands are refused.
+//! Metadata, the persistent memory region and reservations; namespace management and state that outlives the process without a [`Store`].
+//! None of them is claimed in Identify, and their commands are refused.
 #![forbid(unsafe_code)]
 
 mod admin;

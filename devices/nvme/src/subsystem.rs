@@ -18,6 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use block::Backend;
 use nvme_spec::{NSID_BROADCAST, Status};
 
 use crate::Error;
@@ -60,6 +61,8 @@ pub(crate) struct Contents {
     pub namespaces: Box<[Option<Allocated>]>,
     /// By controller identifier.
     controllers: BTreeMap<u16, Member>,
+    /// Controllers that ever joined.
+    joined: u64,
     /// Deleted, but a controller may still have commands at the image.
     removed: Vec<Removed>,
 }
@@ -77,6 +80,7 @@ struct Member {
     host: Arc<dyn Host>,
     /// The last generation whose tables its workers have, with nothing in flight at a namespace that it took away.
     followed: u64,
+    ticket: u64,
 }
 
 struct Removed {
@@ -176,6 +180,7 @@ impl Subsystem {
             contents: Mutex::new(Contents {
                 namespaces: table.into(),
                 controllers: BTreeMap::new(),
+                joined: 0,
                 removed: Vec::new(),
             }),
             exclusion: Exclusion::default(),
@@ -183,17 +188,18 @@ impl Subsystem {
     }
 
     /// Adds controller `id`, whose worker 0 `host` wakes when something changes. If it was never here every namespace of the host is
-    /// attached to it. Returns what it goes on with.
+    /// attached to it. A controller of that identifier that is here
+    /// has been reset by the machine around it, and is succeeded. Returns a ticket for [`Subsystem::leave`], and what it goes on with.
     ///
     /// # Errors
-    /// [`Error::ControllerId`]: the identifier is taken, or another controller is there and nothing is shared.
-    pub(crate) fn join(&self, id: u16, host: Arc<dyn Host>) -> Result<ControllerRecord, Error> {
+    /// [`Error::ControllerId`]: another controller is there and nothing is shared; or there were too many.
+    pub(crate) fn join(&self, id: u16, host: Arc<dyn Host>) -> Result<(u64, ControllerRecord), Error> {
         let mut saved = lock(&self.saved);
         let mut contents = self.contents();
         let refused = Error::ControllerId { serial: self.serial.clone(), id };
-        let alone = contents.controllers.is_empty();
+        let alone = contents.controllers.keys().all(|&other| other == id);
         let known = saved.controllers.iter().any(|record| record.id == id);
-        if contents.controllers.contains_key(&id) || !alone && !self.shared {
+        if !alone && !self.shared {
             return Err(refused);
         }
         let record = saved.controller(id).ok_or(refused)?.clone();
@@ -205,18 +211,26 @@ impl Subsystem {
         }
         self.unwritten.fetch_or(!known, Ordering::AcqRel);
         let followed = self.generation();
-        contents.controllers.insert(id, Member { host, followed });
-        Ok(record)
+        contents.joined += 1;
+        let ticket = contents.joined;
+        contents.controllers.insert(id, Member { host, followed, ticket });
+        Ok((ticket, record))
     }
 
     /// Removes controller `id`, which is dropped; `smart` is what it has counted. Its namespaces stay attached to its identifier.
-    pub(crate) fn leave(&self, id: u16, smart: SmartState) {
+    /// `false`: it has been succeeded.
+    pub(crate) fn leave(&self, id: u16, ticket: u64, smart: SmartState) -> bool {
+        let has_successor = |member: &Member| member.ticket != ticket;
+        if self.contents().controllers.get(&id).is_none_or(has_successor) {
+            return false;
+        }
         if let Some(record) = lock(&self.saved).controller(id) {
             record.smart = smart;
             self.unwritten.store(true, Ordering::Release);
         }
         self.contents().controllers.remove(&id);
         self.complete();
+        true
     }
 
     /// Whether more than one controller may be here.
@@ -400,6 +414,14 @@ impl Subsystem {
     /// What is allocated, while nobody changes it.
     pub(crate) fn contents(&self) -> MutexGuard<'_, Contents> {
         lock(&self.contents)
+    }
+
+    /// The images of the allocated namespaces, in the order of their identifiers, for the handover of their locks.
+    #[must_use]
+    pub fn images(&self) -> Vec<(u32, Arc<dyn Backend>)> {
+        let contents = self.contents();
+        let namespaces = contents.allocated().map(|allocated| &allocated.namespace);
+        namespaces.map(|namespace| (namespace.nsid, Arc::clone(&namespace.backend))).collect()
     }
 
     /// The allocated namespaces as they are saved.

@@ -640,6 +640,11 @@ fn two_controllers_share_a_namespace_and_hear_of_each_other() {
     second.run();
     first.run();
     assert_eq!((first.reap(0).len(), store.images()), (1, 1));
+    // One that succeeds another of its identifier is not put out by the end of that.
+    let successor = controller_in(&subsystem, 5, &config());
+    drop(second);
+    assert_eq!(subsystem.controllers(), [0, 5]);
+    let second = successor;
     // A controller that goes takes nobody's time.
     drop(second);
     first.admin(deletion(1)).unwrap();

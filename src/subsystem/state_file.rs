@@ -1,0 +1,219 @@
+//! The file that a subsystem's state is kept in, and its replacement at once.
+//!
+//! ```text
+//! "FERRYNVS" | be32 version 1 | be32 length of the body | body: [`Kept`], encoded by vmstate | be32 CRC-32 of all before
+//! ```
+//! A new state is written beside the old one, made stable, and renamed over it; then the folder is made stable. So whatever moment
+//! the power fails at, the name leads to the old state or to the new one, whole.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use nvme::SubsystemState;
+use vmstate::VmState;
+
+/// Name of the file in its folder.
+pub(super) const STATE: &str = "state";
+/// Name of a state that is being written.
+pub(super) const NEW_STATE: &str = "state.new";
+
+const MAGIC: &[u8; 8] = b"FERRYNVS";
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 16;
+const CHECKSUM_BYTES: usize = 4;
+/// Far above the largest state that there can be: a thousand namespaces, each attached to all controllers.
+const MAX_BODY_BYTES: usize = 4 << 20;
+
+/// What is in the file.
+#[derive(VmState, Clone, Debug, PartialEq, Eq)]
+#[vmstate(name = "subsystem-file", version = 1)]
+pub struct Kept {
+    /// Drawn when the subsystem was made: the same folder has the same, wherever it is mounted.
+    pub id: [u8; 16],
+    /// Grows with every state that is written.
+    pub sequence: u64,
+    /// Serial number of the subsystem, padded with spaces.
+    pub serial: [u8; 20],
+    /// The state.
+    pub state: SubsystemState,
+}
+
+/// Why a state cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system failed.
+    #[error("{}: cannot {action}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is something else, or was damaged.
+    #[error("{} is no state of a subsystem: {reason}", path.display())]
+    NotAState {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The bytes do not make a state.
+    #[error("{} is no state of a subsystem", path.display())]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: vmstate::Error,
+    },
+}
+
+/// Puts words to a failure of the operating system.
+pub(super) fn failed<'a>(path: &'a Path, action: &'static str) -> impl FnOnce(io::Error) -> Error + 'a {
+    move |source| Error::Io { path: path.to_owned(), action, source }
+}
+
+/// Reads the state in `folder`; `None` if there never was one.
+pub(super) fn read(folder: &Path) -> Result<Option<Kept>, Error> {
+    let path = folder.join(STATE);
+    let length = match fs::metadata(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        metadata => metadata.map_err(failed(&path, "look at it"))?.len(),
+    };
+    if length > (HEADER_BYTES + MAX_BODY_BYTES + CHECKSUM_BYTES) as u64 {
+        return Err(Error::NotAState { path, reason: format!("no state has {length} bytes") });
+    }
+    let bytes = fs::read(&path).map_err(failed(&path, "read it"))?;
+    decode(&bytes, &path).map(Some)
+}
+
+/// Replaces the state in `folder`. If this fails, it is as before.
+pub(super) fn replace(folder: &Path, kept: &Kept) -> Result<(), Error> {
+    let new = folder.join(NEW_STATE);
+    let mut file = File::create(&new).map_err(failed(&new, "make it"))?;
+    file.write_all(&encode(kept)).map_err(failed(&new, "write it"))?;
+    file.sync_all().map_err(failed(&new, "make it stable"))?;
+    drop(file);
+    let path = folder.join(STATE);
+    fs::rename(&new, &path).map_err(failed(&path, "replace it"))?;
+    sync_folder(folder)
+}
+
+/// Makes the names in `folder` stable.
+pub(super) fn sync_folder(folder: &Path) -> Result<(), Error> {
+    let synced = File::open(folder).and_then(|folder| folder.sync_all());
+    synced.map_err(failed(folder, "make its names stable"))
+}
+
+fn encode(kept: &Kept) -> Vec<u8> {
+    let body = vmstate::to_bytes(kept);
+    let mut bytes = [&MAGIC[..], &VERSION.to_be_bytes(), &(body.len() as u32).to_be_bytes(), &body].concat();
+    let checksum = crc32fast::hash(&bytes);
+    bytes.extend(checksum.to_be_bytes());
+    bytes
+}
+
+fn decode(bytes: &[u8], path: &Path) -> Result<Kept, Error> {
+    let refuse = |reason: String| Err(Error::NotAState { path: path.to_owned(), reason });
+    let Some((all, checksum)) = bytes.split_last_chunk::<CHECKSUM_BYTES>() else {
+        return refuse(format!("it has {} bytes only", bytes.len()));
+    };
+    let [m0, m1, m2, m3, m4, m5, m6, m7, v0, v1, v2, v3, l0, l1, l2, l3, body @ ..] = all else {
+        return refuse(format!("it has {} bytes only", bytes.len()));
+    };
+    if [*m0, *m1, *m2, *m3, *m4, *m5, *m6, *m7] != *MAGIC {
+        return refuse("it begins otherwise".to_owned());
+    }
+    let version = u32::from_be_bytes([*v0, *v1, *v2, *v3]);
+    if version != VERSION {
+        return refuse(format!("its version is {version}, and this ferry knows version {VERSION}"));
+    }
+    let length = u32::from_be_bytes([*l0, *l1, *l2, *l3]);
+    if length as usize != body.len() {
+        return refuse(format!("its body has {} bytes instead of {length}", body.len()));
+    }
+    if crc32fast::hash(all) != u32::from_be_bytes(*checksum) {
+        return refuse("its checksum is wrong".to_owned());
+    }
+    vmstate::from_bytes(body, Kept::VERSION)
+        .map_err(|source| Error::Content { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept(sequence: u64) -> Kept {
+        Kept { id: [7; 16], sequence, serial: *b"SERIAL              ", state: SubsystemState::default() }
+    }
+
+    #[test]
+    fn a_state_is_found_again_and_its_successor_replaces_it() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(read(folder.path()).unwrap(), None);
+        for sequence in [1, 2] {
+            replace(folder.path(), &kept(sequence)).unwrap();
+            assert_eq!(read(folder.path()).unwrap(), Some(kept(sequence)));
+        }
+        let names = fs::read_dir(folder.path()).unwrap().count();
+        assert_eq!(names, 1, "nothing else is left");
+    }
+
+    #[test]
+    fn a_state_that_was_being_written_when_the_power_failed_is_as_if_it_had_never_been() {
+        let folder = tempfile::tempdir().unwrap();
+        replace(folder.path(), &kept(1)).unwrap();
+        let next = encode(&kept(2));
+        for length in 0..=next.len() {
+            fs::write(folder.path().join(NEW_STATE), &next[..length]).unwrap();
+            assert_eq!(read(folder.path()).unwrap(), Some(kept(1)), "after {length} bytes");
+        }
+        replace(folder.path(), &kept(3)).unwrap();
+        assert_eq!(read(folder.path()).unwrap(), Some(kept(3)));
+    }
+
+    #[test]
+    fn a_state_that_cannot_be_replaced_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        replace(folder.path(), &kept(1)).unwrap();
+        // Where the new one would be written is a folder.
+        fs::create_dir(folder.path().join(NEW_STATE)).unwrap();
+        let error = replace(folder.path(), &kept(2)).unwrap_err().to_string();
+        assert!(error.contains("state.new: cannot make it"), "{error}");
+        assert_eq!(read(folder.path()).unwrap(), Some(kept(1)));
+    }
+
+    #[test]
+    fn damage_anywhere_is_noticed() {
+        let good = encode(&kept(1));
+        let path = Path::new("folder/state");
+        assert_eq!(decode(&good, path).unwrap(), kept(1));
+        for length in 0..good.len() {
+            assert!(decode(&good[..length], path).is_err(), "{length} bytes");
+        }
+        for bit in 0..good.len() * 8 {
+            let mut bytes = good.clone();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let error = decode(&bytes, path).unwrap_err().to_string();
+            assert!(error.contains("folder/state"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_version_that_is_not_known_is_named() {
+        let mut bytes = encode(&kept(1));
+        bytes[11] = 2;
+        let error = decode(&bytes, Path::new("state")).unwrap_err().to_string();
+        assert!(error.contains("its version is 2, and this ferry knows version 1"), "{error}");
+    }
+
+    #[test]
+    fn a_file_without_end_is_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        File::create(folder.path().join(STATE)).unwrap().set_len(1 << 40).unwrap();
+        let error = read(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("no state has 1099511627776 bytes"), "{error}");
+    }
+}
