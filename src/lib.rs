@@ -26,7 +26,7 @@
 //!
 //! # Absent
 //!
-//! Firmware, hotplug, networking, nested virtualisation, other architectures than x86-64.
+//! Firmware, hotplug of devices (namespaces come and go: `ferry namespace`), networking, nested virtualisation, other architectures than x86-64.
 #![deny(unsafe_code)]
 
 #[cfg(test)]

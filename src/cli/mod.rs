@@ -5,6 +5,7 @@ mod control;
 mod demo;
 mod inspect;
 mod migrate;
+mod namespace;
 mod run;
 
 use clap::{Parser, Subcommand};
@@ -14,6 +15,7 @@ pub use control::ControlArguments;
 pub use demo::DemoArguments;
 pub use inspect::InspectArguments;
 pub use migrate::MigrateArguments;
+pub use namespace::NamespaceArguments;
 pub use run::RunArguments;
 
 /// ferry: a minimal KVM virtual machine monitor whose NVMe disks migrate.
@@ -53,6 +55,11 @@ pub enum Command {
     ///
     /// Commands in flight are finished and images made stable first. Example: ferry quit --api vm.sock
     Quit(ControlArguments),
+    /// Add, remove or resize namespaces while the guest runs.
+    ///
+    /// They are the host's: those that the guest has created (`--nvme subsystem=DIR`) are the guest's to delete. A machine that moves
+    /// afterwards needs a destination with flags for what it has by then. Not while a migration is under way.
+    Namespace(NamespaceArguments),
     /// Show a guest that checks all its data move between two real processes.
     ///
     /// Boots a test guest with several NVMe namespaces in one `ferry run`, migrates it to a second one while its disk
@@ -85,6 +92,7 @@ impl Command {
             Self::Stop(arguments) => arguments.stop(),
             Self::Cont(arguments) => arguments.cont(),
             Self::Quit(arguments) => arguments.quit(),
+            Self::Namespace(arguments) => arguments.execute(),
             Self::Demo(arguments) => arguments.execute(),
             Self::Inspect(arguments) => arguments.execute(),
             Self::Bench(arguments) => arguments.execute(),

@@ -11,7 +11,9 @@ mod options;
 mod size;
 mod spec;
 
-pub use disk::{BackendSpec, ControllerSpec, NamespaceOption, NamespaceSpec, NvmeOption, SubsystemSpec};
+pub use disk::{
+    BackendSpec, ControllerSpec, MAX_NSID, NamespaceOption, NamespaceSpec, NvmeOption, SubsystemSpec,
+};
 pub use options::Options;
 pub use size::{display_size, parse_size};
 pub use spec::{Config, MachineSpec, SerialOutput, Tables};

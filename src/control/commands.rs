@@ -4,6 +4,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::event::EventBus;
+use super::namespaces;
 use super::operations::{MigrationInfo, MigrationParameters, Operations, RunState};
 use super::protocol::{Arguments, QmpError, version};
 
@@ -19,7 +20,7 @@ pub(super) struct Context<'a> {
 type Command = fn(&Context, Arguments) -> Result<Value, QmpError>;
 
 /// Every command but `qmp_capabilities`, which belongs to the session.
-const COMMANDS: [(&str, Command); 14] = [
+const COMMANDS: [(&str, Command); 17] = [
     ("query-version", query_version),
     ("query-commands", query_commands),
     ("query-status", query_status),
@@ -34,6 +35,9 @@ const COMMANDS: [(&str, Command); 14] = [
     ("migrate-set-capabilities", set_capabilities),
     ("query-migrate-capabilities", query_capabilities),
     ("x-ferry-status", ferry_status),
+    ("x-ferry-namespace-add", namespaces::add),
+    ("x-ferry-namespace-remove", namespaces::remove),
+    ("x-ferry-namespace-resize", namespaces::resize),
 ];
 
 /// Runs one command.

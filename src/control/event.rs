@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::operations::MigrationStatus;
 
 /// Something that happened, in QEMU's words.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The guest was stopped.
     Stop,
@@ -28,6 +28,31 @@ pub enum Event {
     Migration {
         /// Which.
         status: MigrationStatus,
+    },
+    /// A namespace of the host's changed at a command. QEMU has no word for it.
+    Namespace {
+        /// Serial number of its controller.
+        controller: String,
+        /// Namespace identifier.
+        nsid: u32,
+        /// What happened to it.
+        change: NamespaceChange,
+    },
+}
+
+/// What happened to a namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "change")]
+pub enum NamespaceChange {
+    /// It is there.
+    Added,
+    /// It is gone.
+    Removed,
+    /// It has grown.
+    Resized {
+        /// To so many bytes.
+        #[serde(rename = "capacity-bytes")]
+        capacity_bytes: u64,
     },
 }
 
@@ -56,7 +81,7 @@ impl ShutdownCause {
 }
 
 impl Event {
-    fn to_json(self, at: SystemTime) -> Value {
+    fn to_json(&self, at: SystemTime) -> Value {
         let since_epoch = at.duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut message = json!({
             "timestamp": { "seconds": since_epoch.as_secs(), "microseconds": since_epoch.subsec_micros() },
@@ -71,6 +96,12 @@ impl Event {
             Self::Migration { status } => {
                 message["event"] = json!("MIGRATION");
                 message["data"] = json!({ "status": status });
+            }
+            Self::Namespace { controller, nsid, change } => {
+                message["event"] = json!("X_FERRY_NAMESPACE");
+                message["data"] = json!(change);
+                message["data"]["controller"] = json!(controller);
+                message["data"]["nsid"] = json!(nsid);
             }
         }
         message

@@ -6,7 +6,8 @@
 //! ```
 //!
 //! The names and shapes are QEMU's (`docs/interop/qmp-spec`, `qapi/run-state.json`, `qapi/migration.json`), so that its
-//! Python package and scripts work unchanged. What has no name there is under `x-ferry-status`; a COMMIT whose outcome
+//! Python package and scripts work unchanged. What has no name there is under `x-ferry-status` and
+//! `x-ferry-namespace-add`, `-remove` and `-resize`; a COMMIT whose outcome
 //! is unknown shows as migration status `device` with run state `postmigrate`, and its details are there.
 //!
 //! Invariants:
@@ -26,6 +27,7 @@ mod commands;
 pub mod event;
 mod follow;
 mod framing;
+mod namespaces;
 pub mod operations;
 pub mod protocol;
 pub mod server;
@@ -34,7 +36,7 @@ mod session;
 mod tests;
 
 pub use client::Client;
-pub use event::{Event, EventBus, ShutdownCause};
+pub use event::{Event, EventBus, NamespaceChange, ShutdownCause};
 pub use follow::{Finished, MigrateRequest};
 pub use operations::{
     FerryDisk, FerryDowntime, FerryLease, FerryMigration, FerryOwnership, FerryStatus, MigrationInfo,

@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::NamespaceOption;
+
 /// A machine as its operator sees it. Every method may be called from any thread at any time, and none waits for a
 /// client. What a machine may not do now it refuses with a [`Refusal`]; which commands are legal in which run state is
 /// decided behind this trait, not by the protocol.
@@ -41,6 +43,15 @@ pub trait Operations: Send + Sync {
 
     /// All that this project knows and QEMU has no word for.
     fn ferry_status(&self) -> FerryStatus;
+
+    /// Adds a namespace of the host's. Refused, as are the two below, while a guest comes or leaves.
+    fn add_namespace(&self, namespace: &NamespaceOption) -> Result<(), Refusal>;
+
+    /// Takes a namespace of the host's away; says whether its image was let go already, or commands are still in flight there.
+    fn remove_namespace(&self, controller: &str, nsid: u32) -> Result<bool, Refusal>;
+
+    /// Lets a namespace of the host's grow: to `size_bytes`, or to what its image has by now. Returns its size in bytes.
+    fn resize_namespace(&self, controller: &str, nsid: u32, size_bytes: Option<u64>) -> Result<u64, Refusal>;
 }
 
 /// Why an operation was not done: a sentence for the operator.

@@ -148,6 +148,11 @@ impl Arguments {
         }
     }
 
+    /// A whole number from 0 that must be there.
+    pub fn u64(&mut self, name: &str) -> Result<u64, QmpError> {
+        self.optional_u64(name)?.ok_or_else(|| missing(name))
+    }
+
     /// A list that may be there.
     pub fn optional_list(&mut self, name: &str) -> Result<Vec<Value>, QmpError> {
         match self.0.remove(name) {

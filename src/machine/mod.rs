@@ -21,11 +21,11 @@ mod sections;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use engine::Description;
 
 use crate::boot::{self, BootSpec, Kernel};
-use crate::config::MachineSpec;
+use crate::config::{BackendSpec, MachineSpec, NamespaceSpec};
 use crate::console::Console;
 use crate::control::FerryDisk;
 use crate::io_thread::IoThread;
@@ -37,6 +37,7 @@ use chipset::Chipset;
 use devices::Devices;
 use disk::Disk;
 use entropy::EntropyDevice;
+use resources::open_namespace;
 
 pub use resources::{Nvm, Resources, first_writable_file};
 pub use run::{Action, Refused, RunState};
@@ -45,6 +46,8 @@ pub use sections::{schema_hashes, schemas};
 /// How long a stop waits for a controller's commands in flight. A disk that takes longer fails the migration, never the
 /// guest.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the removal of a namespace waits for commands that are in flight there.
+const REMOVE_PATIENCE: Duration = Duration::from_secs(2);
 /// Property of the time stamp counter's frequency, in kHz.
 pub const TSC_KHZ: &str = "tsc_khz";
 /// The PCI slot of the entropy device; slot 0 is the host bridge.
@@ -274,6 +277,42 @@ impl Machine {
     /// where something begins or ends.
     pub fn keep_state(&self) {
         self.keeper.keep();
+    }
+
+    /// Adds a namespace whose image is a file or nothing at all.
+    ///
+    /// # Errors
+    /// The image cannot be had, or the controller does not take it.
+    pub fn add_namespace(&self, serial: &str, spec: &NamespaceSpec) -> anyhow::Result<()> {
+        let subsystem = self.subsystem(serial)?;
+        if matches!(spec.backend, BackendSpec::Memory { .. }) {
+            bail!("a namespace in memory is part of the machine's RAM, and there from its start or never");
+        }
+        let config = open_namespace(serial, spec, self.resources.ram())?;
+        config.backend.acquire()?;
+        Ok(subsystem.add(&config)?)
+    }
+
+    /// Takes a namespace away; says whether its image was let go already.
+    ///
+    /// # Errors
+    /// There is none, or it is the guest's.
+    pub fn remove_namespace(&self, serial: &str, nsid: u32) -> anyhow::Result<bool> {
+        Ok(self.subsystem(serial)?.remove(nsid, REMOVE_PATIENCE)?)
+    }
+
+    /// Lets a namespace grow; returns its size in bytes.
+    ///
+    /// # Errors
+    /// There is none, it is the guest's, or its image has no such size.
+    pub fn resize_namespace(&self, serial: &str, nsid: u32, size_bytes: Option<u64>) -> anyhow::Result<u64> {
+        Ok(self.subsystem(serial)?.resize(nsid, size_bytes)?)
+    }
+
+    fn subsystem(&self, serial: &str) -> anyhow::Result<&Arc<nvme::Subsystem>> {
+        let disk = self.disks.iter().find(|disk| disk.serial() == serial);
+        let disk = disk.with_context(|| format!("there is no controller {serial:?}"))?;
+        Ok(disk.controller().subsystem())
     }
 
     /// Memory and images.

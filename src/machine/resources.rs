@@ -245,7 +245,11 @@ fn memory_block_name(serial: &str, nsid: u32) -> String {
     format!("namespace-{serial}-{nsid}")
 }
 
-fn open_namespace(serial: &str, spec: &NamespaceSpec, ram: &GuestRam) -> anyhow::Result<NamespaceConfig> {
+pub(super) fn open_namespace(
+    serial: &str,
+    spec: &NamespaceSpec,
+    ram: &GuestRam,
+) -> anyhow::Result<NamespaceConfig> {
     let NamespaceSpec { nsid, block_bytes, read_only, .. } = *spec;
     let backend: Arc<dyn Backend> = match &spec.backend {
         BackendSpec::File(path) => {

@@ -48,6 +48,8 @@ pub enum Action {
     PowerOff,
     /// A vCPU cannot go on.
     Fail,
+    /// Namespaces are added, removed or resized.
+    ChangeNamespaces,
     /// A migration begins; the guest keeps running.
     BeginMigration,
     /// The migration stops the guest for its last pass.
@@ -96,7 +98,7 @@ impl RunState {
             (S::Running | S::Paused, A::PowerOff) => Ok(S::Shutdown),
             (S::Running | S::Paused, A::Fail) => Ok(S::InternalError),
 
-            (S::Running | S::Paused, A::BeginMigration) => Ok(self),
+            (S::Running | S::Paused, A::ChangeNamespaces | A::BeginMigration) => Ok(self),
             (S::Running, A::StopForMigration) => Ok(S::FinishMigrate { was_running: true }),
             (S::Paused, A::StopForMigration) => Ok(S::FinishMigrate { was_running: false }),
             (S::FinishMigrate { was_running }, A::HandOver) => Ok(S::HandoverUnknown { was_running }),
@@ -162,6 +164,7 @@ impl Action {
             Self::Reset => "reset",
             Self::PowerOff => "power off",
             Self::Fail => "report a failure",
+            Self::ChangeNamespaces => "change namespaces",
             Self::BeginMigration => "migrate",
             Self::StopForMigration => "stop for the migration",
             Self::TakeBack { .. } => "take the guest back",
@@ -189,13 +192,14 @@ mod tests {
         RunState::Shutdown,
         RunState::InternalError,
     ];
-    const ACTIONS: [Action; 14] = [
+    const ACTIONS: [Action; 15] = [
         Action::Start,
         Action::Stop,
         Action::Continue,
         Action::Reset,
         Action::PowerOff,
         Action::Fail,
+        Action::ChangeNamespaces,
         Action::BeginMigration,
         Action::StopForMigration,
         Action::TakeBack { running: true },

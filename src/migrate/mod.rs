@@ -263,6 +263,11 @@ impl Migrations {
         active
     }
 
+    /// Whether the guest is on its way to somewhere else.
+    pub fn is_leaving(&self) -> bool {
+        lock(&self.current).as_ref().is_some_and(|current| current.outgoing && current.is_active())
+    }
+
     /// Ends whatever goes on, in order: the process is to end. An undecided hand-over stays undecided.
     pub fn stop(&self) {
         let thread = {

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use super::{Request, Vmm, ownership};
+use crate::config::NamespaceOption;
 use crate::control::{
-    FerryLease, FerryOwnership, FerryStatus, MigrationInfo, MigrationParameters, Operations, Refusal,
-    RunState as QmpRunState,
+    Event, FerryLease, FerryOwnership, FerryStatus, MigrationInfo, MigrationParameters, NamespaceChange,
+    Operations, Refusal, RunState as QmpRunState,
 };
 use crate::machine::{Action, Machine, RunState};
 
@@ -18,6 +19,25 @@ impl Vmm {
 }
 
 struct Control(Arc<Vmm>);
+
+impl Control {
+    /// Does something to a namespace and tells clients of it. A destination has been told what there is: nothing changes meanwhile.
+    fn change_namespace<T>(
+        &self,
+        controller: &str,
+        nsid: u32,
+        effect: impl FnOnce(&Machine) -> anyhow::Result<T>,
+        change: impl FnOnce(&T) -> NamespaceChange,
+    ) -> Result<T, Refusal> {
+        if self.0.migrations.is_leaving() {
+            return Err(Refusal("cannot change namespaces: a migration is under way".to_owned()));
+        }
+        let (_, value) = self.0.act(Action::ChangeNamespaces, effect).map_err(|error| refusal(&error))?;
+        let change = change(&value);
+        self.0.events.emit(Event::Namespace { controller: controller.to_owned(), nsid, change });
+        Ok(value)
+    }
+}
 
 /// The whole chain in one sentence.
 fn refusal(error: &anyhow::Error) -> Refusal {
@@ -100,6 +120,24 @@ impl Operations for Control {
 
     fn set_migration_parameters(&self, parameters: MigrationParameters) {
         self.0.migrations.set_limits(parameters);
+    }
+
+    fn add_namespace(&self, option: &NamespaceOption) -> Result<(), Refusal> {
+        let NamespaceOption { controller, namespace } = option;
+        let add = |machine: &Machine| machine.add_namespace(controller, namespace);
+        self.change_namespace(controller, namespace.nsid, add, |()| NamespaceChange::Added)
+    }
+
+    fn remove_namespace(&self, controller: &str, nsid: u32) -> Result<bool, Refusal> {
+        let remove = |machine: &Machine| machine.remove_namespace(controller, nsid);
+        self.change_namespace(controller, nsid, remove, |_| NamespaceChange::Removed)
+    }
+
+    fn resize_namespace(&self, controller: &str, nsid: u32, size_bytes: Option<u64>) -> Result<u64, Refusal> {
+        let resize = |machine: &Machine| machine.resize_namespace(controller, nsid, size_bytes);
+        self.change_namespace(controller, nsid, resize, |&capacity_bytes| NamespaceChange::Resized {
+            capacity_bytes,
+        })
     }
 
     fn ferry_status(&self) -> FerryStatus {

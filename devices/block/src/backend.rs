@@ -209,4 +209,14 @@ pub trait Backend: Send + Sync + Debug {
     /// # Errors
     /// Someone else holds the lock, or the image changed; the image is still released.
     fn acquire(&self) -> Result<(), crate::Error>;
+
+    /// Blocking: makes the image, which is held, `capacity_bytes` large, or with `None` finds out how large it was made by others, and
+    /// takes that for its capacity, which it returns. It never shrinks. Requests may be under way.
+    ///
+    /// # Errors
+    /// Images of this kind have one size for ever; it would shrink; the operating system refused.
+    fn grow(&self, capacity_bytes: Option<u64>) -> Result<u64, crate::Error> {
+        let _ = capacity_bytes;
+        Err(crate::Error::FixedSize { kind: self.identity().kind })
+    }
 }

@@ -73,6 +73,32 @@ pub enum Error {
         /// The image.
         path: PathBuf,
     },
+    /// An image that has one size for ever.
+    #[error("an image of the kind {kind:?} cannot change its size")]
+    FixedSize {
+        /// Its kind.
+        kind: &'static str,
+    },
+    /// The image cannot take another size.
+    #[error("image {} cannot be made {capacity_bytes} bytes large", path.display())]
+    Grow {
+        /// The image.
+        path: PathBuf,
+        /// What was wanted.
+        capacity_bytes: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// An image is smaller than it was.
+    #[error("image {} has {now_bytes} bytes and had {before_bytes}: images only grow", path.display())]
+    Shrunk {
+        /// The image.
+        path: PathBuf,
+        /// Its capacity until now.
+        before_bytes: u64,
+        /// What was found or wanted.
+        now_bytes: u64,
+    },
     /// Acknowledged writes could not be made stable.
     #[error("cannot flush image {}", path.display())]
     Flush {

@@ -204,6 +204,10 @@ impl Backend for FaultImage {
     fn acquire(&self) -> Result<(), Error> {
         self.inner.acquire()
     }
+
+    fn grow(&self, capacity_bytes: Option<u64>) -> Result<u64, Error> {
+        self.inner.grow(capacity_bytes)
+    }
 }
 
 /// A request that waits at a gate.

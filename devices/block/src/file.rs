@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use arc_swap::ArcSwapOption;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -54,7 +54,10 @@ struct Stamp {
 pub struct FileImage {
     path: PathBuf,
     options: FileOptions,
+    /// Of when it was looked at first.
     stamp: Stamp,
+    /// What it has grown to since.
+    capacity_bytes: AtomicU64,
     held: ArcSwapOption<OpenFile>,
 }
 
@@ -67,7 +70,8 @@ impl FileImage {
     pub fn inspect(path: impl Into<PathBuf>, options: FileOptions) -> Result<Self, Error> {
         let path = path.into();
         let stamp = Stamp::of(&open(&path, READING)?, &path)?;
-        Ok(Self { path, options, stamp, held: ArcSwapOption::empty() })
+        let capacity_bytes = AtomicU64::new(stamp.capacity_bytes);
+        Ok(Self { path, options, stamp, capacity_bytes, held: ArcSwapOption::empty() })
     }
 
     /// Opens and locks the image.
@@ -84,6 +88,10 @@ impl FileImage {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    fn stamp(&self) -> Stamp {
+        Stamp { capacity_bytes: self.capacity_bytes.load(Ordering::Acquire), ..self.stamp }
     }
 
     /// The open file, while the image is held.
@@ -111,7 +119,7 @@ impl Backend for FileImage {
     fn identity(&self) -> Identity {
         Identity {
             kind: "file",
-            capacity_bytes: self.stamp.capacity_bytes,
+            capacity_bytes: self.capacity_bytes.load(Ordering::Acquire),
             read_only: self.options.read_only,
         }
     }
@@ -157,10 +165,11 @@ impl Backend for FileImage {
         let file = open(&self.path, access)?;
         lock(&file, &self.path, access)?;
         let stamp = Stamp::of(&file, &self.path)?;
-        if stamp != self.stamp {
+        let before = self.stamp();
+        if stamp != before {
             return Err(Error::Changed {
                 path: self.path.clone(),
-                before: self.stamp.to_string(),
+                before: before.to_string(),
                 now: stamp.to_string(),
             });
         }
@@ -170,6 +179,26 @@ impl Backend for FileImage {
         };
         self.held.store(Some(Arc::new(OpenFile::new(file, alignment))));
         Ok(())
+    }
+
+    fn grow(&self, capacity_bytes: Option<u64>) -> Result<u64, Error> {
+        let path = || self.path.clone();
+        let failed = |capacity_bytes| move |source| Error::Grow { path: path(), capacity_bytes, source };
+        let before_bytes = self.capacity_bytes.load(Ordering::Acquire);
+        let released = || failed(capacity_bytes.unwrap_or(before_bytes))(io::Error::other("it is not held"));
+        let file = self.held.load_full().ok_or_else(released)?;
+        let found_bytes = Stamp::of(&file.file, &self.path)?.capacity_bytes;
+        let wanted_bytes = capacity_bytes.unwrap_or(found_bytes);
+        let now_bytes = wanted_bytes.min(found_bytes);
+        if now_bytes < before_bytes {
+            return Err(Error::Shrunk { path: path(), before_bytes, now_bytes });
+        }
+        if wanted_bytes > found_bytes {
+            let grown = file.file.set_len(wanted_bytes).and_then(|()| file.file.sync_all());
+            grown.map_err(failed(wanted_bytes))?;
+        }
+        self.capacity_bytes.store(wanted_bytes, Ordering::Release);
+        Ok(wanted_bytes)
     }
 }
 

@@ -38,6 +38,14 @@ pub enum Error {
         /// Why.
         source: crate::StoreError,
     },
+    /// The image of a namespace cannot be grown.
+    #[error("NVMe namespace {nsid}: its image cannot be grown")]
+    Resize {
+        /// Namespace identifier.
+        nsid: u32,
+        /// Why.
+        source: block::Error,
+    },
     /// The store of a subsystem failed.
     #[error("NVM subsystem {serial:?}: cannot {what}")]
     Store {

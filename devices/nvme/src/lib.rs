@@ -52,6 +52,7 @@ mod event;
 mod exclusion;
 mod firmware;
 mod follow;
+mod hotplug;
 mod interrupt;
 mod inventory;
 mod maintenance;

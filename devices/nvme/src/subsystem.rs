@@ -16,7 +16,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use block::Backend;
 use nvme_spec::{NSID_BROADCAST, Status};
@@ -53,6 +54,8 @@ pub struct Subsystem {
     contents: Mutex<Contents>,
     /// Ranges that fused operations have for themselves.
     pub(crate) exclusion: Exclusion,
+    /// Tells threads of the host that a controller has.
+    has_followed: Condvar,
 }
 
 /// What serves commands.
@@ -184,6 +187,7 @@ impl Subsystem {
                 removed: Vec::new(),
             }),
             exclusion: Exclusion::default(),
+            has_followed: Condvar::new(),
         }))
     }
 
@@ -330,6 +334,16 @@ impl Subsystem {
         Ok(())
     }
 
+    /// Waits until every controller has followed `generation`; `false` at `deadline`.
+    pub(crate) fn wait_until_followed(&self, generation: u64, deadline: Instant) -> bool {
+        let patience = deadline.saturating_duration_since(Instant::now());
+        let (contents, _) = self
+            .has_followed
+            .wait_timeout_while(self.contents(), patience, |contents| contents.followed() < generation)
+            .unwrap_or_else(PoisonError::into_inner);
+        contents.followed() >= generation
+    }
+
     /// Lets go of deleted namespaces that no controller uses any more, and tells all controllers that something may be complete.
     fn complete(&self) {
         let (gone, hosts) = {
@@ -349,6 +363,7 @@ impl Subsystem {
             }
         }
         hosts.iter().for_each(|host| host.wake(0));
+        self.has_followed.notify_all();
     }
 
     /// Makes a change of what the store has, and then, with `apply`, of what serves commands: both or neither. Returns the generation
@@ -447,13 +462,16 @@ impl Contents {
         self.controllers.contains_key(&id)
     }
 
-    /// The lowest identifier that nothing has, and that no command in flight can mean.
+    /// Whether nothing has the identifier, and no command in flight can mean what had it.
+    pub fn is_free(&self, nsid: u32) -> bool {
+        let place = self.namespaces.get((nsid as usize).wrapping_sub(1));
+        place.is_some_and(Option::is_none)
+            && !self.removed.iter().any(|removed| removed.namespace.nsid == nsid)
+    }
+
+    /// The lowest identifier that is free.
     pub fn free_nsid(&self) -> Option<u32> {
-        let is_free = |nsid: &u32| {
-            self.namespaces[*nsid as usize - 1].is_none()
-                && !self.removed.iter().any(|removed| removed.namespace.nsid == *nsid)
-        };
-        (1..=self.namespaces.len() as u32).find(is_free)
+        (1..=self.namespaces.len() as u32).find(|&nsid| self.is_free(nsid))
     }
 
     /// Takes a namespace away; its image is used until all controllers have followed `generation`.

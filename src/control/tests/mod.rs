@@ -18,6 +18,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::*;
+use crate::config::NamespaceOption;
 
 /// Ten times and more what any of these tests takes.
 const WATCHDOG: Duration = Duration::from_secs(60);
@@ -103,6 +104,21 @@ impl Operations for Machine {
 
     fn set_migration_parameters(&self, parameters: MigrationParameters) {
         self.set(|state| state.parameters = parameters);
+    }
+
+    fn add_namespace(&self, option: &NamespaceOption) -> Result<(), Refusal> {
+        self.set(|state| state.asked.push(format!("add {option:?}")));
+        Ok(())
+    }
+
+    fn remove_namespace(&self, controller: &str, nsid: u32) -> Result<bool, Refusal> {
+        self.set(|state| state.asked.push(format!("remove {controller} {nsid}")));
+        Ok(nsid != 9)
+    }
+
+    fn resize_namespace(&self, controller: &str, nsid: u32, size_bytes: Option<u64>) -> Result<u64, Refusal> {
+        self.set(|state| state.asked.push(format!("resize {controller} {nsid} {size_bytes:?}")));
+        size_bytes.ok_or_else(|| Refusal("the image is what it was".to_owned()))
     }
 
     fn ferry_status(&self) -> FerryStatus {

@@ -278,3 +278,59 @@ fn text_that_is_no_json_does_not_swallow_the_next_request() {
     assert_eq!(frames("}{}"), ["}", "{}"]);
     assert_eq!(frames("{\"lost quote}\n{}"), ["{\"lost quote}\n", "{}"]);
 }
+
+#[test]
+fn namespaces_are_added_removed_and_resized_in_words_of_our_own() {
+    let setup = Setup::new();
+    let mut raw = setup.negotiated();
+    let mut ask = |command: &str, arguments: &Value| {
+        raw.ask(
+            &json!({ "execute": format!("x-ferry-namespace-{command}"), "arguments": arguments }).to_string(),
+        )
+    };
+    let file = json!({ "controller": "c", "nsid": 7, "backend": "file", "path": "/a,b.raw", "ro": true });
+    assert_eq!(ask("add", &file), json!({ "return": {} }));
+    let which = |nsid: u32| json!({ "controller": "c", "nsid": nsid });
+    assert_eq!(ask("remove", &which(7)), json!({ "return": { "released": true } }));
+    assert_eq!(ask("remove", &which(9)), json!({ "return": { "released": false } }));
+    let grown = json!({ "controller": "c", "nsid": 7, "size": 8192 });
+    assert_eq!(ask("resize", &grown), json!({ "return": { "capacity-bytes": 8192 } }));
+    assert_eq!(ask("resize", &which(7)), error("GenericError", "the image is what it was"));
+    let asked = setup.machine.asked();
+    assert!(
+        asked[0]
+            .contains(r#"controller: "c", namespace: NamespaceSpec { nsid: 7, backend: File("/a,b.raw")"#),
+        "{asked:?}"
+    );
+    assert!(asked[0].contains("block_bytes: 512, read_only: true"), "{asked:?}");
+    assert_eq!(asked[1..], ["remove c 7", "remove c 9", "resize c 7 Some(8192)", "resize c 7 None"]);
+    for (command, arguments, description) in [
+        ("add", json!({ "nsid": 7 }), "Parameter 'controller' is missing"),
+        ("add", json!({ "controller": "c", "nsid": 0 }), "Parameter 'nsid' expects 1 to 1024"),
+        ("add", json!({ "controller": "c", "nsid": 1u64 << 40 }), "Parameter 'nsid' expects 1 to 1024"),
+        (
+            "add",
+            json!({ "controller": "c", "nsid": 7, "backend": "memory" }),
+            "Parameter 'backend' does not accept value 'memory'",
+        ),
+        ("add", json!({ "controller": "c", "nsid": 7, "backend": "null" }), "Parameter 'size' is missing"),
+        (
+            "add",
+            json!({ "controller": "c", "nsid": 7, "backend": "file", "path": "p", "lba": 520 }),
+            "Parameter 'lba' expects 512 or 4096",
+        ),
+        ("remove", json!({ "controller": "c" }), "Parameter 'nsid' is missing"),
+        ("resize", json!({ "controller": "c", "nsid": 7, "to": 1 }), "Parameter 'to' is unexpected"),
+    ] {
+        assert_eq!(ask(command, &arguments), error("GenericError", description));
+    }
+    assert_eq!(setup.machine.asked().len(), 5, "nothing of that was done");
+    let change = NamespaceChange::Resized { capacity_bytes: 8192 };
+    setup.events.emit(Event::Namespace { controller: "c".to_owned(), nsid: 7, change });
+    let event = raw.read();
+    assert_eq!(event["event"], "X_FERRY_NAMESPACE");
+    assert_eq!(
+        event["data"],
+        json!({ "controller": "c", "nsid": 7, "change": "resized", "capacity-bytes": 8192 })
+    );
+}

@@ -11,6 +11,7 @@ mod firmware;
 mod format;
 mod fused;
 mod hostile;
+mod hotplug;
 mod init;
 mod interrupts;
 mod io;

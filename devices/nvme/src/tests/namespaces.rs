@@ -90,7 +90,7 @@ fn detach(guest: &mut Guest, nsid: u32, controllers: &[u16]) -> Result<u32, Stat
     guest.admin(entry)
 }
 
-fn list(guest: &mut Guest, cns: u8) -> Vec<u32> {
+pub fn list(guest: &mut Guest, cns: u8) -> Vec<u32> {
     let page = guest.identify(cns, 0).unwrap();
     let all = page.as_chunks::<4>().0.iter().map(|id| u32::from_le_bytes(*id));
     all.take_while(|id| *id != 0).collect()
@@ -106,7 +106,7 @@ fn about(guest: &mut Guest, cns: u8, nsid: u32) -> IdentifyNamespace {
     IdentifyNamespace::from_bytes(&guest.identify(cns, nsid).unwrap())
 }
 
-fn changed(guest: &mut Guest) -> Vec<u32> {
+pub fn changed(guest: &mut Guest) -> Vec<u32> {
     let get = SubmissionEntry {
         opcode: admin::GET_LOG_PAGE,
         cdw10: u32::from(log::id::CHANGED_NAMESPACES) | 1023 << 16,
@@ -117,7 +117,7 @@ fn changed(guest: &mut Guest) -> Vec<u32> {
 }
 
 /// Asks for events of namespaces, and parks a request for them.
-fn listen(guest: &mut Guest) -> u16 {
+pub fn listen(guest: &mut Guest) -> u16 {
     guest
         .admin(SubmissionEntry {
             opcode: admin::SET_FEATURES,
