@@ -20,14 +20,15 @@
 //! # Invariants
 //!
 //! - A worker's lock is taken once for a pass over its queues; on that path nothing allocates once buffers have grown, and nothing is
-//!   locked or called in the kernel for a single command. Locks are taken in the order admin, workers, subsystem, events,
-//!   registers.
+//!   locked or called in the kernel for a single command. Locks are taken in the order admin, workers, subsystem, queues of the pin,
+//!   events, registers.
 //! - No guest input panics, hangs, allocates without bound or reaches outside guest memory. Lists end with the length that they
 //!   describe; what a worker has in flight is bounded by its context's depth.
 //! - A command ends once. What finds a full completion queue waits, and its submission queues are not fetched meanwhile.
 //! - A fused pair is alone in its range (`exclusion`): no worker of the subsystem has anything in flight there meanwhile. The lock of the
 //!   claims is taken last, and only while there are any.
-//! - A worker goes to sleep only after it has told the guest (EventIdx) and looked again: no wake-up is lost.
+//! - A worker goes to sleep only after it has told the guest (EventIdx) and looked again: no wake-up is lost, in no interleaving (the
+//!   tests of `wakeup`).
 //! - While the guest does not let the controller be a bus master nothing is fetched, posted or signalled, and nothing is lost.
 //! - After CSTS.RDY is 0, or CSTS.SHST says complete, or a pause has returned, nothing is in flight.
 //! - A saved state is a plain struct and is not trusted. Its queues are made by the functions that serve the guest's Create commands.

@@ -341,3 +341,89 @@ fn a_deleted_queue_and_a_reset_delay_nothing() {
     guest.run();
     assert!(deadlines(&guest).is_empty());
 }
+
+/// What a guest whose interrupts are coalesced does next. It takes entries only when it was interrupted.
+#[derive(Clone, Debug)]
+enum Move {
+    Submit { queue: u16, count: u64 },
+    Handle,
+    Configure { threshold: u32, time: u32 },
+    LeaveOut { queue: u16, out: bool },
+    Migrate { workers: usize },
+    Pause,
+}
+
+fn action() -> impl Strategy<Value = Move> {
+    let queue = 1..=2u16;
+    prop_oneof![
+        6 => (queue.clone(), 1..6u64).prop_map(|(queue, count)| Move::Submit { queue, count }),
+        3 => Just(Move::Handle),
+        1 => (0..6u32, 0..3u32).prop_map(|(threshold, time)| Move::Configure { threshold, time }),
+        1 => (queue, any::<bool>()).prop_map(|(queue, out)| Move::LeaveOut { queue, out }),
+        1 => (1..4usize).prop_map(|workers| Move::Migrate { workers }),
+        1 => Just(Move::Pause),
+    ]
+}
+
+fn play_coalesced(moves: &[Move]) {
+    let mut guest = coalescing();
+    // By queue: commands that were not taken, and whether the guest has been interrupted since it took all.
+    let (mut waiting, mut called) = ([0u64; 3], [false; 3]);
+    for action in moves {
+        match *action {
+            Move::Submit { queue, count } => {
+                let count = count.min(15 - waiting[usize::from(queue)]);
+                read(&mut guest, queue, count);
+                waiting[usize::from(queue)] += count;
+            }
+            Move::Handle => {
+                for queue in (1..=2u16).filter(|&queue| std::mem::take(&mut called[usize::from(queue)])) {
+                    waiting[usize::from(queue)] -= guest.reap(queue).len() as u64;
+                }
+            }
+            Move::Configure { threshold, time } => {
+                set_feature(&mut guest, feature::INTERRUPT_COALESCING, time << 8 | threshold);
+            }
+            Move::LeaveOut { queue, out } => {
+                let value = u32::from(out) << 16 | u32::from(queue);
+                set_feature(&mut guest, feature::INTERRUPT_VECTOR_CONFIGURATION, value);
+            }
+            Move::Migrate { workers } => {
+                for queue in 1..=2 {
+                    called[usize::from(queue)] |= guest.interrupts.take(queue) > 0;
+                }
+                drop(guest.migrate(workers));
+            }
+            Move::Pause => {
+                guest.controller.pause(Instant::now() + PATIENCE).unwrap();
+                assert!(deadlines(&guest).is_empty(), "nothing is delayed over a pause");
+                guest.controller.resume();
+            }
+        }
+        guest.run();
+        for queue in 1..=2u16 {
+            called[usize::from(queue)] |= guest.interrupts.take(queue) > 0;
+            let worker = usize::from(queue) % guest.controller.workers();
+            let is_due = guest.controller.interrupt_deadline(worker).is_some();
+            assert!(
+                waiting[usize::from(queue)] == 0 || called[usize::from(queue)] || is_due,
+                "nobody tells the guest of queue {queue} after {action:?}"
+            );
+        }
+    }
+    wait_for_deadlines(&guest);
+    for queue in 1..=2u16 {
+        called[usize::from(queue)] |= guest.interrupts.take(queue) > 0;
+        assert!(waiting[usize::from(queue)] == 0 || called[usize::from(queue)], "queue {queue} at the end");
+        assert_eq!(guest.reap(queue).len() as u64, waiting[usize::from(queue)]);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_interrupt_is_forgotten_through_pauses_and_migrations(moves in prop::collection::vec(action(), 1..30)) {
+        play_coalesced(&moves);
+    }
+}
