@@ -68,12 +68,10 @@ fn write(guest: &Guest, offset: u64, data: &[u8]) {
     guest.controller.bar_write(0, offset, data);
 }
 
-/// Byte `byte` of ones for the register of `row`; CC gets only bits that begin nothing.
-fn ones((name, _, _, effect): Row, byte: u64) -> u8 {
-    match effect {
-        Write::Kept(bits) if name == "CC" => (bits >> (8 * byte)) as u8,
-        _ => 0xff,
-    }
+/// Byte `byte` of ones for the register of `row`; CC gets all but EN and SHN, which begin something.
+fn ones((name, ..): Row, byte: u64) -> u8 {
+    let bits = if name == "CC" { 0xffff_3ffe } else { u64::MAX };
+    (bits >> (8 * byte)) as u8
 }
 
 /// What the register file is after ones were written to `[offset, offset + bytes)` of `row`.
