@@ -38,7 +38,7 @@ enum NamespaceCommand {
 struct AddArguments {
     #[command(flatten)]
     machine: MachineArguments,
-    /// As for `ferry run --ns`: controller=S,nsid=N,backend=file|null[,path=|size=][,lba=512|4096][,ro].
+    /// As for `ferry run --ns`: controller=S,nsid=N,backend=file|null[,path=|size=][,lba=512|4096][,ro][,buffered].
     #[arg(value_name = "OPTIONS")]
     namespace: NamespaceOption,
 }
@@ -136,9 +136,8 @@ impl WhichArguments {
 /// What the machine is asked for. It may have another working directory.
 fn addition(option: &NamespaceOption) -> anyhow::Result<Value> {
     let NamespaceOption { controller, namespace } = option;
-    let NamespaceSpec { nsid, backend, block_bytes, read_only } = namespace;
-    let mut arguments =
-        json!({ "controller": controller, "nsid": nsid, "lba": block_bytes, "ro": read_only });
+    let NamespaceSpec { nsid, backend, block_bytes, read_only, buffered } = namespace;
+    let mut arguments = json!({ "controller": controller, "nsid": nsid, "lba": block_bytes, "ro": read_only, "buffered": buffered });
     match backend {
         BackendSpec::File(path) => {
             let path =

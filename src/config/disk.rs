@@ -23,15 +23,14 @@ pub const MAX_NSID: u32 = 1024;
 pub const MAX_SERIAL_BYTES: usize = 20;
 
 /// A controller as declared: `serial=S[,queues=N][,msix=N][,mdts=N][,cqr][,cmb=SIZE][,subsystem=DIR[,capacity=SIZE]]`, or short
-/// `path=P,serial=S[,lba=N][,ro]` for a
-/// controller with one file namespace.
+/// `path=P,serial=S[,lba=N][,ro][,buffered]` for a controller with one file namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NvmeOption {
     /// The controller.
     pub controller: ControllerSpec,
 }
 
-/// A namespace as declared: `controller=S,nsid=N,backend=file|memory|null[,path=|size=][,lba=512|4096][,ro]`.
+/// A namespace as declared: `controller=S,nsid=N,backend=file|memory|null[,path=|size=][,lba=512|4096][,ro][,buffered]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamespaceOption {
     /// Serial of its controller.
@@ -81,6 +80,8 @@ pub struct NamespaceSpec {
     pub block_bytes: u32,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Whether a file is used through the page cache even where it need not be.
+    pub buffered: bool,
 }
 
 /// Where the bytes of a namespace live.
@@ -134,7 +135,8 @@ impl FromStr for NvmeOption {
         if let Some(path) = options.text("path")? {
             let (block_bytes, read_only) = block_options(&mut options)?;
             let backend = BackendSpec::File(path.into());
-            namespaces.push(NamespaceSpec { nsid: 1, backend, block_bytes, read_only });
+            let buffered = options.flag("buffered")?;
+            namespaces.push(NamespaceSpec { nsid: 1, backend, block_bytes, read_only, buffered });
         }
         let capacity_bytes = options.size("capacity")?;
         let subsystem = match options.text("subsystem")? {
@@ -148,7 +150,7 @@ impl FromStr for NvmeOption {
             }),
         };
         options.finish(
-            "serial, queues, msix, mdts, cqr, cmb, subsystem and capacity; with path also lba and ro",
+            "serial, queues, msix, mdts, cqr, cmb, subsystem and capacity; with path also lba, ro and buffered",
         )?;
         let controller = ControllerSpec {
             serial,
@@ -198,8 +200,9 @@ impl FromStr for NamespaceOption {
         {
             return Err(options.error("size must be a multiple of 4096 above 0"));
         }
-        options.finish("controller, nsid, backend, path, size, lba and ro")?;
-        Ok(Self { controller, namespace: NamespaceSpec { nsid, backend, block_bytes, read_only } })
+        let buffered = matches!(backend, BackendSpec::File(_)) && options.flag("buffered")?;
+        options.finish("controller, nsid, backend, path, size, lba and ro; with a file also buffered")?;
+        Ok(Self { controller, namespace: NamespaceSpec { nsid, backend, block_bytes, read_only, buffered } })
     }
 }
 
@@ -263,11 +266,13 @@ mod tests {
     fn namespaces_of_each_backend() {
         let option: NamespaceOption =
             "controller=c,nsid=7,backend=memory,size=1M,lba=4096,ro".parse().unwrap();
-        let NamespaceSpec { nsid, backend, block_bytes, read_only } = option.namespace;
+        let NamespaceSpec { nsid, backend, block_bytes, read_only, buffered } = option.namespace;
         assert_eq!(
-            (nsid, backend, block_bytes, read_only),
-            (7, BackendSpec::Memory { size_bytes: 1 << 20 }, 4096, true)
+            (nsid, backend, block_bytes, read_only, buffered),
+            (7, BackendSpec::Memory { size_bytes: 1 << 20 }, 4096, true, false)
         );
+        let option: NamespaceOption = "controller=c,nsid=1,backend=file,path=p,buffered".parse().unwrap();
+        assert!(option.namespace.buffered);
         let option: NamespaceOption = "controller=c,nsid=1024,backend=null,size=1T".parse().unwrap();
         assert_eq!(option.namespace.backend, BackendSpec::Null { size_bytes: 1 << 40 });
     }
@@ -304,6 +309,7 @@ mod tests {
             "controller=c,nsid=1,backend=file",
             "controller=c,nsid=1,backend=memory,path=p",
             "controller=c,nsid=1,backend=memory,size=1000",
+            "controller=c,nsid=1,backend=memory,size=4096,buffered",
             "controller=c,nsid=1,backend=file,path=p,size=1M",
         ] {
             assert!(text.parse::<NamespaceOption>().is_err(), "{text}");

@@ -23,8 +23,9 @@ pub(super) fn add(context: &Context, mut arguments: Arguments) -> Result<Value, 
         Some(_) => return Err(QmpError::generic("Parameter 'lba' expects 512 or 4096")),
     };
     let read_only = arguments.optional_bool("ro")?.unwrap_or(false);
+    let buffered = arguments.optional_bool("buffered")?.unwrap_or(false);
     arguments.finish()?;
-    let namespace = NamespaceSpec { nsid, backend, block_bytes, read_only };
+    let namespace = NamespaceSpec { nsid, backend, block_bytes, read_only, buffered };
     context.operations.add_namespace(&NamespaceOption { controller, namespace })?;
     Ok(json!({}))
 }

@@ -250,10 +250,10 @@ pub(super) fn open_namespace(
     spec: &NamespaceSpec,
     ram: &GuestRam,
 ) -> anyhow::Result<NamespaceConfig> {
-    let NamespaceSpec { nsid, block_bytes, read_only, .. } = *spec;
+    let NamespaceSpec { nsid, block_bytes, read_only, buffered, .. } = *spec;
     let backend: Arc<dyn Backend> = match &spec.backend {
         BackendSpec::File(path) => {
-            let options = FileOptions { read_only, block_size_bytes: block_bytes, ..FileOptions::default() };
+            let options = FileOptions { read_only, direct: !buffered, block_size_bytes: block_bytes };
             let image = FileImage::inspect(path, options)
                 .with_context(|| format!("cannot use {} as namespace {nsid} of {serial}", path.display()))?;
             Arc::new(image)

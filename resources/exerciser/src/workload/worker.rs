@@ -282,9 +282,10 @@ impl Worker {
         let Some(task) = self.choose() else { return false };
         self.free.pop();
         self.next_queue = (queue + 1) % queues;
-        // Half of all data begins somewhere in a page.
+        // Half of all data begins somewhere in a page; where a rate is measured all of it at its start, as other programs have it.
         let choice = self.random.draw();
-        let offset = if choice & 1 == 0 { 0 } else { (choice >> 32) as usize % PAGE_WORDS };
+        let aligned = choice & 1 == 0 || task.operation == Operation::RateRead;
+        let offset = if aligned { 0 } else { (choice >> 32) as usize % PAGE_WORDS };
         let entry = self.entry(cid, Sent { task, offset });
         self.controller.queues[queue].pair.push(&entry);
         true
