@@ -20,7 +20,7 @@
 //! - An image that can be written is locked as long as it is held.
 //!
 //! Images: [`FileImage`] (raw file or block device), [`MemoryImage`] (travels like RAM), [`NullImage`] (measurement),
-//! [`FaultImage`] (tests).
+//! [`FaultImage`] and [`VolatileImage`] (tests).
 //!
 //! Absent: formats with metadata, caching of our own, ordering between requests in flight (as with real disks there is none),
 //! knowledge of NVMe. The only threads are those of `pool`, where the kernel offers no io_uring; the only `unsafe` is in
@@ -40,6 +40,7 @@ mod pool;
 mod transfer;
 #[allow(unsafe_code)]
 mod uring;
+mod volatile;
 
 #[cfg(test)]
 mod tests;
@@ -51,3 +52,4 @@ pub use fault::{Fault, FaultControl, FaultImage, Target};
 pub use file::{FileImage, FileOptions};
 pub use memory::MemoryImage;
 pub use null::NullImage;
+pub use volatile::VolatileImage;

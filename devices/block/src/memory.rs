@@ -36,7 +36,7 @@ impl MemoryImage {
         Self { read_only: true, ..self }
     }
 
-    fn serve(&self, context: &IoContext, request: &Request<'_>) -> Result<(), Failure> {
+    pub(crate) fn serve(&self, context: &IoContext, request: &Request<'_>) -> Result<(), Failure> {
         if self.released.load(Ordering::Acquire) {
             return Err(Failure::Released);
         }

@@ -7,6 +7,7 @@ mod bus_master;
 mod cmb;
 mod commands;
 mod driver;
+mod durability;
 mod firmware;
 mod format;
 mod fused;
