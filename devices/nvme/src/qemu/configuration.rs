@@ -173,6 +173,13 @@ fn vectors(table: &[u8], control: u8) -> Result<MsixState, Error> {
     Ok(MsixState { count: vectors.len() as u16, entries: vectors })
 }
 
+/// Whether MSI-X is on in a state of ours, so that the pin is not used.
+pub(super) fn sends_messages(pci: &EndpointState) -> Result<bool, Error> {
+    let config = &pci.config.bytes;
+    let here = Capabilities::find(config).or_else(|(_, id)| beyond(id))?;
+    Ok(config[here.msix + 3] & MSIX_ENABLE != 0)
+}
+
 /// QEMU's configuration space and MSI-X table with what the guest has written in ours.
 pub(super) fn join(
     pci: &EndpointState,

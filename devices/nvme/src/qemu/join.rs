@@ -3,7 +3,7 @@
 use nvme_spec::event::Event;
 use nvme_spec::feature as id;
 use nvme_spec::opcode::admin::ASYNC_EVENT_REQUEST;
-use nvme_spec::regs::{Cap, Cc, Csts};
+use nvme_spec::regs::{AMS_ROUND_ROBIN, Cap, Cc, Csts};
 use vmstate::Slots;
 
 use super::limit::QemuLimit;
@@ -13,7 +13,7 @@ use super::section::{
     NamespaceFeatures, PciDevice, QemuSection, Request, SubmissionQueue, Zns,
 };
 use super::split::{format_in_use, timestamp_ms, usable_formats};
-use super::{QemuDevice, configuration, pending_queues};
+use super::{QemuDevice, awaits_pin, configuration, pending_queues};
 use crate::Error;
 use crate::arbitration::DEFAULT_ARBITRATION;
 use crate::state::{CompletionQueueState, NamespaceState, NvmeState, SubmissionQueueState};
@@ -116,6 +116,13 @@ fn check_shape(state: &NvmeState, device: &QemuDevice) -> Result<(), Error> {
     }
     if Csts(state.registers.csts).nssro() == 1 {
         return beyond(QemuLimit::SubsystemReset);
+    }
+    let ams = Cc(state.registers.cc).ams();
+    if ams != AMS_ROUND_ROBIN {
+        return beyond(QemuLimit::Arbitration { ams });
+    }
+    if awaits_pin(state)? {
+        return beyond(QemuLimit::PinInterrupt { count: pending_queues(state) });
     }
     Ok(())
 }

@@ -81,6 +81,18 @@ pub enum QemuLimit {
         /// Its name.
         name: &'static str,
     },
+    /// QEMU's CAP.AMS is 0.
+    #[error("submission queues are served by weight (CC.AMS is {ams})")]
+    Arbitration {
+        /// The mechanism that the guest has chosen.
+        ams: u32,
+    },
+    /// That the interrupt pin is asserted is not in this section alone.
+    #[error("{count} completion queues hold entries for a guest that is called by the interrupt pin")]
+    PinInterrupt {
+        /// How many.
+        count: i32,
+    },
     /// QEMU's error log is empty.
     #[error("{count} errors were logged")]
     ErrorLog {

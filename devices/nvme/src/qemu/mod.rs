@@ -18,9 +18,9 @@
 //! space and their offsets, parked requests, events and the features that a guest can set go on as they were. Different is what a
 //! controller says of itself, and a driver that has read it before believes the old:
 //!
-//! - **SGLs**, Compare, Copy and Verify, which QEMU offers, are refused here. Linux describes large transfers by SGLs unless it was started
-//!   with `nvme.sgl_threshold=0`: without that, these fail until the driver has initialised the controller anew.
-//! - **Pin interrupts**: a section in which the pin is asserted is refused, and is not written either.
+//! - Directives, namespace management and attachment, and Copy with descriptors that name a namespace, which QEMU offers, are refused here.
+//! - **Pin interrupts** go on, but not one that the guest has still to take: QEMU says in other sections too that the pin is asserted. Such
+//!   a section is refused, and so is such a state on the way back.
 //! - The namespace's NGUID, EUI-64 and UUID are made from the serial number here, and QEMU's are not in its section. Linux compares them when
 //!   it scans again, and then drops a namespace that seems to be another.
 //! - CAP.TO, CAP.NSSRS, CAP.CRMS and VS, when they are read again. What limits the guest's requests (MQES, CQR, the doorbell stride,
@@ -159,6 +159,12 @@ impl Controller {
 /// The refusal of a section for `field`.
 fn refuse<T>(field: impl Into<String>, value: impl Into<u64>, reason: &'static str) -> Result<T, Error> {
     Err(Error::QemuSection { field: field.into(), value: value.into(), reason })
+}
+
+/// Whether entries wait for a guest that is called by the pin: MSI-X is off. QEMU keeps that in `irq_status` and, while nothing masks it,
+/// in the levels of its PCI bus.
+fn awaits_pin(state: &NvmeState) -> Result<bool, Error> {
+    Ok(pending_queues(state) != 0 && !configuration::sends_messages(&state.pci)?)
 }
 
 /// QEMU counts the completion queues that may raise the interrupt pin and hold entries that the guest has not taken.

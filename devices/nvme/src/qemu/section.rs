@@ -39,7 +39,7 @@ pub struct QemuSection {
     pub(super) max_prp_ents: u16,
     pub(super) max_q_ents: u32,
     pub(super) outstanding_aers: u8,
-    /// Queues that hold the interrupt pin, which this controller has not.
+    /// Vectors that hold the interrupt pin: those of queues with entries that the guest has still to take.
     #[vmstate(max = 0)]
     pub(super) irq_status: u32,
     pub(super) cq_pending: i32,
@@ -85,8 +85,8 @@ pub(super) struct PciDevice {
     pub irq_state: [u8; 16],
 }
 
-/// The registers below the doorbells. Those of features that this controller has not are 0: boot partitions, the controller memory
-/// buffer, the persistent memory region.
+/// The registers below the doorbells. Those of features that are not taken over are 0: boot partitions, the controller memory buffer,
+/// the persistent memory region.
 #[derive(VmState, Clone, Debug, PartialEq, Eq)]
 #[vmstate(name = "nvme-bar", version = 1)]
 pub(super) struct Bar {

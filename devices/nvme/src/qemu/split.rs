@@ -2,12 +2,12 @@
 
 use nvme_spec::event::Event;
 use nvme_spec::opcode::admin::ASYNC_EVENT_REQUEST;
-use nvme_spec::regs::{Cap, Cc, Csts};
+use nvme_spec::regs::{AMS_ROUND_ROBIN, Cap, Cc, Csts};
 use vmstate::Slots;
 
 use super::residue::QemuResidue;
 use super::section::{Command, IdNs, LbaFormat, QemuSection};
-use super::{configuration, pending_queues, refuse};
+use super::{awaits_pin, configuration, pending_queues, refuse};
 use crate::Error;
 use crate::admin::MAX_PARKED;
 use crate::command::features::TIMESTAMP_MASK;
@@ -44,6 +44,9 @@ impl QemuSection {
             event_index: self.dbbuf_eis,
         };
         self.check_created(&state)?;
+        if awaits_pin(&state)? {
+            return refuse("irq_status", self.irq_status, "a queue waits for the interrupt pin");
+        }
         let cq_pending_excess = self.cq_pending.wrapping_sub(pending_queues(&state));
         let mut id_ns = self.namespace.id_ns;
         (id_ns.nsze, id_ns.ncap, id_ns.nuse, id_ns.flbas, id_ns.nlbaf) = (0, 0, 0, 0, 0);
@@ -145,6 +148,9 @@ impl QemuSection {
         }
         if Csts(bar.csts).nssro() == 1 {
             return refuse("bar.csts", bar.csts, "QEMU knows no subsystem reset");
+        }
+        if Cc(bar.cc).ams() != AMS_ROUND_ROBIN {
+            return refuse("bar.cc", bar.cc, "QEMU knows no other arbitration than round robin");
         }
         Ok(RegistersState {
             cc: bar.cc,

@@ -258,6 +258,24 @@ fn possible_values_of_bounded_fields_come_back() {
 }
 
 #[test]
+fn what_the_pin_or_weights_serve_is_refused() {
+    let flipped = |fixture: &Fixture, path: &str, byte: usize, bit: usize| {
+        let leaves = leaves(&fixture.description());
+        let leaf = leaves.iter().find(|leaf| leaf.path == path).expect(path);
+        let mut payload = fixture.payload().to_vec();
+        payload[leaf.offset + byte] ^= 1 << bit;
+        payload
+    };
+    // CC.AMS, though CAP.AMS is 0.
+    let error = outcome(&LINUX, &flipped(&LINUX, "bar.cc", 2, 3)).unwrap_err();
+    assert!(error.contains("bar.cc is ") && error.contains("round robin"), "{error}");
+    // An entry that the guest has still to take: while MSI-X is off, it waits for the pin.
+    assert_eq!(outcome(&LINUX, &flipped(&LINUX, "cq[0].head", 3, 0)), Ok(()));
+    let error = outcome(&FIRMWARE, &flipped(&FIRMWARE, "cq[0].head", 3, 0)).unwrap_err();
+    assert!(error.contains("irq_status is 0") && error.contains("waits for the interrupt pin"), "{error}");
+}
+
+#[test]
 fn lists_have_their_maxima_and_their_events_come_back() {
     let leaves = leaves(&LINUX.description());
     let at = |path: &str| leaves.iter().find(|leaf| leaf.path == path).expect(path).offset;

@@ -167,6 +167,8 @@ fn variant(limit: &QemuLimit) -> usize {
         QemuLimit::Capability { .. } => 15,
         QemuLimit::Part { .. } => 16,
         QemuLimit::Uncorrectable { .. } => 17,
+        QemuLimit::Arbitration { .. } => 18,
+        QemuLimit::PinInterrupt { .. } => 19,
     }
 }
 
@@ -219,6 +221,8 @@ const BEYOND: &[(Exceed, QemuLimit)] = &[
     (|s| s.events.error_count = 3, QemuLimit::ErrorLog { count: 3 }),
     (|s| s.events.parked = vec![1, 2, 3, 4, 5], QemuLimit::ParkedRequests { count: 5, most: 4 }),
     (|s| s.registers.csts |= 1 << 4, QemuLimit::SubsystemReset),
+    (|s| s.registers.cc |= 1 << 11, QemuLimit::Arbitration { ams: 1 }),
+    (|s| s.pci.config.bytes[0x43] &= 0x7f, QemuLimit::PinInterrupt { count: 2 }),
     (|s| s.features.timestamp_ms = 0, QemuLimit::ZeroTimestamp),
     (|s| s.pci.config.bytes[0x40] = 5, QemuLimit::Capability { id: 5 }),
     (
@@ -247,7 +251,7 @@ fn every_limit_of_qemu_is_named() {
     let state = guest.controller.save();
     let residue = QemuResidue::new(&state).unwrap();
     QemuSection::join(&state, &residue, &device(), CLOCK_MS).unwrap();
-    let mut seen = [false; 18];
+    let mut seen = [false; 20];
     for (exceed, expected) in BEYOND {
         let mut exceeding = state.clone();
         exceed(&mut exceeding);
@@ -257,7 +261,7 @@ fn every_limit_of_qemu_is_named() {
         }
         seen[variant(expected)] = true;
     }
-    assert_eq!(seen, [true; 18]);
+    assert_eq!(seen, [true; 20]);
     assert_eq!(QemuLimit::SubsystemReset.to_string(), "CSTS.NSSRO is set");
 }
 
