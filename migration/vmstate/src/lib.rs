@@ -7,6 +7,54 @@
 //!
 //! # In ten minutes
 //!
+//! **A device and its state** are two structs. The bytes hold neither name nor version of the state: whoever keeps them keeps both beside
+//! them, as the head of a section does in a stream.
+//!
+//! ```
+//! use vmstate::VmState;
+//!
+//! /// It runs, and has whatever that takes: threads, descriptors, locks.
+//! struct Timer {
+//!     period_ns: u64,
+//!     elapsed_ns: u64,
+//! }
+//!
+//! #[derive(VmState)]
+//! #[vmstate(name = "timer")]
+//! struct TimerState {
+//!     #[vmstate(min = 1, max = 1_000_000_000)]
+//!     period_ns: u64,
+//!     elapsed_ns: u64,
+//! }
+//!
+//! impl Timer {
+//!     fn save(&self) -> TimerState {
+//!         TimerState { period_ns: self.period_ns, elapsed_ns: self.elapsed_ns }
+//!     }
+//! }
+//!
+//! /// The only way from a state to a device: what the fields must be to each other is checked here.
+//! impl TryFrom<TimerState> for Timer {
+//!     type Error = String;
+//!
+//!     fn try_from(state: TimerState) -> Result<Self, String> {
+//!         let TimerState { period_ns, elapsed_ns } = state;
+//!         match elapsed_ns < period_ns {
+//!             true => Ok(Timer { period_ns, elapsed_ns }),
+//!             false => Err(format!("elapsed_ns: {elapsed_ns} is not within the period of {period_ns}")),
+//!         }
+//!     }
+//! }
+//!
+//! let bytes = vmstate::to_bytes(&Timer { period_ns: 500, elapsed_ns: 3 }.save());
+//! let version = TimerState::VERSION;
+//!
+//! let timer = Timer::try_from(vmstate::from_bytes::<TimerState>(&bytes, version)?)?;
+//! assert_eq!((timer.period_ns, timer.elapsed_ns), (500, 3));
+//! println!("{}", vmstate::schema::<TimerState>()); // what the bytes mean, as JSON
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! **A device with a sparse array.** Queues live in slots: the index is the identity, and holes are meaningful. The number of slots
 //! is an earlier field. Whatever comes from a stream and counts something has a maximum.
 //!
