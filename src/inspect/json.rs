@@ -23,7 +23,7 @@ use serde_json::json;
 use stream::ReadAt;
 use stream::described::{Described, Field, Value, set_bits};
 
-use super::text::{as_text, hex};
+use super::text::{Name, as_text, hex};
 use super::{Contents, Input, Section, Visitor};
 
 /// Values of one section.
@@ -99,10 +99,10 @@ struct Check {
 impl Check {
     fn state(&mut self, state: &Described<'_>) -> anyhow::Result<()> {
         for Field { name, value, .. } in state.fields()? {
-            self.value(&value).with_context(|| name.to_owned())?;
+            self.value(&value).with_context(|| Name(name).to_string())?;
         }
         let mut parts = state.subsections()?.into_iter();
-        parts.try_for_each(|part| self.state(&part).with_context(|| part.name().to_owned()))
+        parts.try_for_each(|part| self.state(&part).with_context(|| Name(part.name()).to_string()))
     }
 
     fn value(&mut self, value: &Value<'_>) -> anyhow::Result<()> {

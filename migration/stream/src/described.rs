@@ -259,7 +259,8 @@ impl<'a> Cursor<'a> {
     fn take(&mut self, count: u64, what: &str) -> Result<&'a [u8], Error> {
         let split = usize::try_from(count).ok().and_then(|count| self.rest.split_at_checked(count));
         let (taken, rest) = split.ok_or_else(|| {
-            self.unfit(format!("{what} has {count} bytes, but {} are left", self.rest.len()))
+            let (what, left) = (what.escape_debug(), self.rest.len());
+            self.unfit(format!("{what} has {count} bytes, but {left} are left"))
         })?;
         self.rest = rest;
         self.offset = self.offset.saturating_add(count);
@@ -298,6 +299,7 @@ impl<'a> Cursor<'a> {
             Some(count) => {
                 let element_bytes = bytes.len() as u64 / count; // the sum of bytes is below 64 bits
                 if element_bytes == 0 {
+                    let name = name.escape_debug();
                     return Err(unfit(offset, format!("{name} has {count} elements without a byte")));
                 }
                 let element_bytes = element_bytes as usize; // no more than `bytes` has
@@ -321,7 +323,10 @@ impl<'a> Cursor<'a> {
             let present = match self.marker(entry, name)? {
                 b'0' => false,
                 b'1' => true,
-                marker => return Err(self.before(format!("{name}[{}] is marked {marker:#04x}", slots.len()))),
+                marker => {
+                    let (name, index) = (name.escape_debug(), slots.len());
+                    return Err(self.before(format!("{name}[{index}] is marked {marker:#04x}")));
+                }
             };
             entries.next();
             let element = entries.first().filter(|entry| is(*entry, name, None));
@@ -332,13 +337,13 @@ impl<'a> Cursor<'a> {
                 }
                 (false, None) => slots.push(None),
                 (true, None) => {
-                    let index = slots.len();
+                    let (name, index) = (name.escape_debug(), slots.len());
                     return Err(
                         self.before(format!("{name}[{index}] is marked present, but described as empty"))
                     );
                 }
                 (false, Some(_)) => {
-                    let index = slots.len();
+                    let (name, index) = (name.escape_debug(), slots.len());
                     return Err(
                         self.before(format!("{name}[{index}] is marked empty, but described as present"))
                     );
@@ -359,19 +364,23 @@ impl<'a> Cursor<'a> {
                     return Ok(Value::Elements(elements));
                 }
                 (0x01, Some(_)) => {
-                    // Looked for only where there is an element, so that no entry is looked at twice.
+                    // Looked for only where there is an element, so that no entry is looked at twice on one level.
                     let element = entries.take_before(|entry| is(entry, name, Some(LIST_TYPE)));
-                    let element = element.ok_or_else(|| self.unfit(format!("the list {name} has no end")))?;
+                    let element = element.ok_or_else(|| self.endless(name))?;
                     elements.push(self.element(element)?);
                 }
                 _ => {
-                    let index = elements.len();
+                    let (name, index) = (name.escape_debug(), elements.len());
                     return Err(self
                         .before(format!("{name}[{index}] is marked {marker:#04x}, unlike its description")));
                 }
             }
         }
-        Err(self.unfit(format!("the list {name} has no end")))
+        Err(self.endless(name))
+    }
+
+    fn endless(&self, name: &str) -> Error {
+        self.unfit(format!("the list {} has no end", name.escape_debug()))
     }
 
     /// An element of a list: mostly one entry, but an array has as many as its elements differ. Lists in lists are told apart by
@@ -403,7 +412,10 @@ impl<'a> Cursor<'a> {
     fn marker(&mut self, entry: Node<'_>, name: &str) -> Result<u8, Error> {
         match (entry_bytes(entry, self)?, self.take(1, name)?) {
             (1, [marker]) => Ok(*marker),
-            (size, _) => Err(self.before(format!("a marker of {name} has {size} bytes"))),
+            (size, _) => {
+                let name = name.escape_debug();
+                Err(self.before(format!("a marker of {name} has {size} bytes")))
+            }
         }
     }
 

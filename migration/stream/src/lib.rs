@@ -83,7 +83,9 @@
 //! - Every length is compared with a maximum before anything is allocated for it. No bytes make the reader panic or loop, or hold more
 //!   than 1 MiB and 16 times what it was given: `tests/memory.rs` counts it.
 //! - Every bit of a file is covered: a stream that was changed anywhere is refused (the holes of a mapped file are not read).
-//! - The reader never asks for more bytes than the stream still has, so on a connection it does not wait for what nobody sends.
+//! - The reader never asks for more bytes than the stream still has, so on a connection it does not wait for what nobody sends: what a
+//!   section is known to lack is the least that its type allows. (One that would take more memory than its bytes allow may be that of a
+//!   longer section; it is refused when the bytes are there that decide, or the input ends.)
 //! - A stream that ends early, misses a section, has one twice or one too many, or whose digests differ, is refused and the error
 //!   says which section or which MiB of which block.
 //!

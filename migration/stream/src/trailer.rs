@@ -83,7 +83,7 @@ pub(crate) fn state_bytes(description: Node<'_>) -> Result<u64, Error> {
     Ok(bytes)
 }
 
-/// A description's name for errors, as JSON has it.
+/// A description's name for errors.
 fn name(description: Node<'_>) -> String {
-    description.text("vmsd_name").map_or_else(|| "null".into(), |name| json!(name).to_string())
+    description.text("vmsd_name").map_or_else(|| "null".into(), |name| format!("{name:?}"))
 }

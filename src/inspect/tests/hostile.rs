@@ -176,3 +176,39 @@ fn a_section_of_too_many_values_is_not_printed_to_its_end() {
     let error = format!("{:#}", result.unwrap_err());
     assert!(error.contains("too much to print"), "{error}");
 }
+
+#[test]
+fn names_in_errors_cannot_write_on_the_terminal() {
+    // A window title, an 8-bit control sequence, and a line that turns around.
+    let name = "n\x1b]0;x\x07\u{9b}2J\u{202e}";
+    let field = |kind: &str, size: usize| json!({ "name": name, "type": kind, "size": size });
+    let mut run = field("uint8", 0);
+    run["array_len"] = json!(3);
+    let mut hollow = field("struct", 1);
+    hollow["struct"] = json!({ "vmsd_name": name });
+    let inside = json!([{ "name": "s", "type": "struct", "size": 2, "struct": { "vmsd_name": name, "fields": [field("bool", 1)] } }]);
+    let slot = json!([field("ptr-marker", 1), field("uint8", 1)]);
+    let list = json!([field("list-marker", 1), field("uint8", 1)]);
+    for (entries, payload) in [
+        (json!([field("bool", 1)]), &[2][..]),
+        (json!([run]), &[]),
+        (json!([hollow]), &[0]),
+        (inside, &[0, 0]),
+        (json!([field("ptr-marker", 1)]), &[7]),
+        (json!([field("ptr-marker", 1)]), b"1"),
+        (json!([field("ptr-marker", 2)]), &[0, 0]),
+        (slot, b"0\0"),
+        (json!([field("list-marker", 1)]), &[7]),
+        (list, &[1, 0]),
+    ] {
+        let bytes = described(&entries, payload);
+        for result in [tree(&bytes).1, json(&bytes).1, diff(&bytes, &bytes).map(|_| Default::default())] {
+            let Err(error) = result else { continue }; // a file does not differ from itself, whatever is in it
+            let error = format!("{error:#}");
+            assert!(error.chars().all(|one| one.is_ascii() && !one.is_control()), "{error:?}");
+            assert!(error.contains("u{1b}"), "{error}");
+        }
+        tree(&bytes).1.unwrap_err();
+        json(&bytes).1.unwrap_err();
+    }
+}
