@@ -27,7 +27,7 @@ use crate::prp::PrpWalker;
 use crate::queue::{CONGESTED_BACKLOG, CompletionQueue, Ended, Location, QueuePlace, SubmissionQueue};
 use crate::regs::{IOCQES, IOSQES, MPSMAX, Wanted};
 use crate::shared::{Shared, lock};
-use crate::smart::{Counters, Health};
+use crate::smart::{self, Counters, Health, MEDIA_WARNINGS};
 use crate::state::SmartState;
 use crate::worker::{Owner, Worker, post_queue, refresh_head};
 
@@ -316,7 +316,7 @@ impl Admin {
         // Nobody waits for its answer any more.
         self.format.iter_mut().for_each(|format| format.cid = None);
         self.changed_namespaces.clear();
-        self.health.critical_warning = 0;
+        self.health.critical_warning &= MEDIA_WARNINGS;
         shared.events().reset();
         let before = matches!(self.phase, Phase::Resetting { subsystem: true, .. });
         let subsystem = wanted.subsystem_reset || before;
@@ -503,6 +503,7 @@ impl Admin {
                 Err(status) => self.end(entry.cid, 0, status),
             }
         }
+        self.follow_warnings(shared);
         self.report_events(shared);
         let Some(queues) = self.queues.as_mut() else { return Ok(false) };
         if !queues.cq.backlog.is_empty() {
@@ -559,6 +560,17 @@ impl Admin {
         }
         let Some(queues) = self.queues.as_mut() else { return Ok(None) };
         queues.sq.fetch(&shared.memory).map(Some)
+    }
+
+    /// Takes over what workers have to warn of, and tells of what is new if the host wants to be told.
+    fn follow_warnings(&mut self, shared: &Shared) {
+        let new = shared.warnings.load(Ordering::SeqCst) & !self.health.critical_warning;
+        self.health.critical_warning |= new;
+        for warning in (0..8).map(|bit| 1u8 << bit).filter(|bit| new & bit != 0) {
+            if self.features.async_events & u32::from(warning) != 0 {
+                shared.events().queue(smart::event_of(warning));
+            }
+        }
     }
 
     /// Answers parked Asynchronous Event Requests as far as there are events.

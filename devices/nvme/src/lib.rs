@@ -92,7 +92,7 @@ pub use state::{
     BufferState, CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState,
     FirmwareState, FormatState, MoreFeaturesState, NamespaceState, NvmeState, PersistentEventsState,
     RegistersState, SanitizeState, SavedFeaturesState, SelfTestState, SmartState, SubmissionQueueState,
-    SweepState, UncorrectableRunState, UncorrectableState, WriteProtectionState,
+    SweepState, UncorrectableRunState, UncorrectableState, WarningsState, WriteProtectionState,
 };
 pub use store::{
     AllocatedProtectionState, AllocatedState, AllocationsState, ControllerKeptState, ControllerRecord,

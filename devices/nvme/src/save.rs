@@ -128,6 +128,7 @@ fn events_state(shared: &Shared, admin: &Admin) -> EventsState {
         error_count: events.error_count,
         entry_count: events.errors.len() as u8,
         entries: events.errors.iter().map(|entry| entry.to_bytes()).collect(),
+        warnings: admin::warnings_state(shared),
     }
 }
 

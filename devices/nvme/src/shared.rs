@@ -1,6 +1,6 @@
 //! What vCPU threads, workers and the migration thread share.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bus::GuestMemory;
@@ -68,6 +68,8 @@ pub(crate) struct Shared {
     pub arbitration: Arbitration,
     pub coalescing: Coalescing,
     pub pin_queues: PinQueues,
+    /// Critical warnings that failures of images have raised ([`crate::smart::MEDIA_WARNINGS`]).
+    pub warnings: AtomicU8,
     pub events: Mutex<Events>,
     registers: Mutex<Registers>,
 }
@@ -95,6 +97,7 @@ impl Shared {
             arbitration: Arbitration::new(),
             coalescing: Coalescing::new(config.vectors),
             pin_queues: PinQueues::default(),
+            warnings: AtomicU8::new(0),
             events: Mutex::new(Events::default()),
             subsystem,
             controller_id,

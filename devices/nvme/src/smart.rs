@@ -2,12 +2,43 @@
 
 use std::time::Instant;
 
+use block::Failure;
+use nvme_spec::event::Event;
 use nvme_spec::log::SmartLog;
 
 use crate::state::SmartState;
 
 /// The temperature that the controller reports: 35 degrees Celsius. There is no sensor.
 pub(crate) const TEMPERATURE_KELVIN: u16 = 308;
+
+/// Critical Warning (Base figure 207) bit 0: the available spare is below its threshold.
+const WARNING_SPARE: u8 = 1 << 0;
+/// Bit 2: reliability is degraded.
+const WARNING_RELIABILITY: u8 = 1 << 2;
+/// Bit 3: the media is read-only.
+const WARNING_READ_ONLY: u8 = 1 << 3;
+/// Those that failures of images raise. They stay as long as the controller has power.
+pub(crate) const MEDIA_WARNINGS: u8 = WARNING_SPARE | WARNING_RELIABILITY | WARNING_READ_ONLY;
+/// Linux: a file system that is read-only, or has become so.
+const EROFS: i32 = 30;
+
+/// What the failure of a request says of the media: a host without room for more is a disk without spare blocks.
+pub(crate) fn warning_of(failure: Failure) -> u8 {
+    match failure {
+        Failure::NoSpace => WARNING_SPARE,
+        Failure::Io(EROFS) => WARNING_READ_ONLY,
+        Failure::Io(_) => WARNING_RELIABILITY,
+        _ => 0,
+    }
+}
+
+/// The event that tells of a warning (Base figure 147); several warnings share one.
+pub(crate) fn event_of(warning: u8) -> Event {
+    match warning {
+        WARNING_SPARE => Event::SPARE_BELOW_THRESHOLD,
+        _ => Event::RELIABILITY_DEGRADED,
+    }
+}
 
 /// What a worker counts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -60,7 +91,7 @@ impl Counters {
         SmartLog {
             critical_warning: health.critical_warning,
             composite_temperature_kelvin: TEMPERATURE_KELVIN,
-            available_spare_percent: 100,
+            available_spare_percent: if health.critical_warning & WARNING_SPARE == 0 { 100 } else { 0 },
             available_spare_threshold_percent: 10,
             // "a value of 1 corresponds to 1,000 units of 512 bytes and is rounded up"
             data_units_read: u128::from(self.units_read.div_ceil(1000)),

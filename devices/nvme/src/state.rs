@@ -4,9 +4,10 @@
 //! nvme: configuration (must agree) | registers | features | events and error log | doorbell buffers | SMART counters
 //!       | changed namespaces | sq[id] | cq[id] | namespaces[nsid - 1] | PCI configuration space and MSI-X
 //!       | allocations of the subsystem, if they are more than what is attached or can change
+//!       | where there is something to say: firmware, format, sanitize, self-tests, persistent events
 //! ```
 //! Not saved, because it is derived: the phase of the controller (from CC and CSTS), which submission queues use a completion queue,
-//! which worker serves what, EventIdx values, the critical warning, EUI-64.
+//! which worker serves what, EventIdx values, the temperature warning, EUI-64.
 //!
 //! A controller with 64 queue pairs and 256 namespaces, two holes after each, has 17,325 bytes. Medians of three runs of
 //! `chrt -f 20 cargo bench -p nvme -- --verbose` on the reference host: 14 microseconds from the controller to them, 30 from them to a
@@ -23,7 +24,7 @@ use crate::store::AllocationsState;
 
 pub use admin::{
     FirmwareState, FormatState, MoreFeaturesState, PersistentEventsState, SanitizeState, SavedFeaturesState,
-    SelfTestState, SweepState, WriteProtectionState,
+    SelfTestState, SweepState, WarningsState, WriteProtectionState,
 };
 
 /// A paused controller.
@@ -178,6 +179,9 @@ pub struct EventsState {
     /// The entries, newest first, as the log page has them.
     #[vmstate(len = "entry_count", max = crate::event::ERROR_LOG_ENTRIES)]
     pub entries: Vec<[u8; 64]>,
+    /// What failures of images have raised, unless there was none.
+    #[vmstate(subsection)]
+    pub warnings: Option<WarningsState>,
 }
 
 /// Doorbell Buffer Config (Base 5.8).

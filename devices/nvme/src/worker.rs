@@ -24,7 +24,7 @@ use crate::queue::{CompletionQueue, Ended, SubmissionQueue};
 use crate::shared::Shared;
 use crate::slot::is_cached;
 pub(crate) use crate::slot::{Owner, Slot, Step, flush_step};
-use crate::smart::Counters;
+use crate::smart::{self, Counters};
 use crate::wakeup::{self, ask_for_tail};
 
 /// See the module's text.
@@ -332,6 +332,10 @@ impl Worker {
     /// Says, once for each namespace, that the host fails the guest: the guest cannot know why.
     fn tell_failure(&mut self, shared: &Shared, slot_index: u32, failure: Failure) {
         let (Failure::NoSpace | Failure::Io(_)) = failure else { return };
+        let warning = smart::warning_of(failure);
+        if shared.warnings.fetch_or(warning, Ordering::SeqCst) & warning != warning {
+            shared.host.wake(0);
+        }
         let nsid = self.slots[slot_index as usize].nsid;
         if !self.failures_told.contains(&nsid) {
             self.failures_told.push(nsid);

@@ -61,10 +61,12 @@ impl Admin {
         const NOT_ABORTED: Answer = Answer::Now(1);
         let (sq_id, cid) = (entry.cdw10 as u16, (entry.cdw10 >> 16) as u16);
         if sq_id == 0 {
-            let Some(position) = self.parked.iter().position(|&parked| parked == cid) else {
+            let parked = self.parked.iter().position(|&parked| parked == cid);
+            let waits = parked.is_none() && self.take_back(pool, cid);
+            if parked.is_none() && !waits {
                 return Ok(NOT_ABORTED);
-            };
-            self.parked.remove(position);
+            }
+            parked.into_iter().for_each(|position| _ = self.parked.remove(position));
             self.end(cid, 0, Status::ABORT_REQUESTED);
             return Ok(Answer::Now(0));
         }
@@ -73,6 +75,13 @@ impl Admin {
         };
         let aborted = pool.worker(worker).abort(&pool.shared, sq_id, cid);
         Ok(if aborted { Answer::Now(0) } else { NOT_ABORTED })
+    }
+
+    /// Marks an admin command that has not been fetched as aborted. `false`: there is none, or too many completions wait already.
+    fn take_back(&mut self, pool: &Pool, cid: u16) -> bool {
+        let Some(queues) = self.queues.as_mut() else { return false };
+        queues.sq.set_tail(pool.shared.doorbells.tail(0));
+        !queues.cq.has_long_backlog() && queues.sq.abort(&pool.shared.memory, cid)
     }
 
     /// Doorbell Buffer Config (Base 5.8).

@@ -148,6 +148,7 @@ fn check_features(state: &NvmeState) -> Result<(), Error> {
 fn check_parts(state: &NvmeState) -> Result<(), Error> {
     let protected = state.namespaces.present().any(|(_, namespace)| namespace.write_protection.is_some());
     let parts = [
+        ("a critical warning", state.events.warnings.is_some()),
         ("saved features", state.features.saved.is_some()),
         ("a workload hint or a sanitize configuration", state.features.more.is_some()),
         ("firmware that a guest brought", state.firmware.is_some()),

@@ -207,6 +207,7 @@ impl QemuSection {
             error_count: 0,
             entry_count: 0,
             entries: Vec::new(),
+            warnings: None,
         })
     }
 

@@ -1,5 +1,6 @@
 //! What `restore.rs` gives back of the admin commands' own state. What is not there is as in a new controller.
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use nvme_spec::log::{self, SelfTestResult};
@@ -18,6 +19,7 @@ use crate::maintenance::Sweep;
 use crate::namespace::{self, FORMATS, WriteProtection};
 use crate::non_volatile::KeptState;
 use crate::persistent::is_context;
+use crate::smart::MEDIA_WARNINGS;
 use crate::state::{
     FirmwareState, FormatState, NvmeState, PersistentEventsState, SanitizeState, SavedFeaturesState,
     SelfTestState, SweepState,
@@ -49,6 +51,13 @@ pub(super) fn load(pool: &Pool, admin: &mut Admin, state: &NvmeState, now: Insta
     }
     if admin.format.is_some() && admin.sanitize.running.is_some() {
         return refuse("format", 1u8, "a sanitize operation is in progress too");
+    }
+    if let Some(saved) = &state.events.warnings {
+        if saved.bits == 0 || saved.bits & !MEDIA_WARNINGS != 0 {
+            return refuse("events.warnings.bits", saved.bits, "no failure of an image raises that");
+        }
+        pool.shared.warnings.store(saved.bits, Ordering::SeqCst);
+        admin.health.critical_warning |= saved.bits;
     }
     if let Some(saved) = &state.persistent_events {
         persistent_events(admin, saved, now)?;
@@ -242,7 +251,8 @@ pub(crate) fn load_kept(pool: &Pool, admin: &mut Admin, kept: &KeptState) -> Res
     admin.saved_features = features.clone();
     admin.features = features;
     admin.apply_features(&pool.shared);
-    pool.shared.write_cache.store(admin.features.write_cache, std::sync::atomic::Ordering::Release);
+    pool.shared.write_cache.store(admin.features.write_cache, Ordering::Release);
+    admin.apply_features(&pool.shared);
     admin.firmware = firmware;
     admin.change_namespaces(pool, NSID_BROADCAST, |namespace| {
         let nsid = namespace.nsid;

@@ -1,5 +1,6 @@
 //! What `save.rs` takes of the admin commands' own state: nothing where it is as in a new controller.
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use vmstate::Bitmap;
@@ -13,9 +14,10 @@ use crate::maintenance::Sweep;
 use crate::namespace::{self, Namespace, WriteProtection};
 use crate::non_volatile::{KeptFormatState, KeptState};
 use crate::restore::admin::NO_SWEEP;
+use crate::shared::Shared;
 use crate::state::{
     FirmwareState, FormatState, MoreFeaturesState, PersistentEventsState, SanitizeState, SavedFeaturesState,
-    SelfTestState, SweepState, WriteProtectionState,
+    SelfTestState, SweepState, WarningsState, WriteProtectionState,
 };
 
 pub(crate) fn firmware_state(admin: &Admin) -> Option<FirmwareState> {
@@ -67,6 +69,11 @@ pub(crate) fn more_features_state(features: &Features) -> Option<MoreFeaturesSta
         sanitize_config: features.sanitize_config as u8,
     };
     (more != MoreFeaturesState { workload_hint: 0, sanitize_config: 0 }).then_some(more)
+}
+
+pub(crate) fn warnings_state(shared: &Shared) -> Option<WarningsState> {
+    let bits = shared.warnings.load(Ordering::SeqCst);
+    (bits != 0).then_some(WarningsState { bits })
 }
 
 pub(crate) fn write_protection_state(namespace: &Namespace) -> Option<WriteProtectionState> {

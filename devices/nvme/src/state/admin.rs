@@ -155,3 +155,11 @@ pub struct PersistentEventsState {
     #[vmstate(len = "context_bytes", max = LOG_BYTES)]
     pub context: Vec<u8>,
 }
+
+/// Critical warnings that stay (Base figure 207).
+#[derive(VmState, Clone, Copy, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/events/warnings", version = 1)]
+pub struct WarningsState {
+    /// Bits of Critical Warning: 0 spare, 2 reliability, 3 read-only.
+    pub bits: u8,
+}

@@ -374,6 +374,30 @@ fn requests_beyond_the_limit_are_refused_and_abort_takes_them_back() {
 }
 
 #[test]
+fn abort_cancels_admin_commands_behind_it() {
+    let mut guest = ready(vec![namespace(1, 8)]);
+    let set = |value| features(admin::SET_FEATURES, feature::TEMPERATURE_THRESHOLD, value);
+    let next = guest.queues[&0].next_cid;
+    let abort = |cid: u16| SubmissionEntry { opcode: admin::ABORT, cdw10: u32::from(cid) << 16, ..set(0) };
+    guest.push(0, abort(next + 2));
+    guest.push(0, set(350));
+    guest.push(0, set(360));
+    guest.push(0, abort(next + 1));
+    guest.ring(0);
+    guest.run();
+    let entries = guest.reap(0);
+    let ended: Vec<_> = entries.iter().map(|entry| (entry.cid, entry.dw0, entry.status().code())).collect();
+    let expected = [
+        (next + 2, 0, Status::ABORT_REQUESTED),
+        (next, 0, Status::SUCCESS),
+        (next + 1, 0, Status::SUCCESS),
+        (next + 3, 1, Status::SUCCESS),
+    ];
+    assert_eq!(ended, expected, "what has been carried out cannot be aborted");
+    assert_eq!(guest.admin(features(admin::GET_FEATURES, feature::TEMPERATURE_THRESHOLD, 0)), Ok(350));
+}
+
+#[test]
 fn abort_cancels_what_has_not_reached_the_backend() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(64 * 512), control.clone()));

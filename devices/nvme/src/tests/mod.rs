@@ -3,6 +3,7 @@
 mod admin;
 mod arbitration;
 mod attack;
+mod background;
 mod bus_master;
 mod cmb;
 mod commands;
@@ -33,3 +34,4 @@ mod self_test;
 mod sgl;
 mod store;
 mod threads;
+mod warnings;
