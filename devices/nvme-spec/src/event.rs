@@ -26,6 +26,11 @@ impl Event {
     pub const NAMESPACE_CHANGED: Self = Self { kind: NOTICE, information: 0, log_page: 4 };
     /// Notice: firmware activation starting.
     pub const FIRMWARE_ACTIVATION: Self = Self { kind: NOTICE, information: 1, log_page: 3 };
+    /// Notice: asymmetric namespace access change.
+    pub const ACCESS_CHANGED: Self = Self { kind: NOTICE, information: 3, log_page: 0x0c };
+    /// I/O command specific: a page of the reservation notification log is available.
+    pub const RESERVATION_LOG_AVAILABLE: Self =
+        Self { kind: COMMAND_SPECIFIC, information: 0, log_page: 0x80 };
     /// I/O command specific: a sanitize operation has completed.
     pub const SANITIZE_COMPLETED: Self = Self { kind: COMMAND_SPECIFIC, information: 1, log_page: 0x81 };
 

@@ -148,6 +148,10 @@ wire_struct! {
         320: kas: u16,
         /// Sanitize Capabilities.
         328: sanicap: u32,
+        /// ANA Transition Time in seconds.
+        342: anatt: u8,
+        /// Asymmetric Namespace Access Capabilities.
+        343: anacap: u8,
         /// ANA Group Identifier Maximum.
         344: anagrpmax: u32,
         /// Number of ANA Group Identifiers.
@@ -197,6 +201,18 @@ wire_struct! {
 pub const OAES_NAMESPACE_ATTRIBUTE: u32 = 1 << 8;
 /// OAES and Asynchronous Event Configuration bit 9: Firmware Activation Notices.
 pub const OAES_FIRMWARE_ACTIVATION: u32 = 1 << 9;
+/// OAES and Asynchronous Event Configuration bit 11: Asymmetric Namespace Access Change Notices.
+pub const OAES_ACCESS_CHANGE: u32 = 1 << 11;
+/// CMIC bit 1: the subsystem may have several controllers.
+pub const CMIC_CONTROLLERS: u8 = 1 << 1;
+/// CMIC bit 3: asymmetric namespace access is reported.
+pub const CMIC_ACCESS: u8 = 1 << 3;
+/// NMIC bit 0: the namespace may be attached to several controllers.
+pub const NMIC_SHARED: u8 = 1 << 0;
+/// ANACAP bits 4:0: every state can be reported.
+pub const ANACAP_ALL_STATES: u8 = 0x1f;
+/// ANACAP bit 6: a namespace stays in its group as long as it is attached.
+pub const ANACAP_FIXED_GROUPS: u8 = 1 << 6;
 /// CTRATT bit 0: 128-bit Host Identifier.
 pub const CTRATT_HOST_IDENTIFIER_128: u32 = 1 << 0;
 /// OACS bit 1: Format NVM.
@@ -247,6 +263,14 @@ pub const ONCS_DATASET_MANAGEMENT: u16 = 1 << 2;
 pub const ONCS_WRITE_ZEROES: u16 = 1 << 3;
 /// ONCS bit 4: saving of features, the Save field of Set Features and the Select field of Get Features.
 pub const ONCS_FEATURE_SELECT: u16 = 1 << 4;
+/// ONCS bit 5: reservations.
+pub const ONCS_RESERVATIONS: u16 = 1 << 5;
+/// RESCAP bits 6:1: every type of reservation.
+pub const RESCAP_ALL_TYPES: u8 = 0x3f << 1;
+/// RESCAP bit 7: Ignore Existing Key is as of revision 1.3 and later.
+pub const RESCAP_IGNORE_EXISTING_KEY: u8 = 1 << 7;
+/// RESCAP bit 0: reservations and registrations can persist through power loss.
+pub const RESCAP_PERSIST: u8 = 1 << 0;
 /// ONCS bit 6: Timestamp feature.
 pub const ONCS_TIMESTAMP: u16 = 1 << 6;
 /// ONCS bit 7: Verify.

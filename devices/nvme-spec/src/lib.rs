@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | [`regs`] | controller registers: offsets and bit fields |
 //! | [`opcode`] | admin and I/O command opcodes |
+//! | [`reservation`] | reservation commands and their report |
 //! | [`entry`] | submission and completion queue entries |
 //! | [`sgl`] | scatter gather list descriptors |
 //! | [`status`] | status codes |
@@ -39,6 +40,7 @@ pub mod log;
 pub mod opcode;
 pub mod persistent;
 pub mod regs;
+pub mod reservation;
 pub mod sgl;
 pub mod status;
 

@@ -205,3 +205,44 @@ pub const NO_ESTIMATE: u32 = 0xffff_ffff;
 
 /// Supported Log Pages: the page is supported (Base figure 204).
 pub const PAGE_SUPPORTED: u32 = 1 << 0;
+
+wire_struct! {
+    /// Reservation Notification (Base figure 232).
+    pub struct ReservationNotificationLog [64] {
+        /// Log Page Count: pages made so far, this one included; 0 when there is none.
+        0: log_page_count: u64,
+        /// Reservation Notification Log Page Type: 0 empty, 1 registration preempted, 2 reservation released, 3 reservation preempted.
+        8: kind: u8,
+        /// Number of Available Log Pages beyond this one.
+        9: available: u8,
+        /// Namespace.
+        12: nsid: u32,
+    }
+}
+
+wire_struct! {
+    /// The beginning of the Asymmetric Namespace Access log (Base figure 219).
+    pub struct AnaLogHeader [16] {
+        /// Change Count.
+        0: change_count: u64,
+        /// Number of ANA Group Descriptors.
+        8: groups: u16,
+    }
+}
+
+wire_struct! {
+    /// An ANA Group Descriptor, before its namespace identifiers (Base figure 220).
+    pub struct AnaGroup [32] {
+        /// ANA Group Identifier.
+        0: group: u32,
+        /// Number of namespace identifiers that follow.
+        4: namespaces: u32,
+        /// Change Count.
+        8: change_count: u64,
+        /// Bits 3:0 the Asymmetric Namespace Access State.
+        16: state: u8,
+    }
+}
+
+/// Log Specific Field of the Asymmetric Namespace Access log, in CDW10 of Get Log Page: Return Groups Only.
+pub const ANA_GROUPS_ONLY: u32 = 1 << 8;

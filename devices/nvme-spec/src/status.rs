@@ -13,6 +13,10 @@ const fn command_specific(code: u8) -> Status {
     Status(1 << 8 | code as u16)
 }
 
+const fn path(code: u8) -> Status {
+    Status(3 << 8 | code as u16)
+}
+
 const fn media(code: u8) -> Status {
     Status(2 << 8 | code as u16)
 }
@@ -78,6 +82,8 @@ statuses! {
     KEEP_ALIVE_EXPIRED = generic 0x19,
     /// Keep Alive Timeout Invalid.
     KEEP_ALIVE_INVALID = generic 0x1a,
+    /// Command Aborted due to Preempt and Abort.
+    ABORTED_BY_PREEMPT = generic 0x1b,
     /// Sanitize Failed.
     SANITIZE_FAILED = generic 0x1c,
     /// Sanitize In Progress.
@@ -157,6 +163,13 @@ statuses! {
     WRITE_TO_READ_ONLY_RANGE = command_specific 0x82,
     /// Command Size Limit Exceeded (NVM).
     COMMAND_SIZE_LIMIT_EXCEEDED = command_specific 0x83,
+
+    /// Asymmetric Access Persistent Loss.
+    ACCESS_PERSISTENT_LOSS = path 0x01,
+    /// Asymmetric Access Inaccessible.
+    ACCESS_INACCESSIBLE = path 0x02,
+    /// Asymmetric Access Transition.
+    ACCESS_TRANSITION = path 0x03,
 
     /// Write Fault.
     WRITE_FAULT = media 0x80,

@@ -198,6 +198,8 @@ impl Admin {
     /// One pass. `true`: there is more to do now.
     pub fn process(&mut self, pool: &Pool) -> bool {
         self.follow_subsystem(pool);
+        self.tell_of_reservations(pool);
+        self.tell_of_access(pool);
         self.control(pool);
         self.finish_jobs(pool);
         self.finish_deletes(pool);
@@ -224,12 +226,21 @@ impl Admin {
 
     fn control_is_due(&self, pool: &Pool) -> bool {
         let registers = pool.shared.registers();
-        registers.wanted.any() || (self.phase == Phase::Disabled && registers.cc.en() == 1)
+        registers.wanted.any()
+            || pool.shared.gate.subsystem_reset.load(Ordering::SeqCst)
+            || (self.phase == Phase::Disabled && registers.cc.en() == 1)
     }
 
     /// Does what the registers ask for, as far as it can be done now.
     fn control(&mut self, pool: &Pool) {
-        let wanted = std::mem::take(&mut pool.shared.registers().wanted);
+        let mut wanted = std::mem::take(&mut pool.shared.registers().wanted);
+        if wanted.subsystem_reset {
+            pool.shared.subsystem.reset_others(pool.shared.controller_id);
+        }
+        if pool.shared.gate.subsystem_reset.swap(false, Ordering::SeqCst) {
+            // As if it had been written here.
+            wanted = Wanted { subsystem_reset: true, ..Wanted::default() };
+        }
         if wanted.reset || wanted.subsystem_reset {
             self.begin_reset(pool, wanted);
         } else if wanted.shutdown {
@@ -318,6 +329,7 @@ impl Admin {
         self.changed_namespaces.clear();
         self.health.critical_warning &= MEDIA_WARNINGS;
         shared.events().reset();
+        shared.subsystem.reservations.reset(shared.controller_id);
         let before = matches!(self.phase, Phase::Resetting { subsystem: true, .. });
         let subsystem = wanted.subsystem_reset || before;
         self.phase = Phase::Resetting { subsystem, shutdown: wanted.shutdown };

@@ -116,7 +116,9 @@ impl Controller {
         }
         let table = subsystem.attached_to(id);
         let membership = (Arc::clone(subsystem), id);
-        let shared = Shared::new(membership, config, memory, endpoint, contexts.len(), host);
+        let shared = Shared::new(membership, config, memory, endpoint, contexts.len(), Arc::clone(&host));
+        subsystem.access.join(id, Arc::clone(&shared.gate), Arc::clone(&host));
+        subsystem.reservations.join(id, Arc::clone(&shared.gate), host, contexts.len());
         let workers = contexts
             .into_iter()
             .enumerate()
@@ -305,6 +307,8 @@ impl Controller {
 impl Drop for Controller {
     fn drop(&mut self) {
         let shared = &self.pool.shared;
+        shared.subsystem.reservations.leave(shared.controller_id, &shared.gate);
+        shared.subsystem.access.leave(shared.controller_id, &shared.gate);
         let smart = smart_state(&self.pool, &lock(&self.admin), Instant::now());
         // One that was succeeded has nothing there any more.
         if shared.subsystem.leave(shared.controller_id, self.ticket, smart) {

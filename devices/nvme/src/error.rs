@@ -75,6 +75,18 @@ pub enum Error {
         /// Its size.
         length_bytes: u64,
     },
+    /// There is no access to set.
+    #[error(
+        "NVM subsystem {serial:?}: no controller {controller} with an access group {group} to choose the way by"
+    )]
+    Access {
+        /// Serial number of the subsystem.
+        serial: String,
+        /// Controller identifier.
+        controller: u16,
+        /// ANA group identifier.
+        group: u32,
+    },
     /// The PCI function could not be built.
     #[error("the PCI function of the NVMe controller cannot be built")]
     Pci(#[source] pci::Error),

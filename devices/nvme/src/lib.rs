@@ -35,12 +35,13 @@
 //!
 //! # Absent
 //!
-//! Metadata, the persistent memory region and reservations; namespace management and state that outlives the process without a [`Store`].
+//! Metadata and the persistent memory region; namespace management and state that outlives the process without a [`Store`].
 //! None of them is claimed in Identify, and their commands are refused.
 #![forbid(unsafe_code)]
 
 mod admin;
 mod allocations;
+mod ana;
 mod arbitration;
 mod cmb;
 mod command;
@@ -53,6 +54,7 @@ mod event;
 mod exclusion;
 mod firmware;
 mod follow;
+mod gate;
 mod hotplug;
 mod interrupt;
 mod inventory;
@@ -62,10 +64,13 @@ mod namespace;
 mod non_volatile;
 mod pci;
 mod persistent;
+mod preempt;
 mod prp;
 pub mod qemu;
 mod queue;
 mod regs;
+mod reservation;
+mod reservations;
 mod restore;
 mod save;
 mod sgl;
@@ -81,6 +86,7 @@ mod uncorrectable;
 mod wakeup;
 mod worker;
 
+pub use ana::{ACCESS_GROUPS, AccessState};
 pub use cmb::memory_with_buffer;
 pub use config::{ControllerConfig, MAX_NAMESPACES, MAX_QUEUE_ENTRIES, NamespaceConfig};
 pub use controller::{Controller, PauseReport, Progress, Statistics};
@@ -89,10 +95,12 @@ pub use inventory::{Inventory, NamespaceShape, Shape};
 pub use non_volatile::{KeptFormatState, KeptState, NonVolatile};
 pub use shared::Host;
 pub use state::{
-    BufferState, CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState,
-    FirmwareState, FormatState, MoreFeaturesState, NamespaceState, NvmeState, PersistentEventsState,
-    RegistersState, SanitizeState, SavedFeaturesState, SelfTestState, SmartState, SubmissionQueueState,
-    SweepState, UncorrectableRunState, UncorrectableState, WarningsState, WriteProtectionState,
+    AccessGroupsState, BufferState, CompletionQueueState, DoorbellBuffersState, EndedState, EventsState,
+    FeaturesState, FirmwareState, FormatState, MoreFeaturesState, NamespaceState, NvmeState,
+    PersistentEventsState, RegistersState, RegistrantState, ReservationMaskState, ReservationNoticeState,
+    ReservationNoticesState, ReservationState, ReservationsState, SanitizeState, SavedFeaturesState,
+    SelfTestState, SmartState, SubmissionQueueState, SweepState, UncorrectableRunState, UncorrectableState,
+    WarningsState, WriteProtectionState,
 };
 pub use store::{
     AllocatedProtectionState, AllocatedState, AllocationsState, ControllerKeptState, ControllerRecord,

@@ -4,6 +4,7 @@
 //! Nothing here touches guest memory.
 
 pub(crate) mod admin;
+pub(crate) mod reservations;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -91,6 +92,7 @@ impl Controller {
         load_events(pool, &mut admin, &state.events);
         load_smart(&mut admin, state, now);
         admin::load(pool, &mut admin, state, now)?;
+        reservations::load(&pool.shared, state)?;
         for (index, saved) in state.namespaces.present() {
             if let (Some(saved), Some(Some(namespace))) = (&saved.uncorrectable, admin.namespaces.get(index))
             {

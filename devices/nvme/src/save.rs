@@ -1,6 +1,7 @@
 //! From a paused controller to plain state. Only reads.
 
 pub(crate) mod admin;
+pub(crate) mod reservations;
 
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -70,6 +71,9 @@ impl Controller {
             buffer: buffer_state(shared),
             persistent_events: admin::persistent_events_state(&admin),
             allocations: shared.subsystem.to_state(shared.controller_id),
+            reservations: reservations::reservations_state(shared),
+            access: reservations::access_state(shared),
+            reservation_notices: reservations::notices_state(shared, &admin.features.host_identifier),
         }
     }
 }

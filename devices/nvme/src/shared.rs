@@ -11,6 +11,7 @@ use crate::cmb::Window;
 use crate::config::ControllerConfig;
 use crate::doorbell::{Doorbells, MemoryGone};
 use crate::event::Events;
+use crate::gate::Gate;
 use crate::interrupt::{Coalescing, PinQueues};
 use crate::regs::Registers;
 use crate::subsystem::Subsystem;
@@ -39,12 +40,15 @@ pub(crate) struct Lane {
 
 /// Shared by all threads that enter the controller.
 ///
-/// Locks are taken in this order: admin, workers by index, that of the subsystem, `pin_queues`, `events`, `registers`; then those of the
-/// endpoint.
+/// Locks are taken in this order: admin, workers by index, those of the subsystem (its contents, then its reservations), `pin_queues`,
+/// `events`, `registers`; then those of the endpoint. Nobody who holds a lock of one controller takes one of another: what concerns the
+/// others of a subsystem is left with the subsystem, and their worker 0 is woken to take it.
 pub(crate) struct Shared {
     pub subsystem: Arc<Subsystem>,
     /// Identify Controller CNTLID.
     pub controller_id: u16,
+    /// What keeps I/O commands from namespaces.
+    pub gate: Arc<Gate>,
     pub config: ControllerConfig,
     pub memory: GuestMemory,
     /// Where the controller memory buffer is among the addresses of commands.
@@ -101,6 +105,7 @@ impl Shared {
             events: Mutex::new(Events::default()),
             subsystem,
             controller_id,
+            gate: Arc::default(),
             config,
             window,
             memory,

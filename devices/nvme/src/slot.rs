@@ -62,6 +62,8 @@ pub(crate) struct Slot {
     pub goes_on: bool,
     /// Its namespace is gone or smaller by now, and whoever changed it waits for the end.
     pub drains: bool,
+    /// A Preempt and Abort waits for its end.
+    pub preempted: bool,
     /// The first failure of its requests.
     pub status: Status,
     /// Requests to make after the one in flight, last first.
@@ -82,6 +84,7 @@ impl Slot {
             copied: 0,
             goes_on: false,
             drains: false,
+            preempted: false,
             status: Status::SUCCESS,
             steps: Vec::new(),
         }

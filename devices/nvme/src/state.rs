@@ -14,6 +14,7 @@
 //! checked controller with its queues (16 of these to [`NvmeState`]); I/O contexts, images and the unused controller exist before.
 
 mod admin;
+mod reservations;
 
 use pci::EndpointState;
 use vmstate::{Bitmap, Slots, VmState};
@@ -25,6 +26,10 @@ use crate::store::AllocationsState;
 pub use admin::{
     FirmwareState, FormatState, MoreFeaturesState, PersistentEventsState, SanitizeState, SavedFeaturesState,
     SelfTestState, SweepState, WarningsState, WriteProtectionState,
+};
+pub use reservations::{
+    AccessGroupsState, RegistrantState, ReservationMaskState, ReservationNoticeState,
+    ReservationNoticesState, ReservationState, ReservationsState,
 };
 
 /// A paused controller.
@@ -87,6 +92,15 @@ pub struct NvmeState {
     /// What the subsystem has allocated; without it, what is attached here, and the guest cannot change that.
     #[vmstate(subsection)]
     pub allocations: Option<AllocationsState>,
+    /// Reservations of the subsystem, unless nobody has used any.
+    #[vmstate(subsection)]
+    pub reservations: Option<ReservationsState>,
+    /// What this controller has to do with them, unless it is as at first.
+    #[vmstate(subsection)]
+    pub reservation_notices: Option<ReservationNoticesState>,
+    /// Asymmetric access, unless all of it was always optimized.
+    #[vmstate(subsection)]
+    pub access: Option<AccessGroupsState>,
 }
 
 /// Where the guest has the controller memory buffer (Base 3.1.3.16); its contents travel with RAM.

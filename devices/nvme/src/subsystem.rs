@@ -12,6 +12,10 @@
 //! its own worker 0, where nothing of the controller is in the midst of an admin command. It is complete when all have followed:
 //! then no command is at the image of a namespace that was deleted, and the image can go.
 //!
+//! What hosts do to each other by way of the namespaces they share is here too: reservations ([`crate::reservations`]), the access that
+//! each controller gives ([`crate::ana`]), and the reset of all controllers by one. The reservations are in the section of every
+//! controller: the first that is loaded brings them, the others are checked against it.
+//!
 //! A controller that is alone in its subsystem says nothing of sharing: CMIC and NMIC are 0.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,10 +27,12 @@ use block::Backend;
 use nvme_spec::{NSID_BROADCAST, Status};
 
 use crate::Error;
+use crate::ana::{AccessState, AccessTable};
 use crate::config::{MAX_NAMESPACES, NamespaceConfig};
 use crate::exclusion::Exclusion;
 use crate::inventory::NamespaceShape;
 use crate::namespace::{self, Namespace, NamespaceTable, WriteProtection};
+use crate::reservations::Reservations;
 use crate::shared::{Host, lock};
 use crate::state::SmartState;
 use crate::store::{
@@ -56,6 +62,8 @@ pub struct Subsystem {
     pub(crate) exclusion: Exclusion,
     /// Tells threads of the host that a controller has.
     has_followed: Condvar,
+    pub(crate) reservations: Reservations,
+    pub(crate) access: AccessTable,
 }
 
 /// What serves commands.
@@ -188,6 +196,8 @@ impl Subsystem {
             }),
             exclusion: Exclusion::default(),
             has_followed: Condvar::new(),
+            reservations: Reservations::default(),
+            access: AccessTable::default(),
         }))
     }
 
@@ -241,6 +251,33 @@ impl Subsystem {
     #[must_use]
     pub fn is_shared(&self) -> bool {
         self.shared
+    }
+
+    /// Sets how controller `controller` gives access to the namespaces of ANA group `group`, which its guest is told (Base 8.1): that of
+    /// namespace n is (n - 1) mod [`ACCESS_GROUPS`](crate::ACCESS_GROUPS) + 1.
+    ///
+    /// # Errors
+    /// [`Error::Access`]: there is no such controller or group, or nothing is shared and so no other way.
+    pub fn set_access(&self, controller: u16, group: u32, state: AccessState) -> Result<(), Error> {
+        if self.shared && self.access.set(controller, group, state) {
+            return Ok(());
+        }
+        Err(Error::Access { serial: self.serial.clone(), controller, group })
+    }
+
+    /// An NVM subsystem reset by controller `id` is one of them all (Base 3.7.1).
+    pub(crate) fn reset_others(&self, id: u16) {
+        self.reservations.reset_others(id);
+    }
+
+    /// What controllers say that the serial number of the subsystem is (Identify Controller SN), and what its name is made from.
+    pub(crate) fn serial(&self) -> &str {
+        &self.serial
+    }
+
+    /// Whether reservations can survive the loss of power.
+    pub(crate) fn keeps_reservations(&self) -> bool {
+        false
     }
 
     /// Whether the guest may create, delete, attach and detach namespaces.

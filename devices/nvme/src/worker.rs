@@ -20,6 +20,7 @@ use crate::data::DataWalker;
 use crate::doorbell::MemoryGone;
 use crate::exclusion::View;
 use crate::namespace::{self, NamespaceTable};
+use crate::preempt::Preemptions;
 use crate::queue::{CompletionQueue, Ended, SubmissionQueue};
 use crate::shared::Shared;
 use crate::slot::is_cached;
@@ -44,6 +45,7 @@ pub(crate) struct Worker {
     pub counters: Counters,
     /// Admin tokens of what ended, for worker 0.
     pub admin_ended: Vec<(u32, Status)>,
+    pub preemptions: Preemptions,
     pub slots: Vec<Slot>,
     free: Vec<u32>,
     /// Indexes into `cqs` that have something to post.
@@ -79,6 +81,7 @@ impl Worker {
             walker: DataWalker::new(u64::from(crate::config::MIN_PAGE_BYTES)),
             counters: Counters::default(),
             admin_ended: Vec::new(),
+            preemptions: Preemptions::default(),
             slots: (0..depth).map(|_| Slot::free()).collect(),
             free: (0..depth).rev().collect(),
             listed: Vec::new(),
@@ -132,6 +135,7 @@ impl Worker {
         }
         // Requests that were made meanwhile (the next steps of their commands) are submitted in the next pass.
         more |= self.reap(shared);
+        more |= self.look_at_preemptions(shared);
         more |= self.look_at_claims(shared);
         self.post(shared)?;
         self.finish_interrupts(shared)?;
@@ -225,6 +229,7 @@ impl Worker {
         slot.running = flush_step(nsid);
         slot.copied = 0;
         slot.goes_on = false;
+        slot.preempted = false;
         slot.status = Status::SUCCESS;
         slot.steps.clear();
         Some(index)
@@ -233,6 +238,7 @@ impl Worker {
     /// Frees a slot whose command needed no request.
     pub fn give_back(&mut self, slot: u32) {
         self.slots[slot as usize].owner = Owner::Nobody;
+        self.slots[slot as usize].preempted = false;
         self.free.push(slot);
     }
 
@@ -382,6 +388,7 @@ impl Worker {
         // not successfully copied" (NVM 3.2.2.1).
         let dw0 = if status.is_success() { 0 } else { slot.copied };
         slot.owner = Owner::Nobody;
+        slot.preempted = false;
         slot.steps.clear();
         if std::mem::take(&mut slot.drains) {
             shared.host.wake(0);

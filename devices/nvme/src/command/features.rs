@@ -20,8 +20,10 @@ pub(crate) const DEFAULT_OVER_TEMPERATURE_KELVIN: u16 = 343;
 /// Granularity of the keep alive timer: one second.
 pub(crate) const KEEP_ALIVE_GRANULARITY_MS: u32 = 1000;
 /// Bits of Asynchronous Event Configuration that mean something here: SMART warnings, namespace and firmware notices.
-pub(crate) const ASYNC_EVENT_BITS: u32 =
-    0xff | nvme_spec::identify::OAES_NAMESPACE_ATTRIBUTE | nvme_spec::identify::OAES_FIRMWARE_ACTIVATION;
+pub(crate) const ASYNC_EVENT_BITS: u32 = 0xff
+    | nvme_spec::identify::OAES_NAMESPACE_ATTRIBUTE
+    | nvme_spec::identify::OAES_FIRMWARE_ACTIVATION
+    | nvme_spec::identify::OAES_ACCESS_CHANGE;
 /// Power Management bits 4:0, the power state; 0 is the only one.
 const POWER_STATE: u32 = 0x1f;
 /// Power Management bits 7:5, Workload Hint.
@@ -150,6 +152,8 @@ pub(crate) fn is_changeable(feature: u8) -> Option<bool> {
         | id::SANITIZE_CONFIG
         | id::NAMESPACE_WRITE_PROTECTION
         | id::COMMAND_SET_PROFILE
+        | id::RESERVATION_NOTIFICATION_MASK
+        | id::RESERVATION_PERSISTENCE
         | id::HOST_IDENTIFIER => Some(true),
         _ => None,
     }
@@ -172,7 +176,13 @@ pub(crate) fn is_savable(feature: u8) -> bool {
 
 /// Whether a feature has a value for each namespace.
 pub(crate) fn is_namespace_specific(feature: u8) -> bool {
-    matches!(feature, id::ERROR_RECOVERY | id::NAMESPACE_WRITE_PROTECTION)
+    matches!(
+        feature,
+        id::ERROR_RECOVERY
+            | id::NAMESPACE_WRITE_PROTECTION
+            | id::RESERVATION_NOTIFICATION_MASK
+            | id::RESERVATION_PERSISTENCE
+    )
 }
 
 impl Admin {
@@ -245,6 +255,13 @@ impl Admin {
                 let length = if entry.cdw11 & 1 == 1 { 16 } else { 8 };
                 self.write_data(pool, entry, &identifier[..length])?;
                 0
+            }
+            id::RESERVATION_NOTIFICATION_MASK if select == id::SELECT_CURRENT => {
+                let reservations = &pool.shared.subsystem.reservations;
+                reservations.mask(pool.shared.controller_id, entry.nsid).into()
+            }
+            id::RESERVATION_PERSISTENCE if select == id::SELECT_CURRENT => {
+                pool.shared.subsystem.reservations.persists(entry.nsid).into()
             }
             // I/O command set combination 0 is the only one, and no namespace is protected by default.
             _ => 0,
@@ -339,13 +356,10 @@ impl Admin {
             id::NAMESPACE_WRITE_PROTECTION => return self.set_write_protection(pool, entry),
             id::COMMAND_SET_PROFILE if value & 0x1ff != 0 => return Err(invalid),
             id::COMMAND_SET_PROFILE => {}
+            id::RESERVATION_NOTIFICATION_MASK => self.set_reservation_mask(pool, entry)?,
+            id::RESERVATION_PERSISTENCE => self.set_reservation_persistence(pool, entry)?,
             // The host identifier: 8 bytes, or 16 with EXHID.
-            _ if value & 1 == 1 => self.features.host_identifier = self.read_data(pool, entry)?,
-            _ => {
-                let short: [u8; 8] = self.read_data(pool, entry)?;
-                self.features.host_identifier = [0; 16];
-                self.features.host_identifier[..8].copy_from_slice(&short);
-            }
+            _ => self.set_host_identifier(pool, entry)?,
         }
         Ok(Answer::Now(0))
     }

@@ -179,6 +179,8 @@ impl Worker {
             return Err((invalid, invalid));
         }
         let namespace = namespace::ready(&self.namespaces, compare.nsid).map_err(first).cloned()?;
+        shared.gate.check(compare.opcode, compare.nsid).map_err(first)?;
+        shared.gate.check(write.opcode, write.nsid).map_err(second)?;
         let place = |entry: &SubmissionEntry| (entry.nsid, entry.cdw10_64(), blocks(entry));
         // "If the LBA ranges of the Compare and Write commands differ ... Invalid Field in Command"
         if place(compare) != place(write) {

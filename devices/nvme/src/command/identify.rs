@@ -5,7 +5,10 @@ use nvme_spec::regs::VERSION_2_0;
 use nvme_spec::{IDENTIFY_SIZE_BYTES, NSID_BROADCAST, Status, SubmissionEntry};
 
 use crate::admin::{Admin, Answer, MAX_PARKED, Pool};
+use crate::ana::group_of;
+use crate::command::access::identify_shared;
 use crate::command::features::{DEFAULT_OVER_TEMPERATURE_KELVIN, KEEP_ALIVE_GRANULARITY_MS};
+use crate::command::reservations::capabilities;
 use crate::command::{copy, fused, limits};
 use crate::config::{MAX_NAMESPACES, padded};
 use crate::event::ERROR_LOG_ENTRIES;
@@ -39,14 +42,15 @@ impl Admin {
         if by_command_set && command_set != spec::CSI_NVM {
             return Err(invalid);
         }
+        let shared = pool.shared.subsystem.is_shared();
         let page = match structure {
             // "the controller returns an Identify Namespace data structure that specifies capabilities that are common across namespaces"
             cns::NAMESPACE if entry.nsid == NSID_BROADCAST && pool.shared.subsystem.is_managed() => {
                 format_page(0)
             }
-            cns::NAMESPACE => self.page_of(entry.nsid, |namespace| self.namespace_page(namespace))?,
+            cns::NAMESPACE => self.page_of(entry.nsid, |namespace| self.namespace_page(namespace, shared))?,
             cns::ALLOCATED_NAMESPACE => {
-                allocated_page(pool, entry.nsid, |namespace| self.namespace_page(namespace))?
+                allocated_page(pool, entry.nsid, |namespace| self.namespace_page(namespace, shared))?
             }
             cns::CONTROLLER => self.controller_identity(pool).to_bytes(),
             cns::ACTIVE_NAMESPACES | cns::CSI_ACTIVE_NAMESPACES => {
@@ -61,7 +65,9 @@ impl Admin {
             cns::CSI_NAMESPACE => self.page_of(entry.nsid, |_| zeroes())?,
             cns::CSI_ALLOCATED_NAMESPACE => allocated_page(pool, entry.nsid, |_| zeroes())?,
             cns::CSI_CONTROLLER => limits::controller().to_bytes(),
-            cns::INDEPENDENT_NAMESPACE => self.page_of(entry.nsid, independent_page)?,
+            cns::INDEPENDENT_NAMESPACE => {
+                self.page_of(entry.nsid, |namespace| independent_page(namespace, shared))?
+            }
             cns::FORMAT_NAMESPACE | cns::CSI_FORMAT_NAMESPACE => {
                 let format = entry.cdw11 as u16;
                 if usize::from(format) >= FORMATS.len() {
@@ -91,11 +97,14 @@ impl Admin {
         page_or_zeroes(namespace::find(&self.namespaces, nsid).map(|active| page(active)))
     }
 
-    fn namespace_page(&self, namespace: &Namespace) -> Page {
+    fn namespace_page(&self, namespace: &Namespace, shared: bool) -> Page {
         let mut structure = spec::IdentifyNamespace {
             nsze: namespace.blocks,
             ncap: namespace.blocks,
             nuse: namespace.blocks,
+            rescap: capabilities(false),
+            nmic: if namespace.shared { spec::NMIC_SHARED } else { 0 },
+            anagrpid: if shared { group_of(namespace.nsid) } else { 0 },
             flbas: FORMATS.iter().position(|&shift| shift == namespace.block_shift).unwrap_or(0) as u8,
             fpi: spec::FPI_SUPPORTED | self.format_remaining(namespace),
             dlfeat: spec::DLFEAT_WRITE_ZEROES_DEALLOCATE,
@@ -117,17 +126,17 @@ impl Admin {
     pub(crate) fn controller_identity(&self, pool: &Pool) -> spec::IdentifyController {
         let config = &pool.shared.config;
         let mut subnqn = [0; 256];
-        let nqn = format!("nqn.2014-08.org.nvmexpress:ferry:{}", config.serial);
+        let nqn = format!("nqn.2014-08.org.nvmexpress:ferry:{}", pool.shared.subsystem.serial());
         subnqn[..nqn.len()].copy_from_slice(nqn.as_bytes());
         let managed = pool.shared.subsystem.is_managed();
         let (total_bytes, unallocated_bytes) = pool.shared.subsystem.capacity_bytes();
         let mut psd = [spec::PowerState::default(); 32];
         // 25 W, in units of 0.01 W.
         psd[0].maximum_power = 2500;
-        spec::IdentifyController {
+        let mut page = spec::IdentifyController {
             vid: crate::pci::VENDOR_ID,
             ssvid: crate::pci::VENDOR_ID,
-            sn: config.serial_field(),
+            sn: padded(pool.shared.subsystem.serial()),
             mn: padded(MODEL),
             fr: self.firmware.running,
             mdts: config.mdts,
@@ -170,7 +179,8 @@ impl Admin {
                 | spec::ONCS_COMPARE
                 | spec::ONCS_WRITE_UNCORRECTABLE
                 | spec::ONCS_VERIFY
-                | spec::ONCS_COPY,
+                | spec::ONCS_COPY
+                | spec::ONCS_RESERVATIONS,
             pels: (persistent::LOG_BYTES / (64 << 10)) as u32,
             // As long as it takes to read a GiB in a second; one test at a time.
             edstt: (total_bytes / (60 << 30) + 1).min(0xffff) as u16,
@@ -190,7 +200,11 @@ impl Admin {
             subnqn,
             psd,
             ..spec::IdentifyController::default()
+        };
+        if pool.shared.subsystem.is_shared() {
+            identify_shared(&mut page);
         }
+        page
     }
 }
 
@@ -242,9 +256,11 @@ fn format_page(format: u16) -> Page {
     structure.to_bytes()
 }
 
-fn independent_page(namespace: &Namespace) -> Page {
+fn independent_page(namespace: &Namespace, shared: bool) -> Page {
     spec::IdentifyIndependentNamespace {
-        nmic: u8::from(namespace.shared),
+        nmic: if namespace.shared { spec::NMIC_SHARED } else { 0 },
+        rescap: capabilities(false),
+        anagrpid: if shared { group_of(namespace.nsid) } else { 0 },
         nsattr: if namespace.read_only { spec::NSATTR_WRITE_PROTECTED } else { 0 },
         nstat: u8::from(namespace.refusal.is_none()),
         ..spec::IdentifyIndependentNamespace::default()

@@ -10,6 +10,7 @@ use nvme_spec::opcode::{self, nvm};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 
 use super::limits::{VERIFY_BYTES, WRITE_UNCORRECTABLE_BYTES, WRITE_ZEROES_BYTES};
+use super::reservations::is_reservation;
 use crate::data::Direction;
 use crate::namespace::{self, Namespace};
 use crate::prp;
@@ -29,9 +30,17 @@ impl Worker {
             return Err(Status::INVALID_FIELD.do_not_retry());
         }
         if entry.opcode == nvm::FLUSH && entry.nsid == NSID_BROADCAST {
+            for namespace in namespace::active(&self.namespaces) {
+                shared.gate.check(entry.opcode, namespace.nsid)?;
+            }
             return self.flush_all(Owner::Queue(sq_index), entry.cid);
         }
         let namespace = Arc::clone(namespace::ready(&self.namespaces, entry.nsid)?);
+        if is_reservation(entry.opcode) {
+            shared.gate.check_access(namespace.nsid)?;
+            return self.reservation(shared, sq_index, entry, &namespace);
+        }
+        shared.gate.check(entry.opcode, namespace.nsid)?;
         match entry.opcode {
             nvm::FLUSH => {
                 let step = flush_step(namespace.nsid);
@@ -278,7 +287,7 @@ fn is_supported(opcode: u8) -> bool {
             | nvm::DATASET_MANAGEMENT
             | nvm::VERIFY
             | nvm::COPY
-    )
+    ) || is_reservation(opcode)
 }
 
 /// The byte range of a command without data: not longer than a limit of Identify (CNS 06h) and inside the namespace.

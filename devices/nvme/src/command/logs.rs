@@ -7,10 +7,11 @@ use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, event};
 use crate::admin::{Admin, Answer, Pool};
 use crate::command::admin::is_supported;
 use crate::command::features;
+use crate::command::reservations::is_reservation;
 use crate::event::ERROR_LOG_ENTRIES;
 
 /// The pages that exist.
-const PAGES: [u8; 11] = [
+const PAGES: [u8; 12] = [
     id::SUPPORTED_PAGES,
     id::ERROR_INFORMATION,
     id::SMART,
@@ -22,6 +23,7 @@ const PAGES: [u8; 11] = [
     id::FEATURES_SUPPORTED,
     id::MANAGEMENT_SUPPORTED,
     id::SANITIZE_STATUS,
+    id::RESERVATION_NOTIFICATION,
 ];
 
 /// CDW10 bit 15: Retain Asynchronous Event.
@@ -48,9 +50,7 @@ impl Admin {
             return Err(invalid);
         }
         let log = match page {
-            id::SUPPORTED_PAGES => {
-                dword_table(256, |page| if PAGES.contains(&page) { log::PAGE_SUPPORTED } else { 0 })
-            }
+            id::SUPPORTED_PAGES => supported_pages(pool),
             id::ERROR_INFORMATION => error_log(pool),
             id::SMART => self.smart_log(pool, entry.nsid)?,
             id::FIRMWARE_SLOT => self.firmware_log(),
@@ -61,6 +61,8 @@ impl Admin {
             },
             id::DEVICE_SELF_TEST => self.self_test_log(),
             id::SANITIZE_STATUS => self.sanitize_status().to_bytes().to_vec(),
+            id::RESERVATION_NOTIFICATION => reservation_log(pool),
+            id::ANA => self.access_log(pool, entry)?,
             id::COMMANDS_SUPPORTED => commands_log(pool, (entry.cdw14 >> 24) as u8)?,
             id::FEATURES_SUPPORTED => dword_table(256, feature_effects),
             // The management interface is not there: no command of it is supported.
@@ -84,6 +86,8 @@ impl Admin {
             id::ERROR_INFORMATION => pool.shared.events().unmask(event::ERROR),
             id::SMART => pool.shared.events().unmask(event::SMART),
             id::SANITIZE_STATUS => pool.shared.events().unmask(event::COMMAND_SPECIFIC),
+            id::ANA => pool.shared.events().unmask(event::NOTICE),
+            id::RESERVATION_NOTIFICATION => take_reservation_notice(pool),
             id::FIRMWARE_SLOT => pool.shared.events().unmask(event::NOTICE),
             id::CHANGED_NAMESPACES => {
                 self.changed_namespaces.clear();
@@ -124,6 +128,29 @@ impl Admin {
     }
 }
 
+fn supported_pages(pool: &Pool) -> Vec<u8> {
+    // Access is the same everywhere if there is one controller only.
+    let shared = pool.shared.subsystem.is_shared();
+    let is_supported = |page| PAGES.contains(&page) || shared && page == id::ANA;
+    dword_table(256, |page| if is_supported(page) { log::PAGE_SUPPORTED } else { 0 })
+}
+
+fn reservation_log(pool: &Pool) -> Vec<u8> {
+    let shared = &pool.shared;
+    shared.subsystem.reservations.read_notice(shared.controller_id, true).0.to_bytes().to_vec()
+}
+
+/// The page was read: the next one takes its place, and is told of.
+fn take_reservation_notice(pool: &Pool) {
+    let shared = &pool.shared;
+    let (_, more) = shared.subsystem.reservations.read_notice(shared.controller_id, false);
+    let mut events = shared.events();
+    events.unmask(event::COMMAND_SPECIFIC);
+    if more {
+        events.queue(event::Event::RESERVATION_LOG_AVAILABLE);
+    }
+}
+
 fn error_log(pool: &Pool) -> Vec<u8> {
     let events = pool.shared.events();
     let mut page: Vec<u8> = events.errors.iter().flat_map(|entry| entry.to_bytes()).collect();
@@ -143,6 +170,7 @@ fn commands_log(pool: &Pool, command_set: u8) -> Result<Vec<u8>, Status> {
         nvm::WRITE | nvm::WRITE_ZEROES | nvm::DATASET_MANAGEMENT | nvm::WRITE_UNCORRECTABLE | nvm::COPY => {
             log::EFFECT_SUPPORTED | log::EFFECT_CONTENT_CHANGE
         }
+        opcode if is_reservation(opcode) => log::EFFECT_SUPPORTED,
         _ => 0,
     }));
     page.resize(4096, 0);

@@ -1,5 +1,6 @@
 //! Commands, by kind.
 
+mod access;
 pub(crate) mod admin;
 mod copy;
 pub(crate) mod features;
@@ -12,5 +13,7 @@ mod limits;
 mod logs;
 mod namespaces;
 pub(crate) mod queues;
+pub(crate) mod reservation_features;
+pub(crate) mod reservations;
 pub(crate) mod sanitize;
 pub(crate) mod self_test;

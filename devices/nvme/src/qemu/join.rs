@@ -157,6 +157,9 @@ fn check_parts(state: &NvmeState) -> Result<(), Error> {
         ("a sanitize operation", state.sanitize.is_some()),
         ("self-tests", state.self_test.is_some()),
         ("a write protected namespace", protected),
+        ("asymmetric access", state.access.is_some()),
+        ("reservations", state.reservations.is_some()),
+        ("reservation notifications", state.reservation_notices.is_some()),
     ];
     match parts.into_iter().find(|&(_, there)| there) {
         Some((what, _)) => beyond(QemuLimit::Part { what }),

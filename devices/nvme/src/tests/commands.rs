@@ -280,7 +280,7 @@ fn commands_without_data_have_the_limits_of_identify() {
     guest.io(1, transfer(nvm::WRITE_ZEROES, 1, 100, 1, 0)).unwrap();
     guest.io(1, transfer(nvm::WRITE_UNCORRECTABLE, 1, 5000, 1, 0)).unwrap();
     let page = IdentifyController::from_bytes(&guest.identify(cns::CONTROLLER, 0).unwrap());
-    assert_eq!((page.oncs, page.cdfs), (0x1df, 3));
+    assert_eq!((page.oncs, page.cdfs), (0x1ff, 3));
 }
 
 #[test]

@@ -16,7 +16,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 use vmstate::VmState;
 
-use crate::{Controller, ControllerConfig, Host, NamespaceConfig, NvmeState, Progress};
+use crate::{Controller, ControllerConfig, Host, NamespaceConfig, NvmeState, Progress, Subsystem};
 
 /// Guest memory of a test.
 pub const MEMORY_BYTES: usize = 16 << 20;
@@ -201,6 +201,41 @@ impl Guest {
             buffer: None,
             next_page: 0x10_0000,
         }
+    }
+
+    /// Controller `id` of a subsystem, after power-on, with two workers and memory of its own.
+    pub fn member(subsystem: &Arc<Subsystem>, id: u16, config: ControllerConfig) -> Self {
+        Self::joined(subsystem, id, config, guest_memory())
+    }
+
+    /// Goes on in `successor`, which has nothing but a controller yet, with what the driver knows.
+    pub fn move_to(&mut self, successor: Self) {
+        self.process = successor.process;
+        self.interrupts = successor.interrupts;
+        self.events = successor.events;
+        self.controller = successor.controller;
+    }
+
+    /// Controller `id` of another subsystem over the memory of this guest.
+    pub fn successor(&self, subsystem: &Arc<Subsystem>, id: u16) -> Self {
+        Self::joined(subsystem, id, self.config.clone(), self.memory.clone())
+    }
+
+    fn joined(subsystem: &Arc<Subsystem>, id: u16, config: ControllerConfig, memory: GuestMemory) -> Self {
+        let (contexts, events) = contexts(&memory, 2, 64);
+        let (process, interrupts) = (Arc::new(Process::default()), Arc::new(Interrupts::default()));
+        let controller = Controller::join(
+            subsystem,
+            id,
+            config.clone(),
+            memory.clone(),
+            contexts,
+            interrupts.clone(),
+            process.clone(),
+        )
+        .unwrap();
+        let guest = Self::around(config, Vec::new(), memory, Arc::new(controller));
+        Self { process, interrupts, events, ..guest }
     }
 
     /// A driver of a controller that others run.
