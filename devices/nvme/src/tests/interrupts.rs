@@ -262,11 +262,10 @@ fn wait_for_deadlines(guest: &Guest) {
 #[test]
 fn an_interrupt_waits_for_the_threshold() {
     let mut guest = coalescing();
-    for round in 0..3 {
+    for _ in 0..3 {
         read(&mut guest, 1, 3);
         // The time may have run out on a slow machine; then the three are not a part of the next four.
-        let early = guest.interrupts.take(1);
-        assert!(early == 0 || round == 0 || early == 1);
+        assert!(guest.interrupts.take(1) <= 1);
         read(&mut guest, 1, 1);
         read(&mut guest, 1, 3);
         wait_for_deadlines(&guest);
