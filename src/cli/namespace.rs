@@ -139,11 +139,12 @@ fn addition(option: &NamespaceOption) -> anyhow::Result<Value> {
     let NamespaceSpec { nsid, backend, block_bytes, read_only, buffered } = namespace;
     let mut arguments = json!({ "controller": controller, "nsid": nsid, "lba": block_bytes, "ro": read_only, "buffered": buffered });
     match backend {
-        BackendSpec::File(path) => {
+        BackendSpec::File(path) | BackendSpec::Qcow2(path) => {
             let path =
                 std::path::absolute(path).with_context(|| format!("cannot find {}", path.display()))?;
             let Some(path) = path.to_str() else { bail!("{} is not UTF-8", path.display()) };
-            arguments["backend"] = json!("file");
+            let is_raw = matches!(backend, BackendSpec::File(_));
+            arguments["backend"] = json!(if is_raw { "file" } else { "qcow2" });
             arguments["path"] = json!(path);
         }
         BackendSpec::Null { size_bytes } => {

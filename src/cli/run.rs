@@ -64,7 +64,7 @@ pub struct RunArguments {
     /// images of the namespaces that the guest creates, SIZE in all [default: 0]; a destination needs the same DIR.
     #[arg(long, value_name = "OPTIONS")]
     pub nvme: Vec<NvmeOption>,
-    /// A namespace: controller=S,nsid=N,backend=file|memory|null[,path=|size=][,lba=512|4096][,ro][,buffered].
+    /// A namespace: controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,lba=512|4096][,ro][,buffered].
     #[arg(long, value_name = "OPTIONS")]
     pub ns: Vec<NamespaceOption>,
     /// Threads that serve the controllers' queues.

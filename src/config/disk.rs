@@ -30,7 +30,7 @@ pub struct NvmeOption {
     pub controller: ControllerSpec,
 }
 
-/// A namespace as declared: `controller=S,nsid=N,backend=file|memory|null[,path=|size=][,lba=512|4096][,ro][,buffered]`.
+/// A namespace as declared: `controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,lba=512|4096][,ro][,buffered]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamespaceOption {
     /// Serial of its controller.
@@ -89,6 +89,8 @@ pub struct NamespaceSpec {
 pub enum BackendSpec {
     /// A raw image file or block device; its size is the capacity.
     File(PathBuf),
+    /// A qcow2 file; the format says its capacity.
+    Qcow2(PathBuf),
     /// Memory of this process; it migrates with guest RAM.
     Memory {
         /// Capacity in bytes.
@@ -179,9 +181,10 @@ impl FromStr for NamespaceOption {
         }
         let kind = options.text("backend")?.ok_or_else(|| options.error("backend=… is missing"))?;
         let backend = match kind.as_str() {
-            "file" => {
+            "file" | "qcow2" => {
                 let path = options.text("path")?;
-                BackendSpec::File(path.ok_or_else(|| options.error("backend=file needs path=…"))?.into())
+                let path = path.ok_or_else(|| options.error(format!("backend={kind} needs path=…")))?.into();
+                if kind == "file" { BackendSpec::File(path) } else { BackendSpec::Qcow2(path) }
             }
             "memory" | "null" => {
                 let size = options.size("size")?;
@@ -192,7 +195,7 @@ impl FromStr for NamespaceOption {
                     BackendSpec::Null { size_bytes }
                 }
             }
-            _ => return Err(options.error(format!("backend={kind} is none of file, memory and null"))),
+            _ => return Err(options.error(format!("backend={kind} is none of file, qcow2, memory and null"))),
         };
         let (block_bytes, read_only) = block_options(&mut options)?;
         if let BackendSpec::Memory { size_bytes } | BackendSpec::Null { size_bytes } = backend
@@ -273,6 +276,8 @@ mod tests {
         );
         let option: NamespaceOption = "controller=c,nsid=1,backend=file,path=p,buffered".parse().unwrap();
         assert!(option.namespace.buffered);
+        let option: NamespaceOption = "controller=c,nsid=2,backend=qcow2,path=p,ro".parse().unwrap();
+        assert_eq!(option.namespace.backend, BackendSpec::Qcow2("p".into()));
         let option: NamespaceOption = "controller=c,nsid=1024,backend=null,size=1T".parse().unwrap();
         assert_eq!(option.namespace.backend, BackendSpec::Null { size_bytes: 1 << 40 });
     }
@@ -307,6 +312,8 @@ mod tests {
             "controller=c,nsid=1025,backend=null,size=4096",
             "controller=c,nsid=1,backend=tape",
             "controller=c,nsid=1,backend=file",
+            "controller=c,nsid=1,backend=qcow2",
+            "controller=c,nsid=1,backend=qcow2,path=p,buffered",
             "controller=c,nsid=1,backend=memory,path=p",
             "controller=c,nsid=1,backend=memory,size=1000",
             "controller=c,nsid=1,backend=memory,size=4096,buffered",

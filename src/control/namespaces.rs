@@ -12,6 +12,7 @@ pub(super) fn add(context: &Context, mut arguments: Arguments) -> Result<Value, 
     let nsid = nsid(&mut arguments)?;
     let backend = match arguments.string("backend")?.as_str() {
         "file" => BackendSpec::File(arguments.string("path")?.into()),
+        "qcow2" => BackendSpec::Qcow2(arguments.string("path")?.into()),
         "null" => BackendSpec::Null { size_bytes: arguments.u64("size")? },
         other => {
             return Err(QmpError::generic(format!("Parameter 'backend' does not accept value '{other}'")));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use block::{Backend, FileImage, FileOptions, MemoryImage, NullImage};
+use block::{Backend, FileImage, FileOptions, MemoryImage, NullImage, Qcow2Image};
 use nvme::{NamespaceConfig, Subsystem};
 
 use crate::config::{BackendSpec, ControllerSpec, MachineSpec, NamespaceSpec, SubsystemSpec};
@@ -64,7 +64,7 @@ impl Resources {
                 BackendSpec::Memory { size_bytes } => {
                     Some((memory_block_name(serial, namespace.nsid), size_bytes))
                 }
-                BackendSpec::File(_) | BackendSpec::Null { .. } => None,
+                BackendSpec::File(_) | BackendSpec::Qcow2(_) | BackendSpec::Null { .. } => None,
             })
             .collect();
         refuse_shared_images(spec)?;
@@ -218,7 +218,7 @@ fn open_nvm(
 fn refuse_shared_images(spec: &MachineSpec) -> anyhow::Result<()> {
     let mut seen: Vec<((u64, u64), &Path, bool)> = Vec::new();
     for namespace in spec.controllers.iter().flat_map(|controller| &controller.namespaces) {
-        let BackendSpec::File(path) = &namespace.backend else { continue };
+        let (BackendSpec::File(path) | BackendSpec::Qcow2(path)) = &namespace.backend else { continue };
         // One that cannot be looked at is told of when it is opened.
         let Ok(found) = std::fs::metadata(path) else { continue };
         let file = (found.dev(), found.ino());
@@ -258,6 +258,11 @@ pub(super) fn open_namespace(
                 .with_context(|| format!("cannot use {} as namespace {nsid} of {serial}", path.display()))?;
             Arc::new(image)
         }
+        BackendSpec::Qcow2(path) => {
+            let image = Qcow2Image::inspect(path, read_only)
+                .with_context(|| format!("cannot use {} as namespace {nsid} of {serial}", path.display()))?;
+            Arc::new(image)
+        }
         BackendSpec::Memory { .. } => {
             let name = memory_block_name(serial, nsid);
             let block = ram.block(&name).with_context(|| format!("there is no RAM block {name}"))?;
@@ -277,7 +282,7 @@ pub(super) fn open_namespace(
 pub fn first_writable_file(controllers: &[ControllerSpec]) -> Option<&Path> {
     let namespaces = controllers.iter().flat_map(|controller| &controller.namespaces);
     namespaces.filter(|namespace| !namespace.read_only).find_map(|namespace| match &namespace.backend {
-        BackendSpec::File(path) => Some(path.as_path()),
+        BackendSpec::File(path) | BackendSpec::Qcow2(path) => Some(path.as_path()),
         BackendSpec::Memory { .. } | BackendSpec::Null { .. } => None,
     })
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{Ordering, fence};
 use bus::GuestMemory;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::blocking::{Mailbox, Ticket};
 use crate::fault::Parked;
 use crate::file::OpenFile;
 use crate::pool::Pool;
@@ -33,6 +34,8 @@ pub struct IoContext {
     event_enabled: bool,
     ready: VecDeque<Completion>,
     parked: Vec<Parked>,
+    /// For images that have threads of their own; made when one is used.
+    mailbox: Option<Arc<Mailbox>>,
     distortion: Distortion,
 }
 
@@ -93,6 +96,7 @@ impl IoContext {
             event_enabled: true,
             ready: VecDeque::with_capacity(depth as usize),
             parked: Vec::new(),
+            mailbox: None,
             distortion: Distortion::default(),
         }
     }
@@ -152,6 +156,9 @@ impl IoContext {
         }
         let before = completions.len();
         completions.extend(self.ready.drain(..));
+        if let Some(mailbox) = &self.mailbox {
+            mailbox.take(completions);
+        }
         match &mut self.engine {
             Engine::Pool(pool) => pool.reap(completions),
             Engine::Ring(ring) => {
@@ -216,6 +223,16 @@ impl IoContext {
         }
     }
 
+    /// The request that is being submitted ends with the ticket, on another thread.
+    pub(crate) fn defer(&mut self, token: u64) -> io::Result<Ticket> {
+        let mailbox = match &self.mailbox {
+            Some(mailbox) => mailbox,
+            None => self.mailbox.insert(Mailbox::new(&self.event)?),
+        };
+        self.in_flight += 1;
+        Ok(mailbox.ticket(token, self.distortion.lost))
+    }
+
     /// Queues a checked request on a file.
     pub(crate) fn start(&mut self, file: Arc<OpenFile>, request: &Request<'_>) -> Result<(), Failure> {
         match &mut self.engine {
@@ -253,5 +270,13 @@ impl IoContext {
     fn wake(&self) {
         // Fails only when the counter is full, and then the event is readable anyway.
         let _ = self.event.write(1);
+    }
+}
+
+impl Drop for IoContext {
+    fn drop(&mut self) {
+        if let Some(mailbox) = &self.mailbox {
+            mailbox.settle();
+        }
     }
 }

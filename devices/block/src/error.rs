@@ -41,6 +41,16 @@ pub enum Error {
         /// What was named.
         path: PathBuf,
     },
+    /// The file is not of its format, is damaged, or needs something that is not offered.
+    #[error("{} is no {format} image that can be used", path.display())]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// Which format it was taken for.
+        format: &'static str,
+        /// What is wrong with it.
+        source: io::Error,
+    },
     /// Someone else holds the image. The kernel does not say who.
     #[error("image {} is locked: another process has it (lock for {access} refused)", path.display())]
     Locked {

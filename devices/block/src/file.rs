@@ -15,8 +15,8 @@ use vmstate::Migratability;
 use crate::{Backend, Error, Failure, Identity, IoContext, Operation, Request};
 
 /// Kinds of access, as error messages call them.
-const READING: &str = "reading";
-const WRITING: &str = "writing";
+pub(crate) const READING: &str = "reading";
+pub(crate) const WRITING: &str = "writing";
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,8 +153,7 @@ impl Backend for FileImage {
             return Err(Error::Flush { path: self.path.clone(), source });
         }
         // Not by closing the file alone: the kernel lets go of a request's file some time after it has told of its end.
-        let unlocked = set_lock(&file.file, libc::F_UNLCK);
-        unlocked.map_err(|errno| Error::Lock { path: self.path.clone(), source: errno.into() })
+        unlock(&file.file, &self.path)
     }
 
     fn acquire(&self) -> Result<(), Error> {
@@ -275,7 +274,7 @@ impl OpenFile {
 }
 
 /// Opens `path` if it can be an image.
-fn open(path: &Path, access: &'static str) -> Result<File, Error> {
+pub(crate) fn open(path: &Path, access: &'static str) -> Result<File, Error> {
     let failed =
         |errno: rustix::io::Errno| Error::Open { path: path.to_owned(), access, source: errno.into() };
     // Before it is opened: opening a pipe would wait, opening a terminal or a tape could do worse.
@@ -317,12 +316,17 @@ impl fmt::Display for Stamp {
 }
 
 /// Locks all of the file, now or not at all.
-fn lock(file: &File, path: &Path, access: &'static str) -> Result<(), Error> {
+pub(crate) fn lock(file: &File, path: &Path, access: &'static str) -> Result<(), Error> {
     match set_lock(file, if access == WRITING { libc::F_WRLCK } else { libc::F_RDLCK }) {
         Ok(()) => Ok(()),
         Err(nix::Error::EAGAIN | nix::Error::EACCES) => Err(Error::Locked { path: path.to_owned(), access }),
         Err(errno) => Err(Error::Lock { path: path.to_owned(), source: errno.into() }),
     }
+}
+
+/// Lets go of the lock.
+pub(crate) fn unlock(file: &File, path: &Path) -> Result<(), Error> {
+    set_lock(file, libc::F_UNLCK).map_err(|errno| Error::Lock { path: path.to_owned(), source: errno.into() })
 }
 
 /// Sets or clears the lock of an open file description over all of the file, without waiting.

@@ -19,15 +19,16 @@
 //! - What is compared, verified or copied passes through bounded host memory, turn by turn, like any other transfer.
 //! - An image that can be written is locked as long as it is held.
 //!
-//! Images: [`FileImage`] (raw file or block device), [`MemoryImage`] (travels like RAM), [`NullImage`] (measurement),
+//! Images: [`FileImage`] (raw file or block device), [`Qcow2Image`], [`MemoryImage`] (travels like RAM), [`NullImage`] (measurement),
 //! [`FaultImage`] and [`VolatileImage`] (tests).
 //!
 //! Absent: formats with metadata, caching of our own, ordering between requests in flight (as with real disks there is none),
-//! knowledge of NVMe. The only threads are those of `pool`, where the kernel offers no io_uring; the only `unsafe` is in
-//! `uring`.
+//! knowledge of NVMe. The only threads are those of `pool`, where the kernel offers no io_uring, and of images whose library
+//! waits for the disk (`blocking`); the only `unsafe` is in `uring`.
 #![deny(unsafe_code)]
 
 mod backend;
+mod blocking;
 mod bounce;
 mod context;
 mod error;
@@ -37,6 +38,7 @@ mod guest;
 mod memory;
 mod null;
 mod pool;
+mod qcow2;
 mod transfer;
 #[allow(unsafe_code)]
 mod uring;
@@ -52,4 +54,5 @@ pub use fault::{Fault, FaultControl, FaultImage, Target};
 pub use file::{FileImage, FileOptions};
 pub use memory::MemoryImage;
 pub use null::NullImage;
+pub use qcow2::Qcow2Image;
 pub use volatile::VolatileImage;

@@ -7,6 +7,7 @@ mod hostile;
 mod images;
 mod locks;
 mod operations;
+mod qcow2;
 mod steps;
 
 use std::sync::Arc;
@@ -19,7 +20,8 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryReg
 use vmm_sys_util::poll::PollContext;
 
 use crate::{
-    Backend, Buffers, Completion, Failure, FileImage, FileOptions, IoContext, MemoryImage, Operation, Request,
+    Backend, Buffers, Completion, Failure, FileImage, FileOptions, IoContext, MemoryImage, Operation,
+    Qcow2Image, Request,
 };
 
 const MIB: u64 = 1 << 20;
@@ -56,10 +58,12 @@ fn temporary_file(capacity: u64) -> NamedTempFile {
 fn writable_images(capacity: u64) -> Vec<(&'static str, Arc<dyn Backend>, Option<NamedTempFile>)> {
     let buffered = FileOptions { direct: false, ..FileOptions::default() };
     let (one, two) = (temporary_file(capacity), temporary_file(capacity));
+    let three = qcow2::temporary_qcow2(capacity);
     vec![
         ("direct", Arc::new(FileImage::open(one.path(), FileOptions::default()).unwrap()), Some(one)),
         ("buffered", Arc::new(FileImage::open(two.path(), buffered).unwrap()), Some(two)),
         ("memory", Arc::new(MemoryImage::new(mapping(capacity))), None),
+        ("qcow2", Arc::new(Qcow2Image::open(three.path(), false).unwrap()), Some(three)),
     ]
 }
 

@@ -117,8 +117,8 @@ fn verify_reads_without_a_buffer() {
             run(context, &*image, Operation::Verify, 0, MIB, &[]).unwrap();
             let beyond = run(context, &*image, Operation::Verify, 512, MIB, &[]);
             assert_eq!(beyond, Err(Failure::OutOfRange), "{name}");
-            // Someone cuts the file: what is gone cannot be read.
-            if let Some(file) = file {
+            // Someone cuts the file: what is gone cannot be read. A qcow2 file never held what was never written.
+            if let Some(file) = file.filter(|_| name != "qcow2") {
                 file.as_file().set_len(MIB / 2).unwrap();
                 run(context, &*image, Operation::Verify, 0, MIB / 2, &[]).unwrap();
                 let cut = run(context, &*image, Operation::Verify, 0, MIB, &[]);

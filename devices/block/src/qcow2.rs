@@ -1,0 +1,247 @@
+//! An image in a qcow2 file, by a library that knows the format.
+//!
+//! The library waits for the disk, so that requests run on threads of the image. It caches the tables of the file, so that a flush
+//! writes these and then makes all stable.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use arc_swap::ArcSwapOption;
+use bus::{GuestMemory, GuestRange};
+use imago::qcow2::Qcow2;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use vmstate::Migratability;
+
+use crate::blocking::Blocking;
+use crate::bounce::Bounce;
+use crate::error::failure_of;
+use crate::file::{self, READING, WRITING};
+use crate::guest::check_ranges;
+use crate::{Backend, Error, Failure, Identity, IoContext, Operation, Request};
+
+type Access = FormatAccess<imago::file::File>;
+
+/// An image in a qcow2 file, locked while it is held as a raw file is. Its capacity is what the format says, not the file's size.
+///
+/// Files with a backing file or an external data file are refused: their names are the file's own, and it is not trusted.
+#[derive(Debug)]
+pub struct Qcow2Image {
+    path: PathBuf,
+    read_only: bool,
+    capacity_bytes: u64,
+    held: ArcSwapOption<Held>,
+    threads: Blocking,
+}
+
+/// The open image.
+#[derive(Debug)]
+struct Held {
+    access: RwLock<Access>,
+    /// The same open file description, for the lock.
+    file: File,
+}
+
+impl Qcow2Image {
+    /// Looks at the image without locking or writing: that it can be read, and its capacity. Requests fail with
+    /// [`Failure::Released`] until [`Backend::acquire`].
+    ///
+    /// # Errors
+    /// The file cannot be opened for reading, or is no qcow2 image that can be used.
+    pub fn inspect(path: impl Into<PathBuf>, read_only: bool) -> Result<Self, Error> {
+        let path = path.into();
+        let access = open_format(file::open(&path, READING)?, &path, false)?;
+        let threads = Blocking::new()
+            .map_err(|source| Error::System { what: "start threads for a qcow2 image", source })?;
+        Ok(Self { read_only, capacity_bytes: access.size(), path, held: ArcSwapOption::empty(), threads })
+    }
+
+    /// Opens and locks the image.
+    ///
+    /// # Errors
+    /// As [`Qcow2Image::inspect`]; it cannot be opened for writing; someone else holds it.
+    pub fn open(path: impl Into<PathBuf>, read_only: bool) -> Result<Self, Error> {
+        let image = Self::inspect(path, read_only)?;
+        image.acquire()?;
+        Ok(image)
+    }
+
+    fn start(&self, context: &mut IoContext, request: &Request<'_>) -> Result<(), Failure> {
+        let held = self.held.load_full().ok_or(Failure::Released)?;
+        request.check(&self.identity())?;
+        let ranges = request.buffers.ranges().to_vec();
+        check_ranges(context.memory(), &ranges)?;
+        let memory = context.memory().clone();
+        let ticket = context.defer(request.token).map_err(|_| Failure::Io(libc::EMFILE))?;
+        let Request { operation, offset_bytes, length_bytes, .. } = *request;
+        self.threads.start(Box::new(move || {
+            let work = Work { memory, ranges, operation, offset_bytes, length_bytes };
+            let result = work.carry_out(&held.access);
+            // Whoever hears of the end may release the image at once.
+            drop(held);
+            ticket.complete(result);
+        }));
+        Ok(())
+    }
+}
+
+/// Opens the format in `file`.
+fn open_format(file: File, path: &Path, writable: bool) -> Result<Access, Error> {
+    let opened = imago::file::File::try_from(file).and_then(|file| {
+        Qcow2::<imago::file::File>::builder(file).write(writable).open(DenyImplicitOpenGate::default())
+    });
+    opened.map(FormatAccess::new).map_err(|source| Error::Format {
+        path: path.to_owned(),
+        format: "qcow2",
+        source,
+    })
+}
+
+/// A request with all that it needs.
+struct Work {
+    memory: GuestMemory,
+    ranges: Vec<GuestRange>,
+    operation: Operation,
+    offset_bytes: u64,
+    length_bytes: u64,
+}
+
+impl Work {
+    fn carry_out(&self, access: &RwLock<Access>) -> Result<(), Failure> {
+        let shared = || access.read().unwrap_or_else(PoisonError::into_inner);
+        let (offset, length) = (self.offset_bytes, self.length_bytes);
+        let forced = match self.operation {
+            Operation::Flush => true,
+            Operation::Discard => {
+                // The only change that needs the image for itself.
+                let mut access = access.write().unwrap_or_else(PoisonError::into_inner);
+                access.discard_to_zero(offset, length).or_else(leave_as_it_is)?;
+                false
+            }
+            Operation::WriteZeroes { fua, .. } => {
+                shared().write_zeroes(offset, length).map_err(failure)?;
+                fua
+            }
+            Operation::Write { fua } | Operation::Copy { fua, .. } => {
+                self.in_turns(&shared())?;
+                fua
+            }
+            _ => {
+                self.in_turns(&shared())?;
+                false
+            }
+        };
+        if forced { make_stable(&shared()).map_err(failure) } else { Ok(()) }
+    }
+
+    /// Moves the data through a bounce buffer.
+    fn in_turns(&self, access: &Access) -> Result<(), Failure> {
+        let mut bounce = Bounce::default();
+        let mut done = 0;
+        while done < self.length_bytes {
+            bounce.prepare(self.length_bytes - done);
+            let offset = self.offset_bytes + done;
+            let count = bounce.bytes().len();
+            match self.operation {
+                Operation::Write { .. } => bounce.fill_from(&self.memory, &self.ranges, done)?,
+                Operation::Fill { pattern } => {
+                    let pattern = pattern.to_le_bytes();
+                    bounce
+                        .bytes()
+                        .iter_mut()
+                        .zip(pattern.iter().cycle())
+                        .for_each(|(byte, &value)| *byte = value);
+                }
+                Operation::Copy { source_offset_bytes, .. } => {
+                    access.read(bounce.bytes(), source_offset_bytes + done).map_err(failure)?;
+                }
+                _ => access.read(bounce.bytes(), offset).map_err(failure)?,
+            }
+            if self.operation.writes() {
+                access.write(&*bounce.bytes(), offset).map_err(failure)?;
+            }
+            match self.operation {
+                Operation::Read => bounce.empty_into(&self.memory, &self.ranges, done, count)?,
+                Operation::Compare if !bounce.equals(&self.memory, &self.ranges, done, count)? => {
+                    return Err(Failure::Miscompare);
+                }
+                _ => {}
+            }
+            done += count as u64;
+        }
+        Ok(())
+    }
+}
+
+fn make_stable(access: &Access) -> std::io::Result<()> {
+    access.flush()?;
+    access.sync()
+}
+
+/// "Afterwards it reads as zeroes or as before": an image that cannot deallocate has done its duty.
+fn leave_as_it_is(error: std::io::Error) -> Result<(), Failure> {
+    if error.kind() == std::io::ErrorKind::Unsupported { Ok(()) } else { Err(failure(error)) }
+}
+
+/// What an error of the library is for a request. One without a number is of the format: the image is damaged.
+fn failure(error: std::io::Error) -> Failure {
+    log::debug!("a qcow2 image failed a request: {error}");
+    failure_of(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+impl Backend for Qcow2Image {
+    fn identity(&self) -> Identity {
+        Identity { kind: "qcow2", capacity_bytes: self.capacity_bytes, read_only: self.read_only }
+    }
+
+    fn migratability(&self) -> Migratability {
+        Migratability::State
+    }
+
+    fn submit(&self, context: &mut IoContext, request: &Request<'_>) {
+        if let Err(failure) = self.start(context, request) {
+            context.complete(request.token, Err(failure));
+        }
+    }
+
+    fn sync(&self) -> Result<(), Error> {
+        let Some(held) = self.held.load_full().filter(|_| !self.read_only) else { return Ok(()) };
+        let access = held.access.read().unwrap_or_else(PoisonError::into_inner);
+        make_stable(&access).map_err(|source| Error::Flush { path: self.path.clone(), source })
+    }
+
+    fn release(&self) -> Result<(), Error> {
+        self.sync()?;
+        let Some(held) = self.held.swap(None) else { return Ok(()) };
+        // Requests hold it: with one under way the lock must not go.
+        let Held { access, file } = Arc::try_unwrap(held).map_err(|held| {
+            self.held.store(Some(held));
+            Error::InUse { path: self.path.clone() }
+        })?;
+        // All of it is on the disk; nothing is written afterwards.
+        drop(access);
+        file::unlock(&file, &self.path)
+    }
+
+    fn acquire(&self) -> Result<(), Error> {
+        if self.held.load().is_some() {
+            return Ok(());
+        }
+        let access = if self.read_only { READING } else { WRITING };
+        let file = file::open(&self.path, access)?;
+        file::lock(&file, &self.path, access)?;
+        let again =
+            file.try_clone().map_err(|source| Error::Open { path: self.path.clone(), access, source })?;
+        // Only now: whoever held it before may have written its tables until the lock was free.
+        let format = open_format(again, &self.path, !self.read_only)?;
+        if format.size() != self.capacity_bytes {
+            return Err(Error::Changed {
+                path: self.path.clone(),
+                before: format!("{} bytes", self.capacity_bytes),
+                now: format!("{} bytes", format.size()),
+            });
+        }
+        self.held.store(Some(Arc::new(Held { access: RwLock::new(format), file })));
+        Ok(())
+    }
+}
