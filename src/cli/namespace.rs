@@ -137,7 +137,9 @@ impl WhichArguments {
 fn addition(option: &NamespaceOption) -> anyhow::Result<Value> {
     let NamespaceOption { controller, namespace } = option;
     let NamespaceSpec { nsid, backend, block_bytes, read_only, buffered } = namespace;
-    let mut arguments = json!({ "controller": controller, "nsid": nsid, "lba": block_bytes, "ro": read_only, "buffered": buffered });
+    let mut arguments = json!({
+        "controller": controller, "nsid": nsid, "lba": block_bytes, "ro": read_only, "buffered": buffered
+    });
     match backend {
         BackendSpec::File(path) | BackendSpec::Qcow2(path) => {
             let path =
@@ -168,14 +170,17 @@ mod tests {
 
     #[test]
     fn what_is_added_is_said_in_full() {
-        let file = addition_of("controller=c,nsid=7,backend=file,path=/images/a.raw,lba=4096,ro").unwrap();
+        let file =
+            addition_of("controller=c,nsid=7,backend=file,path=/images/a.raw,lba=4096,ro,buffered").unwrap();
         let expected = json!({
-            "controller": "c", "nsid": 7, "backend": "file", "path": "/images/a.raw", "lba": 4096, "ro": true
+            "controller": "c", "nsid": 7, "backend": "file", "path": "/images/a.raw", "lba": 4096, "ro": true,
+            "buffered": true
         });
         assert_eq!(file, expected);
         let null = addition_of("controller=c,nsid=8,backend=null,size=1M").unwrap();
         let expected = json!({
-            "controller": "c", "nsid": 8, "backend": "null", "size": 1 << 20, "lba": 512, "ro": false
+            "controller": "c", "nsid": 8, "backend": "null", "size": 1 << 20, "lba": 512, "ro": false,
+            "buffered": false
         });
         assert_eq!(null, expected);
         let relative = addition_of("controller=c,nsid=7,backend=file,path=a.raw").unwrap();
