@@ -104,6 +104,6 @@ pub use state::{
 };
 pub use store::{
     AllocatedProtectionState, AllocatedState, AllocationsState, ControllerKeptState, ControllerRecord,
-    MAX_CONTROLLERS, Store, StoreError, SubsystemState,
+    KeptReservationsState, MAX_CONTROLLERS, Store, StoreError, SubsystemState,
 };
 pub use subsystem::Subsystem;

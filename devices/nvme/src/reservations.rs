@@ -106,8 +106,16 @@ struct Drain {
     waits_for: BTreeSet<WorkerId>,
 }
 
-/// What [`Reservations::change`] leaves to be waited for.
+/// One of the drains.
 pub(crate) type DrainNumber = u64;
+
+/// What [`Reservations::change`] leaves to be done.
+pub(crate) struct Changed {
+    /// To be waited for.
+    pub drain: Option<DrainNumber>,
+    /// What survives the loss of power is another.
+    pub persists: bool,
+}
 
 impl Reservations {
     /// The table, while nobody changes it.
@@ -205,19 +213,21 @@ impl Reservations {
     }
 
     /// Carries out a command of `by`'s host on `nsid`. With `abort` the command is complete when nothing of a preempted host is in
-    /// flight at the namespace: the number is what to ask [`Reservations::is_drained`] for.
+    /// flight at the namespace, which [`Reservations::is_drained`] tells.
     pub fn change(
         &self,
         by: WorkerId,
         nsid: u32,
         abort: bool,
         command: impl FnOnce(&mut Reservation, HostIdentity) -> Result<Outcome, Status>,
-    ) -> Result<Option<DrainNumber>, Status> {
+    ) -> Result<Changed, Status> {
         let mut table = self.table();
         let identity = table.members.get(&by.0).map(|member| member.identity);
         let identity = identity.unwrap_or(HostIdentity::Unnamed { controller: by.0 });
         let mut reservation = table.namespaces.get(&nsid).cloned().unwrap_or_default();
+        let persisted = reservation.persists;
         let outcome = command(&mut reservation, identity)?;
+        let persists = persisted || reservation.persists;
         if reservation == Reservation::default() {
             table.namespaces.remove(&nsid);
         } else {
@@ -229,7 +239,17 @@ impl Reservations {
         let drain = abort.then(|| table.drain(by, nsid, &outcome.preempted, &mut wakes)).flatten();
         drop(table);
         wake(wakes);
-        Ok(drain)
+        Ok(Changed { drain, persists })
+    }
+
+    /// The namespace is no more.
+    pub fn forget(&self, nsid: u32) {
+        let mut table = self.table();
+        table.namespaces.remove(&nsid);
+        for member in table.members.values_mut() {
+            member.notices.masks.remove(&nsid);
+        }
+        table.open_gates(Some(nsid));
     }
 
     /// Namespaces where commands of `worker` are waited for.

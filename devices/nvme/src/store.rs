@@ -10,7 +10,7 @@ use vmstate::VmState;
 use crate::config::MAX_NAMESPACES;
 use crate::inventory::NamespaceShape;
 use crate::non_volatile::{KeptState, NonVolatile};
-use crate::state::SmartState;
+use crate::state::{ReservationsState, SmartState};
 use crate::subsystem::Subsystem;
 
 /// Controllers that a subsystem can have.
@@ -72,6 +72,17 @@ pub struct SubsystemState {
     /// By ascending identifier.
     #[vmstate(len = "controller_count", max = MAX_CONTROLLERS)]
     pub controllers: Vec<ControllerRecord>,
+    /// Reservations that survive the loss of power, if there are any.
+    #[vmstate(subsection)]
+    pub reservations: Option<KeptReservationsState>,
+}
+
+/// Reservations without power.
+#[derive(VmState, Clone, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/subsystem/reservations", version = 1)]
+pub struct KeptReservationsState {
+    /// They.
+    pub reservations: ReservationsState,
 }
 
 /// The allocated namespaces (Base 3.2.1).

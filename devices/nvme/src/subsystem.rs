@@ -33,10 +33,13 @@ use crate::exclusion::Exclusion;
 use crate::inventory::NamespaceShape;
 use crate::namespace::{self, Namespace, NamespaceTable, WriteProtection};
 use crate::reservations::Reservations;
+use crate::restore::reservations::loaded_reservations;
+use crate::save::reservations::kept_reservations;
 use crate::shared::{Host, lock};
 use crate::state::SmartState;
 use crate::store::{
-    AllocatedProtectionState, AllocatedState, AllocationsState, ControllerRecord, Store, SubsystemState,
+    AllocatedProtectionState, AllocatedState, AllocationsState, ControllerRecord, KeptReservationsState,
+    Store, SubsystemState,
 };
 
 /// Controller identifier of the only controller of a subsystem that is not shared.
@@ -181,6 +184,13 @@ impl Subsystem {
         for allocated in table.iter().flatten() {
             saved.allocations.put(allocated.to_state());
         }
+        let reservations = Reservations::default();
+        if let Some(kept) = &saved.reservations {
+            let mut loaded = loaded_reservations(&kept.reservations)?;
+            // Those of a namespace that is no more went with it.
+            loaded.retain(|&nsid, _| table.get(nsid as usize - 1).is_some_and(Option::is_some));
+            reservations.table().namespaces = loaded;
+        }
         Ok(Arc::new(Self {
             serial: serial.to_owned(),
             shared,
@@ -196,7 +206,7 @@ impl Subsystem {
             }),
             exclusion: Exclusion::default(),
             has_followed: Condvar::new(),
-            reservations: Reservations::default(),
+            reservations,
             access: AccessTable::default(),
         }))
     }
@@ -277,7 +287,19 @@ impl Subsystem {
 
     /// Whether reservations can survive the loss of power.
     pub(crate) fn keeps_reservations(&self) -> bool {
-        false
+        self.store.is_some()
+    }
+
+    /// Writes the reservations that survive the loss of power: one of them has changed.
+    ///
+    /// # Errors
+    /// [`Error::Store`]: the store has what it had.
+    pub(crate) fn keep_reservations(&self) -> Result<(), Error> {
+        // Taken while nobody else writes, so that the newest is written last.
+        self.update(|state| {
+            let kept = kept_reservations(&self.reservations.table());
+            state.reservations = kept.map(|reservations| KeptReservationsState { reservations });
+        })
     }
 
     /// Whether the guest may create, delete, attach and detach namespaces.
@@ -394,6 +416,8 @@ impl Subsystem {
         };
         for Removed { namespace, .. } in gone {
             let uuid = namespace.uuid;
+            // No controller has commands there any more that could reserve it again.
+            self.reservations.forget(namespace.nsid);
             drop(namespace);
             if let Some(store) = &self.store {
                 store.remove(&uuid);

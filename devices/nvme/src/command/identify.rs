@@ -43,15 +43,18 @@ impl Admin {
             return Err(invalid);
         }
         let shared = pool.shared.subsystem.is_shared();
+        let persistence = pool.shared.subsystem.keeps_reservations();
         let page = match structure {
             // "the controller returns an Identify Namespace data structure that specifies capabilities that are common across namespaces"
             cns::NAMESPACE if entry.nsid == NSID_BROADCAST && pool.shared.subsystem.is_managed() => {
                 format_page(0)
             }
-            cns::NAMESPACE => self.page_of(entry.nsid, |namespace| self.namespace_page(namespace, shared))?,
-            cns::ALLOCATED_NAMESPACE => {
-                allocated_page(pool, entry.nsid, |namespace| self.namespace_page(namespace, shared))?
+            cns::NAMESPACE => {
+                self.page_of(entry.nsid, |namespace| self.namespace_page(namespace, shared, persistence))?
             }
+            cns::ALLOCATED_NAMESPACE => allocated_page(pool, entry.nsid, |namespace| {
+                self.namespace_page(namespace, shared, persistence)
+            })?,
             cns::CONTROLLER => self.controller_identity(pool).to_bytes(),
             cns::ACTIVE_NAMESPACES | cns::CSI_ACTIVE_NAMESPACES => {
                 namespace_list(entry.nsid, namespace::active(&self.namespaces).map(|active| active.nsid))?
@@ -66,7 +69,7 @@ impl Admin {
             cns::CSI_ALLOCATED_NAMESPACE => allocated_page(pool, entry.nsid, |_| zeroes())?,
             cns::CSI_CONTROLLER => limits::controller().to_bytes(),
             cns::INDEPENDENT_NAMESPACE => {
-                self.page_of(entry.nsid, |namespace| independent_page(namespace, shared))?
+                self.page_of(entry.nsid, |namespace| independent_page(namespace, shared, persistence))?
             }
             cns::FORMAT_NAMESPACE | cns::CSI_FORMAT_NAMESPACE => {
                 let format = entry.cdw11 as u16;
@@ -97,12 +100,12 @@ impl Admin {
         page_or_zeroes(namespace::find(&self.namespaces, nsid).map(|active| page(active)))
     }
 
-    fn namespace_page(&self, namespace: &Namespace, shared: bool) -> Page {
+    fn namespace_page(&self, namespace: &Namespace, shared: bool, persistence: bool) -> Page {
         let mut structure = spec::IdentifyNamespace {
             nsze: namespace.blocks,
             ncap: namespace.blocks,
             nuse: namespace.blocks,
-            rescap: capabilities(false),
+            rescap: capabilities(persistence),
             nmic: if namespace.shared { spec::NMIC_SHARED } else { 0 },
             anagrpid: if shared { group_of(namespace.nsid) } else { 0 },
             flbas: FORMATS.iter().position(|&shift| shift == namespace.block_shift).unwrap_or(0) as u8,
@@ -256,10 +259,10 @@ fn format_page(format: u16) -> Page {
     structure.to_bytes()
 }
 
-fn independent_page(namespace: &Namespace, shared: bool) -> Page {
+fn independent_page(namespace: &Namespace, shared: bool, persistence: bool) -> Page {
     spec::IdentifyIndependentNamespace {
         nmic: if namespace.shared { spec::NMIC_SHARED } else { 0 },
-        rescap: capabilities(false),
+        rescap: capabilities(persistence),
         anagrpid: if shared { group_of(namespace.nsid) } else { 0 },
         nsattr: if namespace.read_only { spec::NSATTR_WRITE_PROTECTED } else { 0 },
         nstat: u8::from(namespace.refusal.is_none()),

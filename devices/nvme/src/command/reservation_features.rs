@@ -6,6 +6,7 @@ use nvme_spec::event::Event;
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 
 use crate::admin::{Admin, Phase, Pool};
+use crate::command::reservations::keep;
 use crate::namespace;
 use crate::reservation::HostIdentity;
 use crate::reservations::NOTIFICATION_MASK;
@@ -67,14 +68,16 @@ impl Admin {
         if persists && !shared.subsystem.keeps_reservations() {
             return Err(Status::INVALID_FIELD.do_not_retry());
         }
+        let mut changed = false;
         for nsid in scope {
             let by = (shared.controller_id, 0);
-            shared.subsystem.reservations.change(by, nsid, false, |reservation, _| {
+            let change = shared.subsystem.reservations.change(by, nsid, false, |reservation, _| {
                 reservation.persists = persists;
                 Ok(Default::default())
             })?;
+            changed |= change.persists;
         }
-        Ok(())
+        if changed { keep(shared) } else { Ok(()) }
     }
 
     fn scope(&self, nsid: u32) -> Result<Vec<u32>, Status> {

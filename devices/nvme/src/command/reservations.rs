@@ -57,7 +57,12 @@ impl Worker {
         let kind = Kind::from_value((entry.cdw10 >> 8) as u8);
         let by = (shared.controller_id, self.index);
         let change = |abort, command: &mut dyn FnMut(&mut Reservation, HostIdentity) -> _| {
-            shared.subsystem.reservations.change(by, namespace.nsid, abort, command)
+            let changed = shared.subsystem.reservations.change(by, namespace.nsid, abort, command)?;
+            if changed.persists {
+                // As rare as it is, and durable before it is answered.
+                keep(shared)?;
+            }
+            Ok::<_, Status>(changed.drain)
         };
         let mut data = [0; 16];
         match entry.opcode {
@@ -147,6 +152,14 @@ impl Worker {
         self.ranges = ranges;
         written
     }
+}
+
+/// Has the store keep what has changed. Without it the command has done what it does, and the host knows that power may undo it.
+pub(crate) fn keep(shared: &Shared) -> Result<(), Status> {
+    shared.subsystem.keep_reservations().map_err(|error| {
+        log::error!("NVMe controller {:?}: {error}", shared.config.serial);
+        Status::INTERNAL_ERROR
+    })
 }
 
 /// The two keys that go with a command.

@@ -1,6 +1,7 @@
 //! What `restore.rs` gives back of reservations. The sections of all controllers of a subsystem tell of the same reservations: the first
 //! that is loaded brings them, the others must agree.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 
 use super::refuse;
@@ -48,8 +49,9 @@ pub(super) fn load(shared: &Shared, state: &NvmeState) -> Result<(), Error> {
     Ok(())
 }
 
-fn load_table(table: &mut Table, state: &ReservationsState) -> Result<(), Error> {
-    let mut loaded = std::collections::BTreeMap::new();
+/// The reservations that a saved state has.
+pub(crate) fn loaded_reservations(state: &ReservationsState) -> Result<BTreeMap<u32, Reservation>, Error> {
+    let mut loaded = BTreeMap::new();
     let mut before = 0;
     for (index, saved) in state.namespaces.iter().enumerate() {
         let at = |field: &str| format!("reservations.namespaces[{index}].{field}");
@@ -59,6 +61,11 @@ fn load_table(table: &mut Table, state: &ReservationsState) -> Result<(), Error>
         before = saved.nsid;
         loaded.insert(saved.nsid, reservation(&at, saved)?);
     }
+    Ok(loaded)
+}
+
+fn load_table(table: &mut Table, state: &ReservationsState) -> Result<(), Error> {
+    let loaded = loaded_reservations(state)?;
     if std::mem::replace(&mut table.loaded, true) {
         if table.namespaces != loaded {
             let count = state.namespace_count;
@@ -71,10 +78,7 @@ fn load_table(table: &mut Table, state: &ReservationsState) -> Result<(), Error>
     Ok(())
 }
 
-pub(crate) fn reservation(
-    at: &impl Fn(&str) -> String,
-    saved: &ReservationState,
-) -> Result<Reservation, Error> {
+fn reservation(at: &impl Fn(&str) -> String, saved: &ReservationState) -> Result<Reservation, Error> {
     let mut registrants: Vec<Registrant> = Vec::with_capacity(saved.registrants.len());
     for one in &saved.registrants {
         let host = host(at, one)?;

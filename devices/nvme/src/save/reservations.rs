@@ -14,15 +14,26 @@ use crate::state::{
 
 /// The reservations of the subsystem.
 pub(crate) fn reservations_state(shared: &Shared) -> Option<ReservationsState> {
-    let state = table_state(&shared.subsystem.reservations.table(), |_| true);
-    (state.namespace_count > 0).then_some(state)
+    let table = shared.subsystem.reservations.table();
+    state(table.namespaces.iter().map(|(&nsid, one)| reservation_state(nsid, one)).collect())
 }
 
-/// Those that are wanted.
-pub(crate) fn table_state(table: &Table, wanted: impl Fn(&Reservation) -> bool) -> ReservationsState {
-    let wanted = table.namespaces.iter().filter(|(_, one)| wanted(one));
-    let namespaces: Vec<_> = wanted.map(|(&nsid, one)| reservation_state(nsid, one)).collect();
-    ReservationsState { namespace_count: namespaces.len() as u32, namespaces }
+/// What survives the loss of power: reservations that are to, of hosts that can come back.
+pub(crate) fn kept_reservations(table: &Table) -> Option<ReservationsState> {
+    let kept = table.namespaces.iter().filter(|(_, one)| one.persists);
+    let named = |(&nsid, one): (&u32, &Reservation)| {
+        let mut one = one.clone();
+        for unnamed in table.members.keys().map(|&controller| HostIdentity::Unnamed { controller }) {
+            one.forget(unnamed);
+        }
+        reservation_state(nsid, &one)
+    };
+    state(kept.map(named).collect())
+}
+
+fn state(namespaces: Vec<ReservationState>) -> Option<ReservationsState> {
+    let namespace_count = namespaces.len() as u32;
+    (namespace_count > 0).then_some(ReservationsState { namespace_count, namespaces })
 }
 
 fn reservation_state(nsid: u32, reservation: &Reservation) -> ReservationState {

@@ -16,6 +16,7 @@ use nvme_spec::reservation::{
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, regs};
 
 use super::driver::{Guest, PATIENCE, memory_image, namespace, transfer};
+use super::store::Memory;
 use crate::{Controller, ControllerConfig, NamespaceConfig, NvmeState, Subsystem};
 
 const KEYS: [u64; 3] = [0xa1, 0xb2, 0xc3];
@@ -582,6 +583,67 @@ fn reservations_move_with_their_controllers_in_any_order() {
         assert_eq!(notification(&mut guests[1]).kind, 2);
         assert_eq!(notification(&mut guests[2]).kind, 2);
     }
+}
+
+fn persistence(guest: &mut Guest, opcode: u8, value: u32) -> Result<u32, Status> {
+    let cdw10 = u32::from(feature::RESERVATION_PERSISTENCE);
+    guest.admin(SubmissionEntry { opcode, nsid: 1, cdw10, cdw11: value, ..SubmissionEntry::default() })
+}
+
+#[test]
+fn what_is_to_persist_survives_the_loss_of_power() {
+    let store = Memory::new(0);
+    let namespaces = [namespace(1, 64)];
+    let power_on = || {
+        let kept = store.state();
+        let subsystem =
+            Subsystem::with_store("RESERVE", &namespaces, true, store.clone() as _, kept).unwrap();
+        [host(&subsystem, 0), host(&subsystem, 1)]
+    };
+    let mut guests = power_on();
+    let page = IdentifyNamespace::from_bytes(&guests[0].identify(cns::NAMESPACE, 1).unwrap());
+    assert_eq!(page.rescap, 0xff);
+    name(&mut guests[0], b"the host").unwrap();
+    register(&mut guests[1], KEYS[1]).unwrap();
+    assert_eq!(store.state().unwrap().reservations, None, "nobody has asked for it");
+    reserve(&mut guests[0], nvm::RESERVATION_REGISTER, spec::PERSISTENCE_ON << 30, [0, KEYS[0]]).unwrap();
+    acquire(&mut guests[0], KEYS[0], 3).unwrap();
+    assert_eq!(persistence(&mut guests[1], admin::GET_FEATURES, 0), Ok(1));
+    let mut after = power_on();
+    drop(guests);
+    let [a, b] = &mut after;
+    name(a, b"the host").unwrap();
+    assert_eq!(report(a).1, [(0, 1, KEYS[0])], "a host without a name is gone with the power");
+    assert_eq!((report(a).0.kind, report(a).0.persists), (3, 1));
+    let page = b.pages(1);
+    a.io(1, transfer(nvm::WRITE, 1, 0, 1, page)).unwrap();
+    assert_eq!(b.io(1, transfer(nvm::WRITE, 1, 0, 1, page)), Err(Status::RESERVATION_CONFLICT));
+    // What cannot be kept is no success.
+    store.breaks.store(true, std::sync::atomic::Ordering::SeqCst);
+    assert_eq!(release(a, KEYS[0], 3), Err(Status::INTERNAL_ERROR));
+    store.breaks.store(false, std::sync::atomic::Ordering::SeqCst);
+    acquire(a, KEYS[0], 1).unwrap();
+    persistence(b, admin::SET_FEATURES, 0).unwrap();
+    assert_eq!(store.state().unwrap().reservations, None);
+    let mut after = power_on();
+    assert_eq!((report(&mut after[1]).0, report(&mut after[1]).1), (ReportHeader::default(), vec![]));
+}
+
+#[test]
+fn a_namespace_takes_its_reservation_along() {
+    let mut guests = hosts(&[namespace(1, 64)], 2);
+    register(&mut guests[0], KEYS[0]).unwrap();
+    acquire(&mut guests[0], KEYS[0], 2).unwrap();
+    mask(&mut guests[1], admin::SET_FEATURES, 1, 2).unwrap();
+    let subsystem = Arc::clone(guests[0].controller.subsystem());
+    subsystem.remove(1, std::time::Duration::ZERO).unwrap();
+    guests.iter().for_each(Guest::run);
+    subsystem.add(&namespace(1, 64)).unwrap();
+    guests.iter().for_each(Guest::run);
+    let page = guests[1].pages(1);
+    guests[1].io(1, transfer(nvm::READ, 1, 0, 1, page)).unwrap();
+    assert_eq!(report(&mut guests[1]).0, ReportHeader::default());
+    assert_eq!(mask(&mut guests[1], admin::GET_FEATURES, 1, 0), Ok(0));
 }
 
 /// A change of a saved state, and the field that refuses it.

@@ -248,5 +248,5 @@ fn access_moves_with_its_controller() {
     }
     let alone = Subsystem::new("SHARED", &namespaces, false).unwrap();
     let error = guests[0].successor(&alone, 0).controller.load(&states[0]).unwrap_err().to_string();
-    assert!(error.contains("no other controller"), "{error}");
+    assert!(error.contains("shared: true there, false here"), "{error}");
 }
