@@ -38,7 +38,7 @@ enum NamespaceCommand {
 struct AddArguments {
     #[command(flatten)]
     machine: MachineArguments,
-    /// As for `ferry run --ns`: `controller=S,nsid=N,backend=file|null[,path=|size=][,lba=512|4096][,ro][,buffered]`.
+    /// As for `ferry run --ns`: `controller=S,nsid=N,backend=file|qcow2|null[,path=|size=][,lba=512|4096][,ro][,buffered]`.
     #[arg(value_name = "OPTIONS")]
     namespace: NamespaceOption,
 }

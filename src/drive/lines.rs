@@ -47,11 +47,14 @@ impl Lines {
         let mut state = self.lock();
         let mut next = from;
         loop {
-            while let Some(line) = state.lines.get(next) {
+            // Not under the lock: `select` may look at the lines itself, to say what is wrong with this one.
+            while let Some(line) = state.lines.get(next).cloned() {
                 next += 1;
-                if let Some(found) = select(line) {
+                drop(state);
+                if let Some(found) = select(&line) {
                     return Some((found, next));
                 }
+                state = self.lock();
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if state.ended || left.is_zero() {
@@ -149,6 +152,13 @@ mod tests {
         assert_eq!(lines.wait_for(next, WATCHDOG, number), None);
         assert_eq!(lines.all(), ["boot", "n=1", "n=2", "part"]);
         assert_eq!(lines.tail(2), "n=2\npart");
+    }
+
+    #[test]
+    fn who_looks_at_a_line_can_look_at_all() {
+        let lines = Lines::collect(std::io::Cursor::new(b"one\ntwo\n"), "test").unwrap();
+        let found = lines.wait_for(0, WATCHDOG, |line| (line == "two").then(|| lines.tail(1)));
+        assert_eq!(found, Some(("two".to_owned(), 2)));
     }
 
     #[test]

@@ -33,6 +33,40 @@
 //! - After CSTS.RDY is 0, or CSTS.SHST says complete, or a pause has returned, nothing is in flight.
 //! - A saved state is a plain struct and is not trusted. Its queues are made by the functions that serve the guest's Create commands.
 //!
+//! # What it does
+//!
+//! Clauses are of Base, of the NVM Command Set ("NVM") or of the PCIe transport ("PCIe"); tests are files of `tests/`.
+//!
+//! | part | clause | where | tests |
+//! | --- | --- | --- | --- |
+//! | registers, any width, at any time | 3.1 | `regs` | `registers`, `init` |
+//! | enable, reset, NSSR, shutdown | 3.5, 3.6, 3.7 | `admin` | `init` |
+//! | MSI-X, the pin, coalescing | PCIe 3.5; 5.27.1.6 | `interrupt` | `messages`, `interrupts` |
+//! | queues in one run or in pages, several SQs a CQ, full CQs | 3.3, 5.4 to 5.7 | `queue`, `command/queues` | `queues`, `many_queues` |
+//! | arbitration: round robin, weighted with urgent | 3.4.4 | `arbitration` | `arbitration` |
+//! | shadow doorbells | 5.8 | `doorbell`, `wakeup` | `queues`, `wakeup/tests` (every interleaving), `polling` |
+//! | PRPs | 4.1.1 | `prp` | `io`, `hostile` |
+//! | SGLs of I/O commands | 4.1.2 | `sgl` | `sgl`, `random` |
+//! | Flush, Read, Write, Write Zeroes, Dataset Management | 7.1, NVM 3.2 | `command/io` | `io`, `random`, `durability` |
+//! | Compare, Verify, Copy, Write Uncorrectable | NVM 3.2 | `command/io`, `command/copy`, `uncorrectable` | `commands`, `random` |
+//! | fused Compare and Write | 3.4.2 | `command/fused`, `exclusion` | `fused`, `random` |
+//! | reservations | 7.2 to 7.5, 8.19 | `reservation`, `command/reservations` | `reservations` |
+//! | Identify, Get Log Page | 5.16, 5.17 | `command/identify`, `command/logs` | `admin` |
+//! | features with SEL, saved ones | 5.15, 5.27 | `command/features` | `admin`, `saved` |
+//! | asynchronous events, error and SMART logs | 5.2, 5.16.1 | `event`, `smart` | `admin`, `warnings`, `migrate` |
+//! | persistent events | 5.16.1.14 | `persistent` | `persistent` |
+//! | Abort, Keep Alive | 5.1, 5.18 | `command/admin` | `admin`, `queues` |
+//! | Device Self-test | 5.9 | `command/self_test` | `self_test`, `background` |
+//! | Format NVM | 5.14 | `command/format` | `format`, `background` |
+//! | Sanitize: block erase, overwrite | 5.24 | `command/sanitize` | `sanitize`, `background` |
+//! | firmware slots | 5.11, 5.12 | `firmware` | `firmware` |
+//! | namespace write protection | 8.12 | `namespace` | `protection` |
+//! | Namespace Management and Attachment | 5.22, 5.23 | `command/namespaces`, `management` | `namespaces` |
+//! | namespaces of the host's: added, removed, grown | 5.16.1.5 | `hotplug` | `hotplug` |
+//! | what outlives the power | | `store`, `non_volatile` | `store`, `saved` |
+//! | several controllers, asymmetric access | 2.4.1, 8.1 | `subsystem`, `ana` | `subsystem` |
+//! | controller memory buffer | 8.5 | `cmb` | `cmb` |
+//!
 //! # Absent
 //!
 //! Metadata and the persistent memory region; namespace management and state that outlives the process without a [`Store`].
