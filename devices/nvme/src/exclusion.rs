@@ -77,9 +77,14 @@ impl View {
 }
 
 impl Exclusion {
-    /// From now on claims wait for this worker too.
+    /// From now on claims wait for this worker too. One that was there has been reset by the machine around it, and claims nothing.
     pub fn join(&self, worker: Participant, host: Arc<dyn Host>) {
-        lock(&self.table).participants.insert(worker, host);
+        let mut table = lock(&self.table);
+        table.participants.insert(worker, host);
+        if table.claims.iter().any(|claim| claim.by == worker) {
+            table.claims.retain(|claim| claim.by != worker);
+            self.changed(&table, worker);
+        }
     }
 
     /// The worker is gone.
@@ -225,6 +230,19 @@ mod tests {
         assert_eq!(workers.map(|worker| exclusion.is_granted(worker)), [false, true, false]);
         exclusion.leave(b);
         assert_eq!(workers.map(|worker| exclusion.is_granted(worker)), [false, false, true]);
+    }
+
+    #[test]
+    fn a_worker_that_comes_again_claims_nothing() {
+        let (exclusion, bells, [a, b, _]) = three();
+        exclusion.claim(a, range(0, 10));
+        let mut view = View::default();
+        exclusion.look(b, &mut view, |_| true);
+        assert!(view.excludes(&range(5, 6)));
+        bells.take();
+        exclusion.join(a, bells.clone());
+        assert_eq!(bells.take(), [1, 2], "who has waited is told");
+        assert!(exclusion.look(b, &mut view, |_| true) && view.is_empty());
     }
 
     #[test]

@@ -235,10 +235,12 @@ impl Worker {
         Some(index)
     }
 
-    /// Frees a slot whose command needed no request.
+    /// Frees a slot whose command needed no request, or will never make one.
     pub fn give_back(&mut self, slot: u32) {
         self.slots[slot as usize].owner = Owner::Nobody;
         self.slots[slot as usize].preempted = false;
+        // Nobody waits for a slot that is free, or they would wait until it is used again.
+        self.slots[slot as usize].drains = false;
         self.free.push(slot);
     }
 

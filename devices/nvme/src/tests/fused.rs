@@ -1,7 +1,7 @@
 //! Fused Compare and Write.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use block::{Backend, Failure, Fault, FaultControl, FaultImage, Operation, Target};
 use nvme_spec::identify::IdentifyController;
@@ -461,4 +461,30 @@ fn a_pair_is_whole_before_a_pause_ends_and_gone_after_a_reset() {
         assert_eq!(block(&mut guest, 5), 1, "the second half of a pair that the reset met is not written");
         assert_eq!(submit(&mut guest, 2, &pair(5, ones, ones)), [OK, OK], "nothing is claimed any more");
     }
+}
+
+#[test]
+fn a_pair_that_a_reset_forgets_is_not_waited_for_by_who_removed_its_namespace() {
+    let control = Arc::new(FaultControl::default());
+    let mut guest = ready(Arc::new(FaultImage::new(memory_image(64 * 512), control.clone())));
+    let (zeroes, ones) = pages(&mut guest);
+    control.inject(Target::Any, 0, 1, Fault::Hold);
+    guest.push(2, transfer(nvm::WRITE, 1, 5, 1, ones));
+    guest.ring(2);
+    guest.run();
+    for entry in pair(5, zeroes, ones) {
+        guest.push(1, entry);
+    }
+    guest.ring(1);
+    guest.run();
+    let subsystem = Arc::clone(guest.controller.subsystem());
+    assert!(!subsystem.remove(1, Duration::ZERO).unwrap(), "both are in flight there");
+    guest.run();
+    guest.write32(regs::CC, 0x0046_0000);
+    guest.run();
+    finish(&mut guest, &control);
+    guest.run();
+    assert_eq!(guest.read32(regs::CSTS), 0);
+    assert!(guest.controller.is_quiet(), "nothing is in flight anywhere");
+    assert_eq!(subsystem.images().len(), 1);
 }
