@@ -106,6 +106,9 @@ impl Admin {
     /// returned when the Identify command is issued with the CNS field set to 02h, have changed" (Base figure 152).
     fn tell_of(&mut self, pool: &Pool, changes: &[Change]) {
         for change in changes {
+            if change.is_another {
+                self.restart_self_test(change.nsid);
+            }
             if change.is_another
                 && let Some(place) = self.features.error_recovery.get_mut(change.nsid as usize - 1)
             {

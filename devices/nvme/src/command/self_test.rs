@@ -123,6 +123,25 @@ impl Admin {
         );
     }
 
+    /// Namespace `nsid` is another one now, or none: what was read of the one before says nothing of it.
+    pub(crate) fn restart_self_test(&mut self, nsid: u32) {
+        let Some(running) = self.self_test.running.as_mut().filter(|test| test.sweep.nsid == nsid) else {
+            return;
+        };
+        if running.sweep.scope == nsid {
+            return self.end_self_test(log::SELF_TEST_NAMESPACE_REMOVED, None);
+        }
+        running.sweep.offset_bytes = 0;
+        running.probe_until_bytes = None;
+        self.forget_self_test_request();
+    }
+
+    /// What a test still has in flight is nobody's.
+    fn forget_self_test_request(&mut self) {
+        let own = |job: &Job| matches!(job, Job::Operation { kind: Kind::SelfTest, .. });
+        self.jobs.iter_mut().map(|(_, job)| job).filter(|job| own(job)).for_each(|job| *job = Job::Nothing);
+    }
+
     /// Nothing is left to read.
     pub(crate) fn complete_self_test(&mut self) {
         let Some(running) = &self.self_test.running else { return };
@@ -138,9 +157,7 @@ impl Admin {
     /// Ends the test that is running, if one is, and notes how.
     pub(crate) fn end_self_test(&mut self, result: u8, failure: Option<(u32, u64, Status)>) {
         let Some(running) = self.self_test.running.take() else { return };
-        // What it still has in flight is nobody's.
-        let own = |job: &Job| matches!(job, Job::Operation { kind: Kind::SelfTest, .. });
-        self.jobs.iter_mut().map(|(_, job)| job).filter(|job| own(job)).for_each(|job| *job = Job::Nothing);
+        self.forget_self_test_request();
         let now = self.paused_at.unwrap_or_else(Instant::now);
         let mut entry = SelfTestResult {
             status: result | running.code << 4,

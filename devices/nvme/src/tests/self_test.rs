@@ -1,6 +1,7 @@
 //! Device Self-test: what it reads, what it finds, and what ends it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use block::{Failure, Fault, FaultControl, FaultImage, Target};
 use nvme_spec::identify::{IdentifyController, cns};
@@ -246,5 +247,36 @@ fn self_tests_that_nobody_can_have_made_are_refused() {
         change(changed.self_test.as_mut().unwrap());
         let error = load(&changed).err().unwrap().to_string();
         assert!(error.contains(expected), "{expected}: {error}");
+    }
+}
+
+#[test]
+fn a_namespace_that_goes_amid_its_test_leaves_a_controller_that_can_move() {
+    for (nsid, outcome) in [(1, log::SELF_TEST_NAMESPACE_REMOVED), (NSID_BROADCAST, log::SELF_TEST_PASSED)] {
+        for in_flight in [false, true] {
+            let (control, mut guest) = on_faulty(4);
+            control.inject(Target::Read, 1, 1, Fault::Hold);
+            guest.admin(test(nsid, EXTENDED)).unwrap();
+            guest.run();
+            let subsystem = Arc::clone(guest.controller.subsystem());
+            if in_flight {
+                assert!(!subsystem.remove(1, Duration::ZERO).unwrap());
+                guest.run();
+            }
+            // The test goes on after the reset, and nothing of it before.
+            guest.write32(regs::CC, 0x0046_0000);
+            guest.run();
+            control.release_held();
+            guest.run_until("the end of the reset", |guest| guest.read32(regs::CSTS) == 0);
+            if !in_flight {
+                subsystem.remove(1, Duration::ZERO).unwrap();
+                guest.run();
+            }
+            guest.namespaces.retain(|namespace| namespace.nsid != 1);
+            guest.migrate(2);
+            guest.enable();
+            let result = result(&mut guest);
+            assert_eq!((result.status, result.nsid), (outcome | (EXTENDED as u8) << 4, nsid));
+        }
     }
 }
