@@ -391,6 +391,8 @@ impl Admin {
         if matches!(before, WriteProtection::UntilPowerCycle | WriteProtection::Permanent) {
             return Err(Status::FEATURE_NOT_CHANGEABLE.do_not_retry());
         }
+        // A format or sanitize operation that has it is going to write.
+        namespace::ready(&self.namespaces, entry.nsid)?;
         self.change_namespaces(pool, entry.nsid, |namespace| namespace.protect(wanted));
         self.keep();
         if wanted == WriteProtection::None {

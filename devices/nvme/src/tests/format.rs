@@ -261,3 +261,24 @@ fn a_format_that_nobody_can_have_begun_is_refused() {
     let error = load(&changed).err().unwrap().to_string();
     assert!(error.contains("namespaces[6].block_shift is 10"), "{error}");
 }
+
+#[test]
+fn a_namespace_is_not_protected_from_the_format_that_has_it() {
+    let (control, backend) = held(IMAGE_BYTES);
+    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let protect = SubmissionEntry {
+        opcode: admin::SET_FEATURES,
+        nsid: 1,
+        cdw10: feature::NAMESPACE_WRITE_PROTECTION.into(),
+        cdw11: feature::WRITE_PROTECT,
+        ..SubmissionEntry::default()
+    };
+    control.inject(Target::Any, 1, 1, Fault::Hold);
+    let (cid, answers) = begin(&mut guest, format(1, 0));
+    assert_eq!(answers, 0);
+    assert_eq!(guest.admin(protect), Err(Status::FORMAT_IN_PROGRESS));
+    control.release_held();
+    guest.run_until("the end of the format", |guest| guest.reap(0).iter().any(|entry| entry.cid == cid));
+    guest.admin(protect).unwrap();
+    assert_eq!(guest.admin(format(1, 0)), Err(Status::NAMESPACE_WRITE_PROTECTED));
+}
