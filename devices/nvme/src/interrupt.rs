@@ -169,7 +169,8 @@ impl Worker {
                 if due {
                     shared.send(cq);
                 }
-                cq.delayed.until.is_some()
+                cq.is_in_delayed = cq.delayed.until.is_some();
+                cq.is_in_delayed
             });
         }
         if !shared.endpoint.uses_pin() {

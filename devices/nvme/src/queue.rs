@@ -312,6 +312,8 @@ pub(crate) struct CompletionQueue {
     pub listed: bool,
     /// Interrupt coalescing.
     pub delayed: Delayed,
+    /// It is in the worker's list of queues with delayed interrupts, which may be left there while none is.
+    pub is_in_delayed: bool,
 }
 
 impl CompletionQueue {
@@ -338,6 +340,7 @@ impl CompletionQueue {
             waiting: false,
             listed: false,
             delayed: Delayed::default(),
+            is_in_delayed: false,
         })
     }
 

@@ -441,13 +441,12 @@ impl Worker {
         let mut outcome = Ok(());
         listed.retain(|&cq_index| {
             let Some(cq) = cqs[cq_index as usize].as_mut() else { return false };
-            let was_delayed = cq.delayed.until.is_some();
             let sq_head = |ended: &Ended| sqs[ended.sq_index as usize].as_ref().map_or(0, |queue| queue.head);
             match post_queue(shared, cq, sq_head) {
                 Ok(posted) => completed += u64::from(posted),
                 Err(gone) => outcome = Err(gone),
             }
-            if !was_delayed && cq.delayed.until.is_some() {
+            if cq.delayed.until.is_some() && !std::mem::replace(&mut cq.is_in_delayed, true) {
                 delayed.push(cq_index);
             }
             cq.listed = !cq.backlog.is_empty();

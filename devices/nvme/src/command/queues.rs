@@ -100,8 +100,10 @@ impl Admin {
         if worker.cq_mut(shared, id).is_none_or(|cq| cq.users > 0) {
             return Err(Status::INVALID_QUEUE_DELETION.do_not_retry());
         }
-        if let Some(cq) = worker.cqs[usize::from(id) / pool.workers.len()].take() {
+        let place = usize::from(id) / pool.workers.len();
+        if let Some(cq) = worker.cqs[place].take() {
             close_cq(shared, worker.index, &cq);
+            worker.delayed.retain(|&index| index as usize != place);
         }
         shared.pin_queues.remove(id);
         shared.update_pin();

@@ -1,14 +1,16 @@
 //! The interrupt pin and interrupt coalescing.
 
+use std::sync::Arc;
 use std::time::Instant;
 
+use block::{Fault, FaultControl, FaultImage, Target};
 use nvme_spec::opcode::{admin, nvm};
 use nvme_spec::{SubmissionEntry, feature, regs};
 use pci::PciFunction;
 use proptest::prelude::*;
 
-use super::driver::{Guest, PATIENCE, namespace, transfer};
-use crate::ControllerConfig;
+use super::driver::{Guest, PATIENCE, memory_image, namespace, transfer};
+use crate::{ControllerConfig, NamespaceConfig};
 
 const COMMAND: u16 = 0x04;
 const MEMORY_AND_MASTER: u16 = 0b110;
@@ -425,4 +427,26 @@ proptest! {
     fn no_interrupt_is_forgotten_through_pauses_and_migrations(moves in prop::collection::vec(action(), 1..30)) {
         play_coalesced(&moves);
     }
+}
+
+#[test]
+fn a_queue_is_listed_once_however_often_its_interrupts_are_delayed() {
+    let control = Arc::new(FaultControl::default());
+    let backend = Arc::new(FaultImage::new(memory_image(64 * 512), control.clone()));
+    let config = ControllerConfig { queue_pairs: 4, vectors: 5, ..ControllerConfig::new("COALESCED") };
+    let mut guest = Guest::ready(config, vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    guest.create_pair(1, 16);
+    // Two entries, or the longest time there is.
+    set_feature(&mut guest, feature::INTERRUPT_COALESCING, 0xff << 8 | 1);
+    read(&mut guest, 1, 1);
+    for _ in 0..100 {
+        control.inject(Target::Read, 0, 1, Fault::Hold);
+        read(&mut guest, 1, 1);
+        // One that ends at the begin of a pass makes two, and one that ends later in it is delayed again.
+        control.release_held();
+        read(&mut guest, 1, 1);
+        guest.reap(1);
+    }
+    let worker = guest.controller.pool.worker(1 % guest.controller.workers());
+    assert!(worker.delayed.len() <= 1, "{:?}", worker.delayed);
 }
