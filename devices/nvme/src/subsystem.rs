@@ -163,6 +163,11 @@ impl Subsystem {
             let attached = attached.iter().copied().collect();
             let mut allocated = Allocated { namespace, created: false, attached };
             if let Some(record) = record {
+                let shift = record.shape.block_shift;
+                // The guest's format counts for more than how it is configured.
+                if namespace::FORMATS.contains(&shift) && allocated.namespace.can_have(shift) {
+                    allocated.namespace.set_format(shift);
+                }
                 allocated.protect_as(record)?;
             }
             *place = Some(allocated);

@@ -254,8 +254,13 @@ pub(crate) fn load_kept(pool: &Pool, admin: &mut Admin, kept: &KeptState) -> Res
     pool.shared.write_cache.store(admin.features.write_cache, Ordering::Release);
     admin.apply_features(&pool.shared);
     admin.firmware = firmware;
+    // A subsystem with a store knows that of its namespaces, and which of those that ever had an identifier it was.
+    let knows_better = pool.shared.subsystem.is_managed();
     admin.change_namespaces(pool, NSID_BROADCAST, |namespace| {
         let nsid = namespace.nsid;
+        if knows_better {
+            return;
+        }
         if let Some(kept) = kept.formats.iter().find(|kept| kept.nsid == nsid)
             && namespace.can_have(kept.block_shift)
         {
