@@ -149,6 +149,8 @@ pub(crate) struct Admin {
     pub buffers: Option<Buffers>,
     /// Those that are attached to this controller.
     pub namespaces: NamespaceTable,
+    /// All of the subsystem, for what is done to them whether they are attached or not.
+    pub allocated: NamespaceTable,
     pub following: Following,
     /// Namespaces that changed since the host read the log, for log page 04h.
     pub changed_namespaces: Vec<u32>,
@@ -186,6 +188,7 @@ impl Admin {
             keep_alive: None,
             buffers: None,
             namespaces,
+            allocated: shared.subsystem.allocated(),
             following: Following::new(generation),
             changed_namespaces: Vec::new(),
             health: Health::after(smart),

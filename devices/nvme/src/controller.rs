@@ -125,6 +125,9 @@ impl Controller {
             .map(|(index, context)| {
                 let mut worker = Worker::new(index, context, namespace::copy_for_worker(&table.1));
                 worker.walker.set_window(&shared.window);
+                if index == 0 {
+                    worker.allocated = subsystem.allocated();
+                }
                 Mutex::new(worker)
             })
             .collect();

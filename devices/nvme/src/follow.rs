@@ -54,6 +54,8 @@ impl Admin {
                 pool.worker(index).take_namespaces(namespace::copy_for_worker(&table), &changes);
             }
             self.namespaces = table;
+            self.allocated = shared.subsystem.allocated();
+            pool.worker(0).allocated = namespace::copy_for_worker(&self.allocated);
             self.following.taken = generation;
             self.tell_of(pool, &changes);
         }

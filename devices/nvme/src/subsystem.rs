@@ -350,6 +350,12 @@ impl Subsystem {
         (self.generation(), table)
     }
 
+    /// All namespaces, attached or not.
+    pub(crate) fn allocated(&self) -> NamespaceTable {
+        let place = |place: &Option<Allocated>| Some(Arc::new(place.as_ref()?.namespace.clone()));
+        self.contents().namespaces.iter().map(place).collect()
+    }
+
     /// Controller `id` works with the namespaces of `generation`, and nothing of it is where they are not any more.
     pub(crate) fn followed(&self, id: u16, generation: u64) {
         if let Some(member) = self.contents().controllers.get_mut(&id) {

@@ -41,6 +41,8 @@ pub(crate) struct Worker {
     /// Indexes into `sqs` that are free.
     pub free_sqs: Vec<u32>,
     pub namespaces: NamespaceTable,
+    /// Those that operations of the controller go to, which may not be attached. Of worker 0 alone.
+    pub allocated: NamespaceTable,
     pub walker: DataWalker,
     pub counters: Counters,
     /// Admin tokens of what ended, for worker 0.
@@ -78,6 +80,7 @@ impl Worker {
             sq_places: BTreeMap::new(),
             free_sqs: Vec::new(),
             namespaces,
+            allocated: NamespaceTable::default(),
             walker: DataWalker::new(u64::from(crate::config::MIN_PAGE_BYTES)),
             counters: Counters::default(),
             admin_ended: Vec::new(),
@@ -252,7 +255,11 @@ impl Worker {
     /// Starts the next step of a command. `false`: there is none.
     pub fn next_step(&mut self, slot_index: u32) -> bool {
         while let Some(step) = self.slots[slot_index as usize].steps.pop() {
-            let namespace = match namespace::find(&self.namespaces, step.nsid) {
+            let table = match self.slots[slot_index as usize].owner {
+                Owner::Admin(_) => &self.allocated,
+                _ => &self.namespaces,
+            };
+            let namespace = match namespace::find(table, step.nsid) {
                 Ok(namespace) => namespace,
                 // A namespace that is gone by now has nothing left to flush; of anything else the guest learns that it was not done.
                 Err(_) if self.slots[slot_index as usize].goes_on => continue,
@@ -332,7 +339,8 @@ impl Worker {
             return;
         }
         slot.copied += u32::from(matches!(running.operation, Operation::Copy { .. }));
-        if let Ok(namespace) = namespace::find(&self.namespaces, running.nsid) {
+        let table = if matches!(slot.owner, Owner::Admin(_)) { &self.allocated } else { &self.namespaces };
+        if let Ok(namespace) = namespace::find(table, running.nsid) {
             namespace.heal(running.offset_bytes, running.length_bytes);
         }
     }

@@ -1,5 +1,5 @@
-//! Sanitize (Base 5.24, 8.20): every block of every namespace is erased or overwritten in the background, over resets and migrations,
-//! and until that is done nothing reaches the namespaces.
+//! Sanitize (Base 5.24, 8.20): every block of every namespace, attached or not, is erased or overwritten in the background, over resets
+//! and migrations, and until that is done nothing reaches the namespaces.
 //!
 //! Block erase writes zeroes, and makes holes unless it must not deallocate. Overwrite writes its pattern, or the pattern and its
 //! inverse in turn, as often as asked for, and gives the blocks back afterwards unless it must not. Each pass ends with a flush of
@@ -160,7 +160,7 @@ impl Admin {
         if self.format.is_some() {
             return Err(Status::FORMAT_IN_PROGRESS);
         }
-        if namespace::active(&self.namespaces).any(|namespace| namespace.read_only) {
+        if namespace::active(&self.allocated).any(|namespace| namespace.read_only) {
             return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
         }
         self.end_self_test(log::SELF_TEST_SANITIZED, None);
@@ -190,7 +190,7 @@ impl Admin {
         if !running.quiet {
             return Next::Quiet(running.sweep);
         }
-        let Some(chunk) = running.sweep.next_chunk(&self.namespaces) else { return Next::End };
+        let Some(chunk) = running.sweep.next_chunk(&self.allocated) else { return Next::End };
         let step = Step {
             nsid: chunk.nsid,
             operation: self.sanitize_operation(running),
@@ -222,12 +222,12 @@ impl Admin {
         let command = self.sanitize.command;
         let Some(running) = &mut self.sanitize.running else { return };
         running.sweep.advance(chunk);
-        if let Ok(namespace) = namespace::find(&self.namespaces, chunk.nsid)
+        if let Ok(namespace) = namespace::find(&self.allocated, chunk.nsid)
             && chunk.is_last
         {
             namespace.uncorrectable.heal(0, u64::MAX);
         }
-        if running.sweep.next_chunk(&self.namespaces).is_none() {
+        if running.sweep.next_chunk(&self.allocated).is_none() {
             running.pass += 1;
             self.sanitize.passes = running.pass.min(overwrites(command));
             if running.pass < passes(command) {
@@ -258,7 +258,7 @@ impl Admin {
         let progress = sanitize.running.map_or(0xffff, |running| {
             let all = u64::from(passes(sanitize.command));
             let whole = 0x1_0000 / all;
-            (u64::from(running.pass) * whole + running.sweep.progress(&self.namespaces, whole)).min(0xfffe)
+            (u64::from(running.pass) * whole + running.sweep.progress(&self.allocated, whole)).min(0xfffe)
         });
         let status = match (sanitize.running, sanitize.outcome) {
             (Some(_), _) => log::SANITIZE_IN_PROGRESS,

@@ -16,7 +16,7 @@ use crate::command::self_test::{EXTENDED, RESULTS, SHORT, SelfTest, Testing};
 use crate::config::MAX_NAMESPACES;
 use crate::firmware::{Firmware, GRANULARITY_BYTES, SLOTS, Staging, is_revision};
 use crate::maintenance::Sweep;
-use crate::namespace::{self, FORMATS, WriteProtection};
+use crate::namespace::{self, FORMATS, NamespaceTable, WriteProtection};
 use crate::non_volatile::KeptState;
 use crate::persistent::is_context;
 use crate::smart::MEDIA_WARNINGS;
@@ -125,7 +125,7 @@ fn refuse_again(pool: &Pool, admin: &mut Admin) {
     }
 }
 
-fn sweep(admin: &Admin, path: &str, saved: &SweepState) -> Result<Sweep, Error> {
+fn sweep(table: &NamespaceTable, path: &str, saved: &SweepState) -> Result<Sweep, Error> {
     let &SweepState { scope, nsid, offset_bytes } = saved;
     let first = if scope == NSID_BROADCAST { 1 } else { scope };
     let last = if scope == NSID_BROADCAST { MAX_NAMESPACES } else { scope };
@@ -135,7 +135,7 @@ fn sweep(admin: &Admin, path: &str, saved: &SweepState) -> Result<Sweep, Error> 
     if !(first..=last + 1).contains(&nsid) {
         return refuse(format!("{path}.nsid"), nsid, "it is not a namespace of the operation");
     }
-    let size_bytes = namespace::find(&admin.namespaces, nsid).map_or(0, |namespace| namespace.size_bytes());
+    let size_bytes = namespace::find(table, nsid).map_or(0, |namespace| namespace.size_bytes());
     if offset_bytes != 0 && u128::from(offset_bytes) >= size_bytes || !offset_bytes.is_multiple_of(512) {
         return refuse(format!("{path}.offset_bytes"), offset_bytes, "it is not a place in the namespace");
     }
@@ -175,7 +175,7 @@ fn self_test(admin: &Admin, saved: &SelfTestState) -> Result<SelfTest, Error> {
             Some(Testing { code: saved.code, sweep: Sweep::new(0), probe_until_bytes })
         }
         SHORT | EXTENDED => {
-            let sweep = sweep(admin, "self_test.sweep", &saved.sweep)?;
+            let sweep = sweep(&admin.namespaces, "self_test.sweep", &saved.sweep)?;
             if probe_until_bytes.is_some_and(|until_bytes| until_bytes <= sweep.offset_bytes) {
                 let reason = "it is not after what is done";
                 return refuse("self_test.probe_until_bytes", saved.probe_until_bytes, reason);
@@ -195,7 +195,7 @@ fn format(admin: &Admin, saved: &FormatState, has_queue: bool) -> Result<Format,
         return refuse("format.cid", saved.cid, "nobody waits for it");
     }
     let cid = saved.waits.then_some(saved.cid);
-    let sweep = sweep(admin, "format.sweep", &saved.sweep)?;
+    let sweep = sweep(&admin.namespaces, "format.sweep", &saved.sweep)?;
     Ok(Format { cid, format: saved.format, sweep, quiet: false })
 }
 
@@ -224,7 +224,7 @@ fn sanitize(admin: &Admin, saved: &SanitizeState) -> Result<Sanitize, Error> {
             if saved.sweep.scope != NSID_BROADCAST {
                 return refuse("sanitize.sweep.scope", saved.sweep.scope, "it is not about all namespaces");
             }
-            let sweep = sweep(admin, "sanitize.sweep", &saved.sweep)?;
+            let sweep = sweep(&admin.allocated, "sanitize.sweep", &saved.sweep)?;
             Some(Sanitizing { pattern: saved.pattern, pass: saved.pass, sweep, quiet: false })
         }
         false if (saved.pattern, saved.pass, saved.sweep) == (0, 0, NO_SWEEP) => None,

@@ -15,6 +15,8 @@ use super::driver::{Guest, namespace, transfer};
 use super::store::{Memory, controller_in, guest_in, managed, migrate_managed};
 use crate::{ControllerConfig, Error, Subsystem};
 
+mod kept;
+
 const QUOTA_BYTES: u64 = 1 << 20;
 /// CDW11 of a deallocating Dataset Management.
 const DEALLOCATE: u32 = 1 << 2;
@@ -477,47 +479,6 @@ fn without_power_namespaces_attachments_and_counters_are_kept() {
     assert!(error.contains("namespace 3") && error.contains("the guest has created one"), "{error}");
     store.lose_images();
     assert!(matches!(refused(&[]), Error::NamespaceImage { nsid: 1, .. }));
-}
-
-#[test]
-fn without_power_a_namespace_keeps_its_format_and_none_has_that_of_one_before_it() {
-    let store = Memory::new(QUOTA_BYTES);
-    let mut guest = ready(&store);
-    let format =
-        |nsid| SubmissionEntry { opcode: admin::FORMAT_NVM, nsid, cdw10: 1, ..SubmissionEntry::default() };
-    let protect = SubmissionEntry {
-        opcode: admin::SET_FEATURES,
-        nsid: 1,
-        cdw10: feature::NAMESPACE_WRITE_PROTECTION.into(),
-        cdw11: feature::WRITE_PROTECT,
-        ..SubmissionEntry::default()
-    };
-    assert_eq!(create(&mut guest, 64, 0), Ok(1));
-    attach(&mut guest, 1, &[0]).unwrap();
-    for nsid in [1, 2] {
-        guest.admin(format(nsid)).unwrap();
-    }
-    guest.admin(protect).unwrap();
-    guest.admin(deletion(1)).unwrap();
-    assert_eq!(create(&mut guest, 64, 0), Ok(1));
-    attach(&mut guest, 1, &[0]).unwrap();
-    drop(guest);
-    let mut guest = ready(&store);
-    assert_eq!([1, 2].map(|nsid| about(&mut guest, cns::NAMESPACE, nsid).flbas), [0, 1]);
-    write(&mut guest, 1, 63, 3).unwrap();
-    // One that is not attached when something is kept has its format too.
-    detach(&mut guest, 2, &[0]).unwrap();
-    let save = SubmissionEntry {
-        opcode: admin::SET_FEATURES,
-        cdw10: u32::from(feature::TEMPERATURE_THRESHOLD) | feature::SAVE,
-        cdw11: 350,
-        ..SubmissionEntry::default()
-    };
-    guest.admin(save).unwrap();
-    drop(guest);
-    let mut guest = ready(&store);
-    assert_eq!(about(&mut guest, cns::ALLOCATED_NAMESPACE, 2).flbas, 1);
-    assert_eq!(read(&mut guest, 1, 63), Ok(3));
 }
 
 /// What a guest sees of its namespaces.

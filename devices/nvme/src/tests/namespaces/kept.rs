@@ -1,0 +1,86 @@
+//! What becomes of formats without power, and of data in namespaces that are not attached.
+
+use block::{Fault, Target};
+use nvme_spec::identify::cns;
+use nvme_spec::opcode::{self, admin};
+use nvme_spec::{SubmissionEntry, feature, log};
+
+use super::{
+    Memory, QUOTA_BYTES, about, attach, create, deletion, detach, migrate_managed, read, ready, write,
+};
+
+#[test]
+fn without_power_a_namespace_keeps_its_format_and_none_has_that_of_one_before_it() {
+    let store = Memory::new(QUOTA_BYTES);
+    let mut guest = ready(&store);
+    let format =
+        |nsid| SubmissionEntry { opcode: admin::FORMAT_NVM, nsid, cdw10: 1, ..SubmissionEntry::default() };
+    let protect = SubmissionEntry {
+        opcode: admin::SET_FEATURES,
+        nsid: 1,
+        cdw10: feature::NAMESPACE_WRITE_PROTECTION.into(),
+        cdw11: feature::WRITE_PROTECT,
+        ..SubmissionEntry::default()
+    };
+    assert_eq!(create(&mut guest, 64, 0), Ok(1));
+    attach(&mut guest, 1, &[0]).unwrap();
+    for nsid in [1, 2] {
+        guest.admin(format(nsid)).unwrap();
+    }
+    guest.admin(protect).unwrap();
+    guest.admin(deletion(1)).unwrap();
+    assert_eq!(create(&mut guest, 64, 0), Ok(1));
+    attach(&mut guest, 1, &[0]).unwrap();
+    drop(guest);
+    let mut guest = ready(&store);
+    assert_eq!([1, 2].map(|nsid| about(&mut guest, cns::NAMESPACE, nsid).flbas), [0, 1]);
+    write(&mut guest, 1, 63, 3).unwrap();
+    // One that is not attached when something is kept has its format too.
+    detach(&mut guest, 2, &[0]).unwrap();
+    let save = SubmissionEntry {
+        opcode: admin::SET_FEATURES,
+        cdw10: u32::from(feature::TEMPERATURE_THRESHOLD) | feature::SAVE,
+        cdw11: 350,
+        ..SubmissionEntry::default()
+    };
+    guest.admin(save).unwrap();
+    drop(guest);
+    let mut guest = ready(&store);
+    assert_eq!(about(&mut guest, cns::ALLOCATED_NAMESPACE, 2).flbas, 1);
+    assert_eq!(read(&mut guest, 1, 63), Ok(3));
+}
+
+#[test]
+fn a_namespace_that_is_not_attached_is_sanitized_too() {
+    let store = Memory::new(16 << 20);
+    let mut guest = ready(&store);
+    let blocks = 12 << 11;
+    assert_eq!(create(&mut guest, blocks, 0), Ok(1));
+    attach(&mut guest, 1, &[0]).unwrap();
+    let places = [0, blocks / 2, blocks - 1];
+    places.iter().for_each(|&lba| write(&mut guest, 1, lba, 7).unwrap());
+    detach(&mut guest, 1, &[0]).unwrap();
+    // In its midst the guest moves.
+    store.faults.inject(Target::Any, 1, 1, Fault::Hold);
+    let sanitize = SubmissionEntry {
+        opcode: admin::SANITIZE,
+        cdw10: opcode::SANITIZE_BLOCK_ERASE,
+        ..SubmissionEntry::default()
+    };
+    guest.admin(sanitize).unwrap();
+    guest.run();
+    assert_eq!(store.faults.held(), 1);
+    guest.controller.begin_pause();
+    store.faults.release_held();
+    migrate_managed(&mut guest, &store).unwrap();
+    let log = SubmissionEntry {
+        opcode: admin::GET_LOG_PAGE,
+        cdw10: u32::from(log::id::SANITIZE_STATUS) | 127 << 16,
+        ..SubmissionEntry::default()
+    };
+    guest.run_until("the end of the operation", |guest| {
+        log::SanitizeStatusLog::from_bytes(&guest.admin_data(log).unwrap()).status & 7 == 1
+    });
+    attach(&mut guest, 1, &[0]).unwrap();
+    places.iter().for_each(|&lba| assert_eq!(read(&mut guest, 1, lba), Ok(0), "block {lba}"));
+}
