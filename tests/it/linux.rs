@@ -140,8 +140,9 @@ fn the_tools_guest_agrees_with_its_devices_before_and_after_it_lay_in_a_file() {
     let folder = guest_folder("tools");
     let file = |name: &str| folder.join(name).display().to_string();
     let image = ext4_image(&bed);
+    let store = bed.path("kept");
     let machine = Machine::new("192M")
-        .controller("serial=d0,queues=4")
+        .controller(&format!("serial=d0,queues=4,subsystem={},capacity=64M", store.display()))
         .image("d0", 1, &image)
         .namespace("controller=d0,nsid=2,backend=memory,size=16M");
     let booted = machine.clone().flag("--initrd", file("initramfs.cpio"));
@@ -161,7 +162,13 @@ fn the_tools_guest_agrees_with_its_devices_before_and_after_it_lay_in_a_file() {
     let incoming = machine.flag("--incoming", format!("file:{}", file.display()));
     let mut vm = Vm::start(&bed, "restored", incoming.flags().to_vec());
     let mut guest = Guest { next: 0 };
-    for step in ["test -f /sys/firmware/acpi/tables/MCFG", random] {
+    for step in [
+        "nvme format /dev/nvme0n2 --lbaf=1 --force",
+        "nvme create-ns /dev/nvme0 --nsze=2048 --ncap=2048 --flbas=0",
+        "nvme sanitize /dev/nvme0 --sanact=2",
+        "test -f /sys/firmware/acpi/tables/MCFG",
+        random,
+    ] {
         guest.runs(&vm, step);
     }
     guest.says(&vm, "commands passed");
