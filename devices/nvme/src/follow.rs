@@ -6,6 +6,7 @@ use nvme_spec::{NSID_BROADCAST, Status};
 
 use crate::admin::{Admin, Phase, Pool};
 use crate::namespace::{self, Namespace, NamespaceTable};
+use crate::subsystem::Subsystem;
 use crate::worker::{Owner, Worker};
 
 /// A command that changed the subsystem, and is answered when every controller has followed.
@@ -33,6 +34,11 @@ impl Following {
     /// Commands that wait for the end of their change.
     pub fn pending(&self) -> usize {
         self.pending.len()
+    }
+
+    /// Whether every controller works with the tables of this one, and has nothing in flight that they took away.
+    pub fn is_followed(&self, subsystem: &Subsystem) -> bool {
+        subsystem.is_followed(self.taken)
     }
 
     /// Answers to commands that nobody waits for any more.
@@ -117,7 +123,7 @@ impl Admin {
                 *place = 0;
             }
             // A reset clears the log and the events.
-            if self.phase == Phase::Ready {
+            if self.phase == Phase::Ready && change.is_seen {
                 self.tell_namespace_changed(pool, change.nsid);
             }
         }
@@ -130,22 +136,31 @@ pub(crate) struct Change {
     pub nsid: u32,
     /// It is another namespace, or none, or one where there was none.
     pub is_another: bool,
-    /// Commands in flight may be where nothing is any more.
+    /// Commands in flight may be where nothing is any more, or where an operation is about to write.
     pub drains: bool,
+    /// The host can tell.
+    pub is_seen: bool,
 }
 
 fn changes(before: &NamespaceTable, after: &NamespaceTable) -> Vec<Change> {
     let change = |index: usize| {
         let (before, after) = (before[index].as_deref(), after[index].as_deref());
+        let mut is_seen = true;
         let (is_another, drains) = match (before, after) {
             (None, None) => return None,
             (None, Some(_)) => (true, false),
             (Some(_), None) => (true, true),
             (Some(before), Some(after)) if before.uuid != after.uuid => (true, true),
-            (Some(before), Some(after)) if looks_the_same(before, after) => return None,
-            (Some(before), Some(after)) => (false, after.size_bytes() < before.size_bytes()),
+            (Some(before), Some(after)) => {
+                let is_taken = before.refusal.is_none() && after.refusal.is_some();
+                is_seen = !looks_the_same(before, after);
+                if !is_seen && !is_taken {
+                    return None;
+                }
+                (false, is_taken || after.size_bytes() < before.size_bytes())
+            }
         };
-        Some(Change { nsid: index as u32 + 1, is_another, drains })
+        Some(Change { nsid: index as u32 + 1, is_another, drains, is_seen })
     };
     (0..before.len().min(after.len())).filter_map(change).collect()
 }

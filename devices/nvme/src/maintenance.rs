@@ -160,7 +160,8 @@ impl Admin {
                 Next::Quiet(sweep) => {
                     // Set before the workers are looked at: one that ends a command later sees it.
                     pool.shared.tells_of_ends.store(true, Ordering::SeqCst);
-                    if is_quiet(pool, &sweep) {
+                    // Another controller that has followed refuses commands too, and wakes this one.
+                    if is_quiet(pool, &sweep) && self.following.is_followed(&pool.shared.subsystem) {
                         self.found_quiet(kind);
                         more = true;
                     } else {

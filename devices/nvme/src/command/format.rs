@@ -9,6 +9,8 @@
 //! opened with another block size says nothing then. A controller without a place for what outlives its power begins with the block size
 //! that it was configured with.
 
+use std::sync::Arc;
+
 use block::Operation;
 use nvme_spec::log;
 use nvme_spec::persistent::{FormatCompletionEvent, FormatStartEvent, kind};
@@ -65,6 +67,11 @@ impl Admin {
         }
         if concerned().any(|namespace| namespace.read_only) {
             return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
+        }
+        // Another controller's operation has one of them.
+        let taken = |ns: &Arc<Namespace>| ns.refusal.filter(|_| sweep.covers(ns.nsid));
+        if let Some(status) = namespace::active(&self.allocated).find_map(taken) {
+            return Err(status);
         }
         if self.self_test.running.is_some_and(|test| test.sweep.meets(&sweep)) {
             self.end_self_test(log::SELF_TEST_FORMATTED, None);

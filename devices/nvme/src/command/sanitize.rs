@@ -163,6 +163,11 @@ impl Admin {
         if namespace::active(&self.allocated).any(|namespace| namespace.read_only) {
             return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
         }
+        // Another controller's operation has one of them.
+        let taken = namespace::active(&self.allocated).find_map(|ns| ns.refusal);
+        if let Some(status) = taken.filter(|_| !failed) {
+            return Err(status);
+        }
         self.end_self_test(log::SELF_TEST_SANITIZED, None);
         let sweep = Sweep::new(NSID_BROADCAST);
         self.sanitize.command = entry.cdw10 & COMMAND_BITS;

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use block::{Backend, Failure, Fault, FaultControl, FaultImage, Target};
 use nvme_spec::event::Event;
 use nvme_spec::identify::{IdentifyNamespace, OAES_NAMESPACE_ATTRIBUTE, cns};
-use nvme_spec::opcode::{admin, nvm};
+use nvme_spec::opcode::{self, admin, nvm};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, regs};
 
 use super::driver::{Guest, PATIENCE, memory_image, namespace, transfer};
 use crate::maintenance::CHUNK_BYTES;
-use crate::{Controller, ControllerConfig, Error, NamespaceConfig, NvmeState};
+use crate::{Controller, ControllerConfig, Error, NamespaceConfig, NvmeState, Subsystem};
 
 /// Three requests, the last of them a short one.
 const IMAGE_BYTES: usize = 2 * CHUNK_BYTES as usize + 8192;
@@ -281,4 +281,44 @@ fn a_namespace_is_not_protected_from_the_format_that_has_it() {
     guest.run_until("the end of the format", |guest| guest.reap(0).iter().any(|entry| entry.cid == cid));
     guest.admin(protect).unwrap();
     assert_eq!(guest.admin(format(1, 0)), Err(Status::NAMESPACE_WRITE_PROTECTED));
+}
+
+#[test]
+fn a_format_waits_for_the_commands_of_other_controllers_and_has_its_namespace_alone() {
+    let (control, backend) = held(64 * 512);
+    let namespaces = [NamespaceConfig { nsid: 1, block_bytes: 512, backend }];
+    let subsystem = Subsystem::new("FORMAT", &namespaces, true).unwrap();
+    let [mut one, mut other] = [0, 1].map(|id| {
+        let mut guest = Guest::member(&subsystem, id, config());
+        guest.enable();
+        guest.create_pair(1, 8);
+        guest
+    });
+    let page = other.pages(1);
+    other.write_bytes(page, &[0xaa; 512]);
+    control.inject(Target::Any, 0, 1, Fault::Hold);
+    other.push(1, transfer(nvm::WRITE, 1, 5, 1, page));
+    other.ring(1);
+    other.run();
+    let (cid, _) = begin(&mut one, format(1, 0));
+    other.run();
+    one.run();
+    assert_eq!((control.held(), control.seen()), (1, 1), "nothing is erased while the write is in flight");
+    assert_eq!(other.io(1, transfer(nvm::READ, 1, 5, 1, page)).err(), Some(Status::FORMAT_IN_PROGRESS));
+    assert_eq!(other.admin(format(1, 0)), Err(Status::FORMAT_IN_PROGRESS));
+    let sanitize = SubmissionEntry {
+        opcode: admin::SANITIZE,
+        cdw10: opcode::SANITIZE_BLOCK_ERASE,
+        ..SubmissionEntry::default()
+    };
+    assert_eq!(other.admin(sanitize), Err(Status::FORMAT_IN_PROGRESS));
+    control.release_held();
+    one.run_until("the end of the format", |one| {
+        other.run();
+        one.reap(0).iter().any(|entry| entry.cid == cid)
+    });
+    other.run();
+    other.reap(1);
+    other.io(1, transfer(nvm::READ, 1, 5, 1, page)).unwrap();
+    assert_eq!(other.read_bytes(page, 512), [0; 512]);
 }
