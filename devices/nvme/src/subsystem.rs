@@ -99,6 +99,8 @@ struct Member {
 
 struct Removed {
     namespace: Namespace,
+    /// Its image is the store's.
+    created: bool,
     generation: u64,
 }
 
@@ -327,7 +329,8 @@ impl Subsystem {
             namespaces.map(|allocated| allocated.namespace.size_bytes()).sum()
         };
         // A deleted namespace has its place until its image is gone.
-        let removed: u128 = contents.removed.iter().map(|removed| removed.namespace.size_bytes()).sum();
+        let removed = contents.removed.iter().filter(|removed| removed.created);
+        let removed: u128 = removed.map(|removed| removed.namespace.size_bytes()).sum();
         let used = size(true) + removed;
         let quota = self.store.as_ref().map_or(0, |store| u128::from(store.capacity_bytes()));
         // A quota that was made smaller than what is used takes nothing away.
@@ -425,12 +428,12 @@ impl Subsystem {
             contents.removed = removed;
             (gone, contents.hosts())
         };
-        for Removed { namespace, .. } in gone {
+        for Removed { namespace, created, .. } in gone {
             let uuid = namespace.uuid;
             // No controller has commands there any more that could reserve it again.
             self.reservations.forget(namespace.nsid);
             drop(namespace);
-            if let Some(store) = &self.store {
+            if let Some(store) = self.store.as_ref().filter(|_| created) {
                 store.remove(&uuid);
             }
         }
@@ -549,7 +552,9 @@ impl Contents {
     /// Takes a namespace away; its image is used until all controllers have followed `generation`.
     pub fn remove(&mut self, nsid: u32, generation: u64) {
         let place = self.namespaces.get_mut((nsid as usize).wrapping_sub(1)).and_then(Option::take);
-        self.removed.extend(place.map(|allocated| Removed { namespace: allocated.namespace, generation }));
+        let removed =
+            place.map(|Allocated { namespace, created, .. }| Removed { namespace, created, generation });
+        self.removed.extend(removed);
     }
 
     /// The generation that the slowest controller has followed.

@@ -148,7 +148,9 @@ fn what_the_guest_has_created_is_not_the_hosts() {
     assert!(said(subsystem.add(&namespace(1, 8)).unwrap_err()).contains("the identifier is taken"));
     assert!(said(subsystem.remove(9, Duration::ZERO).unwrap_err()).contains("there is none"));
     assert!(said(subsystem.resize(1025, None).unwrap_err()).contains("there is none"));
+    let quota = subsystem.capacity_bytes().1;
     subsystem.remove(2, Duration::ZERO).unwrap();
+    assert_eq!(subsystem.capacity_bytes().1, quota, "it has nothing of the guest's place before it is gone");
     guest.run();
     let records = store.state().unwrap().allocations.namespaces;
     assert_eq!(records.iter().map(|record| record.shape.nsid).collect::<Vec<_>>(), [1]);

@@ -113,9 +113,8 @@ impl Store for Memory {
     }
 
     fn remove(&self, uuid: &[u8; 16]) {
-        if let Some(image) = self.images.lock().unwrap().remove(uuid) {
-            image.removed.store(true, Ordering::SeqCst);
-        }
+        let image = self.images.lock().unwrap().remove(uuid);
+        image.expect("an image of this store").removed.store(true, Ordering::SeqCst);
     }
 
     fn write(&self, state: &SubsystemState) -> Result<(), StoreError> {
