@@ -9,9 +9,9 @@
 //! Not saved, because it is derived: the phase of the controller (from CC and CSTS), which submission queues use a completion queue,
 //! which worker serves what, EventIdx values, the temperature warning, EUI-64.
 //!
-//! A controller with 64 queue pairs and 256 namespaces, two holes after each, has 17,325 bytes. Medians of three runs of
-//! `chrt -f 20 cargo bench -p nvme -- --verbose` on the reference host: 14 microseconds from the controller to them, 30 from them to a
-//! checked controller with its queues (16 of these to [`NvmeState`]); I/O contexts, images and the unused controller exist before.
+//! A controller with 64 queue pairs and 256 namespaces, two holes after each, has 17,325 bytes. Medians of one run of
+//! `chrt -f 20 cargo bench -p nvme --bench state -- --verbose` on the reference host while a guest ran on its other core: 27
+//! microseconds from the controller to them, 38 from them to a checked controller with its queues (18 of these to [`NvmeState`]); I/O contexts, images and the unused controller exist before.
 
 mod admin;
 mod reservations;
