@@ -10,7 +10,7 @@
 //! which worker serves what, EventIdx values, the temperature warning, EUI-64.
 //!
 //! A controller with 64 queue pairs and 256 namespaces, two holes after each, has 17,325 bytes. Medians of one run of
-//! `chrt -f 20 cargo bench -p nvme --bench state -- --verbose` on the reference host while a guest ran on its other core: 27
+//! `chrt -f 20 cargo bench -p nvme --bench state -- --verbose` on the reference host with its other core in use: 28
 //! microseconds from the controller to them, 38 from them to a checked controller with its queues (18 of these to [`NvmeState`]); I/O contexts, images and the unused controller exist before.
 
 mod admin;

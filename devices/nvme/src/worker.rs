@@ -143,11 +143,14 @@ impl Worker {
         self.post(shared)?;
         self.finish_interrupts(shared)?;
         let lane = &shared.lanes[self.index];
-        let before = lane.in_flight.swap(self.in_flight(), Ordering::SeqCst);
-        if !shared.active.load(Ordering::SeqCst) && before != 0 && self.in_flight() == 0 {
-            // A reset or shutdown waits for this.
-            shared.host.wake(0);
-        } else if before != self.in_flight() && shared.tells_of_ends.load(Ordering::SeqCst) {
+        let in_flight = self.in_flight();
+        let before = lane.in_flight.swap(in_flight, Ordering::SeqCst);
+        // A reset or shutdown waits for the last end, and whoever changes namespaces for every one.
+        let is_waited_for = || {
+            in_flight == 0 && !shared.active.load(Ordering::SeqCst)
+                || shared.tells_of_ends.load(Ordering::SeqCst)
+        };
+        if before != in_flight && is_waited_for() {
             shared.host.wake(0);
         }
         Ok(more)

@@ -1,6 +1,6 @@
 //! What a ring asks of the kernel and hears from it, noted for tests in the order in which it happens.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::Segment;
 use crate::transfer::Step;
@@ -31,7 +31,7 @@ pub(crate) struct Journal(Arc<Mutex<Vec<Moment>>>);
 
 impl Journal {
     pub(crate) fn moments(&self) -> MutexGuard<'_, Vec<Moment>> {
-        self.0.lock().unwrap()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn note(&self, moment: Moment) {

@@ -31,15 +31,15 @@
 //!
 //! # Speed
 //!
-//! Medians of one run of `chrt -f 20 cargo bench -p nvme --bench state -- --verbose` on the reference host while a guest ran on its
-//! other core, for QEMU's own section of 22,458 bytes with 65 slots and two queue pairs. I/O contexts and images exist before and are not measured.
+//! Medians of one run of `chrt -f 20 cargo bench -p nvme --bench state -- --verbose` on the reference host with its other
+//! core in use, for QEMU's own section of 22,458 bytes with 65 slots and two queue pairs. I/O contexts and images exist before and are not measured.
 //!
 //! | | microseconds |
 //! | --- | --- |
-//! | bytes to a checked controller with its queues, which [`Controller::new`] has built before | 8.6 |
-//! | the same and [`Controller::new`] | 23 |
-//! | of which: bytes to [`QemuSection`] | 1.8 |
-//! | controller to bytes | 3.3 |
+//! | bytes to a checked controller with its queues, which [`Controller::new`] has built before | 9.1 |
+//! | the same and [`Controller::new`] | 22 |
+//! | of which: bytes to [`QemuSection`] | 2.1 |
+//! | controller to bytes | 4.1 |
 
 mod configuration;
 mod join;

@@ -582,6 +582,13 @@ impl Guest {
         self.shadow = Some((shadow, event_index));
     }
 
+    /// Another controller of this configuration that has loaded `state`, if it could.
+    pub fn loaded_elsewhere(&self, state: &NvmeState) -> Result<Controller, crate::Error> {
+        let other = Self::power_on(self.config.clone(), self.namespaces.clone());
+        let controller = Arc::into_inner(other.controller).unwrap();
+        controller.load(state).map(|()| controller)
+    }
+
     /// Pauses, saves, sends the bytes, and goes on in another controller with `workers` workers over the same memory
     /// and images. The old controller is returned, paused.
     pub fn migrate(&mut self, workers: usize) -> Arc<Controller> {

@@ -8,7 +8,7 @@ use nvme_spec::{Status, SubmissionEntry, feature, regs};
 
 use super::driver::{Guest, namespace};
 use crate::firmware::{MAX_IMAGE_BYTES, Revision, Staging, image};
-use crate::{Controller, ControllerConfig, NvmeState};
+use crate::{ControllerConfig, NvmeState};
 
 const NEW: Revision = *b"2.0.0   ";
 
@@ -217,11 +217,7 @@ fn firmware_that_no_controller_has_is_refused() {
         ("firmware.staged_bytes", |s| s.granules.set(1, false)),
         ("firmware.staged is", |s| s.staged[17] = 1),
     ];
-    let load = |state: &NvmeState| -> Result<Controller, crate::Error> {
-        let other = Guest::power_on(guest.config.clone(), guest.namespaces.clone());
-        let controller = std::sync::Arc::into_inner(other.controller).unwrap();
-        controller.load(state).map(|()| controller)
-    };
+    let load = |state: &NvmeState| guest.loaded_elsewhere(state);
     assert!(load(&state).unwrap().save() == state);
     for (expected, change) in changes {
         let mut changed = state.clone();

@@ -10,7 +10,7 @@ use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, regs};
 
 use super::driver::{Guest, PATIENCE, memory_image, namespace, transfer};
 use crate::maintenance::CHUNK_BYTES;
-use crate::{Controller, ControllerConfig, Error, NamespaceConfig, NvmeState, Subsystem};
+use crate::{ControllerConfig, NamespaceConfig, NvmeState, Subsystem};
 
 /// Three requests, the last of them a short one.
 const IMAGE_BYTES: usize = 2 * CHUNK_BYTES as usize + 8192;
@@ -233,11 +233,7 @@ fn a_format_that_nobody_can_have_begun_is_refused() {
     control.release_held();
     guest.controller.pause(std::time::Instant::now() + PATIENCE).unwrap();
     let state = guest.controller.save();
-    let load = |state: &NvmeState| -> Result<Controller, Error> {
-        let other = Guest::power_on(guest.config.clone(), guest.namespaces.clone());
-        let controller = Arc::into_inner(other.controller).unwrap();
-        controller.load(state).map(|()| controller)
-    };
+    let load = |state: &NvmeState| guest.loaded_elsewhere(state);
     assert!(load(&state).unwrap().save() == state);
     type Change = fn(&mut crate::FormatState);
     let changes: [(&str, Change); 7] = [

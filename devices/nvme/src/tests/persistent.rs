@@ -1,7 +1,5 @@
 //! The persistent event log: what is in it, how it is read, and how little room it takes.
 
-use std::sync::Arc;
-
 use nvme_spec::identify::{IdentifyController, cns};
 use nvme_spec::log::SmartLog;
 use nvme_spec::opcode::{self, admin};
@@ -14,7 +12,7 @@ use nvme_spec::{Status, SubmissionEntry, feature, regs};
 
 use super::driver::{Guest, PATIENCE, namespace};
 use crate::persistent::LOG_BYTES;
-use crate::{Controller, ControllerConfig, Error, NvmeState};
+use crate::{ControllerConfig, NvmeState};
 
 fn ready() -> Guest {
     Guest::ready(ControllerConfig::new("PERSISTENT"), vec![namespace(1, 64)])
@@ -174,11 +172,7 @@ fn logs_that_nobody_can_have_written_are_refused() {
     read(&mut guest, ACTION_ESTABLISH, 0, 512).unwrap();
     guest.controller.pause(std::time::Instant::now() + PATIENCE).unwrap();
     let state = guest.controller.save();
-    let load = |state: &NvmeState| -> Result<Controller, Error> {
-        let other = Guest::power_on(guest.config.clone(), guest.namespaces.clone());
-        let controller = Arc::into_inner(other.controller).unwrap();
-        controller.load(state).map(|()| controller)
-    };
+    let load = |state: &NvmeState| guest.loaded_elsewhere(state);
     assert!(load(&state).unwrap().save() == state);
     type Change = fn(&mut crate::PersistentEventsState);
     let changes: [(&str, Change); 7] = [

@@ -11,7 +11,7 @@ use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, regs};
 
 use super::driver::{Guest, PATIENCE, memory_image, namespace, transfer};
 use crate::maintenance::CHUNK_BYTES;
-use crate::{Controller, ControllerConfig, Error, NamespaceConfig, NvmeState};
+use crate::{ControllerConfig, NamespaceConfig, NvmeState};
 
 const ERASE: u32 = opcode::SANITIZE_BLOCK_ERASE;
 const OVERWRITE: u32 = opcode::SANITIZE_OVERWRITE | opcode::SANITIZE_NO_DEALLOCATE;
@@ -262,11 +262,7 @@ fn a_sanitize_operation_that_nobody_can_have_begun_is_refused() {
     control.release_held();
     guest.controller.pause(std::time::Instant::now() + PATIENCE).unwrap();
     let state = guest.controller.save();
-    let load = |state: &NvmeState| -> Result<Controller, Error> {
-        let other = Guest::power_on(guest.config.clone(), guest.namespaces.clone());
-        let controller = Arc::into_inner(other.controller).unwrap();
-        controller.load(state).map(|()| controller)
-    };
+    let load = |state: &NvmeState| guest.loaded_elsewhere(state);
     assert!(load(&state).unwrap().save() == state);
     type Change = fn(&mut crate::SanitizeState);
     let changes: [(&str, Change); 9] = [

@@ -10,7 +10,7 @@ use nvme_spec::opcode::{self, admin, nvm};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, regs};
 
 use super::driver::{Guest, PATIENCE, memory_image, namespace, transfer};
-use crate::{Controller, ControllerConfig, Error, NamespaceConfig, NvmeState};
+use crate::{ControllerConfig, NamespaceConfig, NvmeState};
 
 const MIB: usize = 1 << 20;
 const SHORT: u32 = 1;
@@ -226,11 +226,7 @@ fn self_tests_that_nobody_can_have_made_are_refused() {
     control.release_held();
     guest.controller.pause(std::time::Instant::now() + PATIENCE).unwrap();
     let state = guest.controller.save();
-    let load = |state: &NvmeState| -> Result<Controller, Error> {
-        let other = Guest::power_on(guest.config.clone(), guest.namespaces.clone());
-        let controller = Arc::into_inner(other.controller).unwrap();
-        controller.load(state).map(|()| controller)
-    };
+    let load = |state: &NvmeState| guest.loaded_elsewhere(state);
     assert!(load(&state).unwrap().save() == state);
     type Change = fn(&mut crate::SelfTestState);
     let changes: [(&str, Change); 7] = [
