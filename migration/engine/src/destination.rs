@@ -1,8 +1,8 @@
 //! The side where the guest arrives.
 //!
 //! [`Destination::receive`] listens until a guest has arrived. Each attempt checks, builds, places RAM, loads the devices,
-//! and runs only what the lease offers to exactly this session. Whatever fails before that, the machine is dropped, the
-//! session is fenced (it will never run here), and the next peer is heard.
+//! and runs only what the lease offers to exactly this session: `ownership::destination` says what follows on what. Whatever
+//! fails before that, the machine is dropped, the session is fenced (it will never run here), and the next peer is heard.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -11,6 +11,8 @@ use transport::{Connection, Listener};
 
 use crate::lease::{self, Id, Lease, random_id};
 use crate::link::{Link, Step};
+use crate::ownership::Answer;
+use crate::ownership::destination::{Action, Destination as Ownership, Event};
 use crate::protocol::{Agree, Commit, Hello, Message, Never, Prepare, Prepared, Query, Reasons, Running};
 use crate::ram::Receiver;
 use crate::reception::{Reception, Visit};
@@ -19,9 +21,6 @@ use crate::{
     Status,
 };
 
-/// How many sessions that must never run here are remembered. A source asks within minutes, and an older one is only
-/// refused an answer.
-const FENCED_MAX: usize = 1024;
 /// How often a waiting destination looks whether it is to end.
 const GLANCE: Duration = Duration::from_millis(50);
 /// How long it listens to those who are there before it looks whether more have come.
@@ -38,7 +37,9 @@ pub struct Destination<'a> {
     /// [`Parameters::cancel`] ends the waiting, until a guest is ours.
     pub parameters: &'a Parameters,
     instance: Id,
-    fenced: Vec<Id>,
+    ownership: Ownership,
+    /// What the source is told, once a guest is here.
+    running: Option<Running>,
 }
 
 /// A guest that is ours.
@@ -73,7 +74,8 @@ impl<'a> Destination<'a> {
             patience,
             parameters,
             instance: random_id().map_err(failed)?,
-            fenced: Vec::new(),
+            ownership: Ownership::new(),
+            running: None,
         })
     }
 
@@ -126,7 +128,8 @@ impl<'a> Destination<'a> {
                         Some(arrived)
                     }
                     Err(error) => {
-                        self.fence(hello.session);
+                        // The machine is gone, and the session is fenced before the source hears of it.
+                        self.ownership.on(Event::Failed);
                         self.parameters.reopen();
                         let error = self.farewell(link, error, hello.session);
                         log::warn!("no guest from {peer}: {}", error.chain());
@@ -136,7 +139,7 @@ impl<'a> Destination<'a> {
                 }
             }
             Ok(Message::Query(query)) => {
-                let answer = self.answer_to(&query, None);
+                let answer = self.answer_to(&query);
                 let _it_asks_again = link.send(&answer, self.handshake("answering a query"));
                 link.close(self.patience.last_words);
                 None
@@ -186,7 +189,7 @@ impl<'a> Destination<'a> {
     fn answer_visit<M>(&mut self, arrived: &mut Arrived<M>, visit: Visit) {
         let Visit { peer, mut link, said } = visit;
         let answer = match said {
-            Ok(Message::Query(query)) => self.answer_to(&query, Some(&arrived.running)),
+            Ok(Message::Query(query)) => self.answer_to(&query),
             Ok(_) => Message::Refuse(Reasons::new(&["this process runs a guest already"])),
             Err(error) => {
                 log::info!("{peer}: {}", error.chain());
@@ -217,13 +220,14 @@ impl<'a> Destination<'a> {
         let mut receiver = Receiver::live(factory.expected(), machine.ram_blocks());
         let prepare = self.place(link, &mut receiver)?;
         self.load(&mut machine, link, receiver, &prepare)?;
-        let commit = self.await_commit(link, hello)?;
+        let commit = self.await_commit(link)?;
         let (state, error, resume) = self.take(&mut machine, &commit, RunState::from(prepare.running))?;
         let running = Running {
             session: commit.session,
             running: state == RunState::Running,
             resume_ns: nanoseconds(resume),
         };
+        self.running = Some(running.clone());
         Ok(Arrived { machine, state, error, acknowledged: false, running })
     }
 
@@ -244,7 +248,7 @@ impl<'a> Destination<'a> {
                 hello.page_bytes
             ));
         }
-        if self.fenced.contains(&hello.session) {
+        if self.ownership.on(Event::Hello { session: hello.session }) == Action::Refuse {
             reasons.push("this session has ended here before".to_owned());
         }
         if !reasons.is_empty() {
@@ -327,19 +331,19 @@ impl<'a> Destination<'a> {
         machine.load_devices(received.sections).map_err(Error::machine("load the devices"))?;
         let load = start.elapsed();
         self.statistics.update(|s| s.downtime.load = load);
+        self.ownership.on(Event::Loaded);
         let prepared = Prepared { digest: received.digest, load_ns: nanoseconds(load) };
         let step =
             Step { doing: "reporting the load", patience: self.patience.silence, cancel: None, until: None };
         link.send(&Message::Prepared(prepared), step)
     }
 
-    fn await_commit(&mut self, link: &mut Link, hello: &Hello) -> Result<Commit, Error> {
+    fn await_commit(&mut self, link: &mut Link) -> Result<Commit, Error> {
         let doing = "waiting for the guest to be handed over";
         let step =
             Step { doing, patience: self.patience.prepare, cancel: Some(self.parameters), until: None };
         match link.receive(step)? {
-            Message::Commit(commit) if commit.session == hello.session => Ok(commit),
-            Message::Commit(_) => Err(Error::Never { reason: "COMMIT of another session".to_owned() }),
+            Message::Commit(commit) => Ok(commit),
             other => Err(unexpected(other, doing)),
         }
     }
@@ -349,49 +353,92 @@ impl<'a> Destination<'a> {
         &mut self,
         machine: &mut dyn DestinationMachine,
         commit: &Commit,
-        state: RunState,
+        mut state: RunState,
     ) -> Result<(RunState, Option<Error>, Duration), Error> {
         let start = Instant::now();
-        let never = |reason| Error::Never { reason };
         if !self.parameters.commit() {
-            return Err(never("the destination was told to quit".to_owned()));
+            return Err(Error::Never { reason: "the destination was told to quit".to_owned() });
         }
-        let lock = |machine: &mut dyn DestinationMachine| {
-            let failed = Error::machine("take the image locks");
-            machine.take_image_locks().map_err(|source| failed(source).chain())
-        };
-        let taken = match &mut self.lease {
-            Some(lease) => lease
-                .take(&commit.session, commit.generation, || lock(machine))
-                .map(|_generation| ())
-                .map_err(|error| Error::from(error).chain()),
-            None => lock(machine),
-        };
-        let opened = taken.and_then(|()| {
-            let failed = Error::machine("open the images");
-            machine.open_images().map_err(|source| failed(source).chain())
-        });
-        if let Err(reason) = opened {
-            machine.release_images();
-            if let Some(lease) = &mut self.lease {
-                match lease.give_back(&commit.session) {
-                    // It was never ours.
-                    Ok(()) | Err(lease::Error::Moved { .. }) => {}
-                    Err(error) => log::error!("{}", Error::from(error).chain()),
+        let mut reason = "COMMIT of another session".to_owned();
+        let mut error = None;
+        let Commit { session, generation } = *commit;
+        let mut action = self.ownership.on(Event::Commit { session, generation });
+        loop {
+            let event = match action {
+                Action::Take { session, generation } => {
+                    match self.take_under_lock(machine, &session, generation) {
+                        Ok(()) => Event::Taken,
+                        Err(failure) => {
+                            reason = failure;
+                            Event::NotTaken
+                        }
+                    }
                 }
-            }
-            return Err(never(reason));
+                Action::GiveBack { session } => match self.give_back(machine, &session) {
+                    Ok(()) => Event::GivenBack,
+                    // The source waits as long for an answer.
+                    Err(error) if start.elapsed() >= self.patience.answer => {
+                        log::error!("{}", error.chain());
+                        Event::GivenBack
+                    }
+                    Err(_) => {
+                        std::thread::sleep(self.patience.retry);
+                        Event::NotGivenBack
+                    }
+                },
+                Action::Start => {
+                    error = machine.start(state).map_err(Error::machine("start the guest")).err();
+                    if let Some(error) = &error {
+                        log::error!("the guest is ours and stays paused: {}", error.chain());
+                        state = RunState::Paused;
+                    }
+                    let resume = start.elapsed();
+                    self.statistics.update(|s| s.downtime.resume = resume);
+                    Event::Started
+                }
+                Action::Answer { answer: Answer::Running, .. } => {
+                    return Ok((state, error, self.statistics.snapshot().downtime.resume));
+                }
+                Action::Answer { answer: Answer::Never, .. } | Action::Go | Action::Refuse => {
+                    return Err(Error::Never { reason });
+                }
+            };
+            action = self.ownership.on(event);
         }
-        let (state, error) = match machine.start(state).map_err(Error::machine("start the guest")) {
-            Ok(()) => (state, None),
-            Err(error) => {
-                log::error!("the guest is ours and stays paused: {}", error.chain());
-                (RunState::Paused, Some(error))
-            }
+    }
+
+    /// Images and lease, in this order and under the record lock: what can fail fails while the guest is still the source's,
+    /// which can neither write nor settle meanwhile.
+    fn take_under_lock(
+        &mut self,
+        machine: &mut dyn DestinationMachine,
+        session: &Id,
+        generation: u64,
+    ) -> Result<(), String> {
+        let images = |machine: &mut dyn DestinationMachine| {
+            let locked = machine.take_image_locks().map_err(Error::machine("take the image locks"));
+            let opened =
+                locked.and_then(|()| machine.open_images().map_err(Error::machine("open the images")));
+            opened.map_err(|error| error.chain())
         };
-        let resume = start.elapsed();
-        self.statistics.update(|s| s.downtime.resume = resume);
-        Ok((state, error, resume))
+        match &mut self.lease {
+            Some(lease) => lease
+                .take(session, generation, || images(machine))
+                .map(drop)
+                .map_err(|error| Error::from(error).chain()),
+            None => images(machine),
+        }
+    }
+
+    /// Lets go of what [`take_under_lock`](Self::take_under_lock) left. The record says `taken` only if its writing failed
+    /// after it had reached the disk.
+    fn give_back(&mut self, machine: &mut dyn DestinationMachine, session: &Id) -> Result<(), Error> {
+        machine.release_images();
+        match self.lease.as_mut().map(|lease| lease.give_back(session)) {
+            // It was never ours.
+            None | Some(Ok(()) | Err(lease::Error::Moved { .. })) => Ok(()),
+            Some(Err(error)) => Err(error.into()),
+        }
     }
 
     /// Tells the source, as often as it asks within the patience for an answer; whether it knows.
@@ -406,7 +453,10 @@ impl<'a> Destination<'a> {
                     return true;
                 }
                 // Again: the answer is the same.
-                Ok(Message::Commit(commit)) if commit.session == running.session => {
+                Ok(Message::Commit(Commit { session, generation }))
+                    if self.ownership.on(Event::Commit { session, generation })
+                        == Action::Answer { session, answer: Answer::Running } =>
+                {
                     link.send(&Message::Running(running.clone()), step)
                 }
                 Ok(other) => Err(unexpected(other, doing)),
@@ -417,27 +467,18 @@ impl<'a> Destination<'a> {
     }
 
     /// What became of a session, as far as this process may say.
-    fn answer_to(&mut self, query: &Query, running: Option<&Running>) -> Message {
-        match running {
-            Some(running) if running.session == query.session => Message::Running(running.clone()),
-            _ if query.instance != self.instance => {
-                Message::Refuse(Reasons::new(&["the session was agreed on with another process"]))
+    fn answer_to(&mut self, query: &Query) -> Message {
+        let Query { session, instance } = *query;
+        let action = self.ownership.on(Event::Query { session, to_us: instance == self.instance });
+        match (action, &self.running) {
+            (Action::Answer { answer: Answer::Running, .. }, Some(running)) => {
+                Message::Running(running.clone())
             }
-            _ => {
-                self.fence(query.session);
+            (Action::Answer { answer: Answer::Never, .. }, _) => {
                 let reason = "the guest of this session does not run here".into();
-                Message::Never(Never { session: query.session, reason })
+                Message::Never(Never { session, reason })
             }
-        }
-    }
-
-    /// The session never runs here.
-    fn fence(&mut self, session: Id) {
-        if !self.fenced.contains(&session) {
-            if self.fenced.len() == FENCED_MAX {
-                self.fenced.remove(0);
-            }
-            self.fenced.push(session);
+            _ => Message::Refuse(Reasons::new(&["the session was agreed on with another process"])),
         }
     }
 

@@ -17,7 +17,7 @@ use rustix::fs::{AtFlags, CWD, RenameFlags, linkat, renameat_with};
 use stream::{DeviceSection, Expected};
 use vmstate::VmState;
 
-use crate::handover::{Handover, Way};
+use crate::handover::Handover;
 use crate::lease::{Id, Lease, Record, State, random_id, show_id};
 use crate::protocol::{DESCRIPTION_BYTES_MAX, Properties};
 use crate::ram::{Receiver, Sender};
@@ -98,8 +98,7 @@ fn leave(machine: &mut dyn SourceMachine, context: &mut Context<'_>, written: Wr
     };
     if let Err(error) = said {
         // It may have reached the disk all the same, and then the file is the guest.
-        let (session, cause) = (Id::default(), Some(error.into()));
-        let handover = Handover { session, generation, way: Way::Suspended(file), state, since, cause };
+        let handover = Handover::suspended(file, generation, state, since, error.into());
         let mut nobody = || Err(Error::Closed { doing: "asking a file" });
         return handover.resolve(machine, &mut nobody, context);
     }

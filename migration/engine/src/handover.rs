@@ -1,9 +1,7 @@
-//! After the lease was written, or should have been: who has the guest?
+//! Giving the guest away: does what [`ownership::source`](crate::ownership::source) says, and tells it what came of it.
 //!
-//! The source never decides by itself. Once the first byte of COMMIT is out it asks the destination on a new link, and where
-//! there is a lease it settles: under the lock, a record that still is our offer becomes ours with a new generation, which a
-//! late COMMIT then does not fit. A lease that cannot be read just now decides nothing, whether a COMMIT was sent or not: a
-//! write to it that failed may have reached the disk.
+//! A lease that cannot be read just now decides nothing, whether a COMMIT was sent or not: a write to it that failed may have
+//! reached the disk. So an attempt that failed after the offer waits for the lease as one that failed after COMMIT does.
 
 use std::fmt;
 use std::time::Instant;
@@ -11,31 +9,36 @@ use std::time::Instant;
 use crate::file::Published;
 use crate::lease::{Id, Record, Settlement, show_id};
 use crate::link::{Dial, Link, Step};
-use crate::protocol::{Message, Query, Running};
-use crate::source::{bring_back, report};
+use crate::ownership::Answer;
+use crate::ownership::source::{Action, Event, Source};
+use crate::protocol::{Commit, Message, Query, Running};
+use crate::source::{bring_back, report, unexpected};
 use crate::{Context, Error, Outcome, RunState, SourceMachine, Status};
 
 /// A guest that stands still until it is known whose it is.
 #[derive(Debug)]
 pub struct Handover {
-    pub(crate) session: Id,
-    pub(crate) generation: u64,
-    pub(crate) way: Way,
-    pub(crate) state: RunState,
-    pub(crate) since: Instant,
+    ownership: Source,
+    session: Id,
+    generation: u64,
+    way: Way,
+    state: RunState,
+    since: Instant,
     /// Why the attempt did not simply succeed, if that is known.
-    pub(crate) cause: Option<Error>,
+    cause: Option<Error>,
+    /// What the destination said when it had the guest.
+    running: Option<Running>,
+    /// What the lease said when it was someone else's.
+    record: Option<Box<Record>>,
 }
 
-/// How far it has gone.
+/// Where the guest goes.
 #[derive(Debug)]
-pub(crate) enum Way {
-    /// COMMIT was sent to this process.
-    Committed { peer: String, instance: Id },
-    /// The lease was to offer it, and COMMIT was never sent.
-    Offered { peer: String, tracking: bool, disks_touched: bool },
+enum Way {
+    /// To this process.
+    Peer { peer: String, instance: Id },
     /// The lease was to say that it is in this file.
-    Suspended(Published),
+    File(Published),
 }
 
 impl fmt::Display for Handover {
@@ -43,19 +46,19 @@ impl fmt::Display for Handover {
         let Self { session, generation, way, .. } = self;
         let session = show_id(session);
         match way {
-            Way::Committed { peer, .. } => {
+            Way::Peer { peer, .. } if self.ownership.is_committed() => {
                 write!(
                     f,
                     "handed over to {peer} in session {session} at generation {generation}; no answer yet"
                 )
             }
-            Way::Offered { peer, .. } => {
+            Way::Peer { peer, .. } => {
                 write!(
                     f,
                     "not handed over to {peer} in session {session}; the lease does not tell yet whose it is"
                 )
             }
-            Way::Suspended(file) => {
+            Way::File(file) => {
                 write!(f, "written to {file}; the lease does not tell yet whether the guest is there")
             }
         }
@@ -66,175 +69,281 @@ fn lost(cause: Option<Error>) -> Error {
     cause.unwrap_or_else(|| Error::Peer { reason: "the destination did not take the guest".to_owned() })
 }
 
-/// What decided.
-enum Verdict {
-    Running(Running),
-    Theirs(Box<Record>),
-    Ours(Error),
-}
-
 impl Handover {
-    /// Asks and settles until it is decided, at most for [`Patience::settle`](crate::Patience::settle). The guest stays
-    /// paused meanwhile.
+    /// The destination `instance` at the other end of `link` has loaded the guest, which did `state` when it was stopped at
+    /// `since`.
+    pub(crate) fn new(
+        ownership: Source,
+        session: Id,
+        link: &Link,
+        instance: Id,
+        state: RunState,
+        since: Instant,
+    ) -> Self {
+        let way = Way::Peer { peer: link.peer().to_owned(), instance };
+        Self { session, ..Self::of(ownership, way, state, since) }
+    }
+
+    /// The lease of `generation` was to say that the guest is in `file`, and that failed for `cause`.
+    pub(crate) fn suspended(
+        file: Published,
+        generation: u64,
+        state: RunState,
+        since: Instant,
+        cause: Error,
+    ) -> Self {
+        let cause = Some(cause);
+        Self { generation, cause, ..Self::of(Source::suspended(), Way::File(file), state, since) }
+    }
+
+    fn of(ownership: Source, way: Way, state: RunState, since: Instant) -> Self {
+        let (session, generation) = (Id::default(), 0);
+        Self { ownership, session, generation, way, state, since, cause: None, running: None, record: None }
+    }
+
+    /// Hands over. `link` is where COMMIT goes; it is dropped once it gave no answer that the guest runs, so that the destination
+    /// waits no longer for more.
+    pub(crate) fn begin(
+        mut self,
+        machine: &mut dyn SourceMachine,
+        link: &mut Option<Link>,
+        dial: &mut Dial<'_>,
+        context: &mut Context<'_>,
+    ) -> Outcome {
+        let action = self.ownership.on(Event::Prepared);
+        self.run(action, machine, link, dial, context)
+    }
+
+    /// Goes on with a hand-over that was [undecided](Outcome::Unknown), at most for
+    /// [`Patience::settle`](crate::Patience::settle). The guest stays paused meanwhile.
     pub fn resolve(
         mut self,
         machine: &mut dyn SourceMachine,
         dial: &mut Dial<'_>,
         context: &mut Context<'_>,
     ) -> Outcome {
-        if let Way::Committed { .. } = self.way {
-            self.announce(context);
-        }
-
-        let outcome = match self.decide(dial, context) {
-            Some(Verdict::Running(running)) => self.completed(machine, context, Some(&running), None),
-            Some(Verdict::Theirs(record)) => self.theirs(machine, context, &record),
-            Some(Verdict::Ours(error)) => self.ours(machine, error),
-            None => Outcome::Unknown(self),
-        };
+        let action = self.ownership.on(context.parameters.take_word().map_or(Event::Retry, Event::Operator));
+        let outcome = self.run(action, machine, &mut None, dial, context);
         report(&outcome, context.statistics);
         outcome
     }
 
-    /// Nobody else has it: it goes on here.
-    fn ours(self, machine: &mut dyn SourceMachine, error: Error) -> Outcome {
-        let (tracking, disks_touched) = match &self.way {
-            Way::Committed { .. } => (true, true),
-            Way::Offered { tracking, disks_touched, .. } => (*tracking, *disks_touched),
-            Way::Suspended(_) => (false, true),
-        };
-        // A file that nobody can restore any more.
-        if let Way::Suspended(file) = self.way {
-            file.remove();
-        }
-        let paused = bring_back(machine, tracking, disks_touched, Some(self.state)).err();
-        Outcome::Failed { error, paused }
-    }
-
-    /// Someone else has it, and it never runs here again.
-    fn theirs(self, machine: &mut dyn SourceMachine, context: &mut Context<'_>, record: &Record) -> Outcome {
-        let note = format!("the lease says {record}");
-        let Self { way, cause, .. } = self;
-        match way {
-            Way::Committed { .. } => {
-                let handover = Self { way, cause, ..self };
-                handover.completed(machine, context, None, Some(note))
-            }
-            Way::Suspended(file) if file.is_said_by(record) => {
-                machine.finish();
-                Outcome::Completed { note: Some(note) }
-            }
-            Way::Offered { .. } => Outcome::Failed { error: lost(cause), paused: Some(note) },
-            Way::Suspended(file) => {
-                file.remove();
-                Outcome::Failed { error: lost(cause), paused: Some(note) }
-            }
-        }
-    }
-
-    fn decide(&mut self, dial: &mut Dial<'_>, context: &mut Context<'_>) -> Option<Verdict> {
+    /// Does `action` and what follows from it.
+    fn run(
+        mut self,
+        mut action: Action,
+        machine: &mut dyn SourceMachine,
+        link: &mut Option<Link>,
+        dial: &mut Dial<'_>,
+        context: &mut Context<'_>,
+    ) -> Outcome {
         let start = Instant::now();
-        let mut never = None;
-        if matches!(self.cause, Some(Error::Never { .. })) {
-            never = self.cause.take();
-        }
         loop {
-            if never.is_none()
-                && let Way::Committed { instance, .. } = &self.way
-            {
-                match self.ask(*instance, dial, context) {
-                    Ok(Ok(running)) => return Some(Verdict::Running(running)),
-                    Ok(Err(reason)) => never = Some(Error::Never { reason }),
-                    Err(error) => log::info!("{self}: {}", error.chain()),
-                }
-            }
-            match context.lease.as_mut().map(|lease| lease.settle(&self.session)) {
-                Some(Ok(Settlement::Ours { .. })) => {
-                    return Some(Verdict::Ours(never.unwrap_or_else(|| lost(self.cause.take()))));
-                }
-                Some(Ok(Settlement::Theirs { record })) => return Some(Verdict::Theirs(record)),
-                // Nothing is decided while the record cannot be read.
-                Some(Err(error)) => {
-                    self.announce(context);
-                    log::warn!("{self}: {}", Error::from(error).chain());
-                }
-                // Without a lease NEVER is the destination's word, and it has fenced itself before it gave it.
-                None => {
-                    if let Some(error) = never.take() {
-                        return Some(Verdict::Ours(error));
+            let event = match action {
+                Action::Offer => self.offer(context),
+                Action::Release => self.release(machine),
+                Action::Commit { generation } => {
+                    context.statistics.update(|s| s.downtime.handover = start.elapsed());
+                    self.generation = generation;
+                    let event = self.commit(link.as_mut(), context);
+                    if event != Event::Answered(Answer::Running) {
+                        drop(link.take());
+                        self.announce(context);
                     }
+                    event
                 }
-            }
-            if start.elapsed() >= context.patience.settle {
-                self.cause = never.or(self.cause.take());
-                return None;
-            }
-            std::thread::sleep(context.patience.retry);
+                Action::Ask => self.ask(dial, context),
+                Action::Settle => self.settle(context),
+                Action::Wait => match context.parameters.take_word() {
+                    Some(word) => Event::Operator(word),
+                    None if start.elapsed() >= context.patience.settle => {
+                        self.announce(context);
+                        return Outcome::Unknown(self);
+                    }
+                    None => {
+                        std::thread::sleep(context.patience.retry);
+                        Event::Retry
+                    }
+                },
+                Action::Resume => return self.ours(machine),
+                Action::Finish => return self.completed(machine, context),
+                Action::StayPaused => return self.theirs(machine),
+            };
+            action = self.ownership.on(event);
         }
+    }
+
+    fn offer(&mut self, context: &mut Context<'_>) -> Event {
+        let Way::Peer { peer, .. } = &self.way else { return Event::OfferFailed };
+        match context.lease.as_mut().map(|lease| lease.offer(&self.session, peer)) {
+            Some(Ok(generation)) => Event::Offered { generation },
+            Some(Err(error)) => self.failed(error.into(), Event::OfferFailed),
+            None => Event::OfferFailed,
+        }
+    }
+
+    fn release(&mut self, machine: &mut dyn SourceMachine) -> Event {
+        match machine.release_image_locks().map_err(Error::machine("release the image locks")) {
+            Ok(()) => Event::Released,
+            Err(error) => self.failed(error, Event::ReleaseFailed),
+        }
+    }
+
+    /// From the first byte on the guest may be the destination's.
+    fn commit(&mut self, link: Option<&mut Link>, context: &Context<'_>) -> Event {
+        let Some(link) = link else { return Event::NoAnswer };
+        let commit = Message::Commit(Commit { session: self.session, generation: self.generation });
+        let patience = context.patience;
+        let step = Step { doing: "handing over", patience: patience.silence, cancel: None, until: None };
+        let doing = "waiting for the destination to take over";
+        let wait = Step { doing, patience: patience.answer, cancel: None, until: None };
+        match link.send(&commit, step).and_then(|()| link.receive(wait)) {
+            Ok(message) => self.answered(message, doing),
+            Err(error) => self.failed(error, Event::NoAnswer),
+        }
+    }
+
+    /// What became of the COMMIT, asked on a new link.
+    fn ask(&mut self, dial: &mut Dial<'_>, context: &Context<'_>) -> Event {
+        let doing = "asking what became of the guest";
+        let step = Step { doing, patience: context.patience.handshake, cancel: None, until: None };
+        let Way::Peer { instance, .. } = self.way else { return Event::NoAnswer };
+        let query = Message::Query(Query { session: self.session, instance });
+        let asked = dial().and_then(Link::new).and_then(|mut link| {
+            link.greet(step)?;
+            link.send(&query, step)?;
+            let answer = link.receive(step)?;
+            Ok((link, answer))
+        });
+        let event = match asked {
+            Ok((mut link, answer)) => {
+                let event = self.answered(answer, doing);
+                if event == Event::Answered(Answer::Running) {
+                    self.note_downtime(context);
+                    // It waits for queries until it hears that its answer arrived.
+                    let last = Step { patience: context.patience.last_words, ..step };
+                    let _it_is_asked_no_more =
+                        link.send(&Message::Progress(context.statistics.progress()), last);
+                    link.close(context.patience.last_words);
+                }
+                event
+            }
+            Err(error) => self.failed(error, Event::NoAnswer),
+        };
+        if event == Event::NoAnswer {
+            self.announce(context);
+        }
+        event
+    }
+
+    fn answered(&mut self, message: Message, doing: &'static str) -> Event {
+        match message {
+            Message::Running(running) if running.session == self.session => {
+                self.running = Some(running);
+                Event::Answered(Answer::Running)
+            }
+            Message::Never(never) if never.session == self.session => {
+                // Nothing explains it better.
+                self.cause = Some(Error::Never { reason: String::from(&never.reason) });
+                Event::Answered(Answer::Never)
+            }
+            other => self.failed(unexpected(other, doing), Event::NoAnswer),
+        }
+    }
+
+    fn settle(&mut self, context: &mut Context<'_>) -> Event {
+        match context.lease.as_mut().map(|lease| lease.settle(&self.session)) {
+            Some(Ok(Settlement::Ours { .. })) => Event::Ours,
+            Some(Ok(Settlement::Theirs { record })) => {
+                self.record = Some(record);
+                Event::Theirs
+            }
+            Some(Err(error)) => {
+                log::warn!("{self}: {}", Error::from(error).chain());
+                self.announce(context);
+                Event::Unreadable
+            }
+            None => Event::Unreadable,
+        }
+    }
+
+    /// Remembers the first failure: what comes after it comes from it.
+    fn failed(&mut self, error: Error, event: Event) -> Event {
+        log::info!("{self}: {}", error.chain());
+        self.cause.get_or_insert(error);
+        event
     }
 
     /// Tells the user what is known.
     fn announce(&self, context: &Context<'_>) {
-        let text = match &self.cause {
+        let mut text = match &self.cause {
             Some(error) => format!("{self}: {}", error.chain()),
             None => self.to_string(),
         };
-        log::warn!("{text}");
-        context.statistics.update(|snapshot| snapshot.handover_unknown = Some(text));
+        if self.ownership.needs_word() {
+            text.push_str(
+                "; without a lease only the destination can tell, or an operator who knows (ferry confirm, ferry reclaim)",
+            );
+        }
+        let mut known = None;
+        context.statistics.update(|snapshot| known = snapshot.handover_unknown.replace(text.clone()));
+        if known.as_ref() != Some(&text) {
+            log::warn!("{text}");
+        }
         context.statistics.set_status(Status::Device);
     }
 
-    /// RUNNING, or why NEVER.
-    fn ask(
-        &self,
-        instance: Id,
-        dial: &mut Dial<'_>,
-        context: &Context<'_>,
-    ) -> Result<Result<Running, String>, Error> {
-        let step = Step {
-            doing: "asking what became of the guest",
-            patience: context.patience.handshake,
-            cancel: None,
-            until: None,
-        };
-        let mut link = Link::new(dial()?)?;
-        link.greet(step)?;
-        link.send(&Message::Query(Query { session: self.session, instance }), step)?;
-        match link.receive(step)? {
-            Message::Running(running) if running.session == self.session => {
-                self.note_downtime(context, Some(&running));
-                // It waits for queries until it hears that its answer arrived.
-                let _it_is_asked_no_more = link.send(&Message::Progress(context.statistics.progress()), step);
-                link.close(context.patience.last_words);
-                Ok(Ok(running))
+    /// Nobody else has it: it goes on here.
+    fn ours(self, machine: &mut dyn SourceMachine) -> Outcome {
+        let error = lost(self.cause);
+        let tracking = match self.way {
+            Way::Peer { .. } => true,
+            Way::File(file) => {
+                // A file that nobody can restore any more.
+                file.remove();
+                false
             }
-            Message::Never(never) if never.session == self.session => Ok(Err(String::from(&never.reason))),
-            other => Err(Error::Protocol {
-                doing: step.doing,
-                reason: format!("the other side answered {}", other.name()),
-            }),
+        };
+        let paused = bring_back(machine, tracking, true, Some(self.state)).err();
+        Outcome::Failed { error, paused }
+    }
+
+    /// Someone else has it, though COMMIT was never sent, and it never runs here again.
+    fn theirs(self, machine: &mut dyn SourceMachine) -> Outcome {
+        let note = self.note();
+        match self.way {
+            Way::File(file) if self.record.is_some_and(|record| file.is_said_by(&record)) => {
+                machine.finish();
+                return Outcome::Completed { note };
+            }
+            Way::File(file) => file.remove(),
+            Way::Peer { .. } => {}
+        }
+        Outcome::Failed { error: lost(self.cause), paused: note }
+    }
+
+    /// What decided, where it was not the answer to COMMIT or QUERY.
+    fn note(&self) -> Option<String> {
+        match (&self.running, &self.record) {
+            (Some(_), _) => None,
+            (None, Some(record)) => Some(format!("the lease says {record}")),
+            (None, None) => Some("an operator confirmed that the destination has the guest".to_owned()),
         }
     }
 
-    fn note_downtime(&self, context: &Context<'_>, running: Option<&Running>) {
+    fn note_downtime(&self, context: &Context<'_>) {
         let total = self.since.elapsed();
         context.statistics.update(|s| {
             s.downtime.total = total;
-            if let Some(running) = running {
+            if let Some(running) = &self.running {
                 s.downtime.resume = std::time::Duration::from_nanos(running.resume_ns);
             }
         });
     }
 
     /// The guest is theirs.
-    pub(crate) fn completed(
-        &self,
-        machine: &mut dyn SourceMachine,
-        context: &mut Context<'_>,
-        running: Option<&Running>,
-        note: Option<String>,
-    ) -> Outcome {
-        self.note_downtime(context, running);
+    fn completed(self, machine: &mut dyn SourceMachine, context: &mut Context<'_>) -> Outcome {
+        self.note_downtime(context);
         if let Some(lease) = &mut context.lease
             && let Err(error) = lease.leave()
         {
@@ -243,6 +352,6 @@ impl Handover {
         }
         machine.finish();
         context.statistics.set_status(Status::Completed);
-        Outcome::Completed { note }
+        Outcome::Completed { note: self.note() }
     }
 }

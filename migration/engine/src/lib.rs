@@ -14,22 +14,23 @@
 //!                 PREPARE ------------------------>
 //!                       <-------------------------- PREPARED
 //!                 lease := offered, COMMIT -------> lease := taken, starts
-//! handover.rs           <-------------------------- RUNNING | NEVER, or nothing: ask again, settle by the lease
+//!                       <-------------------------- RUNNING | NEVER, or nothing: ask again, settle by the lease
 //! ```
 //!
 //! - [`lease`]: the record that alone decides who runs the guest.
+//! - `ownership`: what either side does about it, as state machines without I/O; `handover` and `destination` do it.
 //! - [`converge()`]: when to stop, a pure function.
 //! - [`protocol`]: the messages; `link` gives each a deadline.
 //! - [`suspend_to_file`] and [`restore_from_file`]: the same guest in a file.
 //!
 //! Invariants: before the first byte of COMMIT any failure leaves the source running as if nothing had happened; from
 //! there on the source runs again only if the lease says that it may (or, without a lease, the destination swore never
-//! to), and the destination runs only if the lease offered it exactly this session and generation. Every step has a
+//! to, or the operator says so), and the destination runs only if the lease offered it exactly this session and generation. Every step has a
 //! deadline. What the peer or a file says is believed only after it was checked, and costs no more memory than its stated
 //! maximum. Both sides report the same cause.
 //!
-//! Absent: postcopy, several channels, compression, TLS, storage migration, handover of descriptors, the operator's word in
-//! an undecided handover. The hello has room for them.
+//! Absent: postcopy, several channels, compression, TLS, storage migration, handover of descriptors. The hello has room for
+//! them.
 #![forbid(unsafe_code)]
 
 mod bandwidth;
@@ -43,6 +44,7 @@ mod handover;
 pub mod lease;
 mod link;
 mod machine;
+mod ownership;
 mod parameters;
 mod patience;
 pub mod protocol;
@@ -64,6 +66,7 @@ pub use link::Dial;
 pub use machine::{
     DestinationFactory, DestinationMachine, MachineResult, RamBlock, RunState, SaveFor, SourceMachine,
 };
+pub use ownership::source::Word;
 pub use parameters::Parameters;
 pub use patience::Patience;
 pub use source::{Context, Outcome, migrate};

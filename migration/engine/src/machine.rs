@@ -187,16 +187,18 @@ pub trait DestinationMachine {
     /// A section is wrong; the message names it.
     fn load_devices(&mut self, sections: SectionSet) -> MachineResult<()>;
 
-    /// Takes the image locks, all or none, in the fixed order.
+    /// Takes the image locks, all or none, in the fixed order. The record lock of the lease is held, and it offers us the guest:
+    /// the source has written all that it will.
     ///
     /// # Errors
     /// Someone else holds one; say who.
     fn take_image_locks(&mut self) -> MachineResult<()>;
 
-    /// Opens the images for writing and checks size and identity again. The guest is ours by now.
+    /// Opens the images for writing, reads what the source has written there, and checks size and identity again. The guest is
+    /// ours next, so nothing that is done afterwards may find a reason against it, and nothing is written yet.
     ///
     /// # Errors
-    /// An image changed; nothing was written.
+    /// An image changed.
     fn open_images(&mut self) -> MachineResult<()>;
 
     /// Undoes [`take_image_locks`](Self::take_image_locks) and [`open_images`](Self::open_images): the guest goes back.

@@ -1,7 +1,10 @@
 //! What the user may change while a migration runs.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use crate::Word;
 
 /// Limits and the wish to cancel, shared between the control socket and the migration thread.
 #[derive(Debug)]
@@ -13,6 +16,8 @@ pub struct Parameters {
     end: AtomicU8,
     /// The end was asked for, in time or not.
     wished: AtomicBool,
+    /// What the operator says of an undecided hand-over.
+    word: Mutex<Option<Word>>,
 }
 
 const OPEN: u8 = 0;
@@ -28,6 +33,7 @@ impl Default for Parameters {
             rounds_limit: AtomicU64::new(0),
             end: AtomicU8::new(OPEN),
             wished: AtomicBool::new(false),
+            word: Mutex::default(),
         }
     }
 }
@@ -108,6 +114,21 @@ impl Parameters {
     pub fn begin(&self) {
         self.wished.store(false, Ordering::SeqCst);
         self.end.store(OPEN, Ordering::SeqCst);
+        *self.word() = None;
+    }
+
+    /// The operator's word on a hand-over that nothing else can decide. It is used once, and only if the destination does not
+    /// answer when it is asked again.
+    pub fn say(&self, word: Word) {
+        *self.word() = Some(word);
+    }
+
+    pub(crate) fn take_word(&self) -> Option<Word> {
+        self.word().take()
+    }
+
+    fn word(&self) -> MutexGuard<'_, Option<Word>> {
+        self.word.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The point of no return led nowhere, and the waiting goes on. A cancel that came too late for it counts now.

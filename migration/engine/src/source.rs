@@ -1,15 +1,16 @@
 //! The side that the guest leaves.
 //!
-//! [`migrate`] is the story: agree, rounds, stop, prepare, commit. Until the first byte of COMMIT every failure goes through
-//! `undo` and the guest runs on. From there on a [`Handover`] decides, by the answer or by the lease.
+//! [`migrate`] is the story: agree, rounds, stop, prepare. Until then every failure goes through `undo` and the guest runs on.
+//! Then a [`Handover`] gives the guest away, or finds out whose it is.
 
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Instant;
 
-use crate::handover::{Handover, Way};
+use crate::handover::Handover;
 use crate::lease::{Id, Lease, random_id};
 use crate::link::{Dial, Link, Step, Until};
-use crate::protocol::{Commit, Hello, Message, Prepare, Properties, Reasons, Running};
+use crate::ownership::source::{Action, Event, Source};
+use crate::protocol::{Hello, Message, Prepare, Properties, Reasons};
 use crate::ram::Sender;
 use crate::sink::Sink;
 use crate::speed::{Sample, Speed};
@@ -54,32 +55,12 @@ pub enum Outcome {
 /// the guest.
 pub fn migrate(machine: &mut dyn SourceMachine, dial: &mut Dial<'_>, context: &mut Context<'_>) -> Outcome {
     context.statistics.start();
-    let mut attempt = Attempt::default();
+    let mut attempt = Attempt::new(context.lease.is_some());
     let outcome = match attempt.run(machine, dial, context) {
-        Ok((handover, running)) => {
-            let outcome = handover.completed(machine, context, Some(&running), None);
-            if let Some(mut link) = attempt.link.take() {
-                // The destination learns the figures, and that its answer arrived.
-                let step = Step {
-                    doing: "reporting the end",
-                    patience: context.patience.last_words,
-                    cancel: None,
-                    until: None,
-                };
-                let _the_guest_is_there_anyway =
-                    link.send(&Message::Progress(context.statistics.progress()), step);
-                link.close(context.patience.last_words);
-            }
-            outcome
-        }
-        Err(error) => match attempt.handover.take() {
-            Some(handover) => {
-                drop(attempt.link.take());
-                Handover { cause: Some(error), ..handover }.resolve(machine, dial, context)
-            }
-            None => attempt.undo(machine, dial, context, error),
-        },
+        Ok(handover) => handover.begin(machine, &mut attempt.link, dial, context),
+        Err(error) => attempt.undo(machine, context, error),
     };
+    let outcome = attempt.take_leave(context, outcome);
     report(&outcome, context.statistics);
     outcome
 }
@@ -98,16 +79,14 @@ pub(crate) fn report(outcome: &Outcome, statistics: &Statistics) {
 }
 
 /// What has been done so far, and so what must be undone.
-#[derive(Default)]
 struct Attempt {
+    ownership: Source,
     session: Id,
     instance: Id,
     link: Option<Link>,
     tracking: bool,
     stopped: Option<Stopped>,
     disks_touched: bool,
-    offered: bool,
-    handover: Option<Handover>,
 }
 
 #[derive(Clone, Copy)]
@@ -118,13 +97,25 @@ struct Stopped {
 }
 
 impl Attempt {
-    /// Everything up to the answer.
+    fn new(leased: bool) -> Self {
+        Self {
+            ownership: Source::new(leased),
+            session: Id::default(),
+            instance: Id::default(),
+            link: None,
+            tracking: false,
+            stopped: None,
+            disks_touched: false,
+        }
+    }
+
+    /// Everything until the destination has loaded and it is too late to cancel.
     fn run(
         &mut self,
         machine: &mut dyn SourceMachine,
         dial: &mut Dial<'_>,
         context: &mut Context<'_>,
-    ) -> Result<(Handover, Running), Error> {
+    ) -> Result<Handover, Error> {
         let reasons = machine.blockers();
         if !reasons.is_empty() {
             return Err(Error::Blocked { reasons });
@@ -134,9 +125,12 @@ impl Attempt {
         self.agree(machine, dial, context)?;
         let digest = self.transfer(machine, context)?;
         self.prepare(machine, context, digest)?;
-        let running = self.commit(machine, context)?;
-        let handover = self.handover.take().expect("commit leaves a handover");
-        Ok((handover, running))
+        if !context.parameters.commit() {
+            return Err(Error::Cancelled);
+        }
+        let Stopped { state, since, .. } = self.stopped.expect("transfer stops the guest");
+        let link = self.link.as_ref().expect("agree leaves a link");
+        Ok(Handover::new(self.ownership, self.session, link, self.instance, state, since))
     }
 
     /// Connects, and lets the destination check and build.
@@ -264,88 +258,43 @@ impl Attempt {
         }
     }
 
-    /// Gives the guest away.
-    fn commit(
-        &mut self,
-        machine: &mut dyn SourceMachine,
-        context: &mut Context<'_>,
-    ) -> Result<Running, Error> {
-        // From here on it is too late to cancel.
-        if !context.parameters.commit() {
-            return Err(Error::Cancelled);
-        }
-        let start = Instant::now();
-        let stopped = self.stopped.expect("transfer stops the guest");
-        let link = self.link.as_mut().expect("agree leaves a link");
-        let mut generation = 0;
-        if let Some(lease) = &mut context.lease {
-            // Even a failed write may have reached the disk.
-            self.offered = true;
-            generation = lease.offer(&self.session, link.peer())?;
-        }
-        machine.release_image_locks().map_err(Error::machine("release the image locks"))?;
-        self.handover = Some(Handover {
-            session: self.session,
-            generation,
-            way: Way::Committed { peer: link.peer().to_owned(), instance: self.instance },
-            state: stopped.state,
-            since: stopped.since,
-            cause: None,
-        });
-        context.statistics.update(|s| s.downtime.handover = start.elapsed());
-        let commit = Message::Commit(Commit { session: self.session, generation });
-        link.send(
-            &commit,
-            Step { doing: "handing over", patience: context.patience.silence, cancel: None, until: None },
-        )?;
-        let doing = "waiting for the destination to take over";
-        match link.receive(Step { doing, patience: context.patience.answer, cancel: None, until: None })? {
-            Message::Running(running) if running.session == self.session => Ok(running),
-            Message::Never(never) if never.session == self.session => {
-                Err(Error::Never { reason: String::from(&never.reason) })
-            }
-            other => Err(unexpected(other, doing)),
-        }
-    }
-
-    /// Before COMMIT: as if nothing had happened. Only a lease that cannot be read keeps the guest waiting for it.
-    fn undo(
-        mut self,
-        machine: &mut dyn SourceMachine,
-        dial: &mut Dial<'_>,
-        context: &mut Context<'_>,
-        error: Error,
-    ) -> Outcome {
+    /// Before the hand-over: as if nothing had happened.
+    fn undo(&mut self, machine: &mut dyn SourceMachine, context: &mut Context<'_>, error: Error) -> Outcome {
         if matches!(error, Error::Cancelled) {
             context.statistics.set_status(Status::Cancelling);
         }
-        // The guest first, then the farewell: the guest waits, nobody else does.
-        let outcome = match (self.offered, self.stopped, &self.link) {
-            (true, Some(Stopped { state, since, .. }), Some(link)) => {
-                let Self { session, tracking, disks_touched, .. } = self;
-                let way = Way::Offered { peer: link.peer().to_owned(), tracking, disks_touched };
-                Handover { session, generation: 0, way, state, since, cause: Some(error) }
-                    .resolve(machine, dial, context)
+        let action = self.ownership.on(Event::Failed);
+        debug_assert_eq!(action, Action::Resume, "nothing was given away yet");
+        let state = self.stopped.map(|stopped| stopped.state);
+        let paused = bring_back(machine, self.tracking, self.disks_touched, state).err();
+        Outcome::Failed { error, paused }
+    }
+
+    /// Tells the destination how it ended, if it is still there: the guest comes first, since nobody else waits.
+    fn take_leave(&mut self, context: &Context<'_>, outcome: Outcome) -> Outcome {
+        let patience = context.patience.last_words;
+        let Some(mut link) = self.link.take() else { return outcome };
+        let step = Step { doing: "taking leave", patience, cancel: None, until: None };
+        match outcome {
+            Outcome::Completed { .. } => {
+                // It learns the figures, and that its answer arrived.
+                let figures = Message::Progress(context.statistics.progress());
+                let _the_guest_is_there_anyway = link.send(&figures, step);
+                link.close(patience);
+                outcome
             }
-            (_, stopped, _) => {
-                let state = stopped.map(|stopped| stopped.state);
-                let paused = bring_back(machine, self.tracking, self.disks_touched, state).err();
-                Outcome::Failed { error, paused }
+            Outcome::Failed { error, paused } if error.link_is_gone() => {
+                Outcome::Failed { error: link.last_words(patience).unwrap_or(error), paused }
             }
-        };
-        let Outcome::Failed { mut error, paused } = outcome else { return outcome };
-        if let Some(mut link) = self.link.take() {
-            let patience = context.patience.last_words;
-            if error.link_is_gone() {
-                error = link.last_words(patience).unwrap_or(error);
-            } else if !error.came_from_peer() {
+            Outcome::Failed { ref error, .. } if !error.came_from_peer() => {
                 let farewell = Message::Cancel(Reasons::new(&[error.chain()]));
-                let step = Step { doing: "taking leave", patience, cancel: None, until: None };
                 let _it_finds_out_by_itself = link.send(&farewell, step);
                 link.close(patience);
+                outcome
             }
+            // It knows, or it is to be asked on another link.
+            Outcome::Failed { .. } | Outcome::Unknown(_) => outcome,
         }
-        Outcome::Failed { error, paused }
     }
 }
 
@@ -481,7 +430,7 @@ pub(crate) fn bring_back(
 }
 
 /// The destination says no, or something else than it should.
-fn unexpected(message: Message, doing: &'static str) -> Error {
+pub(crate) fn unexpected(message: Message, doing: &'static str) -> Error {
     match message {
         Message::Refuse(reasons) => Error::Refused { reasons: reasons.sentences() },
         Message::Reject(reasons) => Error::Peer { reason: reasons.sentences().join("; ") },

@@ -14,9 +14,11 @@
 //!   whose owner is gone without a word can be claimed; that moves the generation on, so that a message of an old
 //!   migration finds another one.
 //!
-//! Absent: any policy. `source`, `destination` and `file` know when to write what.
+//! What may follow on what the record says is in `rules`, without I/O. Absent: when to write what; `ownership` and `file`
+//! know that.
 
 mod record;
+pub(crate) mod rules;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -312,17 +314,15 @@ impl Lease {
     pub fn offer(&mut self, session: &Id, peer: &str) -> Result<u64, Error> {
         let mut locked = self.locked()?;
         let record = locked.current("offer the guest")?;
-        let ours = matches!(record.state, State::Owned | State::Taken { .. }) && self.is_ours(Some(&record));
-        if !ours {
+        let Some(change) = rules::offer(&record, &self.owner.id, session, peer) else {
             return Err(locked.moved("offer the guest", record));
-        }
-        let state = State::Offered { session: *session, peer: peer.to_owned() };
-        locked.write(record.lease, record.generation, state)?;
+        };
+        locked.write(record.lease, change.generation, change.state)?;
         Ok(record.generation)
     }
 
     /// Destination: makes us the owner, if the record offers us exactly this. `under_lock` runs between the check and the
-    /// write (it takes the image locks); if it fails the record stays. Returns the new generation.
+    /// write (it takes the image locks and opens the images); if it fails the record stays. Returns the new generation.
     ///
     /// # Errors
     /// [`Error::Moved`]: the source has settled otherwise. [`Error::Condition`]: `under_lock` failed.
@@ -332,23 +332,23 @@ impl Lease {
         generation: u64,
         under_lock: impl FnOnce() -> Result<(), String>,
     ) -> Result<u64, Error> {
-        {
+        let taken = {
             let mut locked = self.locked()?;
             let action = format!("take generation {generation} in session {}", show_id(session));
             let record = locked.current(&action)?;
-            let offered = matches!(&record.state, State::Offered { session: s, .. } if s == session);
-            if !offered || record.generation != generation {
+            let Some(change) = rules::take(&record, session, generation) else {
                 return Err(locked.moved(&action, record));
-            }
+            };
             under_lock().map_err(|reason| Error::Condition { reason })?;
             if !self.lock(libc::F_RDLCK, PRESENCE_RANGE)? {
                 // Only `claim` takes presence alone, and it holds the record lock while it does.
                 return Err(self.io("show presence on it", Errno::EAGAIN.into()));
             }
-            locked.write(record.lease, generation + 1, State::Taken { session: *session })?;
-        }
+            locked.write(record.lease, change.generation, change.state)?;
+            change.generation
+        };
         self.present = true;
-        Ok(generation + 1)
+        Ok(taken)
     }
 
     /// Destination: it was taken, but nothing ran and nothing ever will. The source may have it back.
@@ -359,10 +359,10 @@ impl Lease {
         {
             let mut locked = self.locked()?;
             let record = locked.current("give the guest back")?;
-            if record.state != (State::Taken { session: *session }) || !self.is_ours(Some(&record)) {
+            let Some(change) = rules::give_back(&record, &self.owner.id, session) else {
                 return Err(locked.moved("give the guest back", record));
-            }
-            locked.write(record.lease, record.generation, State::Returned { session: *session })?;
+            };
+            locked.write(record.lease, change.generation, change.state)?;
         }
         self.leave()
     }
@@ -376,22 +376,15 @@ impl Lease {
     pub fn settle(&mut self, session: &Id) -> Result<Settlement, Error> {
         let mut locked = self.locked()?;
         let record = locked.current("settle a handover")?;
-        let back = match &record.state {
-            State::Offered { session: s, .. } => s == session && self.is_ours(Some(&record)),
-            State::Returned { session: s } => s == session,
-            // Suspending failed, though not in writing this.
-            State::InFile { .. } => self.present && self.is_ours(Some(&record)),
-            State::Owned | State::Taken { .. } if self.is_ours(Some(&record)) => {
-                return Ok(Settlement::Ours { generation: record.generation });
+        match rules::settle(&record, &self.owner.id, self.present, session) {
+            rules::Settle::Kept => Ok(Settlement::Ours { generation: record.generation }),
+            rules::Settle::Gone => Ok(Settlement::Theirs { record: Box::new(record) }),
+            rules::Settle::Back(change) => {
+                let generation = change.generation;
+                locked.write(record.lease, generation, change.state)?;
+                Ok(Settlement::Ours { generation })
             }
-            _ => false,
-        };
-        if !back {
-            return Ok(Settlement::Theirs { record: Box::new(record) });
         }
-        let generation = record.generation + 1;
-        locked.write(record.lease, generation, State::Owned)?;
-        Ok(Settlement::Ours { generation })
     }
 
     /// The guest goes into a file with this digest. Returns the generation (the file knows it already).
@@ -414,8 +407,7 @@ impl Lease {
         {
             let mut locked = self.locked()?;
             let record = locked.current(action)?;
-            let ours =
-                matches!(record.state, State::Owned | State::Taken { .. }) && self.is_ours(Some(&record));
+            let ours = rules::holds(&record, &self.owner.id);
             if !ours || generation.is_some_and(|generation| generation != record.generation) {
                 return Err(locked.moved(action, record));
             }
@@ -432,10 +424,6 @@ impl Lease {
         self.lock(libc::F_UNLCK, PRESENCE_RANGE)?;
         self.present = false;
         Ok(())
-    }
-
-    fn is_ours(&self, record: Option<&Record>) -> bool {
-        record.is_some_and(|record| record.owner.id == self.owner.id)
     }
 
     /// Takes the record lock and reads the newest whole copy.

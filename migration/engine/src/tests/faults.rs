@@ -197,7 +197,7 @@ fn a_process_killed_at_any_step_leaves_at_most_one_guest() {
         ("build", Some("source")),
         ("load", Some("source")),
         ("take image", Some("source")),
-        ("open image", None),
+        ("open image", Some("source")),
         ("start", None),
     ] {
         let world = World::new();

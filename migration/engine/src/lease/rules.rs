@@ -1,0 +1,65 @@
+//! What may follow on what the record says. No I/O: [`Lease`](super::Lease) asks under the record lock, and the model of the
+//! hand-over (`ownership`) asks the same.
+
+use super::{Id, Record, State};
+
+/// What is to be written next. Whoever writes it is its owner.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Change {
+    pub generation: u64,
+    pub state: State,
+}
+
+/// What becomes of a hand-over without an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Settle {
+    /// The guest is ours: the record says so.
+    Kept,
+    /// It is, once this is written.
+    Back(Change),
+    /// It is someone else's.
+    Gone,
+}
+
+/// Whether the guest is with the process `me`, to be offered, suspended or released.
+pub(crate) fn holds(record: &Record, me: &Id) -> bool {
+    matches!(record.state, State::Owned | State::Taken { .. }) && record.owner.id == *me
+}
+
+/// `me` lets the destination of `session` take the guest.
+pub(crate) fn offer(record: &Record, me: &Id, session: &Id, peer: &str) -> Option<Change> {
+    let state = State::Offered { session: *session, peer: peer.to_owned() };
+    holds(record, me).then_some(Change { generation: record.generation, state })
+}
+
+/// The destination of `session` takes what COMMIT offered it.
+pub(crate) fn take(record: &Record, session: &Id, generation: u64) -> Option<Change> {
+    let offered = matches!(&record.state, State::Offered { session: s, .. } if s == session);
+    // A record at the last generation can never move again.
+    let next = generation.checked_add(1)?;
+    (offered && record.generation == generation)
+        .then_some(Change { generation: next, state: State::Taken { session: *session } })
+}
+
+/// The destination `me` took the guest, and neither ran it nor ever will.
+pub(crate) fn give_back(record: &Record, me: &Id, session: &Id) -> Option<Change> {
+    let taken = record.state == State::Taken { session: *session } && record.owner.id == *me;
+    taken.then_some(Change { generation: record.generation, state: State::Returned { session: *session } })
+}
+
+/// The source `me` asks whose the guest is after `session`. `present`: it shows that it lives.
+pub(crate) fn settle(record: &Record, me: &Id, present: bool, session: &Id) -> Settle {
+    let ours = record.owner.id == *me;
+    let back = match &record.state {
+        State::Offered { session: s, .. } => s == session && ours,
+        State::Returned { session: s } => s == session,
+        // Suspending failed, though not in writing this.
+        State::InFile { .. } => present && ours,
+        State::Owned | State::Taken { .. } if ours => return Settle::Kept,
+        State::Owned | State::Taken { .. } | State::Released => false,
+    };
+    match record.generation.checked_add(1) {
+        Some(generation) if back => Settle::Back(Change { generation, state: State::Owned }),
+        _ => Settle::Gone,
+    }
+}
