@@ -1,13 +1,13 @@
-//! `ferry status`, `stop`, `cont` and `quit`: one command each over a control socket.
+//! `ferry status`, `stop`, `cont`, `confirm`, `reclaim` and `quit`: one command each over a control socket.
 
 use std::fmt;
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use serde_json::{Value, json};
 
-use crate::control::{Client, FerryStatus, MigrationInfo, RunState};
+use crate::control::{Client, FerryStatus, MigrationInfo, MigrationStatus, RunState};
 
 /// Which machine is meant.
 #[derive(Clone, Debug, Args)]
@@ -54,6 +54,43 @@ impl ControlArguments {
         self.run("cont")
     }
 
+    /// `ferry confirm`: the destination of an undecided hand-over has the guest.
+    ///
+    /// # Errors
+    /// No machine answers, it refused, or the destination has answered that it has not.
+    pub fn confirm(&self) -> anyhow::Result<()> {
+        match self.decide("x-ferry-confirm")?.status {
+            MigrationStatus::Completed => Ok(()),
+            _ => bail!("the destination answered after all, and never ran the guest: it goes on here"),
+        }
+    }
+
+    /// `ferry reclaim`: the destination of an undecided hand-over never ran the guest and never will.
+    ///
+    /// # Errors
+    /// No machine answers, it refused, or the destination has answered that it has the guest.
+    pub fn reclaim(&self) -> anyhow::Result<()> {
+        match self.decide("x-ferry-reclaim")?.status {
+            MigrationStatus::Completed => {
+                bail!("the destination answered after all, and has the guest: it never runs here again")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until the hand-over is decided and says what the run state is then.
+    fn decide(&self, command: &str) -> anyhow::Result<MigrationInfo> {
+        let mut client = Client::connect(&self.api)?;
+        let decided = client.decide_handover(command)?.info;
+        // With --exit-when-migrated nobody is there to be asked.
+        match client.execute("query-status", json!({})) {
+            Ok(status) => self.show(&status)?,
+            Err(_) if decided.status == MigrationStatus::Completed => {}
+            Err(error) => return Err(error.into()),
+        }
+        Ok(decided)
+    }
+
     /// `ferry quit`.
     ///
     /// # Errors
@@ -72,6 +109,11 @@ impl ControlArguments {
         let mut client = Client::connect(&self.api)?;
         client.execute(command, json!({}))?;
         let status = client.execute("query-status", json!({}))?;
+        self.show(&status)
+    }
+
+    /// Says what the run state is.
+    fn show(&self, status: &Value) -> anyhow::Result<()> {
         if self.json {
             println!("{status}");
         } else {

@@ -51,6 +51,17 @@ pub enum Command {
     ///
     /// Example: ferry cont --api vm.sock
     Cont(ControlArguments),
+    /// Say that the destination has the guest of a hand-over that is undecided. It then never runs here again.
+    ///
+    /// Only without a lease, when COMMIT was sent and the destination does not answer, can nothing but an operator tell (`ferry status`
+    /// says handover-unknown). The destination is asked once more, and its answer counts for more.
+    /// Example: ferry confirm --api vm.sock
+    Confirm(ControlArguments),
+    /// Say that the destination never ran the guest of a hand-over that is undecided and never will. It then goes on here.
+    ///
+    /// As for confirm. Make sure first that the destination's process is gone and never ran the guest: a guest that runs twice
+    /// destroys its disks. Example: ferry reclaim --api vm.sock
+    Reclaim(ControlArguments),
     /// End a machine, as if its power were cut: the guest is not asked.
     ///
     /// Commands in flight are finished and images made stable first. Example: ferry quit --api vm.sock
@@ -91,6 +102,8 @@ impl Command {
             Self::Status(arguments) => arguments.status(),
             Self::Stop(arguments) => arguments.stop(),
             Self::Cont(arguments) => arguments.cont(),
+            Self::Confirm(arguments) => arguments.confirm(),
+            Self::Reclaim(arguments) => arguments.reclaim(),
             Self::Quit(arguments) => arguments.quit(),
             Self::Namespace(arguments) => arguments.execute(),
             Self::Demo(arguments) => arguments.execute(),

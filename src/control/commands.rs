@@ -1,5 +1,6 @@
 //! The commands: each takes its arguments apart, asks the machine, and puts the answer into QEMU's shape.
 
+use engine::Word;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -20,7 +21,7 @@ pub(super) struct Context<'a> {
 type Command = fn(&Context, Arguments) -> Result<Value, QmpError>;
 
 /// Every command but `qmp_capabilities`, which belongs to the session.
-const COMMANDS: [(&str, Command); 17] = [
+const COMMANDS: [(&str, Command); 19] = [
     ("query-version", query_version),
     ("query-commands", query_commands),
     ("query-status", query_status),
@@ -35,6 +36,8 @@ const COMMANDS: [(&str, Command); 17] = [
     ("migrate-set-capabilities", set_capabilities),
     ("query-migrate-capabilities", query_capabilities),
     ("x-ferry-status", ferry_status),
+    ("x-ferry-confirm", confirm),
+    ("x-ferry-reclaim", reclaim),
     ("x-ferry-namespace-add", namespaces::add),
     ("x-ferry-namespace-remove", namespaces::remove),
     ("x-ferry-namespace-resize", namespaces::resize),
@@ -179,4 +182,18 @@ fn query_capabilities(context: &Context, arguments: Arguments) -> Result<Value, 
 fn ferry_status(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
     arguments.finish()?;
     to_json(context.operations.ferry_status())
+}
+
+/// The operator knows that the destination has the guest.
+fn confirm(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    context.operations.decide_handover(Word::Confirm)?;
+    nothing()
+}
+
+/// The operator knows that the destination never ran the guest and never will.
+fn reclaim(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    context.operations.decide_handover(Word::Reclaim)?;
+    nothing()
 }

@@ -57,12 +57,35 @@ impl Client {
         self.execute("migrate", json!({ "uri": request.uri }))?;
 
         let mut asked_to_cancel = false;
-        let mut seen = MigrationInfo::new(MigrationStatus::Setup);
-        loop {
-            if cancel.load(Ordering::Relaxed) && !asked_to_cancel {
-                self.execute("migrate_cancel", json!({}))?;
+        self.follow(|client, seen| {
+            progress(seen);
+            if cancel.load(Ordering::Relaxed) && !asked_to_cancel && !seen.status.is_final() {
+                client.execute("migrate_cancel", json!({}))?;
                 asked_to_cancel = true;
             }
+            Ok(())
+        })
+    }
+
+    /// Says what an operator knows of an undecided hand-over, and returns when that is decided: as `command` says, or otherwise
+    /// if the destination answered after all.
+    ///
+    /// # Errors
+    /// The machine refused, or its process went away before.
+    pub fn decide_handover(&mut self, command: &str) -> Result<Finished, Error> {
+        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+        self.execute("migrate-set-capabilities", events)?;
+        self.execute(command, json!({}))?;
+        self.follow(|_, _| Ok(()))
+    }
+
+    /// Looks at a migration until it is over; `look` sees each report on the way.
+    fn follow(
+        &mut self,
+        mut look: impl FnMut(&mut Self, &MigrationInfo) -> Result<(), Error>,
+    ) -> Result<Finished, Error> {
+        let mut seen = MigrationInfo::new(MigrationStatus::Setup);
+        loop {
             match self.query("query-migrate") {
                 Ok(info) => seen = info,
                 // With --exit-when-migrated the process may be gone before it is asked.
@@ -73,7 +96,7 @@ impl Client {
                 }
                 Err(error) => return Err(error),
             }
-            progress(&seen);
+            look(self, &seen)?;
             if seen.status.is_final() {
                 let details =
                     self.query("x-ferry-status").ok().and_then(|status: FerryStatus| status.migration);

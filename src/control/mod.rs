@@ -6,8 +6,8 @@
 //! ```
 //!
 //! The names and shapes are QEMU's (`docs/interop/qmp-spec`, `qapi/run-state.json`, `qapi/migration.json`), so that its
-//! Python package and scripts work unchanged. What has no name there is under `x-ferry-status` and
-//! `x-ferry-namespace-add`, `-remove` and `-resize`; a COMMIT whose outcome
+//! Python package and scripts work unchanged. What has no name there is under `x-ferry-status`, `x-ferry-confirm`,
+//! `x-ferry-reclaim` and `x-ferry-namespace-add`, `-remove` and `-resize`; a COMMIT whose outcome
 //! is unknown shows as migration status `device` with run state `postmigrate`, and its details are there.
 //!
 //! Invariants:

@@ -29,6 +29,10 @@ pub trait Operations: Send + Sync {
     /// Asks a migration to end with the guest running here. Nothing happens without a migration, or after COMMIT.
     fn migrate_cancel(&self) -> Result<(), Refusal>;
 
+    /// Says what an operator knows of a hand-over that is undecided; returns at once, and the outcome is seen as that of the
+    /// migration. Refused when there is no such hand-over, and with a lease, which alone decides.
+    fn decide_handover(&self, word: engine::Word) -> Result<(), Refusal>;
+
     /// The latest migration, if there was one. Its `blocked_reasons` are filled in from [`Operations::migration_blockers`].
     fn migration(&self) -> Option<MigrationInfo>;
 

@@ -4,6 +4,8 @@
 //! [`Action`]; [`RunState::next`] is the only place that says what an action does in a state. In particular no command
 //! makes a guest run that may have been handed over ("Live migration", who owns the guest, rule 5).
 
+use engine::Word;
+
 /// What the virtual machine is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunState {
@@ -63,6 +65,8 @@ pub enum Action {
     HandOver,
     /// The destination runs the guest (or holds it paused).
     HandedOver,
+    /// An operator says where the guest is, when nothing else can tell.
+    Decide(Word),
     /// An incoming guest is ours now.
     Arrive {
         /// Whether it runs, or arrives paused.
@@ -110,6 +114,9 @@ impl RunState {
             (S::Running | S::Paused, A::TakeBack { .. }) => Ok(self),
             // A guest that went into a file has left, even if its images could not be given up.
             (S::FinishMigrate { .. } | S::HandoverUnknown { .. }, A::HandedOver) => Ok(S::PostMigrate),
+
+            // Who does what he says is the migration, by one of the two above.
+            (S::HandoverUnknown { .. }, A::Decide(_)) => Ok(self),
 
             (S::InMigrate, A::Arrive { running }) => Ok(if running { S::Running } else { S::Paused }),
 
@@ -170,6 +177,8 @@ impl Action {
             Self::TakeBack { .. } => "take the guest back",
             Self::HandOver => "hand the guest over",
             Self::HandedOver => "finish the hand-over",
+            Self::Decide(Word::Confirm) => "confirm a hand-over",
+            Self::Decide(Word::Reclaim) => "reclaim a guest",
             Self::Arrive { .. } => "take over an incoming guest",
         }
     }
@@ -192,7 +201,7 @@ mod tests {
         RunState::Shutdown,
         RunState::InternalError,
     ];
-    const ACTIONS: [Action; 15] = [
+    const ACTIONS: [Action; 17] = [
         Action::Start,
         Action::Stop,
         Action::Continue,
@@ -206,6 +215,8 @@ mod tests {
         Action::TakeBack { running: false },
         Action::HandOver,
         Action::HandedOver,
+        Action::Decide(Word::Confirm),
+        Action::Decide(Word::Reclaim),
         Action::Arrive { running: true },
         Action::Arrive { running: false },
     ];

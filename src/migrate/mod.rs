@@ -18,7 +18,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use engine::{Context, Destination, Outcome, Parameters, Patience, RamBlock, Statistics, Status};
+use engine::{Context, Destination, Outcome, Parameters, Patience, RamBlock, Statistics, Status, Word};
 use transport::{Listener, Uri};
 
 use crate::control::{Event, MigrationParameters, MigrationStatus};
@@ -261,6 +261,20 @@ impl Migrations {
             self.parameters.cancel();
         }
         active
+    }
+
+    /// Takes the word of an operator on a hand-over that is undecided; the migration thread acts on it, unless the destination
+    /// answers after all.
+    ///
+    /// # Errors
+    /// There is no such hand-over, or there is a lease, which alone decides.
+    pub fn decide(&self, vmm: &Vmm, word: Word) -> anyhow::Result<()> {
+        vmm.run_state().next(Action::Decide(word))?;
+        if let Some(reason) = vmm.lease_decides() {
+            bail!("cannot decide where the guest is: {reason}");
+        }
+        self.parameters.say(word);
+        Ok(())
     }
 
     /// Whether the guest is on its way to somewhere else.

@@ -249,6 +249,12 @@ impl Vmm {
         })
     }
 
+    /// Why no operator may decide whose the guest is, if so.
+    #[must_use]
+    pub fn lease_decides(&self) -> Option<String> {
+        ownership::decides_alone(&self.spec)
+    }
+
     /// Takes the lease out, to work with it.
     #[must_use]
     pub fn take_lease(&self) -> Option<Lease> {

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use engine::Word;
+
 use super::{Request, Vmm, ownership};
 use crate::config::NamespaceOption;
 use crate::control::{
@@ -104,6 +106,10 @@ impl Operations for Control {
     fn migrate_cancel(&self) -> Result<(), Refusal> {
         self.0.migrations.cancel();
         Ok(())
+    }
+
+    fn decide_handover(&self, word: Word) -> Result<(), Refusal> {
+        self.0.migrations.decide(&self.0, word).map_err(|error| refusal(&error))
     }
 
     fn migration(&self) -> Option<MigrationInfo> {

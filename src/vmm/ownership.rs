@@ -29,6 +29,16 @@ pub fn open_existing_lease(spec: &MachineSpec) -> anyhow::Result<Option<Lease>> 
     Ok(Some(Lease::open_existing(&path, owner(spec)?)?))
 }
 
+/// Why no operator may say where the guest of `spec` is, if so: there is a record, which alone decides.
+#[must_use]
+pub fn decides_alone(spec: &MachineSpec) -> Option<String> {
+    if let Some((path, record)) = record(spec) {
+        return Some(format!("the lease {} decides alone, and says {record}", path.display()));
+    }
+    let path = lease_path(spec).ok()??;
+    Some(format!("the lease {} decides alone, and cannot be read just now", path.display()))
+}
+
 /// The record of a machine that writes no image of the host's, in its folder.
 const LEASE_IN_FOLDER: &str = "ferry-lease";
 

@@ -90,6 +90,19 @@ impl Operations for Machine {
         self.did("migrate_cancel", RunState::Running, Event::Migration { status })
     }
 
+    fn decide_handover(&self, word: engine::Word) -> Result<(), Refusal> {
+        if self.run_state() != RunState::Postmigrate {
+            return Err(Refusal("nothing is undecided".to_owned()));
+        }
+        let status = match word {
+            engine::Word::Confirm => MigrationStatus::Completed,
+            engine::Word::Reclaim => MigrationStatus::Failed,
+        };
+        self.set(|state| state.migration = Some(MigrationInfo::new(status)));
+        let run_state = if word == engine::Word::Confirm { RunState::Postmigrate } else { RunState::Running };
+        self.did(&format!("{word:?}"), run_state, Event::Migration { status })
+    }
+
     fn migration(&self) -> Option<MigrationInfo> {
         self.state.lock().unwrap().migration.clone()
     }

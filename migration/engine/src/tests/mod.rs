@@ -5,6 +5,7 @@ mod file;
 mod link;
 mod migrate;
 mod mock;
+mod operator;
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
