@@ -2,8 +2,9 @@
 
 use std::fmt::{self, Debug};
 use std::io;
+use std::sync::Arc;
 
-use bus::GuestRange;
+use bus::{GuestMemory, GuestRange};
 use vm_memory::GuestAddress;
 use vmstate::Migratability;
 
@@ -85,6 +86,9 @@ pub enum Buffers<'a> {
     /// Guest memory, in order. The backend resolves it against the guest memory of the [`IoContext`] and fails the
     /// request with [`Failure::GuestMemory`] if any byte lies outside. What a read has for a range at [`NOWHERE`] is dropped.
     Guest(&'a [GuestRange]),
+    /// The same in memory that is none of the guest's: what its owner looks at before the guest sees it, or after. It is kept alive
+    /// until the request has ended.
+    Private(&'a Arc<GuestMemory>, &'a [GuestRange]),
 }
 
 /// One request. The caller checked that the range lies inside the image and that the buffers' total equals

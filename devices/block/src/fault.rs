@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bus::GuestRange;
+use bus::{GuestMemory, GuestRange};
 use vmm_sys_util::eventfd::EventFd;
 use vmstate::Migratability;
 
@@ -220,6 +220,7 @@ pub(crate) struct Parked {
     offset_bytes: u64,
     length_bytes: u64,
     ranges: Vec<GuestRange>,
+    private: Option<Arc<GuestMemory>>,
 }
 
 impl Parked {
@@ -232,6 +233,7 @@ impl Parked {
             offset_bytes: request.offset_bytes,
             length_bytes: request.length_bytes,
             ranges: request.buffers.ranges().to_vec(),
+            private: request.buffers.private().cloned(),
         }
     }
 
@@ -247,7 +249,10 @@ impl Parked {
             operation: self.operation,
             offset_bytes: self.offset_bytes,
             length_bytes: self.length_bytes,
-            buffers: Buffers::Guest(&self.ranges),
+            buffers: match &self.private {
+                Some(memory) => Buffers::Private(memory, &self.ranges),
+                None => Buffers::Guest(&self.ranges),
+            },
         };
         self.image.submit(context, &request);
     }

@@ -1,5 +1,7 @@
 //! The guest memory of one request, resolved.
 
+use std::sync::Arc;
+
 use bus::{GuestMemory, GuestRange};
 use vm_memory::bitmap::{Bitmap, MS};
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
@@ -10,13 +12,29 @@ use crate::{Buffers, Failure, NOWHERE};
 type Slice<'a> = VolatileSlice<'a, MS<'a, GuestMemory>>;
 
 impl<'a> Buffers<'a> {
-    /// The guest ranges, in order.
+    /// The ranges, in order.
     #[must_use]
     pub fn ranges(&self) -> &'a [GuestRange] {
         match self {
             Self::None => &[],
-            Self::Guest(ranges) => ranges,
+            Self::Guest(ranges) | Self::Private(_, ranges) => ranges,
         }
+    }
+
+    /// The memory that the ranges are in, unless that is the guest's.
+    pub(crate) fn private(&self) -> Option<&'a Arc<GuestMemory>> {
+        match self {
+            Self::Private(memory, _) => Some(memory),
+            _ => None,
+        }
+    }
+
+    /// The memory that the ranges are in.
+    pub(crate) fn memory<'m>(&self, guest: &'m GuestMemory) -> &'m GuestMemory
+    where
+        'a: 'm,
+    {
+        self.private().map_or(guest, |memory| memory)
     }
 
     /// Length of all ranges together, in bytes. Cannot overflow: a slice cannot hold 2^32 ranges of 4 GiB.

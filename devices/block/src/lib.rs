@@ -14,7 +14,8 @@
 //! - Requests are hostile: ranges and totals are checked here again, buffers are resolved against guest memory, and nothing
 //!   outside either is touched.
 //! - What the kernel wrote to guest memory is in the dirty bitmap before the completion is reported.
-//! - The kernel never holds an address that could go away: contexts keep guest memory alive, and dropping one waits.
+//! - The kernel never holds an address that could go away: contexts keep guest memory alive, requests other memory, and dropping a
+//!   context waits.
 //! - Flush and forced unit access mean stable storage (fdatasync, RWF_DSYNC). Write zeroes really writes or deallocates.
 //! - What is compared, verified or copied passes through bounded host memory, turn by turn, like any other transfer.
 //! - An image that can be written is locked as long as it is held.
@@ -22,7 +23,7 @@
 //! Images: [`FileImage`] (raw file or block device), [`Qcow2Image`], [`MemoryImage`] (travels like RAM), [`NullImage`] (measurement),
 //! [`FaultImage`] and [`VolatileImage`] (tests).
 //!
-//! Absent: formats with metadata, caching of our own, ordering between requests in flight (as with real disks there is none),
+//! Absent: metadata as a thing of their own, caching of our own, ordering between requests in flight (as with real disks there is none),
 //! knowledge of NVMe. The only threads are those of `pool`, where the kernel offers no io_uring, and of images whose library
 //! waits for the disk (`blocking`); the only `unsafe` is in `uring`.
 #![deny(unsafe_code)]

@@ -42,25 +42,26 @@ impl MemoryImage {
         }
         request.check(&self.identity())?;
         let ranges = request.buffers.ranges();
-        check_ranges(context.memory(), ranges)?;
+        let memory = request.buffers.memory(context.memory());
+        check_ranges(memory, ranges)?;
         let image = self
             .mapping
             .get_slice(request.offset_bytes as usize, request.length_bytes as usize)
             .map_err(|_| Failure::OutOfRange)?;
         match request.operation {
-            Operation::Read => for_each_slice(context.memory(), ranges, |position, guest| {
+            Operation::Read => for_each_slice(memory, ranges, |position, guest| {
                 if let Ok(bytes) = image.subslice(position, guest.len()) {
                     bytes.copy_to_volatile_slice(guest);
                 }
             })?,
-            Operation::Write { .. } => for_each_slice(context.memory(), ranges, |position, guest| {
+            Operation::Write { .. } => for_each_slice(memory, ranges, |position, guest| {
                 if let Ok(bytes) = image.subslice(position, guest.len()) {
                     guest.copy_to_volatile_slice(bytes);
                 }
             })?,
             Operation::Compare => {
                 let mut equal = true;
-                for_each_slice(context.memory(), ranges, |position, guest| {
+                for_each_slice(memory, ranges, |position, guest| {
                     equal = equal
                         && image.subslice(position, guest.len()).is_ok_and(|bytes| is_equal(&bytes, &guest));
                 })?;

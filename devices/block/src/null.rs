@@ -35,14 +35,15 @@ impl NullImage {
         }
         request.check(&self.identity())?;
         let ranges = request.buffers.ranges();
-        check_ranges(context.memory(), ranges)?;
+        let memory = request.buffers.memory(context.memory());
+        check_ranges(memory, ranges)?;
         match request.operation {
             Operation::Read => {
-                for_each_slice(context.memory(), ranges, |_, guest| fill_with_zeroes(&guest))?;
+                for_each_slice(memory, ranges, |_, guest| fill_with_zeroes(&guest))?;
             }
             Operation::Compare => {
                 let mut equal = true;
-                for_each_slice(context.memory(), ranges, |_, guest| equal &= is_zeroes(&guest))?;
+                for_each_slice(memory, ranges, |_, guest| equal &= is_zeroes(&guest))?;
                 if !equal {
                     return Err(Failure::Miscompare);
                 }

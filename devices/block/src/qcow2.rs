@@ -70,8 +70,8 @@ impl Qcow2Image {
         let held = self.held.load_full().ok_or(Failure::Released)?;
         request.check(&self.identity())?;
         let ranges = request.buffers.ranges().to_vec();
-        check_ranges(context.memory(), &ranges)?;
-        let memory = context.memory().clone();
+        let memory = request.buffers.memory(context.memory()).clone();
+        check_ranges(&memory, &ranges)?;
         let ticket = context.defer(request.token).map_err(|_| Failure::Io(libc::EMFILE))?;
         let Request { operation, offset_bytes, length_bytes, .. } = *request;
         self.threads.start(Box::new(move || {

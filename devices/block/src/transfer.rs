@@ -106,6 +106,8 @@ pub(crate) struct Transfer {
     remaining_bytes: u64,
     done_bytes: u64,
     ranges: Vec<GuestRange>,
+    /// The memory that they are in, if it is not the guest's.
+    private: Option<Arc<GuestMemory>>,
     segments: Vec<Segment>,
     /// First segment that is not done.
     cursor: usize,
@@ -127,6 +129,7 @@ impl Transfer {
             remaining_bytes: 0,
             done_bytes: 0,
             ranges: Vec::with_capacity(16),
+            private: None,
             segments: Vec::with_capacity(16),
             cursor: 0,
             bounce: Bounce::default(),
@@ -152,6 +155,8 @@ impl Transfer {
         self.segments.clear();
         self.ranges.clear();
         self.ranges.extend_from_slice(request.buffers.ranges());
+        self.private = request.buffers.private().cloned();
+        let memory = request.buffers.memory(memory);
         self.distortion = distortion;
         self.source = match request.operation {
             Operation::Compare | Operation::Verify | Operation::Fill { .. } => Source::Bounced,
@@ -215,6 +220,8 @@ impl Transfer {
 
     /// The next system call.
     pub(crate) fn step(&mut self, memory: &GuestMemory) -> Result<Step<'_>, Failure> {
+        let private = self.private.clone();
+        let memory = private.as_deref().unwrap_or(memory);
         let (offset_bytes, length_bytes) = (self.offset_bytes, self.remaining_bytes);
         match (self.phase, self.operation) {
             (Phase::Synchronize, _) => Ok(Step::Synchronize),
@@ -298,6 +305,8 @@ impl Transfer {
 
     /// Takes the result of the step: a count or a negated error number.
     pub(crate) fn advance(&mut self, memory: &GuestMemory, result: i32) -> Progress {
+        let private = self.private.clone();
+        let memory = private.as_deref().unwrap_or(memory);
         if result == -libc::EINTR || result == -libc::EAGAIN {
             return Progress::Again;
         }
@@ -399,6 +408,7 @@ impl Transfer {
         {
             file.note_write();
         }
+        self.private = None;
         Progress::Done(result)
     }
 }

@@ -209,3 +209,47 @@ fn a_fill_that_comes_back_short_goes_on_within_its_pattern() {
         }
     });
 }
+
+#[test]
+fn private_memory_is_used_in_place_of_the_guests_and_kept_until_the_end() {
+    on_both_engines(1, |context| {
+        for (name, image, _file) in writable_images(CAPACITY) {
+            let control = Arc::new(FaultControl::default());
+            let image = FaultImage::new(image, Arc::clone(&control));
+            let mut numbers = Numbers(11);
+            let pattern = numbers.bytes(LENGTH);
+            let guest = numbers.bytes(LENGTH);
+            // The same addresses in both memories, at an alignment that a device takes and at another.
+            for (address, held) in [(4096, false), (4096, true), (4099, true)] {
+                let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MIB as usize)]).unwrap();
+                let (memory, ranges) = (Arc::new(memory), [range(address, LENGTH)]);
+                poke(&memory, &ranges, &pattern);
+                poke(context.memory(), &ranges, &guest);
+                let carry_out = |context: &mut IoContext, operation| {
+                    if held {
+                        control.inject(Target::Any, 0, 1, crate::Fault::Hold);
+                    }
+                    let memory = Arc::clone(&memory);
+                    let buffers = Buffers::Private(&memory, &ranges);
+                    let request =
+                        Request { token: 1, operation, offset_bytes: 8192, length_bytes: LENGTH, buffers };
+                    image.submit(context, &request);
+                    context.submit().unwrap();
+                    drop(memory);
+                    control.release_held();
+                    assert_eq!(collect(context, 1)[0].result, Ok(()), "{name}: {operation:?}");
+                };
+                carry_out(context, Operation::Write { fua: true });
+                carry_out(context, Operation::Compare);
+                poke(&memory, &ranges, &vec![0; LENGTH as usize]);
+                carry_out(context, Operation::Read);
+                assert!(peek(&memory, &ranges) == pattern, "{name}");
+                assert_eq!(Arc::strong_count(&memory), 1, "{name}: it is let go");
+                clear_dirty(context.memory());
+                carry_out(context, Operation::Read);
+                assert!(peek(context.memory(), &ranges) == guest, "{name}: the guest's memory is as it was");
+                assert!(!is_dirty(context.memory(), 4096), "{name}");
+            }
+        }
+    });
+}
