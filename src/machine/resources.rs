@@ -274,7 +274,7 @@ pub(super) fn open_namespace(
             Arc::new(if read_only { image.read_only() } else { image })
         }
     };
-    Ok(NamespaceConfig { nsid, block_bytes, backend })
+    Ok(NamespaceConfig { nsid, block_bytes, metadata: None, backend })
 }
 
 /// The first image that is a file and may be written: the lease lies beside it.

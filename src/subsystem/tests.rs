@@ -12,8 +12,15 @@ fn open(path: &Path) -> Directory {
 
 /// A state that names the image of `uuid`.
 fn naming(uuid: [u8; 16]) -> SubsystemState {
-    let shape =
-        NamespaceShape { nsid: 1, block_shift: 9, blocks: 8, read_only: false, uuid, backend: *b"file    " };
+    let shape = NamespaceShape {
+        nsid: 1,
+        block_shift: 9,
+        blocks: 8,
+        read_only: false,
+        uuid,
+        backend: *b"file    ",
+        metadata: None,
+    };
     let namespace = AllocatedState {
         shape,
         created: true,

@@ -382,6 +382,16 @@ wire_struct! {
     }
 }
 
+/// MC bit 0: metadata at the end of each block.
+pub const MC_EXTENDED: u8 = 1 << 0;
+/// MC bit 1: metadata in a buffer of their own.
+pub const MC_SEPARATE: u8 = 1 << 1;
+/// DPC bits 2:0: protection information of types 1 to 3.
+pub const DPC_ALL_TYPES: u8 = 0b111;
+/// DPC bit 3: in the first eight bytes of the metadata.
+pub const DPC_FIRST_BYTES: u8 = 1 << 3;
+/// DPC bit 4: in the last eight bytes of the metadata.
+pub const DPC_LAST_BYTES: u8 = 1 << 4;
 /// NSFEAT bit 2: deallocated blocks may be read without an error when the error recovery feature does not forbid it.
 pub const NSFEAT_DEALLOCATED_ERROR: u8 = 1 << 2;
 /// NSFEAT bit 4: NPWG, NPWA, NPDG, NPDA and NOWS are valid.

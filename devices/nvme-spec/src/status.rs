@@ -175,6 +175,12 @@ statuses! {
     WRITE_FAULT = media 0x80,
     /// Unrecovered Read Error.
     UNRECOVERED_READ_ERROR = media 0x81,
+    /// End-to-end Guard Check Error.
+    GUARD_CHECK_ERROR = media 0x82,
+    /// End-to-end Application Tag Check Error.
+    APPLICATION_TAG_CHECK_ERROR = media 0x83,
+    /// End-to-end Reference Tag Check Error.
+    REFERENCE_TAG_CHECK_ERROR = media 0x84,
     /// Compare Failure.
     COMPARE_FAILURE = media 0x85,
     /// Access Denied.

@@ -57,6 +57,7 @@ impl Machine {
         let namespace = |nsid| NamespaceConfig {
             nsid,
             block_bytes: 512,
+            metadata: None,
             backend: Arc::new(MemoryImage::new(Arc::clone(&image))),
         };
         Self { memory, config, namespaces: nsids.map(namespace).collect() }

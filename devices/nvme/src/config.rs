@@ -5,6 +5,7 @@ use std::sync::Arc;
 use block::Backend;
 
 use crate::Error;
+use crate::metadata::{BlockFormat, FORMATS};
 
 /// Largest number of namespaces, and the largest namespace identifier (Identify Controller NN).
 pub const MAX_NAMESPACES: u32 = 1024;
@@ -113,6 +114,31 @@ pub struct NamespaceConfig {
     pub nsid: u32,
     /// Size of a logical block in bytes: 512 or 4096.
     pub block_bytes: u32,
+    /// Metadata of each block, if they are to have some.
+    pub metadata: Option<MetadataConfig>,
     /// Where its bytes live.
     pub backend: Arc<dyn Backend>,
+}
+
+/// Metadata of the blocks of a namespace (NVM 5.2, 5.3). They are behind the blocks in its image, which holds fewer blocks for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MetadataConfig {
+    /// Bytes of each block: 8, or with blocks of 4096 bytes also 64.
+    pub bytes: u16,
+    /// They are transferred at the end of each block, not in a buffer of their own.
+    pub extended: bool,
+    /// Type of the protection information in them, 1 to 3; 0: there is none.
+    pub protection_type: u8,
+    /// Protection information is the first eight bytes of them, not the last.
+    pub protection_first: bool,
+}
+
+impl MetadataConfig {
+    /// The format that has it with blocks of `1 << shift` bytes, if there is one.
+    pub(crate) fn format(&self, shift: u8) -> Option<BlockFormat> {
+        let wanted = (shift, self.bytes);
+        let index = FORMATS.iter().position(|format| (format.shift, format.metadata_bytes) == wanted)?;
+        BlockFormat::new(index, self.extended, self.protection_type, self.protection_first)
+            .filter(|format| format.metadata.is_some())
+    }
 }

@@ -53,9 +53,28 @@ impl DataWalker {
     ) -> Result<(), Status> {
         match entry.psdt() {
             entry::PSDT_PRP => self.prp.walk(memory, entry.prp1, entry.prp2, length_bytes, ranges),
-            // They differ in MPTR, which is not used where no metadata go with the command.
+            // They differ in MPTR alone.
             entry::PSDT_SGL_BUFFER | entry::PSDT_SGL_DESCRIPTOR => {
                 self.sgl.walk(memory, entry.data_sgl(), length_bytes, direction, ranges)
+            }
+            _ => Err(Status::INVALID_FIELD.do_not_retry()),
+        }
+    }
+    /// The same for metadata in a buffer of their own (Base 4.1.1, MPTR).
+    pub fn walk_metadata(
+        &mut self,
+        memory: &GuestMemory,
+        entry: &SubmissionEntry,
+        length_bytes: u64,
+        direction: Direction,
+        ranges: &mut Vec<GuestRange>,
+    ) -> Result<(), Status> {
+        match entry.psdt() {
+            // "... the address of a contiguous physical buffer of metadata and shall be Dword aligned"
+            entry::PSDT_PRP if !entry.mptr.is_multiple_of(4) => Err(Status::INVALID_FIELD.do_not_retry()),
+            entry::PSDT_PRP | entry::PSDT_SGL_BUFFER => self.prp.walk_run(entry.mptr, length_bytes, ranges),
+            entry::PSDT_SGL_DESCRIPTOR => {
+                self.sgl.walk_metadata(memory, entry.mptr, length_bytes, direction, ranges)
             }
             _ => Err(Status::INVALID_FIELD.do_not_retry()),
         }

@@ -167,7 +167,7 @@ fn changes(before: &NamespaceTable, after: &NamespaceTable) -> Vec<Change> {
 
 fn looks_the_same(before: &Namespace, after: &Namespace) -> bool {
     let look = |namespace: &Namespace| {
-        (namespace.block_shift, namespace.blocks, namespace.read_only, namespace.protection, namespace.shared)
+        (namespace.format(), namespace.blocks, namespace.read_only, namespace.protection, namespace.shared)
     };
     look(before) == look(after)
 }

@@ -65,7 +65,10 @@ impl Subsystem {
             let Ok(Allocated { namespace, .. }) = contents.find(nsid) else {
                 return refuse(nsid, "there is none");
             };
-            (namespace.backend.clone(), namespace.block_shift, namespace.blocks << namespace.block_shift)
+            if namespace.metadata.is_some() {
+                return refuse(nsid, "its blocks have metadata, which are behind them and cannot be moved");
+            }
+            (namespace.backend.clone(), namespace.block_shift, namespace.image_bytes)
         };
         let check = |bytes: u64| {
             if bytes < before_bytes {
@@ -93,7 +96,7 @@ impl Subsystem {
         }
         self.commit(&mut saved, next, |contents, _| {
             if let Some(Some(allocated)) = contents.namespaces.get_mut((nsid as usize).wrapping_sub(1)) {
-                allocated.namespace.blocks = blocks;
+                (allocated.namespace.blocks, allocated.namespace.image_bytes) = (blocks, bytes);
             }
         })?;
         Ok(bytes)

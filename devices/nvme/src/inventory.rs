@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use vmstate::VmState;
 
-use crate::config::{ControllerConfig, padded};
+use crate::config::{ControllerConfig, MetadataConfig, padded};
 use crate::controller::Controller;
+use crate::metadata::BlockFormat;
 use crate::namespace::{self, Namespace};
 use crate::shared::lock;
 
@@ -43,6 +44,25 @@ pub struct NamespaceShape {
     pub uuid: [u8; 16],
     /// Kind of backend (`file`, `memory`, `null`), padded with spaces.
     pub backend: [u8; 8],
+    /// Metadata of its blocks, if they have some.
+    #[vmstate(subsection)]
+    pub metadata: Option<MetadataShape>,
+}
+
+/// Metadata of the blocks of a namespace.
+#[derive(VmState, Clone, Copy, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/namespace-shape/metadata", version = 1)]
+pub struct MetadataShape {
+    /// Bytes of each block.
+    pub bytes: u16,
+    /// They are transferred at the end of each block.
+    pub extended: bool,
+    /// Type of their protection information, 0 for none.
+    pub protection_type: u8,
+    /// It is the first eight bytes of them.
+    pub protection_first: bool,
+    /// Bytes of the image, which do not follow from the number of blocks.
+    pub image_bytes: u64,
 }
 
 /// A controller and its namespaces.
@@ -103,10 +123,37 @@ impl NamespaceShape {
             read_only: namespace.backend.identity().read_only,
             uuid: namespace.uuid,
             backend: padded(namespace.backend.identity().kind),
+            metadata: namespace.metadata.map(|metadata| MetadataShape {
+                bytes: metadata.bytes,
+                extended: metadata.extended,
+                protection_type: metadata.protection.map_or(0, |protection| protection.kind),
+                protection_first: metadata.protection.is_some_and(|protection| protection.first),
+                image_bytes: namespace.image_bytes,
+            }),
+        }
+    }
+
+    /// The format that it says, if there is one.
+    pub(crate) fn format(&self) -> Option<BlockFormat> {
+        let shift = self.block_shift;
+        match &self.metadata {
+            None => Some(BlockFormat { shift, metadata: None }).filter(|format| format.index().is_some()),
+            Some(shape) => MetadataConfig {
+                bytes: shape.bytes,
+                extended: shape.extended,
+                protection_type: shape.protection_type,
+                protection_first: shape.protection_first,
+            }
+            .format(shift)
+            // What means nothing is not said.
+            .filter(|_| shape.protection_type != 0 || !shape.protection_first),
         }
     }
 
     fn size_bytes(&self) -> String {
+        if let Some(metadata) = &self.metadata {
+            return metadata.image_bytes.to_string();
+        }
         let bytes = 1u64.checked_shl(self.block_shift.into()).map(u128::from);
         bytes.map_or_else(
             || format!("{} * 2^{}", self.blocks, self.block_shift),
@@ -117,7 +164,8 @@ impl NamespaceShape {
     /// In which respects `other`, of the same identifier, is different.
     pub(crate) fn differences(&self, other: &Self) -> Vec<String> {
         let backend = |shape: &Self| String::from_utf8_lossy(&shape.backend).trim_end().to_owned();
-        let size = match self.block_shift == other.block_shift {
+        let same = (self.block_shift, self.metadata) == (other.block_shift, other.metadata);
+        let size = match same {
             true => ("size in blocks", self.blocks.to_string(), other.blocks.to_string()),
             // The guest formats: who takes over gives the namespace the blocks that the other one had. The image must be as large.
             false => ("size in bytes", self.size_bytes(), other.size_bytes()),

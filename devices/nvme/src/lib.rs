@@ -47,6 +47,8 @@
 //! | shadow doorbells | 5.8 | `doorbell`, `wakeup` | `queues`, `wakeup/tests` (every interleaving), `polling` |
 //! | PRPs | 4.1.1 | `prp` | `io`, `hostile` |
 //! | SGLs of I/O commands | 4.1.2 | `sgl` | `sgl`, `random` |
+//! | metadata, in blocks or apart; MPTR | NVM 5.3, 4.1.1 | `metadata` | `metadata/*` |
+//! | protection information, types 1 to 3 | NVM 5.2 | `metadata/protection` | `metadata/*` |
 //! | Flush, Read, Write, Write Zeroes, Dataset Management | 7.1, NVM 3.2 | `command/io` | `io`, `random`, `durability` |
 //! | Compare, Verify, Copy, Write Uncorrectable | NVM 3.2 | `command/io`, `command/copy`, `uncorrectable` | `commands`, `random` |
 //! | fused Compare and Write | 3.4.2 | `command/fused`, `exclusion` | `fused`, `random` |
@@ -69,7 +71,8 @@
 //!
 //! # Absent
 //!
-//! Metadata and the persistent memory region; namespace management and state that outlives the process without a [`Store`].
+//! The persistent memory region; guards of more than 16 bits and storage tags; namespace management and state that outlives the process
+//! without a [`Store`]. A namespace with metadata cannot be resized, and not be moved to or from QEMU.
 //! None of them is claimed in Identify, and their commands are refused.
 #![forbid(unsafe_code)]
 
@@ -94,6 +97,7 @@ mod interrupt;
 mod inventory;
 mod maintenance;
 mod management;
+mod metadata;
 mod namespace;
 mod non_volatile;
 mod pci;
@@ -122,19 +126,19 @@ mod worker;
 
 pub use ana::{ACCESS_GROUPS, AccessState};
 pub use cmb::memory_with_buffer;
-pub use config::{ControllerConfig, MAX_NAMESPACES, MAX_QUEUE_ENTRIES, NamespaceConfig};
+pub use config::{ControllerConfig, MAX_NAMESPACES, MAX_QUEUE_ENTRIES, MetadataConfig, NamespaceConfig};
 pub use controller::{Controller, PauseReport, Progress, Statistics};
 pub use error::Error;
-pub use inventory::{Inventory, NamespaceShape, Shape};
-pub use non_volatile::{KeptFormatState, KeptState, NonVolatile};
+pub use inventory::{Inventory, MetadataShape, NamespaceShape, Shape};
+pub use non_volatile::{KeptFormatState, KeptMetadataState, KeptState, NonVolatile};
 pub use shared::Host;
 pub use state::{
     AccessGroupsState, BufferState, CompletionQueueState, DoorbellBuffersState, EndedState, EventsState,
-    FeaturesState, FirmwareState, FormatState, MoreFeaturesState, NamespaceState, NvmeState,
-    PersistentEventsState, RegistersState, RegistrantState, ReservationMaskState, ReservationNoticeState,
-    ReservationNoticesState, ReservationState, ReservationsState, SanitizeState, SavedFeaturesState,
-    SelfTestState, SmartState, SubmissionQueueState, SweepState, UncorrectableRunState, UncorrectableState,
-    WarningsState, WriteProtectionState,
+    FeaturesState, FirmwareState, FormatSettingsState, FormatState, MoreFeaturesState, NamespaceState,
+    NvmeState, PersistentEventsState, RegistersState, RegistrantState, ReservationMaskState,
+    ReservationNoticeState, ReservationNoticesState, ReservationState, ReservationsState, SanitizeState,
+    SavedFeaturesState, SelfTestState, SmartState, SubmissionQueueState, SweepState, UncorrectableRunState,
+    UncorrectableState, WarningsState, WriteProtectionState,
 };
 pub use store::{
     AllocatedProtectionState, AllocatedState, AllocationsState, ControllerKeptState, ControllerRecord,

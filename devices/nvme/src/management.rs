@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use nvme_spec::{NSID_BROADCAST, Status};
 
-use crate::namespace::{self, FORMATS, Namespace, WriteProtection};
+use crate::metadata::BlockFormat;
+use crate::namespace::{self, Namespace, WriteProtection};
 use crate::subsystem::{Allocated, Subsystem};
 use crate::{Error, store::AllocatedState};
 
@@ -16,8 +17,8 @@ use crate::{Error, store::AllocatedState};
 pub(crate) struct Creation {
     /// NSZE, which is NCAP too.
     pub blocks: u64,
-    /// Index of the LBA format.
-    pub format: u8,
+    /// The LBA format, with what FLBAS and DPS say of metadata.
+    pub format: BlockFormat,
     /// NMIC bit 0.
     pub shared: bool,
 }
@@ -41,10 +42,8 @@ impl Subsystem {
     /// Creates a namespace that is attached to no controller (Base 5.23); returns its identifier.
     pub(crate) fn create(&self, creation: &Creation) -> Result<u32, NotCreated> {
         let Some(store) = &self.store else { return Err(Status::INVALID_OPCODE.do_not_retry().into()) };
-        let block_shift = *FORMATS
-            .get(usize::from(creation.format))
-            .ok_or(NotCreated::Status(Status::INVALID_FORMAT.do_not_retry()))?;
-        let size_bytes = creation.blocks.checked_mul(1 << block_shift);
+        let BlockFormat { shift: block_shift, metadata } = creation.format;
+        let size_bytes = creation.format.image_bytes(creation.blocks);
         let size_bytes = size_bytes.ok_or(NotCreated::InsufficientCapacity { needed_bytes: u64::MAX })?;
         let mut saved = self.saved();
         if u128::from(size_bytes) > self.capacity_bytes().1 {
@@ -64,10 +63,13 @@ impl Subsystem {
             nsid,
             block_shift,
             blocks: creation.blocks,
+            metadata,
+            image_bytes: size_bytes,
             read_only: false,
             protection: WriteProtection::None,
             refusal: None,
             uncorrectable: Arc::default(),
+            occupied: Arc::default(),
             shared: creation.shared,
             uuid,
             backend,

@@ -7,10 +7,8 @@ use nvme_spec::{Status, feature};
 
 use crate::Error;
 use crate::config::{MAX_NAMESPACES, NamespaceConfig};
+use crate::metadata::{BlockFormat, Metadata, Occupied};
 use crate::uncorrectable::Uncorrectable;
-
-/// The LBA formats that every namespace lists: log2 of the block size in bytes.
-pub(crate) const FORMATS: [u8; 2] = [9, 12];
 
 /// A namespace that commands can address.
 #[derive(Clone, Debug)]
@@ -20,6 +18,10 @@ pub(crate) struct Namespace {
     pub block_shift: u8,
     /// Size in logical blocks.
     pub blocks: u64,
+    /// Metadata of the blocks, if they have some.
+    pub metadata: Option<Metadata>,
+    /// Bytes of its image. Without metadata all of them are in blocks.
+    pub image_bytes: u64,
     /// Writes are refused: the image is read-only, or the namespace is write protected.
     pub read_only: bool,
     pub protection: WriteProtection,
@@ -31,6 +33,8 @@ pub(crate) struct Namespace {
     pub backend: Arc<dyn Backend>,
     /// Shared by all copies of the namespace.
     pub uncorrectable: Arc<Uncorrectable>,
+    /// Blocks that commands are at, if they have metadata. Shared by all copies too.
+    pub occupied: Arc<Occupied>,
 }
 
 /// The write protection state of a namespace (Base 8.12).
@@ -82,20 +86,35 @@ impl Namespace {
             other => return refuse(format!("blocks of {other} bytes are not supported, only 512 and 4096")),
         };
         let identity = config.backend.identity();
-        let blocks = identity.capacity_bytes >> block_shift;
-        if blocks == 0 {
-            return refuse(format!("an image of {} bytes holds no block", identity.capacity_bytes));
-        }
-        if !identity.capacity_bytes.is_multiple_of(u64::from(config.block_bytes)) {
-            return refuse(format!(
-                "the image's {} bytes are not a whole number of blocks of {} bytes",
-                identity.capacity_bytes, config.block_bytes
-            ));
-        }
+        let image_bytes = identity.capacity_bytes;
+        let format = match &config.metadata {
+            None => BlockFormat { shift: block_shift, metadata: None },
+            Some(metadata) => match metadata.format(block_shift) {
+                Some(format) => format,
+                None => {
+                    return refuse(format!(
+                        "there is no format with blocks of {} bytes, {} bytes of metadata and protection information of type {}",
+                        config.block_bytes, metadata.bytes, metadata.protection_type
+                    ));
+                }
+            },
+        };
+        let blocks = match format.blocks(image_bytes) {
+            None if format.metadata.is_none() => {
+                return refuse(format!(
+                    "the image's {image_bytes} bytes are not a whole number of blocks of {} bytes",
+                    config.block_bytes
+                ));
+            }
+            None | Some(0) => return refuse(format!("an image of {image_bytes} bytes holds no block")),
+            Some(blocks) => blocks,
+        };
         Ok(Self {
             nsid: config.nsid,
             block_shift,
             blocks,
+            metadata: format.metadata,
+            image_bytes,
             read_only: identity.read_only,
             protection: WriteProtection::None,
             refusal: None,
@@ -103,23 +122,44 @@ impl Namespace {
             uuid: uuid(serial, config.nsid, 0),
             backend: Arc::clone(&config.backend),
             uncorrectable: Arc::default(),
+            occupied: Arc::default(),
         })
     }
 
-    /// Size in bytes.
+    /// Size of its image in bytes: what an operation on all of it goes over, metadata included.
     pub fn size_bytes(&self) -> u128 {
-        u128::from(self.blocks) << self.block_shift
+        u128::from(self.image_bytes)
     }
 
-    /// Whether it could have blocks of `1 << shift` bytes: none of its bytes would be beyond the last of them.
-    pub fn can_have(&self, shift: u8) -> bool {
-        self.size_bytes().is_multiple_of(1 << shift)
+    pub fn format(&self) -> BlockFormat {
+        BlockFormat { shift: self.block_shift, metadata: self.metadata }
     }
 
-    /// Gives it blocks of another size; it has as many bytes as before.
-    pub fn set_format(&mut self, shift: u8) {
-        self.blocks = (self.blocks << self.block_shift) >> shift;
-        self.block_shift = shift;
+    /// Whether it could have the format: its image holds a block, and without metadata no byte is beyond the last.
+    pub fn can_have(&self, format: &BlockFormat) -> bool {
+        format.blocks(self.image_bytes).is_some_and(|blocks| blocks > 0)
+    }
+
+    /// Gives it another format, if it can have it, and as many blocks as its image then holds.
+    pub fn set_format(&mut self, format: &BlockFormat) {
+        if let Some(blocks) = format.blocks(self.image_bytes)
+            && self.format() != *format
+        {
+            (self.block_shift, self.metadata, self.blocks) = (format.shift, format.metadata, blocks);
+        }
+    }
+
+    /// Where the metadata of its blocks begin in its image.
+    pub fn metadata_start(&self) -> u64 {
+        self.format().metadata_start(self.blocks)
+    }
+
+    /// The block that has a byte of the image as its data or metadata.
+    pub fn block_at(&self, offset_bytes: u64) -> u64 {
+        match self.metadata.zip(offset_bytes.checked_sub(self.metadata_start())) {
+            Some((metadata, within)) => (within / u64::from(metadata.bytes)).min(self.blocks - 1),
+            None => offset_bytes >> self.block_shift,
+        }
     }
 
     /// Changes the write protection.

@@ -67,6 +67,23 @@ pub struct KeptFormatState {
     pub nsid: u32,
     /// log2 of the size of a block in bytes.
     pub block_shift: u8,
+    /// Metadata of the blocks, if they have some.
+    #[vmstate(subsection)]
+    pub metadata: Option<KeptMetadataState>,
+}
+
+/// The metadata of the blocks of a namespace.
+#[derive(VmState, Clone, Copy, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/kept-format/metadata", version = 1)]
+pub struct KeptMetadataState {
+    /// Bytes of each block.
+    pub bytes: u16,
+    /// They are transferred at the end of each block.
+    pub extended: bool,
+    /// Type of protection information, 0 for none.
+    pub protection_type: u8,
+    /// It is the first eight bytes of the metadata.
+    pub protection_first: bool,
 }
 
 impl Controller {

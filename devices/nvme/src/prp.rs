@@ -52,6 +52,16 @@ impl PrpWalker {
         window.gather(ranges, |ranges| self.walk_pages(memory, prp1, prp2, length_bytes, ranges))
     }
 
+    /// Appends one run of memory as it is.
+    pub fn walk_run(
+        &self,
+        address: u64,
+        length_bytes: u64,
+        ranges: &mut Vec<GuestRange>,
+    ) -> Result<(), Status> {
+        self.window.gather(ranges, |ranges| push(ranges, address, length_bytes))
+    }
+
     fn walk_pages(
         &mut self,
         memory: &GuestMemory,

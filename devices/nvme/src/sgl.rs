@@ -75,6 +75,29 @@ impl SglWalker {
         window.gather(ranges, |ranges| self.walk_list(memory, first, length_bytes, direction, ranges))
     }
 
+    /// The same for metadata: `pointer` is the address of the one descriptor, which begins the list (Base 4.1.1, MPTR with PSDT 10b).
+    pub fn walk_metadata(
+        &mut self,
+        memory: &GuestMemory,
+        pointer: u64,
+        length_bytes: u64,
+        direction: Direction,
+        ranges: &mut Vec<GuestRange>,
+    ) -> Result<(), Status> {
+        if !pointer.is_multiple_of(8) {
+            return Err(Status::INVALID_SGL_SEGMENT.do_not_retry());
+        }
+        let mut raw = [0; SglDescriptor::SIZE_BYTES];
+        let place = self.window.translate(pointer, raw.len() as u64)?;
+        let unreadable = Status::DATA_TRANSFER_ERROR.do_not_retry();
+        memory.read_slice(&mut raw, GuestAddress(place)).map_err(|_| unreadable)?;
+        let first = SglDescriptor::from_bytes(&raw);
+        self.walk(memory, first, length_bytes, direction, ranges).map_err(|status| match status.code() {
+            Status::SGL_DATA_LENGTH_INVALID => Status::SGL_METADATA_LENGTH_INVALID.do_not_retry(),
+            _ => status,
+        })
+    }
+
     fn walk_list(
         &mut self,
         memory: &GuestMemory,

@@ -4,6 +4,7 @@ use block::Operation;
 use nvme_spec::Status;
 
 use crate::exclusion::ByteRange;
+use crate::metadata::NO_JOB;
 
 /// Whose command a slot holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +69,8 @@ pub(crate) struct Slot {
     pub status: Status,
     /// Requests to make after the one in flight, last first.
     pub steps: Vec<Step>,
+    /// What it does to blocks with metadata, or [`NO_JOB`].
+    pub job: u32,
 }
 
 impl Slot {
@@ -87,6 +90,7 @@ impl Slot {
             preempted: false,
             status: Status::SUCCESS,
             steps: Vec::new(),
+            job: NO_JOB,
         }
     }
 

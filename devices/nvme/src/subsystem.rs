@@ -165,10 +165,9 @@ impl Subsystem {
             let attached = attached.iter().copied().collect();
             let mut allocated = Allocated { namespace, created: false, attached };
             if let Some(record) = record {
-                let shift = record.shape.block_shift;
                 // The guest's format counts for more than how it is configured.
-                if namespace::FORMATS.contains(&shift) && allocated.namespace.can_have(shift) {
-                    allocated.namespace.set_format(shift);
+                if let Some(format) = record.shape.format() {
+                    allocated.namespace.set_format(&format);
                 }
                 allocated.protect_as(record)?;
             }
@@ -604,10 +603,19 @@ impl Allocated {
 pub(crate) fn reopen(store: Option<&dyn Store>, record: &AllocatedState) -> Result<Allocated, Error> {
     let shape = &record.shape;
     let refuse = |reason: String| Err(Error::Namespace { nsid: shape.nsid, reason });
-    if !namespace::FORMATS.contains(&shape.block_shift) {
-        return refuse(format!("there is no format with blocks of 2^{} bytes", shape.block_shift));
-    }
-    let size_bytes = shape.blocks.checked_mul(1 << shape.block_shift).filter(|&bytes| bytes > 0);
+    let Some(format) = shape.format() else {
+        return refuse(format!(
+            "there is no format with blocks of 2^{} bytes and such metadata",
+            shape.block_shift
+        ));
+    };
+    let needed_bytes = format.image_bytes(shape.blocks).filter(|_| shape.blocks > 0);
+    let size_bytes = match &shape.metadata {
+        None => needed_bytes,
+        Some(metadata) => {
+            needed_bytes.filter(|&needed| needed <= metadata.image_bytes).map(|_| metadata.image_bytes)
+        }
+    };
     let Some(size_bytes) = size_bytes else {
         return refuse(format!("{} blocks are no size of a namespace", shape.blocks));
     };
@@ -624,10 +632,13 @@ pub(crate) fn reopen(store: Option<&dyn Store>, record: &AllocatedState) -> Resu
         nsid: shape.nsid,
         block_shift: shape.block_shift,
         blocks: shape.blocks,
+        metadata: format.metadata,
+        image_bytes: size_bytes,
         read_only: false,
         protection: WriteProtection::None,
         refusal: None,
         uncorrectable: Arc::default(),
+        occupied: Arc::default(),
         shared: record.shared,
         uuid: shape.uuid,
         backend,

@@ -19,6 +19,7 @@ use crate::command::fused::{Admission, Pair};
 use crate::data::DataWalker;
 use crate::doorbell::MemoryGone;
 use crate::exclusion::View;
+use crate::metadata::{Jobs, NO_JOB};
 use crate::namespace::{self, NamespaceTable};
 use crate::preempt::Preemptions;
 use crate::queue::{CompletionQueue, Ended, SubmissionQueue};
@@ -48,6 +49,8 @@ pub(crate) struct Worker {
     /// Admin tokens of what ended, for worker 0.
     pub admin_ended: Vec<(u32, Status)>,
     pub preemptions: Preemptions,
+    /// Commands to blocks with metadata.
+    pub jobs: Option<Box<Jobs>>,
     pub slots: Vec<Slot>,
     free: Vec<u32>,
     /// Indexes into `cqs` that have something to post.
@@ -85,6 +88,7 @@ impl Worker {
             counters: Counters::default(),
             admin_ended: Vec::new(),
             preemptions: Preemptions::default(),
+            jobs: None,
             slots: (0..depth).map(|_| Slot::free()).collect(),
             free: (0..depth).rev().collect(),
             listed: Vec::new(),
@@ -138,6 +142,7 @@ impl Worker {
         }
         // Requests that were made meanwhile (the next steps of their commands) are submitted in the next pass.
         more |= self.reap(shared);
+        more |= self.look_at_jobs(shared);
         more |= self.look_at_preemptions(shared);
         more |= self.look_at_claims(shared);
         self.post(shared)?;
@@ -324,7 +329,7 @@ impl Worker {
                 slot.steps.push(flush_step(slot.nsid));
             }
             let (status, goes_on) = (slot.status, slot.goes_on);
-            if !orphan && (status.is_success() || goes_on) && self.next_step(index) {
+            if !orphan && (status.is_success() || goes_on) && self.go_on(shared, index) {
                 stepped = true;
             } else {
                 self.finish(shared, index, self.slots[index as usize].status);
@@ -367,7 +372,8 @@ impl Worker {
         }
     }
 
-    fn log_failure(&mut self, shared: &Shared, slot_index: u32, status: Status) {
+    /// Logs that the medium could not do what a slot's command wanted.
+    pub fn log_failure(&mut self, shared: &Shared, slot_index: u32, status: Status) {
         let slot = &self.slots[slot_index as usize];
         let sq_id = match slot.owner {
             Owner::Queue(index) => self.sqs[index as usize].as_ref().map_or(0xffff, |queue| queue.id),
@@ -394,6 +400,9 @@ impl Worker {
     /// The command in a slot has ended: the slot is free again.
     pub fn finish(&mut self, shared: &Shared, slot_index: u32, status: Status) {
         let pair = self.end_pair(shared, slot_index, status);
+        if self.slots[slot_index as usize].job != NO_JOB {
+            self.end_job(slot_index);
+        }
         let status = pair.map_or(status, |(_, first, _)| first);
         let slot = &mut self.slots[slot_index as usize];
         let (owner, cid) = (slot.owner, slot.cid);
@@ -540,6 +549,7 @@ impl Worker {
         for slot in self.slots.iter_mut().filter(|slot| slot.owner != Owner::Nobody) {
             slot.owner = Owner::Orphan;
         }
+        self.drop_waiting_jobs(shared);
         self.admin_ended.clear();
     }
 }

@@ -48,7 +48,7 @@ fn unused() -> &'static NvmeState {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 20)]).expect("1 MiB of memory");
         let contexts = vec![IoContext::with_threads(memory.clone(), 1).expect("an I/O context")];
         let image = Arc::new(NullImage::new(IMAGE_BYTES));
-        let namespaces = [NamespaceConfig { nsid: 1, block_bytes: 512, backend: image }];
+        let namespaces = [NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend: image }];
         let controller =
             Controller::new(config, memory, &namespaces, contexts, Arc::new(Nobody), Arc::new(Nobody));
         controller.expect("a controller that can be had").save()

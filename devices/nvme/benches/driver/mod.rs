@@ -103,7 +103,7 @@ impl Guest {
         let memory =
             GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES as usize)]).expect("guest memory");
         let blocks = image.identity().capacity_bytes / READ_BYTES;
-        let namespace = NamespaceConfig { nsid: 1, block_bytes: 512, backend: image };
+        let namespace = NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend: image };
         let context = IoContext::new(memory.clone(), ENTRIES * u32::from(queues)).expect("an I/O context");
         let counts = Arc::new(Counts::default());
         let (sink, host) = (Arc::clone(&counts), Arc::clone(&counts));

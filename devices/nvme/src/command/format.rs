@@ -18,7 +18,8 @@ use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 
 use crate::admin::{Admin, Answer, Pool};
 use crate::maintenance::{Chunk, Next, Sweep};
-use crate::namespace::{self, FORMATS, Namespace};
+use crate::metadata::BlockFormat;
+use crate::namespace::{self, Namespace};
 use crate::worker::{Step, flush_step};
 
 /// CDW10 bits 11:9: no secure erase, or erase of user data.
@@ -29,8 +30,8 @@ const SECURE_ERASE_MAX: u32 = 1;
 pub(crate) struct Format {
     /// The command, if it can still be answered.
     pub cid: Option<u16>,
-    /// Index in [`FORMATS`].
-    pub format: u8,
+    /// What the namespaces get.
+    pub format: BlockFormat,
     pub sweep: Sweep,
     /// No command that came before is in flight in its namespaces.
     pub quiet: bool,
@@ -47,7 +48,8 @@ impl Admin {
     /// Format NVM.
     pub fn format_nvm(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Result<Answer, Status> {
         let (format, secure_erase) = (entry.cdw10 & 0xf | entry.cdw10 >> 8 & 0x30, entry.cdw10 >> 9 & 7);
-        let protection_information = entry.cdw10 >> 5 & 7;
+        let (extended, protection_type) = (entry.cdw10 & 1 << 4 != 0, (entry.cdw10 >> 5 & 7) as u8);
+        let protection_first = entry.cdw10 & 1 << 8 != 0;
         if entry.nsid != NSID_BROADCAST {
             namespace::find(&self.namespaces, entry.nsid)?;
         }
@@ -59,12 +61,10 @@ impl Admin {
         }
         let sweep = Sweep::new(entry.nsid);
         let concerned = || namespace::active(&self.namespaces).filter(|ns| sweep.covers(ns.nsid));
-        // "Invalid Format": it does not exist, offers no protection information, or the image has not a whole number of its blocks.
-        let exists =
-            FORMATS.get(format as usize).is_some_and(|&shift| concerned().all(|ns| ns.can_have(shift)));
-        if !exists || protection_information != 0 {
-            return Err(Status::INVALID_FORMAT.do_not_retry());
-        }
+        // "Invalid Format": it does not exist, has no room for protection information, or the image has not a whole number of its blocks.
+        let format = BlockFormat::new(format as usize, extended, protection_type, protection_first)
+            .filter(|format| concerned().all(|namespace| namespace.can_have(format)))
+            .ok_or(Status::INVALID_FORMAT.do_not_retry())?;
         if concerned().any(|namespace| namespace.read_only) {
             return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
         }
@@ -79,7 +79,7 @@ impl Admin {
         let event = FormatStartEvent { nsid: entry.nsid, fna: 0, command: entry.cdw10 };
         self.log_event(pool, kind::FORMAT_START, &event.to_bytes());
         self.change_namespaces(pool, entry.nsid, |ns| ns.refusal = Some(Status::FORMAT_IN_PROGRESS));
-        self.format = Some(Format { cid: Some(entry.cid), format: format as u8, sweep, quiet: false });
+        self.format = Some(Format { cid: Some(entry.cid), format, sweep, quiet: false });
         Ok(Answer::Later)
     }
 
@@ -102,11 +102,11 @@ impl Admin {
     pub(crate) fn advance_format(&mut self, pool: &Pool, chunk: &Chunk) {
         let Some(format) = &mut self.format else { return };
         format.sweep.advance(chunk);
-        let shift = FORMATS[usize::from(format.format)];
+        let format = format.format;
         if chunk.is_last {
             self.change_namespaces(pool, chunk.nsid, |namespace| {
                 namespace.uncorrectable.heal(0, u64::MAX);
-                namespace.set_format(shift);
+                namespace.set_format(&format);
                 namespace.refusal = None;
             });
             self.tell_namespace_changed(pool, chunk.nsid);

@@ -17,6 +17,7 @@ use crate::config::ControllerConfig;
 use crate::data::Direction;
 use crate::doorbell::MemoryGone;
 use crate::exclusion::{ByteRange, Participant};
+use crate::metadata::{FORMATS, Job, Kind};
 use crate::namespace::{self, Namespace};
 use crate::queue::Hold;
 use crate::shared::Shared;
@@ -43,6 +44,8 @@ pub(crate) struct Pair {
     fua: bool,
     compare_ranges: Vec<GuestRange>,
     write_ranges: Vec<GuestRange>,
+    /// How Compare and Write are carried out instead if their blocks have metadata.
+    jobs: [Option<Box<Job>>; 2],
 }
 
 /// What is to happen with a command that was fetched.
@@ -56,9 +59,10 @@ pub(crate) enum Admission {
     Done,
 }
 
-/// Identify Controller ACWU, 0's based: blocks of the largest format in the largest transfer.
+/// Identify Controller ACWU, 0's based: blocks of the largest format in the largest transfer, where metadata are not in it.
 pub(crate) fn atomic_compare_and_write_unit(config: &ControllerConfig) -> u16 {
-    let blocks = config.max_transfer_bytes() >> namespace::FORMATS[namespace::FORMATS.len() - 1];
+    let largest = FORMATS.iter().map(|format| format.shift).max().unwrap_or(0);
+    let blocks = config.max_transfer_bytes() >> largest;
     (blocks.clamp(1, 65_536) - 1) as u16
 }
 
@@ -187,7 +191,8 @@ impl Worker {
             return Err((invalid, invalid));
         }
         let count = blocks(compare);
-        if count << namespace.block_shift > shared.config.max_transfer_bytes() {
+        if namespace.metadata.is_none() && count << namespace.block_shift > shared.config.max_transfer_bytes()
+        {
             return Err(first(invalid));
         }
         if count > u64::from(atomic_compare_and_write_unit(&shared.config)) + 1 {
@@ -196,11 +201,17 @@ impl Worker {
         let (offset, length) = namespace.byte_range(compare.cdw10_64(), count).map_err(first)?;
         namespace.check_writable().map_err(second)?;
         self.check_readable(shared, sq_index, compare, &namespace, (offset, length)).map_err(first)?;
-        let (mut compare_ranges, mut write_ranges) = (Vec::new(), Vec::new());
-        for (entry, ranges, fault) in [
-            (compare, &mut compare_ranges, first as fn(Status) -> (Status, Status)),
-            (write, &mut write_ranges, second),
-        ] {
+        let (mut compare_ranges, mut write_ranges, mut jobs) = (Vec::new(), Vec::new(), [None, None]);
+        let halves = [
+            (compare, &mut compare_ranges, Kind::Compare, first as fn(Status) -> (Status, Status)),
+            (write, &mut write_ranges, Kind::Write, second),
+        ];
+        for ((entry, ranges, kind, fault), job) in halves.into_iter().zip(&mut jobs) {
+            if namespace.metadata.is_some() {
+                let half = self.transfer_job(shared, sq_index, entry, &namespace, kind);
+                *job = Some(half.map_err(fault)?);
+                continue;
+            }
             let walked = self.walker.walk(&shared.memory, entry, length, Direction::FromGuest, ranges);
             walked.map_err(fault)?;
         }
@@ -211,7 +222,7 @@ impl Worker {
         let fua = force_unit_access(shared, write);
         let (write_cid, stage) = (write.cid, Stage::Claimed);
         self.pair =
-            Some(Pair { slot, write_cid, stage, namespace, range, fua, compare_ranges, write_ranges });
+            Some(Pair { slot, write_cid, stage, namespace, range, fua, compare_ranges, write_ranges, jobs });
         shared.subsystem.exclusion.claim(self.participant(shared), range);
         self.look_at_claims(shared);
         Ok(())
@@ -239,6 +250,9 @@ impl Worker {
             Stage::Writing => return false,
         };
         pair.stage = stage;
+        if let Some(job) = pair.jobs[usize::from(stage == Stage::Writing)].take() {
+            return self.put_job(slot_index, job).is_ok();
+        }
         let (offset_bytes, length_bytes) = (pair.range.first, pair.range.end - pair.range.first);
         let slot = &mut self.slots[slot_index as usize];
         slot.write = operation.writes();

@@ -13,7 +13,8 @@ use crate::command::{copy, fused, limits};
 use crate::config::{MAX_NAMESPACES, padded};
 use crate::event::ERROR_LOG_ENTRIES;
 use crate::firmware;
-use crate::namespace::{self, FORMATS, Namespace};
+use crate::metadata::{BlockFormat, FORMATS};
+use crate::namespace::{self, Namespace};
 use crate::persistent;
 
 /// Critical temperature: 90 degrees Celsius.
@@ -64,7 +65,7 @@ impl Admin {
                 namespace_list(entry.nsid, contents.allocated().map(|allocated| allocated.namespace.nsid))?
             }
             cns::NAMESPACE_DESCRIPTORS => descriptors_page(namespace::find(&self.namespaces, entry.nsid)?),
-            // No protection information, so nothing in the extended formats.
+            // Guards have 16 bits and there are no storage tags, so nothing in the extended formats.
             cns::CSI_NAMESPACE => self.page_of(entry.nsid, |_| zeroes())?,
             cns::CSI_ALLOCATED_NAMESPACE => allocated_page(pool, entry.nsid, |_| zeroes())?,
             cns::CSI_CONTROLLER => limits::controller().to_bytes(),
@@ -108,7 +109,8 @@ impl Admin {
             rescap: capabilities(persistence),
             nmic: if namespace.shared { spec::NMIC_SHARED } else { 0 },
             anagrpid: if shared { group_of(namespace.nsid) } else { 0 },
-            flbas: FORMATS.iter().position(|&shift| shift == namespace.block_shift).unwrap_or(0) as u8,
+            flbas: namespace.format().flbas(),
+            dps: namespace.format().dps(),
             fpi: spec::FPI_SUPPORTED | self.format_remaining(namespace),
             dlfeat: spec::DLFEAT_WRITE_ZEROES_DEALLOCATE,
             nvmcap: namespace.size_bytes(),
@@ -118,9 +120,12 @@ impl Admin {
             ..spec::IdentifyNamespace::default()
         };
         formats(&mut structure);
-        for (place, shift) in structure.lbaf.iter_mut().zip(FORMATS) {
+        for (index, place) in structure.lbaf.iter_mut().enumerate().take(FORMATS.len()) {
             // "If the value reported is 0h, then the LBA format is not currently available": the image has not a whole number of them.
-            place.lba_data_size_log2 = if namespace.can_have(shift) { shift } else { 0 };
+            let format = BlockFormat::new(index, false, 0, false);
+            if format.is_none_or(|format| !namespace.can_have(&format)) {
+                place.lba_data_size_log2 = 0;
+            }
         }
         structure.to_bytes()
     }
@@ -242,8 +247,10 @@ fn zeroes() -> Page {
 
 fn formats(structure: &mut spec::IdentifyNamespace) {
     structure.nlbaf = (FORMATS.len() - 1) as u8;
-    for (place, shift) in structure.lbaf.iter_mut().zip(FORMATS) {
-        place.lba_data_size_log2 = shift;
+    structure.mc = spec::MC_EXTENDED | spec::MC_SEPARATE;
+    structure.dpc = spec::DPC_ALL_TYPES | spec::DPC_FIRST_BYTES | spec::DPC_LAST_BYTES;
+    for (place, format) in structure.lbaf.iter_mut().zip(FORMATS) {
+        (place.lba_data_size_log2, place.metadata_bytes) = (format.shift, format.metadata_bytes);
     }
     limits::put_copy(structure);
 }

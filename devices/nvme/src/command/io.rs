@@ -12,6 +12,7 @@ use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 use super::limits::{VERIFY_BYTES, WRITE_UNCORRECTABLE_BYTES, WRITE_ZEROES_BYTES};
 use super::reservations::is_reservation;
 use crate::data::Direction;
+use crate::metadata::{is_about_blocks, limited};
 use crate::namespace::{self, Namespace};
 use crate::prp;
 use crate::shared::Shared;
@@ -41,6 +42,9 @@ impl Worker {
             return self.reservation(shared, sq_index, entry, &namespace);
         }
         shared.gate.check(entry.opcode, namespace.nsid)?;
+        if namespace.metadata.is_some() && is_about_blocks(entry.opcode) {
+            return self.start_job(shared, sq_index, entry, &namespace);
+        }
         match entry.opcode {
             nvm::FLUSH => {
                 let step = flush_step(namespace.nsid);
@@ -296,10 +300,7 @@ fn limited_range(
     namespace: &Namespace,
     limit_bytes: u64,
 ) -> Result<(u64, u64), Status> {
-    if blocks(entry) << namespace.block_shift > limit_bytes {
-        return Err(Status::INVALID_FIELD.do_not_retry());
-    }
-    namespace.byte_range(entry.cdw10_64(), blocks(entry))
+    limited(namespace, entry.cdw10_64(), blocks(entry), limit_bytes)
 }
 
 /// Number of logical blocks of a command: CDW12 has one less, so that 65,536 fit.

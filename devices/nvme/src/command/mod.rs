@@ -2,14 +2,14 @@
 
 mod access;
 pub(crate) mod admin;
-mod copy;
+pub(crate) mod copy;
 pub(crate) mod features;
 mod firmware;
 pub(crate) mod format;
 pub(crate) mod fused;
 mod identify;
-mod io;
-mod limits;
+pub(crate) mod io;
+pub(crate) mod limits;
 mod logs;
 mod namespaces;
 pub(crate) mod queues;

@@ -7,6 +7,7 @@ use nvme_spec::{Status, SubmissionEntry};
 
 use crate::admin::{Admin, Answer, Pool};
 use crate::management::{Creation, NotCreated};
+use crate::metadata::BlockFormat;
 
 /// Bytes of a controller list, and of what a namespace is created from.
 const DATA_BYTES: usize = 4096;
@@ -86,9 +87,14 @@ fn creation(data: &[u8; DATA_BYTES], may_share: bool) -> Result<Creation, Status
     if capacity < blocks {
         return Err(Status::THIN_PROVISIONING_NOT_SUPPORTED.do_not_retry());
     }
-    // Bits 3:0 and 6:5 are the index of the format; bit 4 asks for metadata at the end of each block, of which there is none.
-    let format = flbas & 0xf | flbas >> 1 & 0x30;
-    if flbas & 1 << 4 != 0 || flbas & 1 << 7 != 0 || dps != 0 {
+    // Bits 3:0 and 6:5 are the index of the format; bit 4 asks for metadata at the end of each block.
+    let (index, extended) = (flbas & 0xf | flbas >> 1 & 0x30, flbas & 1 << 4 != 0);
+    if flbas & 1 << 7 != 0 || dps & !0xf != 0 {
+        return Err(invalid);
+    }
+    let format = BlockFormat::new(index.into(), extended, dps & 7, dps & 8 != 0);
+    let format = format.ok_or(Status::INVALID_FORMAT.do_not_retry())?;
+    if extended && format.metadata.is_none() {
         return Err(invalid);
     }
     if nmic & !1 != 0 || nmic & 1 == 1 && !may_share {

@@ -203,7 +203,9 @@ impl Admin {
             length_bytes: chunk.length_bytes,
         };
         let flush = chunk.is_last.then(|| flush_step(chunk.nsid));
-        Next::Request { chunk, steps: flush.into_iter().chain([step]).collect(), write: true }
+        let metadata = self.metadata_after_overwrite(running, &chunk);
+        let steps = flush.into_iter().chain(metadata).chain([step]).collect();
+        Next::Request { chunk, steps, write: true }
     }
 
     /// What is done to every block in the pass that is under way.
@@ -221,6 +223,18 @@ impl Admin {
             }
             _ => Operation::Discard,
         }
+    }
+
+    /// After the last overwrite metadata are as if they had never been written: the pattern is no protection information of its blocks.
+    fn metadata_after_overwrite(&self, running: &Sanitizing, chunk: &Chunk) -> Option<Step> {
+        let namespace = namespace::find(&self.allocated, chunk.nsid).ok()?;
+        let start = namespace.metadata.map(|_| namespace.metadata_start())?.max(chunk.offset_bytes);
+        let end = chunk.offset_bytes + chunk.length_bytes;
+        if running.pass + 1 != overwrites(self.sanitize.command) || start >= end {
+            return None;
+        }
+        let operation = Operation::WriteZeroes { deallocate: false, fua: false };
+        Some(Step { nsid: chunk.nsid, operation, offset_bytes: start, length_bytes: end - start })
     }
 
     pub(crate) fn advance_sanitize(&mut self, chunk: &Chunk) {

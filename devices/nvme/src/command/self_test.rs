@@ -116,11 +116,9 @@ impl Admin {
             running.probe_until_bytes = Some(chunk.offset_bytes + chunk.length_bytes);
             return;
         }
-        let shift = namespace::find(&self.namespaces, chunk.nsid).map_or(0, |ns| ns.block_shift);
-        self.end_self_test(
-            log::SELF_TEST_FAILED_SEGMENT,
-            Some((chunk.nsid, chunk.offset_bytes >> shift, status)),
-        );
+        let block =
+            namespace::find(&self.namespaces, chunk.nsid).map_or(0, |ns| ns.block_at(chunk.offset_bytes));
+        self.end_self_test(log::SELF_TEST_FAILED_SEGMENT, Some((chunk.nsid, block, status)));
     }
 
     /// Namespace `nsid` is another one now, or none: what was read of the one before says nothing of it.

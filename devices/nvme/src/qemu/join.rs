@@ -288,6 +288,9 @@ fn namespace(
     residue: &QemuResidue,
 ) -> Result<Namespace, Error> {
     let shape = &namespace.shape;
+    if let Some(metadata) = &shape.metadata {
+        return beyond(QemuLimit::Metadata { bytes: metadata.bytes });
+    }
     let Some((flbas, lbaf)) = format_in_use(&residue.id_ns, residue.nlbaf, shape.block_shift) else {
         return beyond(QemuLimit::BlockSize { block_shift: shape.block_shift });
     };

@@ -34,6 +34,12 @@ pub enum QemuLimit {
         /// log2 of the size of a block in bytes.
         block_shift: u8,
     },
+    /// QEMU keeps metadata elsewhere in the image, and protection information as it is.
+    #[error("the blocks have {bytes} bytes of metadata, which lie otherwise in QEMU's images")]
+    Metadata {
+        /// Of each block.
+        bytes: u16,
+    },
     /// The Changed Namespace List is not saved.
     #[error("{count} namespaces are in the Changed Namespace List")]
     ChangedNamespaces {

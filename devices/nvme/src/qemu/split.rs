@@ -233,6 +233,13 @@ impl QemuSection {
         if here.read_only {
             return refuse("namespace", here.nsid, "its image is read only here");
         }
+        if here.metadata.is_some() {
+            return refuse(
+                "namespace",
+                here.nsid,
+                "its blocks have metadata here, which lie otherwise in QEMU's images",
+            );
+        }
         for (field, blocks) in
             [("nsze", there.id_ns.nsze), ("ncap", there.id_ns.ncap), ("nuse", there.id_ns.nuse)]
         {

@@ -13,16 +13,17 @@ use crate::command::features::{ASYNC_EVENT_BITS, Features, WORKLOAD_HINT};
 use crate::command::format::Format;
 use crate::command::sanitize::{COMMAND_BITS, Outcome, Sanitize, Sanitizing, passes};
 use crate::command::self_test::{EXTENDED, RESULTS, SHORT, SelfTest, Testing};
-use crate::config::MAX_NAMESPACES;
+use crate::config::{MAX_NAMESPACES, MetadataConfig};
 use crate::firmware::{Firmware, GRANULARITY_BYTES, SLOTS, Staging, is_revision};
 use crate::maintenance::Sweep;
-use crate::namespace::{self, FORMATS, NamespaceTable, WriteProtection};
-use crate::non_volatile::KeptState;
+use crate::metadata::BlockFormat;
+use crate::namespace::{self, NamespaceTable, WriteProtection};
+use crate::non_volatile::{KeptFormatState, KeptMetadataState, KeptState};
 use crate::persistent::is_context;
 use crate::smart::MEDIA_WARNINGS;
 use crate::state::{
-    FirmwareState, FormatState, NvmeState, PersistentEventsState, SanitizeState, SavedFeaturesState,
-    SelfTestState, SweepState,
+    FirmwareState, FormatSettingsState, FormatState, NvmeState, PersistentEventsState, SanitizeState,
+    SavedFeaturesState, SelfTestState, SweepState,
 };
 
 /// What is saved where nothing is in progress.
@@ -78,15 +79,20 @@ pub(super) fn load(pool: &Pool, admin: &mut Admin, state: &NvmeState, now: Insta
 fn load_namespaces(pool: &Pool, admin: &mut Admin, state: &NvmeState) -> Result<(), Error> {
     let mut changes = Vec::new();
     for (index, saved) in state.namespaces.present() {
-        let shift = saved.shape.block_shift;
         let value = saved.write_protection.as_ref().map(|saved| saved.value);
-        if namespace::find(&admin.namespaces, saved.shape.nsid).is_ok_and(|here| here.block_shift == shift)
-            && value.is_none()
-        {
+        let Some(format) = saved.shape.format() else {
+            let shift = saved.shape.block_shift;
+            return refuse(format!("namespaces[{index}].block_shift"), shift, "no format has such blocks");
+        };
+        let here = namespace::find(&admin.namespaces, saved.shape.nsid).ok();
+        let is_same = here.is_some_and(|here| here.format() == format);
+        if is_same && value.is_none() {
             continue;
         }
-        if !FORMATS.contains(&shift) {
-            return refuse(format!("namespaces[{index}].block_shift"), shift, "no format has such blocks");
+        let blocks = here.filter(|_| !is_same).map(|here| format.blocks(here.image_bytes));
+        if blocks.is_some_and(|blocks| blocks != Some(saved.shape.blocks)) {
+            let reason = "the image does not hold so many in that format";
+            return refuse(format!("namespaces[{index}].blocks"), saved.shape.blocks, reason);
         }
         let protection = match value {
             None => WriteProtection::None,
@@ -98,14 +104,14 @@ fn load_namespaces(pool: &Pool, admin: &mut Admin, state: &NvmeState) -> Result<
                 Some(protection) => protection,
             },
         };
-        changes.push((saved.shape.nsid, shift, protection));
+        changes.push((saved.shape.nsid, format, protection));
     }
     if !changes.is_empty() {
         // In the order of their identifiers, as the slots are.
         admin.change_namespaces(pool, NSID_BROADCAST, |namespace| {
             if let Ok(at) = changes.binary_search_by_key(&namespace.nsid, |&(nsid, ..)| nsid) {
-                let (_, shift, protection) = changes[at];
-                namespace.set_format(shift);
+                let (_, format, protection) = changes[at];
+                namespace.set_format(&format);
                 namespace.protect(protection);
             }
         });
@@ -188,15 +194,21 @@ fn self_test(admin: &Admin, saved: &SelfTestState) -> Result<SelfTest, Error> {
 }
 
 fn format(admin: &Admin, saved: &FormatState, has_queue: bool) -> Result<Format, Error> {
-    if usize::from(saved.format) >= FORMATS.len() {
-        return refuse("format.format", saved.format, "it is not an LBA format");
-    }
+    let settings = saved.settings.unwrap_or_default();
+    let FormatSettingsState { extended, protection_type, protection_first } = settings;
+    let format = BlockFormat::new(saved.format.into(), extended, protection_type, protection_first);
+    let is_said_once = saved.settings.is_none_or(|settings| settings.is_needed())
+        && (protection_type != 0 || !protection_first)
+        && format.is_none_or(|format| format.metadata.is_some() || saved.settings.is_none());
+    let Some(format) = format.filter(|_| is_said_once) else {
+        return refuse("format.format", saved.format, "it is not an LBA format, or not with such metadata");
+    };
     if saved.waits && !has_queue || !saved.waits && saved.cid != 0 {
         return refuse("format.cid", saved.cid, "nobody waits for it");
     }
     let cid = saved.waits.then_some(saved.cid);
     let sweep = sweep(&admin.namespaces, "format.sweep", &saved.sweep)?;
-    Ok(Format { cid, format: saved.format, sweep, quiet: false })
+    Ok(Format { cid, format, sweep, quiet: false })
 }
 
 fn sanitize(admin: &Admin, saved: &SanitizeState) -> Result<Sanitize, Error> {
@@ -233,6 +245,16 @@ fn sanitize(admin: &Admin, saved: &SanitizeState) -> Result<Sanitize, Error> {
     Ok(Sanitize { command, outcome, passes: saved.overwrites, running })
 }
 
+/// The format that was kept of a namespace, if there is such a one.
+fn kept_format(kept: &KeptFormatState) -> Option<BlockFormat> {
+    let Some(metadata) = &kept.metadata else {
+        return Some(BlockFormat { shift: kept.block_shift, metadata: None })
+            .filter(|format| format.index().is_some());
+    };
+    let &KeptMetadataState { bytes, extended, protection_type, protection_first } = metadata;
+    MetadataConfig { bytes, extended, protection_type, protection_first }.format(kept.block_shift)
+}
+
 /// What a controller kept that had a place for it.
 pub(crate) fn load_kept(pool: &Pool, admin: &mut Admin, kept: &KeptState) -> Result<(), Error> {
     let features = saved_features(&kept.features, pool.shared.config.vectors)?;
@@ -245,7 +267,7 @@ pub(crate) fn load_kept(pool: &Pool, admin: &mut Admin, kept: &KeptState) -> Res
             return refuse("protected", nsid, "it is not a namespace identifier");
         }
     }
-    if let Some(kept) = kept.formats.iter().find(|kept| !FORMATS.contains(&kept.block_shift)) {
+    if let Some(kept) = kept.formats.iter().find(|kept| kept_format(kept).is_none()) {
         return refuse("formats.block_shift", kept.block_shift, "no format has such blocks");
     }
     admin.saved_features = features.clone();
@@ -261,10 +283,9 @@ pub(crate) fn load_kept(pool: &Pool, admin: &mut Admin, kept: &KeptState) -> Res
         if knows_better {
             return;
         }
-        if let Some(kept) = kept.formats.iter().find(|kept| kept.nsid == nsid)
-            && namespace.can_have(kept.block_shift)
-        {
-            namespace.set_format(kept.block_shift);
+        let kept_format = kept.formats.iter().find(|kept| kept.nsid == nsid).and_then(kept_format);
+        if let Some(format) = kept_format.filter(|format| namespace.can_have(format)) {
+            namespace.set_format(&format);
         }
         if kept.permanent.contains(&nsid) {
             namespace.protect(WriteProtection::Permanent);

@@ -11,13 +11,14 @@ use crate::command::sanitize::{Outcome, Sanitize};
 use crate::command::self_test::SelfTest;
 use crate::firmware::Firmware;
 use crate::maintenance::Sweep;
+use crate::metadata::Metadata;
 use crate::namespace::{self, Namespace, WriteProtection};
-use crate::non_volatile::{KeptFormatState, KeptState};
+use crate::non_volatile::{KeptFormatState, KeptMetadataState, KeptState};
 use crate::restore::admin::NO_SWEEP;
 use crate::shared::Shared;
 use crate::state::{
-    FirmwareState, FormatState, MoreFeaturesState, PersistentEventsState, SanitizeState, SavedFeaturesState,
-    SelfTestState, SweepState, WarningsState, WriteProtectionState,
+    FirmwareState, FormatSettingsState, FormatState, MoreFeaturesState, PersistentEventsState, SanitizeState,
+    SavedFeaturesState, SelfTestState, SweepState, WarningsState, WriteProtectionState,
 };
 
 pub(crate) fn firmware_state(admin: &Admin) -> Option<FirmwareState> {
@@ -89,8 +90,13 @@ pub(crate) fn format_state(admin: &Admin) -> Option<FormatState> {
     admin.format.map(|format| FormatState {
         waits: format.cid.is_some(),
         cid: format.cid.unwrap_or(0),
-        format: format.format,
+        format: format.format.index().unwrap_or(0) as u8,
         sweep: sweep(&format.sweep),
+        settings: format
+            .format
+            .metadata
+            .map(|metadata| settings(&metadata))
+            .filter(FormatSettingsState::is_needed),
     })
 }
 
@@ -154,8 +160,15 @@ pub(crate) fn kept_state(admin: &Admin) -> KeptState {
     };
     let protected = with(&[WriteProtection::Protected, WriteProtection::Permanent]);
     let permanent = with(&[WriteProtection::Permanent]);
-    let format =
-        |ns: &std::sync::Arc<Namespace>| KeptFormatState { nsid: ns.nsid, block_shift: ns.block_shift };
+    let kept_metadata = |metadata: Metadata| {
+        let FormatSettingsState { extended, protection_type, protection_first } = settings(&metadata);
+        KeptMetadataState { bytes: metadata.bytes, extended, protection_type, protection_first }
+    };
+    let format = |ns: &std::sync::Arc<Namespace>| KeptFormatState {
+        nsid: ns.nsid,
+        block_shift: ns.block_shift,
+        metadata: ns.metadata.map(kept_metadata),
+    };
     let formats: Vec<_> = namespace::active(&admin.namespaces).map(format).collect();
     let slots = Firmware { staging: Default::default(), ..admin.firmware.clone() };
     KeptState {
@@ -175,5 +188,14 @@ pub(crate) fn kept_state(admin: &Admin) -> KeptState {
             ..persistent_events(admin)
         },
         self_test: self_test(&SelfTest { running: None, results: admin.self_test.results.clone() }),
+    }
+}
+
+/// What Format NVM was told of metadata.
+fn settings(metadata: &Metadata) -> FormatSettingsState {
+    FormatSettingsState {
+        extended: metadata.extended,
+        protection_type: metadata.protection.map_or(0, |protection| protection.kind),
+        protection_first: metadata.protection.is_some_and(|protection| protection.first),
     }
 }

@@ -97,6 +97,28 @@ pub struct FormatState {
     pub format: u8,
     /// What is done.
     pub sweep: SweepState,
+    /// What is asked for of metadata, unless there are none or nothing is.
+    #[vmstate(subsection)]
+    pub settings: Option<FormatSettingsState>,
+}
+
+/// MSET, PI and PIL of a Format NVM command, or of the format of a namespace.
+#[derive(VmState, Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[vmstate(name = "nvme/format/settings", version = 1)]
+pub struct FormatSettingsState {
+    /// Metadata are transferred at the end of each block.
+    pub extended: bool,
+    /// Type of protection information, 0 for none.
+    pub protection_type: u8,
+    /// It is the first eight bytes of the metadata.
+    pub protection_first: bool,
+}
+
+impl FormatSettingsState {
+    /// Whether it says anything.
+    pub(crate) fn is_needed(&self) -> bool {
+        self.extended || self.protection_type != 0
+    }
 }
 
 /// Sanitize operations (Base 5.24).

@@ -70,7 +70,7 @@ fn identify_lists_sparse_namespaces() {
         assert_eq!(guest.identify(list, 0xffff_fffe), Err(Status::INVALID_NAMESPACE));
     }
     let namespace = IdentifyNamespace::from_bytes(&guest.identify(cns::NAMESPACE, 1024).unwrap());
-    assert_eq!((namespace.nsze, namespace.ncap, namespace.nlbaf), (16, 16, 1));
+    assert_eq!((namespace.nsze, namespace.ncap, namespace.nlbaf), (16, 16, 4));
     assert_eq!(namespace.lbaf[0].lba_data_size_log2, 9);
     assert_eq!(guest.identify(cns::ALLOCATED_NAMESPACE, 1024).unwrap(), namespace.to_bytes());
     for structure in [cns::NAMESPACE, cns::CSI_NAMESPACE, cns::INDEPENDENT_NAMESPACE] {
@@ -401,7 +401,7 @@ fn abort_cancels_admin_commands_behind_it() {
 fn abort_cancels_what_has_not_reached_the_backend() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(64 * 512), control.clone()));
-    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }];
+    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }];
     // Two commands at a time: the third waits in its queue.
     let mut guest = Guest::with_workers(ControllerConfig::new("ABORT"), namespaces, 1, 2);
     guest.enable();

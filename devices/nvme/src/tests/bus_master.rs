@@ -14,7 +14,7 @@ use crate::{ControllerConfig, NamespaceConfig};
 fn guest(shadow: bool) -> (Guest, Arc<FaultControl>) {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
-    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }];
+    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }];
     let mut guest = Guest::ready(ControllerConfig::new("MASTER"), namespaces);
     if shadow {
         guest.use_shadow_doorbells();

@@ -18,7 +18,7 @@ fn ready(namespaces: Vec<NamespaceConfig>) -> Guest {
 }
 
 fn on(backend: Arc<dyn Backend>) -> Vec<NamespaceConfig> {
-    vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]
+    vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]
 }
 
 fn smart(guest: &mut Guest) -> log::SmartLog {
@@ -252,7 +252,8 @@ fn a_write_that_fails_heals_nothing() {
 #[test]
 fn commands_without_data_have_the_limits_of_identify() {
     let backend = memory_image(9000 * 4096);
-    let namespaces = vec![namespace(1, 70_000), NamespaceConfig { nsid: 2, block_bytes: 4096, backend }];
+    let namespaces =
+        vec![namespace(1, 70_000), NamespaceConfig { nsid: 2, block_bytes: 4096, metadata: None, backend }];
     let mut guest = ready(namespaces);
     let csi = guest.identify(cns::CSI_CONTROLLER, 0).unwrap();
     let limits = IdentifyNvmController::from_bytes(&csi);

@@ -139,7 +139,7 @@ pub fn memory_image(bytes: usize) -> Arc<dyn Backend> {
 
 /// A namespace in memory with blocks of 512 bytes.
 pub fn namespace(nsid: u32, blocks: usize) -> NamespaceConfig {
-    NamespaceConfig { nsid, block_bytes: 512, backend: memory_image(blocks * 512) }
+    NamespaceConfig { nsid, block_bytes: 512, metadata: None, backend: memory_image(blocks * 512) }
 }
 
 pub fn guest_memory() -> GuestMemory {

@@ -228,7 +228,8 @@ impl Machine {
 /// A fresh controller on the disk, and a page.
 fn start(disk: &Arc<VolatileImage>, control: &Arc<FaultControl>) -> (Guest, u64) {
     let backend = Arc::new(FaultImage::new(Arc::clone(disk) as _, Arc::clone(control)));
-    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest =
+        Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     guest.create_pair(1, 16);
     let page = guest.pages(2);
     (guest, page)

@@ -10,7 +10,7 @@ use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, regs};
 
 use super::driver::{Guest, PATIENCE, memory_image, namespace, transfer};
 use crate::maintenance::CHUNK_BYTES;
-use crate::{ControllerConfig, NamespaceConfig, NvmeState, Subsystem};
+use crate::{ControllerConfig, FormatSettingsState, NamespaceConfig, NvmeState, Subsystem};
 
 /// Three requests, the last of them a short one.
 const IMAGE_BYTES: usize = 2 * CHUNK_BYTES as usize + 8192;
@@ -82,10 +82,10 @@ fn a_format_erases_and_changes_the_size_of_blocks() {
 #[test]
 fn a_format_that_cannot_be_is_refused() {
     let read_only: Arc<dyn Backend> = Arc::new(block::NullImage::new(65_536).read_only());
-    let read_only = NamespaceConfig { nsid: 3, block_bytes: 512, backend: read_only };
+    let read_only = NamespaceConfig { nsid: 3, block_bytes: 512, metadata: None, backend: read_only };
     let mut guest = Guest::ready(config(), vec![namespace(1, 64), namespace(2, 9), read_only]);
     for (nsid, cdw10, status) in [
-        (1, 2, Status::INVALID_FORMAT),
+        (1, 5, Status::INVALID_FORMAT),
         (1, 1 | 1 << 12, Status::INVALID_FORMAT),
         (1, 1 << 5, Status::INVALID_FORMAT),
         (1, 2 << 9, Status::INVALID_FIELD),
@@ -106,8 +106,11 @@ fn a_format_that_cannot_be_is_refused() {
 #[test]
 fn commands_are_refused_until_the_namespace_has_its_turn_behind_it() {
     let (control, backend) = held(IMAGE_BYTES);
-    let namespaces =
-        vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }, namespace(2, 64), namespace(3, 64)];
+    let namespaces = vec![
+        NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend },
+        namespace(2, 64),
+        namespace(3, 64),
+    ];
     let mut guest = Guest::ready(config(), namespaces);
     guest.create_pair(1, 8);
     guest.create_pair(2, 8);
@@ -163,7 +166,8 @@ fn commands_are_refused_until_the_namespace_has_its_turn_behind_it() {
 #[test]
 fn a_format_survives_a_migration_in_its_midst() {
     let (control, backend) = held(IMAGE_BYTES);
-    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }, namespace(9, 64)];
+    let namespaces =
+        vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }, namespace(9, 64)];
     let mut guest = Guest::ready(config(), namespaces);
     guest.create_pair(1, 8);
     let page = guest.pages(1);
@@ -195,7 +199,8 @@ fn a_format_survives_a_migration_in_its_midst() {
 #[test]
 fn a_format_goes_on_after_a_reset_and_answers_nobody() {
     let (control, backend) = held(IMAGE_BYTES);
-    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest =
+        Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     control.inject(Target::Write, 1, 1, Fault::Hold);
     begin(&mut guest, format(1, 1));
     guest.write32(regs::CC, 0);
@@ -214,7 +219,8 @@ fn a_format_goes_on_after_a_reset_and_answers_nobody() {
 #[test]
 fn a_format_that_fails_says_so_and_changes_no_format() {
     let (control, backend) = held(IMAGE_BYTES);
-    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest =
+        Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     guest.create_pair(1, 8);
     let page = guest.pages(1);
     control.inject(Target::Write, 2, 1, Fault::Fail(Failure::Io(5)));
@@ -227,7 +233,8 @@ fn a_format_that_fails_says_so_and_changes_no_format() {
 #[test]
 fn a_format_that_nobody_can_have_begun_is_refused() {
     let (control, backend) = held(IMAGE_BYTES);
-    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 7, block_bytes: 512, backend }]);
+    let mut guest =
+        Guest::ready(config(), vec![NamespaceConfig { nsid: 7, block_bytes: 512, metadata: None, backend }]);
     control.inject(Target::Write, 1, 1, Fault::Hold);
     begin(&mut guest, format(7, 1));
     control.release_held();
@@ -236,8 +243,16 @@ fn a_format_that_nobody_can_have_begun_is_refused() {
     let load = |state: &NvmeState| guest.loaded_elsewhere(state);
     assert!(load(&state).unwrap().save() == state);
     type Change = fn(&mut crate::FormatState);
-    let changes: [(&str, Change); 7] = [
-        ("format.format", |s| s.format = 2),
+    fn settings(extended: bool, protection_type: u8, protection_first: bool) -> Option<FormatSettingsState> {
+        Some(FormatSettingsState { extended, protection_type, protection_first })
+    }
+    let changes: [(&str, Change); 12] = [
+        ("format.format", |s| s.format = 5),
+        ("format.format", |s| (s.format, s.settings) = (2, Some(FormatSettingsState::default()))),
+        ("format.format", |s| (s.format, s.settings) = (2, settings(false, 4, false))),
+        ("format.format", |s| (s.format, s.settings) = (2, settings(true, 0, true))),
+        ("format.format", |s| s.settings = settings(true, 0, false)),
+        ("format.format", |s| s.settings = settings(false, 1, false)),
         ("format.cid", |s| (s.waits, s.cid) = (false, 3)),
         ("format.sweep.scope", |s| s.sweep.scope = 0),
         ("format.sweep.scope", |s| s.sweep.scope = 1025),
@@ -261,7 +276,8 @@ fn a_format_that_nobody_can_have_begun_is_refused() {
 #[test]
 fn a_namespace_is_not_protected_from_the_format_that_has_it() {
     let (control, backend) = held(IMAGE_BYTES);
-    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest =
+        Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     let protect = SubmissionEntry {
         opcode: admin::SET_FEATURES,
         nsid: 1,
@@ -282,7 +298,7 @@ fn a_namespace_is_not_protected_from_the_format_that_has_it() {
 #[test]
 fn a_format_waits_for_the_commands_of_other_controllers_and_has_its_namespace_alone() {
     let (control, backend) = held(64 * 512);
-    let namespaces = [NamespaceConfig { nsid: 1, block_bytes: 512, backend }];
+    let namespaces = [NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }];
     let subsystem = Subsystem::new("FORMAT", &namespaces, true).unwrap();
     let [mut one, mut other] = [0, 1].map(|id| {
         let mut guest = Guest::member(&subsystem, id, config());

@@ -22,7 +22,8 @@ const FAILED: Status = Status::ABORTED_FAILED_FUSED;
 
 fn ready(backend: Arc<dyn Backend>) -> Guest {
     let config = ControllerConfig { queue_pairs: 4, vectors: 5, ..ControllerConfig::new("FUSED") };
-    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }, namespace(2, 64)];
+    let namespaces =
+        vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }, namespace(2, 64)];
     let mut guest = Guest::ready(config, namespaces);
     // Of different workers.
     guest.create_pair(1, 8);
@@ -340,7 +341,7 @@ fn member(subsystem: &Arc<Subsystem>, id: u16, namespaces: &[NamespaceConfig]) -
 fn a_pair_waits_for_commands_of_another_controller_and_keeps_them_out() {
     let (control, witness) = (Arc::new(FaultControl::default()), Witness::new(64 * 512));
     let backend = Arc::new(FaultImage::new(witness.clone(), control.clone()));
-    let namespaces = [NamespaceConfig { nsid: 1, block_bytes: 512, backend }];
+    let namespaces = [NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }];
     let subsystem = Subsystem::new("FUSED", &namespaces, true).unwrap();
     let [mut one, mut other] = [0, 1].map(|id| member(&subsystem, id, &namespaces));
     let (zeroes, ones) = pages(&mut one);

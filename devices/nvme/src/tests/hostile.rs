@@ -58,7 +58,7 @@ fn a_keep_alive_timer_that_nobody_looks_at_calls_nobody() {
 fn a_flush_that_found_no_slot_is_done_when_all_commands_end_at_once() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
-    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }];
+    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }];
     let mut guest = Guest::with_workers(config(), namespaces, 1, 4);
     guest.enable();
     guest.create_pair(1, 8);
@@ -85,7 +85,7 @@ fn a_flush_that_found_no_slot_is_done_when_all_commands_end_at_once() {
 fn of_many_flushes_that_found_no_slot_each_is_answered() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
-    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }];
+    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }];
     let mut guest = Guest::with_workers(config(), namespaces, 1, 2);
     guest.enable();
     guest.create_pair(1, 8);
@@ -219,7 +219,7 @@ fn admin_commands_that_wait_are_bounded() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
     let config = ControllerConfig { queue_pairs: 400, ..config() };
-    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }];
+    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }];
     let mut guest = Guest::with_workers(config, namespaces, 2, 512);
     guest.enable();
     let (page, cq_base) = (guest.pages(1), guest.pages(2));
@@ -346,7 +346,8 @@ impl Backend for PausedWhileBusy {
 fn a_pause_waits_for_no_command_that_was_not_begun() {
     let image = Arc::new(PausedWhileBusy(memory_image(32768), OnceLock::new()));
     let backend = Arc::clone(&image) as _;
-    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest =
+        Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     image.1.set(Handle(Arc::clone(&guest.controller))).unwrap();
     guest.create_pair(1, 32);
     let page = guest.pages(1);

@@ -31,7 +31,7 @@ fn file(nsid: u32, bytes: u64) -> (tempfile::NamedTempFile, NamespaceConfig) {
     let file = tempfile::NamedTempFile::new().unwrap();
     file.as_file().set_len(bytes).unwrap();
     let backend = Arc::new(FileImage::open(file.path(), FileOptions::default()).unwrap());
-    (file, NamespaceConfig { nsid, block_bytes: 512, backend })
+    (file, NamespaceConfig { nsid, block_bytes: 512, metadata: None, backend })
 }
 
 #[test]
@@ -69,7 +69,7 @@ fn a_removal_waits_for_commands_and_nothing_comes_after() {
     let control = Arc::new(FaultControl::default());
     let image = Arc::new(FaultImage::new(memory_image(64 * 512), Arc::clone(&control)));
     let backend = Arc::clone(&image) as Arc<dyn Backend>;
-    subsystem.add(&NamespaceConfig { nsid: 7, block_bytes: 512, backend }).unwrap();
+    subsystem.add(&NamespaceConfig { nsid: 7, block_bytes: 512, metadata: None, backend }).unwrap();
     guest.run();
     let page = guest.pages(1);
     control.inject(Target::Any, 0, 1, Fault::Hold);

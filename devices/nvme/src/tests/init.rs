@@ -19,7 +19,7 @@ fn config() -> ControllerConfig {
 fn faulty() -> (Guest, Arc<FaultControl>) {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(64 * 512), control.clone()));
-    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }];
+    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }];
     (Guest::ready(config(), namespaces), control)
 }
 

@@ -434,7 +434,8 @@ fn a_queue_is_listed_once_however_often_its_interrupts_are_delayed() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(64 * 512), control.clone()));
     let config = ControllerConfig { queue_pairs: 4, vectors: 5, ..ControllerConfig::new("COALESCED") };
-    let mut guest = Guest::ready(config, vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest =
+        Guest::ready(config, vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     guest.create_pair(1, 16);
     // Two entries, or the longest time there is.
     set_feature(&mut guest, feature::INTERRUPT_COALESCING, 0xff << 8 | 1);

@@ -114,7 +114,8 @@ fn ranges_beyond_the_namespace_are_refused() {
 
 #[test]
 fn blocks_of_4096_bytes_are_addressed_as_such() {
-    let namespaces = vec![NamespaceConfig { nsid: 3, block_bytes: 4096, backend: memory_image(8 * 4096) }];
+    let namespaces =
+        vec![NamespaceConfig { nsid: 3, block_bytes: 4096, metadata: None, backend: memory_image(8 * 4096) }];
     let mut guest = ready(namespaces);
     let page = guest.pages(3);
     let data: Vec<u8> = (0..8192u32).map(|byte| (byte / 7) as u8).collect();
@@ -225,7 +226,7 @@ fn bad_prps_are_refused_and_chains_end() {
 fn force_unit_access_reaches_the_backend() {
     let witness = Witness::new(64 * 512);
     let backend: Arc<dyn Backend> = witness.clone();
-    let mut guest = ready(vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest = ready(vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     let page = guest.pages(1);
     let fua = |entry: SubmissionEntry| SubmissionEntry { cdw12: entry.cdw12 | opcode::CDW12_FUA, ..entry };
     let write = transfer(nvm::WRITE, 1, 2, 1, page);
@@ -268,7 +269,7 @@ fn force_unit_access_reaches_the_backend() {
 fn the_write_cache_is_off_only_after_its_flush() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(64 * 512), control.clone()));
-    let mut guest = ready(vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest = ready(vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     control.inject(Target::Flush, 0, 1, Fault::Hold);
     let set =
         SubmissionEntry { opcode: admin::SET_FEATURES, cdw10: 6, cdw11: 0, ..SubmissionEntry::default() };
@@ -289,7 +290,7 @@ fn the_write_cache_is_off_only_after_its_flush() {
 fn a_write_that_was_in_flight_when_the_write_cache_went_off_is_stable_before_it_completes() {
     let (control, witness) = (Arc::new(FaultControl::default()), Witness::new(64 * 512));
     let backend = Arc::new(FaultImage::new(witness.clone(), control.clone()));
-    let mut guest = ready(vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest = ready(vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     let page = guest.pages(1);
     let set =
         SubmissionEntry { opcode: admin::SET_FEATURES, cdw10: 6, cdw11: 0, ..SubmissionEntry::default() };
@@ -327,7 +328,7 @@ fn a_write_that_was_in_flight_when_the_write_cache_went_off_is_stable_before_it_
 fn write_zeroes_writes_zeroes_and_deallocate_discards() {
     let witness = Witness::new(64 * 512);
     let backend: Arc<dyn Backend> = witness.clone();
-    let mut guest = ready(vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest = ready(vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     let page = guest.pages(2);
     guest.write_bytes(page, &[0xee; 4096]);
     guest.io(1, transfer(nvm::WRITE, 1, 0, 8, page)).unwrap();
@@ -367,7 +368,7 @@ fn a_broadcast_flush_reaches_every_namespace() {
     let witnesses = [Witness::new(4096), Witness::new(4096), Witness::new(4096)];
     let namespaces = witnesses.iter().zip([1, 77, 1024]).map(|(witness, nsid)| {
         let backend: Arc<dyn Backend> = witness.clone();
-        NamespaceConfig { nsid, block_bytes: 512, backend }
+        NamespaceConfig { nsid, block_bytes: 512, metadata: None, backend }
     });
     let mut guest = ready(namespaces.collect());
     guest
@@ -394,8 +395,12 @@ fn a_namespace_that_fails_its_flush_keeps_no_other_from_being_flushed() {
         (3, Arc::new(failing())),
         (4, witnesses[1].clone()),
     ];
-    let namespaces =
-        backends.into_iter().map(|(nsid, backend)| NamespaceConfig { nsid, block_bytes: 512, backend });
+    let namespaces = backends.into_iter().map(|(nsid, backend)| NamespaceConfig {
+        nsid,
+        block_bytes: 512,
+        metadata: None,
+        backend,
+    });
     let mut guest = ready(namespaces.collect());
     control.inject(Target::Flush, 0, 1, Fault::Fail(Failure::NoSpace));
     control.inject(Target::Flush, 0, 1, Fault::Fail(Failure::Io(5)));
@@ -420,7 +425,7 @@ fn a_namespace_that_fails_its_flush_keeps_no_other_from_being_flushed() {
 fn a_read_only_namespace_is_not_written() {
     let mapping = Arc::new(bus::GuestMapping::new(64 * 512).unwrap());
     let backend = Arc::new(block::MemoryImage::new(mapping).read_only());
-    let mut guest = ready(vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest = ready(vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     let page = guest.pages(1);
     let protected = Err(Status::NAMESPACE_WRITE_PROTECTED);
     assert_eq!(guest.io(1, transfer(nvm::WRITE, 1, 0, 1, page)), protected);
@@ -445,7 +450,7 @@ fn a_read_only_namespace_is_not_written() {
 fn an_image_that_fails_is_told_of_once() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(64 * 512), control.clone()));
-    let mut guest = ready(vec![NamespaceConfig { nsid: 5, block_bytes: 512, backend }]);
+    let mut guest = ready(vec![NamespaceConfig { nsid: 5, block_bytes: 512, metadata: None, backend }]);
     let page = guest.pages(1);
     let messages = messages_of(|| {
         for failure in [Failure::Released, Failure::NoSpace, Failure::Io(5), Failure::NoSpace] {
@@ -461,7 +466,7 @@ fn an_image_that_fails_is_told_of_once() {
 fn failures_have_their_status_and_are_logged() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(64 * 512), control.clone()));
-    let mut guest = ready(vec![NamespaceConfig { nsid: 5, block_bytes: 512, backend }]);
+    let mut guest = ready(vec![NamespaceConfig { nsid: 5, block_bytes: 512, metadata: None, backend }]);
     let page = guest.pages(1);
     let cases = [
         (Failure::Io(5), nvm::READ, Status::UNRECOVERED_READ_ERROR),

@@ -100,7 +100,8 @@ fn completions_that_found_no_room_survive() {
 fn a_stuck_backend_fails_the_pause_and_not_the_guest() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
-    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest =
+        Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     guest.create_pair(1, 8);
     let page = guest.pages(1);
     control.inject(Target::Read, 0, 2, Fault::Hold);
@@ -133,7 +134,10 @@ fn what_was_half_done_is_done_before_the_save() {
     for what in ["deletion", "reset", "shutdown"] {
         let control = Arc::new(FaultControl::default());
         let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
-        let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+        let mut guest = Guest::ready(
+            config(),
+            vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }],
+        );
         guest.create_pair(1, 8);
         let page = guest.pages(1);
         control.inject(Target::Any, 0, 1, Fault::Hold);

@@ -19,6 +19,7 @@ mod interrupts;
 mod io;
 mod many_queues;
 mod messages;
+mod metadata;
 mod migrate;
 mod namespaces;
 mod persistent;

@@ -157,7 +157,7 @@ fn a_namespace_is_created_attached_used_and_deleted() {
     assert_eq!(controller.tnvmcap, u128::from(QUOTA_BYTES) + 64 * 512);
     assert_eq!(controller.unvmcap, u128::from(QUOTA_BYTES));
     // What is common to all namespaces.
-    assert_eq!(about(&mut guest, cns::NAMESPACE, NSID_BROADCAST).nlbaf, 1);
+    assert_eq!(about(&mut guest, cns::NAMESPACE, NSID_BROADCAST).nlbaf, 4);
 
     assert_eq!(create(&mut guest, 16, 1), Ok(1), "the lowest that is free");
     assert_eq!(create(&mut guest, 100, 0), Ok(3));
@@ -202,10 +202,10 @@ fn what_cannot_be_created_is_refused_and_why() {
         ("no size", |data| data[..16].fill(0), Status::INVALID_FIELD),
         ("more capacity than size", |data| data[8] = 17, Status::INVALID_FIELD),
         ("thin provisioning", |data| data[8] = 15, Status::THIN_PROVISIONING_NOT_SUPPORTED),
-        ("no such format", |data| data[26] = 2, Status::INVALID_FORMAT),
+        ("no such format", |data| data[26] = 5, Status::INVALID_FORMAT),
         ("a format beyond the first sixteen", |data| data[26] = 1 << 5, Status::INVALID_FORMAT),
-        ("metadata in the data", |data| data[26] = 1 << 4, Status::INVALID_FIELD),
-        ("protection information", |data| data[29] = 1, Status::INVALID_FIELD),
+        ("metadata that are not there in the data", |data| data[26] = 1 << 4, Status::INVALID_FIELD),
+        ("protection information without room", |data| data[29] = 1, Status::INVALID_FORMAT),
         ("shared, with nobody", |data| data[30] = 1, Status::INVALID_FIELD),
         ("an NVM set", |data| data[100] = 1, Status::INVALID_FIELD),
         ("an endurance group", |data| data[102] = 1, Status::INVALID_FIELD),

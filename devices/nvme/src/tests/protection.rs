@@ -94,7 +94,8 @@ fn protection_until_a_power_cycle_is_not_changed_before() {
 fn protection_completes_when_what_was_written_before_is_stable() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
-    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest =
+        Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     control.inject(Target::Flush, 0, 1, Fault::Hold);
     guest.push(0, protect(1, feature::WRITE_PROTECT));
     guest.ring(0);

@@ -208,7 +208,8 @@ fn a_full_admin_completion_queue_holds_back_too() {
 fn deleting_a_submission_queue_waits_for_its_commands() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(64 * 512), control.clone()));
-    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest =
+        Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     guest.create_pair(1, 8);
     guest.create_pair(2, 8);
     let page = guest.pages(1);
@@ -322,7 +323,8 @@ fn buffer_config(guest: &mut Guest) -> (SubmissionEntry, (u64, u64)) {
 fn moving_the_shadow_doorbells_runs_no_command_twice() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
-    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest =
+        Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     guest.use_shadow_doorbells();
     guest.create_pair(1, 8);
     guest.create_pair(2, 8);
@@ -348,7 +350,8 @@ fn moving_the_shadow_doorbells_runs_no_command_twice() {
 fn a_worker_that_runs_while_shadow_doorbells_begin_sees_no_page_before_its_doorbells_are_in_it() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
-    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }]);
+    let mut guest =
+        Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
     // Queue 1 is worker 1's, and worker 0 is told of its own queues first.
     guest.create_pair(1, 8);
     let page = guest.pages(1);

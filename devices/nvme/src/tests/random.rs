@@ -211,7 +211,7 @@ fn play(actions: &[Action], shadow: bool) {
     let control = Arc::new(FaultControl::default());
     let namespaces = [1, 42].map(|nsid| {
         let backend = Arc::new(FaultImage::new(memory_image(BLOCKS as usize * 512), control.clone()));
-        NamespaceConfig { nsid, block_bytes: 512, backend }
+        NamespaceConfig { nsid, block_bytes: 512, metadata: None, backend }
     });
     let mut guest = Guest::ready(config, namespaces.into());
     if shadow {

@@ -327,7 +327,7 @@ fn preemption_takes_registrations_and_reservations() {
 fn preempt_and_abort_completes_when_nothing_of_the_preempted_is_in_flight() {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(32768), control.clone()));
-    let mut guests = hosts(&[NamespaceConfig { nsid: 1, block_bytes: 512, backend }], 2);
+    let mut guests = hosts(&[NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }], 2);
     let [a, b] = &mut guests[..] else { unreachable!() };
     register(a, KEYS[0]).unwrap();
     register(b, KEYS[1]).unwrap();

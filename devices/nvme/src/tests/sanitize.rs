@@ -47,7 +47,7 @@ fn image(control: &Arc<FaultControl>, bytes: usize) -> Arc<dyn Backend> {
 /// Two requests in namespace 1 and one in namespace 9.
 fn two(control: &Arc<FaultControl>) -> Vec<NamespaceConfig> {
     let backend = image(control, CHUNK_BYTES as usize + 4096);
-    vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }, namespace(9, 64)]
+    vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }, namespace(9, 64)]
 }
 
 fn fill(guest: &mut Guest, page: u64) {

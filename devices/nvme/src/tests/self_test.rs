@@ -40,7 +40,8 @@ fn result(guest: &mut Guest) -> log::SelfTestResult {
 fn on_faulty(mib: usize) -> (Arc<FaultControl>, Guest) {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(mib * MIB), control.clone()));
-    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }, namespace(4, 64)];
+    let namespaces =
+        vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }, namespace(4, 64)];
     (control, Guest::ready(config(), namespaces))
 }
 

@@ -18,7 +18,7 @@ fn request() -> SubmissionEntry {
 fn ready() -> (Arc<FaultControl>, Guest) {
     let control = Arc::new(FaultControl::default());
     let backend = Arc::new(FaultImage::new(memory_image(65_536), control.clone()));
-    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend }];
+    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }];
     let mut guest = Guest::ready(ControllerConfig::new("WARNINGS"), namespaces);
     guest.create_pair(1, 8);
     (control, guest)

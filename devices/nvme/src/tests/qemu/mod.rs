@@ -90,7 +90,12 @@ impl Fixture {
 /// A machine whose controller nobody has used, with the memory and the image that a section's controller has.
 pub fn machine(config: &ControllerConfig) -> Guest {
     let memory = bus::GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap();
-    let namespaces = vec![NamespaceConfig { nsid: 1, block_bytes: 512, backend: memory_image(BLOCKS * 512) }];
+    let namespaces = vec![NamespaceConfig {
+        nsid: 1,
+        block_bytes: 512,
+        metadata: None,
+        backend: memory_image(BLOCKS * 512),
+    }];
     let (contexts, events) = contexts(&memory, 2, 16);
     let (process, interrupts) = (Arc::new(Process::default()), Arc::new(Interrupts::default()));
     let controller = Controller::new(

@@ -9,8 +9,8 @@ use super::super::driver::{Guest, PATIENCE, contexts, memory_image, namespace, t
 use super::{CLOCK_MS, Leaf, leaves};
 use crate::qemu::{QemuDevice, QemuLimit, QemuResidue, QemuSection};
 use crate::{
-    Controller, ControllerConfig, EndedState, Error, FormatState, MoreFeaturesState, NamespaceConfig,
-    NvmeState, SweepState, UncorrectableRunState, UncorrectableState, WriteProtectionState,
+    Controller, ControllerConfig, EndedState, Error, FormatState, MetadataShape, MoreFeaturesState,
+    NamespaceConfig, NvmeState, SweepState, UncorrectableRunState, UncorrectableState, WriteProtectionState,
 };
 
 fn config() -> ControllerConfig {
@@ -30,7 +30,8 @@ fn set_feature(id: u8, cdw11: u32) -> SubmissionEntry {
 /// A controller with something of everything that QEMU has too.
 fn rich(block_bytes: u32) -> Guest {
     let backend = memory_image(64 * 4096);
-    let mut guest = Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes, backend }]);
+    let mut guest =
+        Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes, metadata: None, backend }]);
     guest.use_shadow_doorbells();
     guest.create_pair(1, 8);
     guest.create_pair(3, 16);
@@ -169,6 +170,7 @@ fn variant(limit: &QemuLimit) -> usize {
         QemuLimit::Uncorrectable { .. } => 17,
         QemuLimit::Arbitration { .. } => 18,
         QemuLimit::PinInterrupt { .. } => 19,
+        QemuLimit::Metadata { .. } => 20,
     }
 }
 
@@ -185,6 +187,15 @@ const BEYOND: &[(Exceed, QemuLimit)] = &[
     (|s| _ = s.namespaces.put(0, None), QemuLimit::Namespaces { count: 0 }),
     (|s| _ = s.namespaces.put(900, s.namespaces.get(0).cloned()), QemuLimit::Namespaces { count: 2 }),
     (|s| s.namespaces.get_mut(0).unwrap().shape.read_only = true, QemuLimit::ReadOnly),
+    (
+        |s| {
+            let (bytes, extended, protection_type, protection_first) = (8, false, 1, false);
+            let metadata =
+                MetadataShape { bytes, extended, protection_type, protection_first, image_bytes: 4096 };
+            s.namespaces.get_mut(0).unwrap().shape.metadata = Some(metadata);
+        },
+        QemuLimit::Metadata { bytes: 8 },
+    ),
     (|s| s.namespaces.get_mut(0).unwrap().shape.block_shift = 10, QemuLimit::BlockSize { block_shift: 10 }),
     (
         |s| {
@@ -239,7 +250,7 @@ const BEYOND: &[(Exceed, QemuLimit)] = &[
     (
         |s| {
             let sweep = SweepState { scope: 1, nsid: 1, offset_bytes: 0 };
-            s.format = Some(FormatState { waits: false, cid: 0, format: 0, sweep });
+            s.format = Some(FormatState { waits: false, cid: 0, format: 0, sweep, settings: None });
         },
         QemuLimit::Part { what: "a format in progress" },
     ),
@@ -251,7 +262,7 @@ fn every_limit_of_qemu_is_named() {
     let state = guest.controller.save();
     let residue = QemuResidue::new(&state).unwrap();
     QemuSection::join(&state, &residue, &device(), CLOCK_MS).unwrap();
-    let mut seen = [false; 20];
+    let mut seen = [false; 21];
     for (exceed, expected) in BEYOND {
         let mut exceeding = state.clone();
         exceed(&mut exceeding);
@@ -261,7 +272,7 @@ fn every_limit_of_qemu_is_named() {
         }
         seen[variant(expected)] = true;
     }
-    assert_eq!(seen, [true; 20]);
+    assert_eq!(seen, [true; 21]);
     assert_eq!(QemuLimit::SubsystemReset.to_string(), "CSTS.NSSRO is set");
 }
 
