@@ -22,8 +22,9 @@ const MAGIC: &[u8; 8] = b"FERRYNVS";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 16;
 const CHECKSUM_BYTES: usize = 4;
-/// Far above the largest state that there can be: a thousand namespaces, each attached to all controllers.
-const MAX_BODY_BYTES: usize = 4 << 20;
+/// Above what a thousand namespaces take, each attached to all controllers, and 256 controllers with full logs. What could not be read
+/// again is not written.
+const MAX_BODY_BYTES: usize = 32 << 20;
 
 /// What is in the file.
 #[derive(VmState, Clone, Debug, PartialEq, Eq)]
@@ -60,6 +61,14 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// It would be longer than what is read.
+    #[error("{}: a state of {length_bytes} bytes is not written, since at most {MAX_BODY_BYTES} are read again", path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// Bytes of the body.
+        length_bytes: usize,
+    },
     /// The bytes do not make a state.
     #[error("{} is no state of a subsystem", path.display())]
     Content {
@@ -92,8 +101,9 @@ pub(super) fn read(folder: &Path) -> Result<Option<Kept>, Error> {
 /// Replaces the state in `folder`. If this fails, it is as before.
 pub(super) fn replace(folder: &Path, kept: &Kept) -> Result<(), Error> {
     let new = folder.join(NEW_STATE);
+    let bytes = encode(kept, &folder.join(STATE))?;
     let mut file = File::create(&new).map_err(failed(&new, "make it"))?;
-    file.write_all(&encode(kept)).map_err(failed(&new, "write it"))?;
+    file.write_all(&bytes).map_err(failed(&new, "write it"))?;
     file.sync_all().map_err(failed(&new, "make it stable"))?;
     drop(file);
     let path = folder.join(STATE);
@@ -107,12 +117,15 @@ pub(super) fn sync_folder(folder: &Path) -> Result<(), Error> {
     synced.map_err(failed(folder, "make its names stable"))
 }
 
-fn encode(kept: &Kept) -> Vec<u8> {
+fn encode(kept: &Kept, path: &Path) -> Result<Vec<u8>, Error> {
     let body = vmstate::to_bytes(kept);
+    if body.len() > MAX_BODY_BYTES {
+        return Err(Error::TooLong { path: path.to_owned(), length_bytes: body.len() });
+    }
     let mut bytes = [&MAGIC[..], &VERSION.to_be_bytes(), &(body.len() as u32).to_be_bytes(), &body].concat();
     let checksum = crc32fast::hash(&bytes);
     bytes.extend(checksum.to_be_bytes());
-    bytes
+    Ok(bytes)
 }
 
 fn decode(bytes: &[u8], path: &Path) -> Result<Kept, Error> {
@@ -149,6 +162,47 @@ mod tests {
         Kept { id: [7; 16], sequence, serial: *b"SERIAL              ", state: SubsystemState::default() }
     }
 
+    fn encoded(sequence: u64) -> Vec<u8> {
+        encode(&kept(sequence), Path::new(STATE)).unwrap()
+    }
+
+    /// A state whose allocations are as many records of 256 controllers as there can be, and as many times more.
+    fn long(times: usize) -> Kept {
+        let shape = nvme::NamespaceShape {
+            nsid: 1,
+            block_shift: 9,
+            blocks: 8,
+            read_only: false,
+            uuid: [1; 16],
+            backend: *b"file    ",
+            metadata: None,
+        };
+        let attached: Vec<u16> = (0..nvme::MAX_CONTROLLERS as u16).collect();
+        let record = nvme::AllocatedState {
+            shape,
+            created: true,
+            shared: true,
+            attached_count: attached.len() as u32,
+            attached,
+            protection: None,
+        };
+        let namespaces = vec![record; times * nvme::MAX_NAMESPACES as usize];
+        let count = namespaces.len() as u32;
+        let allocations = nvme::AllocationsState { created_ever: 1, namespace_count: count, namespaces };
+        Kept { state: SubsystemState { allocations, ..SubsystemState::default() }, ..kept(2) }
+    }
+
+    #[test]
+    fn what_could_not_be_read_again_is_not_written() {
+        let folder = tempfile::tempdir().unwrap();
+        replace(folder.path(), &long(1)).unwrap();
+        assert_eq!(read(folder.path()).unwrap(), Some(long(1)));
+        let error = replace(folder.path(), &long(64)).unwrap_err().to_string();
+        assert!(error.contains("is not written, since at most 33554432 are read again"), "{error}");
+        assert_eq!(read(folder.path()).unwrap(), Some(long(1)), "the one before is still there");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing was begun");
+    }
+
     #[test]
     fn a_state_is_found_again_and_its_successor_replaces_it() {
         let folder = tempfile::tempdir().unwrap();
@@ -165,7 +219,7 @@ mod tests {
     fn a_state_that_was_being_written_when_the_power_failed_is_as_if_it_had_never_been() {
         let folder = tempfile::tempdir().unwrap();
         replace(folder.path(), &kept(1)).unwrap();
-        let next = encode(&kept(2));
+        let next = encoded(2);
         for length in 0..=next.len() {
             fs::write(folder.path().join(NEW_STATE), &next[..length]).unwrap();
             assert_eq!(read(folder.path()).unwrap(), Some(kept(1)), "after {length} bytes");
@@ -187,7 +241,7 @@ mod tests {
 
     #[test]
     fn damage_anywhere_is_noticed() {
-        let good = encode(&kept(1));
+        let good = encoded(1);
         let path = Path::new("folder/state");
         assert_eq!(decode(&good, path).unwrap(), kept(1));
         for length in 0..good.len() {
@@ -203,7 +257,7 @@ mod tests {
 
     #[test]
     fn a_version_that_is_not_known_is_named() {
-        let mut bytes = encode(&kept(1));
+        let mut bytes = encoded(1);
         bytes[11] = 2;
         let error = decode(&bytes, Path::new("state")).unwrap_err().to_string();
         assert!(error.contains("its version is 2, and this ferry knows version 1"), "{error}");
