@@ -7,7 +7,9 @@ use anyhow::{Context, bail};
 use clap::Args;
 use serde_json::{Value, json};
 
-use crate::control::{Client, FerryStatus, MigrationInfo, MigrationStatus, RunState};
+use crate::control::{
+    Client, FerryAccess, FerryMember, FerryStatus, MigrationInfo, MigrationStatus, RunState,
+};
 
 /// Which machine is meant.
 #[derive(Clone, Debug, Args)]
@@ -153,6 +155,12 @@ impl fmt::Display for Report {
             writeln!(f, "  cannot migrate: {reason}")?;
         }
         for disk in disks {
+            if let Some(FerryMember { subsystem, controller_id, access }) = &disk.member {
+                writeln!(f, "  disk {}: controller {controller_id} of subsystem {subsystem}", disk.serial)?;
+                for FerryAccess { group, state } in access {
+                    writeln!(f, "  disk {}: access to group {group} is {}", disk.serial, word(state))?;
+                }
+            }
             writeln!(
                 f,
                 "  disk {}: {} commands, {} in flight, {} doorbell exits, {} turns of I/O threads, {} of {} polls with success",

@@ -1,5 +1,6 @@
 //! The command line: what can be typed, and which part of ferry answers.
 
+mod access;
 mod bench;
 mod control;
 mod demo;
@@ -10,6 +11,7 @@ mod run;
 
 use clap::{Parser, Subcommand};
 
+pub use access::AccessArguments;
 pub use bench::BenchArguments;
 pub use control::ControlArguments;
 pub use demo::DemoArguments;
@@ -71,6 +73,11 @@ pub enum Command {
     /// They are the host's: those that the guest has created (`--nvme subsystem=DIR`) are the guest's to delete. A machine that moves
     /// afterwards needs a destination with flags for what it has by then. Not while a migration is under way.
     Namespace(NamespaceArguments),
+    /// Set how a controller gives access to namespaces that it shares with others (asymmetric namespace access).
+    ///
+    /// The guest is told, and its multipath driver goes another way, as if a path of a storage array had failed or was taken out of
+    /// service. Example: ferry access --api vm.sock --controller c1 --nsid 1 --state inaccessible
+    Access(AccessArguments),
     /// Show a guest that checks all its data move between two real processes.
     ///
     /// Boots a test guest with several NVMe namespaces in one `ferry run`, migrates it to a second one while its disk
@@ -106,6 +113,7 @@ impl Command {
             Self::Reclaim(arguments) => arguments.reclaim(),
             Self::Quit(arguments) => arguments.quit(),
             Self::Namespace(arguments) => arguments.execute(),
+            Self::Access(arguments) => arguments.execute(),
             Self::Demo(arguments) => arguments.execute(),
             Self::Inspect(arguments) => arguments.execute(),
             Self::Bench(arguments) => arguments.execute(),

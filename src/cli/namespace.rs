@@ -38,7 +38,7 @@ enum NamespaceCommand {
 struct AddArguments {
     #[command(flatten)]
     machine: MachineArguments,
-    /// As for `ferry run --ns`: `controller=S,nsid=N,backend=file|qcow2|null[,path=|size=][,lba=512|4096][,ro][,buffered]`.
+    /// As for `ferry run --ns`: `controller=S,nsid=N,backend=file|qcow2|null[,path=|size=][,lba=512|4096][,ro][,buffered][,attached=S+S]`.
     #[arg(value_name = "OPTIONS")]
     namespace: NamespaceOption,
 }
@@ -136,10 +136,13 @@ impl WhichArguments {
 /// What the machine is asked for. It may have another working directory.
 fn addition(option: &NamespaceOption) -> anyhow::Result<Value> {
     let NamespaceOption { controller, namespace } = option;
-    let NamespaceSpec { nsid, backend, block_bytes, read_only, buffered } = namespace;
+    let NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, attached } = namespace;
     let mut arguments = json!({
         "controller": controller, "nsid": nsid, "lba": block_bytes, "ro": read_only, "buffered": buffered
     });
+    if !attached.is_empty() {
+        arguments["attached"] = json!(attached);
+    }
     match backend {
         BackendSpec::File(path) | BackendSpec::Qcow2(path) => {
             let path =
@@ -183,6 +186,8 @@ mod tests {
             "buffered": false
         });
         assert_eq!(null, expected);
+        let some = addition_of("controller=c,nsid=8,backend=null,size=1M,attached=c+d").unwrap();
+        assert_eq!(some["attached"], json!(["c", "d"]));
         let relative = addition_of("controller=c,nsid=7,backend=file,path=a.raw").unwrap();
         let here = std::env::current_dir().unwrap().join("a.raw");
         assert_eq!(relative["path"], json!(here.to_str().unwrap()), "the machine is elsewhere");

@@ -23,6 +23,11 @@ Examples:
   # A guest that may create namespaces (nvme create-ns) of 10G in all; what it did is there again after a power cycle:
   ferry run --kernel vmlinux --nvme serial=c0,subsystem=/var/lib/c0,capacity=10G
 
+  # Two controllers of one subsystem: two ways of the guest to the same namespaces, but for one of them:
+  ferry run --kernel vmlinux --nvme serial=c0 --nvme serial=c1,subsystem-of=c0 \\
+      --ns controller=c0,nsid=1,backend=file,path=a.raw \\
+      --ns controller=c0,nsid=2,backend=file,path=b.raw,attached=c1
+
   # One controller with three namespaces; identifiers may have holes:
   ferry run --kernel vmlinux --nvme serial=c0,queues=8 \\
       --ns controller=c0,nsid=1,backend=file,path=a.raw \\
@@ -62,9 +67,11 @@ pub struct RunArguments {
     /// An NVMe controller: serial=S[,queues=64][,msix=N][,mdts=N][,cqr][,cmb=SIZE]; path=P,serial=S also gives it one file namespace.
     /// subsystem=DIR[,capacity=SIZE] keeps in DIR what outlives its power (counters, saved features, firmware slots), and
     /// images of the namespaces that the guest creates, SIZE in all [default: 0]; a destination needs the same DIR.
+    /// subsystem-of=S makes it one more controller of the subsystem of S, which is declared before it.
     #[arg(long, value_name = "OPTIONS")]
     pub nvme: Vec<NvmeOption>,
-    /// A namespace: controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,lba=512|4096][,ro][,buffered].
+    /// A namespace: controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,lba=512|4096][,ro][,buffered]. It is one of the
+    /// controller's subsystem, and attached to all controllers of that, or to those of attached=S+S.
     #[arg(long, value_name = "OPTIONS")]
     pub ns: Vec<NamespaceOption>,
     /// Threads that serve the controllers' queues.

@@ -23,17 +23,18 @@ pub const MAX_NSID: u32 = 1024;
 pub const MAX_SERIAL_BYTES: usize = 20;
 
 /// A controller as declared: `serial=S[,queues=N][,msix=N][,mdts=N][,cqr][,cmb=SIZE][,subsystem=DIR[,capacity=SIZE]]`, or short
-/// `path=P,serial=S[,lba=N][,ro][,buffered]` for a controller with one file namespace.
+/// `path=P,serial=S[,lba=N][,ro][,buffered]` for a controller with one file namespace; `subsystem-of=S` makes it one more of a subsystem.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NvmeOption {
     /// The controller.
     pub controller: ControllerSpec,
 }
 
-/// A namespace as declared: `controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,lba=512|4096][,ro][,buffered]`.
+/// A namespace as declared:
+/// `controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,lba=512|4096][,ro][,buffered][,attached=S+S]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamespaceOption {
-    /// Serial of its controller.
+    /// Serial of a controller of its subsystem.
     pub controller: String,
     /// The namespace.
     pub namespace: NamespaceSpec,
@@ -54,9 +55,11 @@ pub struct ControllerSpec {
     pub contiguous_queues: bool,
     /// Size of the controller memory buffer, 0 for none.
     pub buffer_bytes: u64,
+    /// Serial of the first controller of its subsystem, if that is another one.
+    pub subsystem_of: Option<String>,
     /// Where it keeps what outlives its power, if it does.
     pub subsystem: Option<SubsystemSpec>,
-    /// Its namespaces, by ascending identifier; holes are normal.
+    /// The namespaces of its subsystem, by ascending identifier; holes are normal. Those of a subsystem are all with its first controller.
     pub namespaces: Vec<NamespaceSpec>,
 }
 
@@ -82,6 +85,8 @@ pub struct NamespaceSpec {
     pub read_only: bool,
     /// Whether a file is used through the page cache even where it need not be.
     pub buffered: bool,
+    /// Serials of the controllers that it is attached to at first; empty: all of the subsystem.
+    pub attached: Vec<String>,
 }
 
 /// Where the bytes of a namespace live.
@@ -101,6 +106,14 @@ pub enum BackendSpec {
         /// Capacity in bytes.
         size_bytes: u64,
     },
+}
+
+impl ControllerSpec {
+    /// Serial of the first controller of its subsystem: what the subsystem has as its own.
+    #[must_use]
+    pub fn first_of_subsystem(&self) -> &str {
+        self.subsystem_of.as_deref().unwrap_or(&self.serial)
+    }
 }
 
 impl FromStr for NvmeOption {
@@ -138,8 +151,10 @@ impl FromStr for NvmeOption {
             let (block_bytes, read_only) = block_options(&mut options)?;
             let backend = BackendSpec::File(path.into());
             let buffered = options.flag("buffered")?;
-            namespaces.push(NamespaceSpec { nsid: 1, backend, block_bytes, read_only, buffered });
+            let attached = Vec::new();
+            namespaces.push(NamespaceSpec { nsid: 1, backend, block_bytes, read_only, buffered, attached });
         }
+        let subsystem_of = options.text("subsystem-of")?;
         let capacity_bytes = options.size("capacity")?;
         let subsystem = match options.text("subsystem")? {
             None if capacity_bytes.is_some() => {
@@ -151,8 +166,11 @@ impl FromStr for NvmeOption {
                 capacity_bytes: capacity_bytes.unwrap_or(0),
             }),
         };
+        if let (Some(first), Some(_)) = (&subsystem_of, &subsystem) {
+            return Err(options.error(format!("a subsystem has one folder: give it to {first:?}")));
+        }
         options.finish(
-            "serial, queues, msix, mdts, cqr, cmb, subsystem and capacity; with path also lba, ro and buffered",
+            "serial, queues, msix, mdts, cqr, cmb, subsystem-of, subsystem and capacity; with path also lba, ro and buffered",
         )?;
         let controller = ControllerSpec {
             serial,
@@ -161,6 +179,7 @@ impl FromStr for NvmeOption {
             mdts,
             contiguous_queues,
             buffer_bytes,
+            subsystem_of,
             subsystem,
             namespaces,
         };
@@ -204,8 +223,14 @@ impl FromStr for NamespaceOption {
             return Err(options.error("size must be a multiple of 4096 above 0"));
         }
         let buffered = matches!(backend, BackendSpec::File(_)) && options.flag("buffered")?;
-        options.finish("controller, nsid, backend, path, size, lba and ro; with a file also buffered")?;
-        Ok(Self { controller, namespace: NamespaceSpec { nsid, backend, block_bytes, read_only, buffered } })
+        let attached = options.text("attached")?;
+        let attached: Vec<String> =
+            attached.iter().flat_map(|list| list.split('+')).map(str::to_owned).collect();
+        options.finish(
+            "controller, nsid, backend, path, size, lba, ro and attached; with a file also buffered",
+        )?;
+        let namespace = NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, attached };
+        Ok(Self { controller, namespace })
     }
 }
 
@@ -266,10 +291,19 @@ mod tests {
     }
 
     #[test]
+    fn a_controller_says_whose_subsystem_it_is_in_and_a_namespace_whose_it_is() {
+        let option: NvmeOption = "serial=b,subsystem-of=a".parse().unwrap();
+        assert_eq!(option.controller.subsystem_of.as_deref(), Some("a"));
+        let attached = |text: &str| text.parse::<NamespaceOption>().unwrap().namespace.attached;
+        assert_eq!(attached("controller=a,nsid=1,backend=null,size=1M,attached=a+c"), ["a", "c"]);
+        assert!(attached("controller=a,nsid=1,backend=null,size=1M").is_empty(), "all");
+    }
+
+    #[test]
     fn namespaces_of_each_backend() {
         let option: NamespaceOption =
             "controller=c,nsid=7,backend=memory,size=1M,lba=4096,ro".parse().unwrap();
-        let NamespaceSpec { nsid, backend, block_bytes, read_only, buffered } = option.namespace;
+        let NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, .. } = option.namespace;
         assert_eq!(
             (nsid, backend, block_bytes, read_only, buffered),
             (7, BackendSpec::Memory { size_bytes: 1 << 20 }, 4096, true, false)
@@ -300,6 +334,9 @@ mod tests {
             "serial=s,cmb=128M",
             "serial=s,capacity=1M",
             "serial=s,subsystem=",
+            "serial=s,subsystem-of=",
+            "serial=s,subsystem-of=t,subsystem=d",
+            "serial=s,subsystem-of=t,capacity=1M",
             "serial=s,subsystem=d,capacity=much",
             "serial=s,lba=512",
             "serial=s,path=p,lba=520",

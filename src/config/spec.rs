@@ -173,10 +173,10 @@ impl TryFrom<Config> for MachineSpec {
 
 fn controllers(
     nvme: Vec<NvmeOption>,
-    namespaces: Vec<NamespaceOption>,
+    mut namespaces: Vec<NamespaceOption>,
 ) -> Result<Vec<ControllerSpec>, Error> {
     let mut controllers: Vec<ControllerSpec> = Vec::with_capacity(nvme.len());
-    for NvmeOption { controller } in nvme {
+    for NvmeOption { mut controller } in nvme {
         if controllers.iter().any(|other| other.serial == controller.serial) {
             return Err(Error::Machine(format!("two controllers have the serial {:?}", controller.serial)));
         }
@@ -187,11 +187,17 @@ fn controllers(
             && let Some(other) = controllers.iter().find(|other| folder(other).as_ref() == Some(&directory))
         {
             return Err(Error::Machine(format!(
-                "{} is the folder of two controllers, {:?} and {:?}",
+                "{} is the folder of two controllers, {:?} and {:?}: for both in one subsystem, give the second subsystem-of={}",
                 directory.display(),
                 other.serial,
-                controller.serial
+                controller.serial,
+                other.serial
             )));
+        }
+        check_subsystem(&controllers, &controller)?;
+        if controller.subsystem_of.is_some() {
+            let of = |namespace| NamespaceOption { controller: controller.serial.clone(), namespace };
+            namespaces.extend(std::mem::take(&mut controller.namespaces).into_iter().map(of));
         }
         controllers.push(controller);
     }
@@ -202,23 +208,51 @@ fn controllers(
         )));
     }
     for NamespaceOption { controller: serial, namespace } in namespaces {
-        let Some(controller) = controllers.iter_mut().find(|controller| controller.serial == serial) else {
+        let Some(named) = controllers.iter().find(|controller| controller.serial == serial) else {
             return Err(Error::Machine(format!(
                 "--ns nsid={} names the controller {serial:?}, but no --nvme has that serial",
                 namespace.nsid
             )));
         };
+        // Namespaces are the subsystem's, whichever of its controllers is named.
+        let first = named.first_of_subsystem().to_owned();
+        let is_member = |serial: &String| {
+            controllers.iter().any(|other| other.serial == *serial && other.first_of_subsystem() == first)
+        };
+        if let Some(stranger) = namespace.attached.iter().find(|serial| !is_member(serial)) {
+            return Err(Error::Machine(format!(
+                "--ns nsid={} is to be attached to {stranger:?}, which is no controller of the subsystem of {first:?}",
+                namespace.nsid
+            )));
+        }
+        let Some(controller) = controllers.iter_mut().find(|controller| controller.serial == first) else {
+            return Err(Error::Machine(format!("there is no controller {first:?}")));
+        };
         match controller.namespaces.binary_search_by_key(&namespace.nsid, |other| other.nsid) {
             Ok(_) => {
                 let nsid = namespace.nsid;
                 return Err(Error::Machine(format!(
-                    "controller {serial:?} has two namespaces with nsid {nsid}"
+                    "the subsystem of {serial:?} has two namespaces with nsid {nsid}"
                 )));
             }
             Err(index) => controller.namespaces.insert(index, namespace),
         }
     }
     Ok(controllers)
+}
+
+/// Whether the subsystem that a controller says it is in is there: it is named by its first controller, which has it declared.
+fn check_subsystem(before: &[ControllerSpec], controller: &ControllerSpec) -> Result<(), Error> {
+    let Some(first) = &controller.subsystem_of else { return Ok(()) };
+    let serial = &controller.serial;
+    let reason = match before.iter().find(|other| other.serial == *first) {
+        Some(ControllerSpec { subsystem_of: None, .. }) => return Ok(()),
+        Some(ControllerSpec { subsystem_of: Some(other), .. }) => {
+            format!("that controller is itself in the subsystem of {other:?}: name this one")
+        }
+        None => "no --nvme before it has that serial".to_owned(),
+    };
+    Err(Error::Machine(format!("--nvme serial={serial},subsystem-of={first}: {reason}")))
 }
 
 #[cfg(test)]
@@ -257,9 +291,22 @@ mod tests {
     }
 
     #[test]
+    fn namespaces_are_those_of_the_subsystem_whichever_of_its_controllers_is_named() {
+        let mut config = config();
+        config.nvme.push("path=c.raw,serial=c,subsystem-of=a".parse().unwrap());
+        config.namespaces.push("controller=c,nsid=5,backend=null,size=1M,attached=c+a".parse().unwrap());
+        let controllers = MachineSpec::try_from(config).unwrap().controllers;
+        let nsids = controllers[0].namespaces.iter().map(|namespace| namespace.nsid);
+        assert_eq!(nsids.collect::<Vec<_>>(), [1, 2, 5, 9]);
+        assert!(controllers[2].namespaces.is_empty());
+        let first = controllers.iter().map(|controller| controller.first_of_subsystem());
+        assert_eq!(first.collect::<Vec<_>>(), ["a", "b", "a"]);
+    }
+
+    #[test]
     fn what_makes_no_machine_is_refused() {
         type Change = fn(&mut Config);
-        let changes: [(&str, Change); 9] = [
+        let changes: [(&str, Change); 13] = [
             ("--cpus 0", |c| c.cpus = 0),
             ("--memory 1M", |c| c.memory = "1M".into()),
             ("--memory 17M", |c| c.memory = "17M".into()),
@@ -269,6 +316,20 @@ mod tests {
             ("d is the folder of two controllers, \"c\" and \"d\"", |c| {
                 c.nvme.push("serial=c,subsystem=d".parse().unwrap());
                 c.nvme.push("serial=d,subsystem=d,capacity=1M".parse().unwrap());
+            }),
+            ("give the second subsystem-of=c", |c| {
+                c.nvme.push("serial=c,subsystem=d".parse().unwrap());
+                c.nvme.push("serial=d,subsystem=d".parse().unwrap());
+            }),
+            ("no --nvme before it has that serial", |c| {
+                c.nvme.insert(0, "serial=c,subsystem-of=a".parse().unwrap());
+            }),
+            ("itself in the subsystem of \"a\"", |c| {
+                c.nvme.push("serial=c,subsystem-of=a".parse().unwrap());
+                c.nvme.push("serial=d,subsystem-of=c".parse().unwrap());
+            }),
+            ("is no controller of the subsystem of \"a\"", |c| {
+                c.namespaces.push("controller=a,nsid=1,backend=null,size=1M,attached=b".parse().unwrap());
             }),
             ("no --nvme has that serial", |c| {
                 c.namespaces.push("controller=z,nsid=1,backend=null,size=1M".parse().unwrap());

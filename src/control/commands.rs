@@ -5,9 +5,9 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::event::EventBus;
-use super::namespaces;
 use super::operations::{MigrationInfo, MigrationParameters, Operations, RunState};
 use super::protocol::{Arguments, QmpError, version};
+use super::{access, namespaces};
 
 /// Longest downtime that may be asked for, in milliseconds (QEMU's bound).
 const MAX_DOWNTIME_LIMIT: u64 = 2_000_000;
@@ -21,7 +21,7 @@ pub(super) struct Context<'a> {
 type Command = fn(&Context, Arguments) -> Result<Value, QmpError>;
 
 /// Every command but `qmp_capabilities`, which belongs to the session.
-const COMMANDS: [(&str, Command); 19] = [
+const COMMANDS: [(&str, Command); 20] = [
     ("query-version", query_version),
     ("query-commands", query_commands),
     ("query-status", query_status),
@@ -41,6 +41,7 @@ const COMMANDS: [(&str, Command); 19] = [
     ("x-ferry-namespace-add", namespaces::add),
     ("x-ferry-namespace-remove", namespaces::remove),
     ("x-ferry-namespace-resize", namespaces::resize),
+    ("x-ferry-ana-set", access::set),
 ];
 
 /// Runs one command.

@@ -10,7 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::operations::MigrationStatus;
+use super::operations::{AccessState, MigrationStatus};
 
 /// Something that happened, in QEMU's words.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,6 +37,15 @@ pub enum Event {
         nsid: u32,
         /// What happened to it.
         change: NamespaceChange,
+    },
+    /// A controller gives access to a group of namespaces in another way since a command. QEMU has no word for it.
+    Access {
+        /// Serial number of the controller.
+        controller: String,
+        /// ANA group.
+        group: u32,
+        /// How.
+        state: AccessState,
     },
 }
 
@@ -102,6 +111,10 @@ impl Event {
                 message["data"] = json!(change);
                 message["data"]["controller"] = json!(controller);
                 message["data"]["nsid"] = json!(nsid);
+            }
+            Self::Access { controller, group, state } => {
+                message["event"] = json!("X_FERRY_ANA");
+                message["data"] = json!({ "controller": controller, "group": group, "state": state });
             }
         }
         message

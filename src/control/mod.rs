@@ -7,7 +7,7 @@
 //!
 //! The names and shapes are QEMU's (`docs/interop/qmp-spec`, `qapi/run-state.json`, `qapi/migration.json`), so that its
 //! Python package and scripts work unchanged. What has no name there is under `x-ferry-status`, `x-ferry-confirm`,
-//! `x-ferry-reclaim` and `x-ferry-namespace-add`, `-remove` and `-resize`; a COMMIT whose outcome
+//! `x-ferry-reclaim`, `x-ferry-namespace-add`, `-remove` and `-resize`, and `x-ferry-ana-set`; a COMMIT whose outcome
 //! is unknown shows as migration status `device` with run state `postmigrate`, and its details are there.
 //!
 //! Invariants:
@@ -22,6 +22,7 @@
 //! Absent: out-of-band execution, TCP, descriptors passed with requests, QEMU's extension of JSON by single quotes, and
 //! the many commands of QEMU that have no meaning here.
 
+mod access;
 pub mod client;
 mod commands;
 pub mod event;
@@ -39,8 +40,9 @@ pub use client::Client;
 pub use event::{Event, EventBus, NamespaceChange, ShutdownCause};
 pub use follow::{Finished, MigrateRequest};
 pub use operations::{
-    FerryDisk, FerryDowntime, FerryLease, FerryMigration, FerryOwnership, FerryStatus, MigrationInfo,
-    MigrationParameters, MigrationStatus, Operations, RamStats, Refusal, RunState,
+    AccessScope, AccessState, FerryAccess, FerryDisk, FerryDowntime, FerryLease, FerryMember, FerryMigration,
+    FerryOwnership, FerryStatus, MigrationInfo, MigrationParameters, MigrationStatus, Operations, RamStats,
+    Refusal, RunState,
 };
 pub use server::Server;
 

@@ -25,8 +25,9 @@ pub(super) fn add(context: &Context, mut arguments: Arguments) -> Result<Value, 
     };
     let read_only = arguments.optional_bool("ro")?.unwrap_or(false);
     let buffered = arguments.optional_bool("buffered")?.unwrap_or(false);
+    let attached = arguments.optional_strings("attached")?;
     arguments.finish()?;
-    let namespace = NamespaceSpec { nsid, backend, block_bytes, read_only, buffered };
+    let namespace = NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, attached };
     context.operations.add_namespace(&NamespaceOption { controller, namespace })?;
     Ok(json!({}))
 }

@@ -56,6 +56,34 @@ pub trait Operations: Send + Sync {
 
     /// Lets a namespace of the host's grow: to `size_bytes`, or to what its image has by now. Returns its size in bytes.
     fn resize_namespace(&self, controller: &str, nsid: u32, size_bytes: Option<u64>) -> Result<u64, Refusal>;
+
+    /// Sets how a controller gives access to a group of namespaces, which its guest is told; returns the group.
+    fn set_access(&self, controller: &str, scope: AccessScope, state: AccessState) -> Result<u32, Refusal>;
+}
+
+/// Which namespaces a change of access is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessScope {
+    /// Those of an ANA group.
+    Group(u32),
+    /// Those of the group of a namespace.
+    Namespace(u32),
+}
+
+/// How a controller gives access to a group of namespaces ("NVM Express Base 2.0, 8.1").
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum AccessState {
+    /// The best way to them.
+    Optimized,
+    /// A way that works, and may be slower.
+    NonOptimized,
+    /// No way at present.
+    Inaccessible,
+    /// No way any more.
+    PersistentLoss,
+    /// On the way from one state to another.
+    Change,
 }
 
 /// Why an operation was not done: a sentence for the operator.
@@ -247,6 +275,9 @@ pub struct FerryStatus {
 pub struct FerryDisk {
     /// The controller's serial number.
     pub serial: String,
+    /// What it is in a subsystem of several controllers.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub member: Option<FerryMember>,
     /// Commands completed.
     pub completed: u64,
     /// Commands that are being worked on.
@@ -259,6 +290,29 @@ pub struct FerryDisk {
     pub polls: u64,
     /// Times that more came while it looked.
     pub poll_hits: u64,
+}
+
+/// A controller of a subsystem that has several.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FerryMember {
+    /// Serial number of the subsystem: that of its first controller.
+    pub subsystem: String,
+    /// Controller identifier in it.
+    pub controller_id: u16,
+    /// ANA groups that it does not give optimized access to.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub access: Vec<FerryAccess>,
+}
+
+/// How a controller gives access to a group of namespaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FerryAccess {
+    /// The ANA group.
+    pub group: u32,
+    /// How.
+    pub state: AccessState,
 }
 
 /// Who may run the guest, as far as this process knows.

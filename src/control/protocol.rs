@@ -162,6 +162,15 @@ impl Arguments {
         }
     }
 
+    /// A list of strings that may be there.
+    pub fn optional_strings(&mut self, name: &str) -> Result<Vec<String>, QmpError> {
+        let string = |value| match value {
+            Value::String(text) => Ok(text),
+            _ => Err(wrong_type(name, "string")),
+        };
+        self.optional_list(name)?.into_iter().map(string).collect()
+    }
+
     /// A list of objects that must be there.
     pub fn objects(&mut self, name: &str) -> Result<Vec<Arguments>, QmpError> {
         if !self.0.contains_key(name) {

@@ -15,7 +15,7 @@ use pci::{BarWindow, PciFunction};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::ControllerSpec;
-use crate::control::FerryDisk;
+use crate::control::{AccessState, FerryAccess, FerryDisk, FerryMember};
 use crate::io_poll::{IoPoll, PollCounters, PollStatistics, Poller, TurnEnd};
 use crate::io_thread::{IoThread, WakeUp, Worker};
 use crate::kvm::{MsiRouter, MsixFunction, Vm};
@@ -26,14 +26,13 @@ use super::buffer::Buffer;
 
 use super::resources::Nvm;
 
-/// Controllers are alone in their subsystems.
-const CONTROLLER_ID: u16 = 0;
 /// Requests that each worker may have at the disk at once.
 const REQUESTS_PER_WORKER: u32 = 256;
 
 /// A controller of the machine.
 pub struct Disk {
     config: ControllerConfig,
+    controller_id: u16,
     directory: Option<Arc<Directory>>,
     completions: Vec<EventFd>,
     interrupts: Arc<MsixFunction>,
@@ -82,7 +81,7 @@ impl Disk {
         let doorbells = Doorbells::new(Arc::clone(vm), workers)?;
         let controller = Controller::join(
             &nvm.subsystem,
-            CONTROLLER_ID,
+            nvm.controller_id,
             config.clone(),
             memory,
             contexts,
@@ -91,8 +90,18 @@ impl Disk {
         )?;
         let controller = Arc::new(controller);
         let polls = (0..workers).map(|_| Arc::default()).collect();
-        let directory = nvm.directory.clone();
-        Ok(Self { config, directory, completions, interrupts, doorbells, buffer, controller, polls })
+        let (controller_id, directory) = (nvm.controller_id, nvm.directory.clone());
+        Ok(Self {
+            config,
+            controller_id,
+            directory,
+            completions,
+            interrupts,
+            doorbells,
+            buffer,
+            controller,
+            polls,
+        })
     }
 
     /// The controller's serial number.
@@ -156,6 +165,7 @@ impl Disk {
         let Statistics { completed, in_flight, doorbell_writes } = self.controller.statistics();
         let mut counters = FerryDisk {
             serial: self.config.serial.clone(),
+            member: self.membership(),
             completed,
             in_flight,
             doorbell_exits: doorbell_writes,
@@ -167,6 +177,41 @@ impl Disk {
             counters.poll_hits += hits;
         }
         counters
+    }
+
+    /// What it is among the controllers of its subsystem, if there can be several.
+    fn membership(&self) -> Option<FerryMember> {
+        let subsystem = self.controller.subsystem();
+        let changed = |(group, state)| match state {
+            nvme::AccessState::Optimized => None,
+            state => Some(FerryAccess { group, state: told(state) }),
+        };
+        subsystem.is_shared().then(|| FerryMember {
+            subsystem: subsystem.serial().to_owned(),
+            controller_id: self.controller_id,
+            access: (1..).zip(subsystem.access(self.controller_id)).filter_map(changed).collect(),
+        })
+    }
+
+    /// Sets how it gives access to an ANA group.
+    ///
+    /// # Errors
+    /// It is alone in its subsystem.
+    pub fn set_access(&self, group: u32, state: AccessState) -> Result<(), nvme::Error> {
+        let state = match state {
+            AccessState::Optimized => nvme::AccessState::Optimized,
+            AccessState::NonOptimized => nvme::AccessState::NonOptimized,
+            AccessState::Inaccessible => nvme::AccessState::Inaccessible,
+            AccessState::PersistentLoss => nvme::AccessState::PersistentLoss,
+            AccessState::Change => nvme::AccessState::Change,
+        };
+        self.controller.subsystem().set_access(self.controller_id, group, state)
+    }
+
+    /// Identifier of the controller in its subsystem.
+    #[must_use]
+    pub fn controller_id(&self) -> u16 {
+        self.controller_id
     }
 
     /// What a destination must have too, in this PCI slot.
@@ -184,11 +229,20 @@ impl Disk {
         if *buffer_bytes > 0 {
             description.set(format!("{controller}.cmb_bytes"), buffer_bytes);
         }
+        let subsystem = self.controller.subsystem();
+        if subsystem.is_shared() {
+            description.set(format!("{controller}.subsystem_of"), subsystem.serial());
+            description.set(format!("{controller}.controller_id"), self.controller_id);
+        }
+        // What the subsystem has is said with its first controller.
+        if self.controller_id > 0 {
+            return;
+        }
         if let Some(directory) = &self.directory {
             description.set(format!("{controller}.subsystem"), engine::lease::show_id(&directory.id()));
             description.set(format!("{controller}.subsystem.capacity_bytes"), directory.capacity_bytes());
         }
-        for AllocatedState { shape, created, .. } in self.controller.subsystem().allocations().namespaces {
+        for AllocatedState { shape, created, .. } in subsystem.allocations().namespaces {
             let block_bytes = 1u64 << shape.block_shift;
             let namespace = format!("{controller}.ns.{}", shape.nsid);
             description
@@ -214,6 +268,17 @@ impl Disk {
     /// KVM refused a message.
     pub fn flush_interrupts(&self) -> Result<(), crate::kvm::Error> {
         self.interrupts.flush()
+    }
+}
+
+/// In the words of the control socket.
+fn told(state: nvme::AccessState) -> AccessState {
+    match state {
+        nvme::AccessState::Optimized => AccessState::Optimized,
+        nvme::AccessState::NonOptimized => AccessState::NonOptimized,
+        nvme::AccessState::Inaccessible => AccessState::Inaccessible,
+        nvme::AccessState::PersistentLoss => AccessState::PersistentLoss,
+        nvme::AccessState::Change => AccessState::Change,
     }
 }
 

@@ -27,7 +27,7 @@ use engine::Description;
 use crate::boot::{self, BootSpec, Kernel};
 use crate::config::{BackendSpec, MachineSpec, NamespaceSpec};
 use crate::console::Console;
-use crate::control::FerryDisk;
+use crate::control::{AccessScope, AccessState, FerryDisk};
 use crate::io_thread::IoThread;
 use crate::kvm::{Host, MsiRouter, Vm, pci_pins};
 use crate::layout;
@@ -229,11 +229,9 @@ impl Machine {
     fn pause_devices(&self) -> anyhow::Result<u32> {
         self.entropy.device().pause();
         let deadline = Instant::now() + PAUSE_PATIENCE;
-        let mut in_flight: u32 = 0;
-        for disk in &self.disks {
-            let report = disk.controller().pause(deadline)?;
-            in_flight = in_flight.saturating_add(report.in_flight_at_start);
-        }
+        let controllers: Vec<&nvme::Controller> =
+            self.disks.iter().map(|disk| &**disk.controller()).collect();
+        let in_flight = nvme::Controller::pause_all(&controllers, deadline)?.in_flight_at_start;
         self.entropy.flush_interrupts()?;
         for disk in &self.disks {
             disk.flush_interrupts()?;
@@ -284,13 +282,25 @@ impl Machine {
     /// # Errors
     /// The image cannot be had, or the controller does not take it.
     pub fn add_namespace(&self, serial: &str, spec: &NamespaceSpec) -> anyhow::Result<()> {
-        let subsystem = self.subsystem(serial)?;
+        let subsystem = self.disk(serial)?.controller().subsystem();
+        let controllers = if spec.attached.is_empty() {
+            subsystem.controllers()
+        } else {
+            let member = |other: &&Disk| Arc::ptr_eq(other.controller().subsystem(), subsystem);
+            let id = |serial: &String| {
+                let other = self.disks.iter().filter(member).find(|other| other.serial() == serial);
+                let other =
+                    other.with_context(|| format!("{serial:?} is no controller of that subsystem"))?;
+                Ok(other.controller_id())
+            };
+            spec.attached.iter().map(id).collect::<anyhow::Result<Vec<_>>>()?
+        };
         if matches!(spec.backend, BackendSpec::Memory { .. }) {
             bail!("a namespace in memory is part of the machine's RAM, and there from its start or never");
         }
         let config = open_namespace(serial, spec, self.resources.ram())?;
         config.backend.acquire()?;
-        Ok(subsystem.add(&config)?)
+        Ok(subsystem.add_for(&config, &controllers)?)
     }
 
     /// Takes a namespace away; says whether its image was let go already.
@@ -298,7 +308,7 @@ impl Machine {
     /// # Errors
     /// There is none, or it is the guest's.
     pub fn remove_namespace(&self, serial: &str, nsid: u32) -> anyhow::Result<bool> {
-        Ok(self.subsystem(serial)?.remove(nsid, REMOVE_PATIENCE)?)
+        Ok(self.disk(serial)?.controller().subsystem().remove(nsid, REMOVE_PATIENCE)?)
     }
 
     /// Lets a namespace grow; returns its size in bytes.
@@ -306,13 +316,25 @@ impl Machine {
     /// # Errors
     /// There is none, it is the guest's, or its image has no such size.
     pub fn resize_namespace(&self, serial: &str, nsid: u32, size_bytes: Option<u64>) -> anyhow::Result<u64> {
-        Ok(self.subsystem(serial)?.resize(nsid, size_bytes)?)
+        Ok(self.disk(serial)?.controller().subsystem().resize(nsid, size_bytes)?)
     }
 
-    fn subsystem(&self, serial: &str) -> anyhow::Result<&Arc<nvme::Subsystem>> {
+    /// Sets how a controller gives access to a group of namespaces; returns the group.
+    ///
+    /// # Errors
+    /// There is no such controller, or it is alone in its subsystem.
+    pub fn set_access(&self, serial: &str, scope: AccessScope, state: AccessState) -> anyhow::Result<u32> {
+        let group = match scope {
+            AccessScope::Group(group) => group,
+            AccessScope::Namespace(nsid) => nvme::group_of(nsid),
+        };
+        self.disk(serial)?.set_access(group, state)?;
+        Ok(group)
+    }
+
+    fn disk(&self, serial: &str) -> anyhow::Result<&Disk> {
         let disk = self.disks.iter().find(|disk| disk.serial() == serial);
-        let disk = disk.with_context(|| format!("there is no controller {serial:?}"))?;
-        Ok(disk.controller().subsystem())
+        disk.with_context(|| format!("there is no controller {serial:?}"))
     }
 
     /// Memory and images.

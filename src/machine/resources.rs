@@ -32,8 +32,18 @@ pub struct Resources {
 pub struct Nvm {
     /// Its namespaces.
     pub subsystem: Arc<Subsystem>,
-    /// Where it keeps what outlives its power.
+    /// What it is in there.
+    pub controller_id: u16,
+    /// Where its subsystem keeps what outlives the power.
     pub directory: Option<Arc<Directory>>,
+}
+
+impl Nvm {
+    /// Whether it is the first controller of its subsystem: what the subsystem has is looked at with this one.
+    #[must_use]
+    pub fn is_first(&self) -> bool {
+        self.controller_id == 0
+    }
 }
 
 impl Resources {
@@ -75,8 +85,20 @@ impl Resources {
         let buffers: Vec<_> = spec.controllers.iter().map(buffer).collect();
         let buffer_blocks: Vec<_> = buffers.iter().flatten().cloned().collect();
         let ram = GuestRam::with_buffers(spec.memory_bytes, &blocks, &buffer_blocks)?;
-        let open = |controller: &ControllerSpec| open_nvm(controller, &ram, arrives, wrap);
-        let disks = spec.controllers.iter().map(open).collect::<anyhow::Result<_>>()?;
+        let mut disks: Vec<Nvm> = Vec::with_capacity(spec.controllers.len());
+        for controller in &spec.controllers {
+            let first =
+                spec.controllers.iter().position(|other| other.serial == controller.first_of_subsystem());
+            let disk = match first.and_then(|first| disks.get(first)) {
+                Some(Nvm { subsystem, directory, .. }) => Nvm {
+                    subsystem: Arc::clone(subsystem),
+                    controller_id: place_in_subsystem(spec, controller)?,
+                    directory: directory.clone(),
+                },
+                None => open_nvm(spec, controller, &ram, arrives, wrap)?,
+            };
+            disks.push(disk);
+        }
         let buffers = buffers.into_iter().map(|buffer| buffer.map(|(name, _)| name)).collect();
         Ok(Self { ram, disks, buffers })
     }
@@ -158,11 +180,15 @@ impl Resources {
     }
 
     fn images(&self) -> impl Iterator<Item = Arc<dyn Backend>> {
-        self.disks.iter().flat_map(|disk| disk.subsystem.images()).map(|(_, image)| image)
+        self.disks
+            .iter()
+            .filter(|disk| disk.is_first())
+            .flat_map(|disk| disk.subsystem.images())
+            .map(|(_, image)| image)
     }
 
     fn holdings(&self) -> impl Iterator<Item = Holding> {
-        self.disks.iter().flat_map(|disk| {
+        self.disks.iter().filter(|disk| disk.is_first()).flat_map(|disk| {
             let images = disk.subsystem.images().into_iter().map(|(_, image)| Holding::Image(image));
             disk.directory.iter().cloned().map(Holding::Directory).chain(images)
         })
@@ -191,7 +217,26 @@ impl Holding {
     }
 }
 
+/// The identifier of a controller: its place among those of its subsystem.
+fn place_in_subsystem(spec: &MachineSpec, controller: &ControllerSpec) -> anyhow::Result<u16> {
+    let first = controller.first_of_subsystem();
+    let mut members = spec.controllers.iter().filter(|other| other.first_of_subsystem() == first);
+    let place = members.position(|other| other.serial == controller.serial);
+    Ok(u16::try_from(place.context("a controller is one of its subsystem")?)?)
+}
+
+/// Identifiers of the controllers with these serials.
+fn controller_ids(spec: &MachineSpec, serials: &[String]) -> anyhow::Result<Vec<u16>> {
+    let id = |serial: &String| {
+        let controller = spec.controllers.iter().find(|controller| controller.serial == *serial);
+        place_in_subsystem(spec, controller.with_context(|| format!("there is no controller {serial:?}"))?)
+    };
+    serials.iter().map(id).collect()
+}
+
+/// The subsystem of its first controller.
 fn open_nvm(
+    machine: &MachineSpec,
     spec: &ControllerSpec,
     ram: &GuestRam,
     arrives: bool,
@@ -203,15 +248,24 @@ fn open_nvm(
         Ok(NamespaceConfig { backend: wrap(config.backend), ..config })
     };
     let namespaces: Vec<NamespaceConfig> = spec.namespaces.iter().map(open).collect::<anyhow::Result<_>>()?;
+    let members = machine.controllers.iter().filter(|other| other.first_of_subsystem() == serial);
+    let shared = members.count() > 1;
+    let offer = |subsystem: Arc<Subsystem>| -> anyhow::Result<Arc<Subsystem>> {
+        for namespace in spec.namespaces.iter().filter(|namespace| !namespace.attached.is_empty()) {
+            subsystem.attach_at_first(namespace.nsid, controller_ids(machine, &namespace.attached)?);
+        }
+        Ok(subsystem)
+    };
     let Some(SubsystemSpec { directory, capacity_bytes }) = &spec.subsystem else {
-        return Ok(Nvm { subsystem: Subsystem::new(serial, &namespaces, false)?, directory: None });
+        let subsystem = offer(Subsystem::new(serial, &namespaces, shared)?)?;
+        return Ok(Nvm { subsystem, controller_id: 0, directory: None });
     };
     let directory = Directory::open(directory, serial, *capacity_bytes, arrives)
         .with_context(|| format!("cannot use {} as the subsystem of {serial}", directory.display()))?;
     let directory = Arc::new(directory);
     let state = directory.state();
-    let subsystem = Subsystem::with_store(serial, &namespaces, false, Arc::clone(&directory) as _, state)?;
-    Ok(Nvm { subsystem, directory: Some(directory) })
+    let subsystem = Subsystem::with_store(serial, &namespaces, shared, Arc::clone(&directory) as _, state)?;
+    Ok(Nvm { subsystem: offer(subsystem)?, controller_id: 0, directory: Some(directory) })
 }
 
 /// Refuses an image that two namespaces would hold, one of them to write: its lock would keep this very machine out.

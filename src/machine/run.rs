@@ -50,7 +50,7 @@ pub enum Action {
     PowerOff,
     /// A vCPU cannot go on.
     Fail,
-    /// Namespaces are added, removed or resized.
+    /// Namespaces are added, removed or resized, or the access to them is another.
     ChangeNamespaces,
     /// A migration begins; the guest keeps running.
     BeginMigration,

@@ -27,7 +27,8 @@ impl Devices {
     /// Those of the machine of `spec`, on `resources`.
     pub(super) fn of(spec: &MachineSpec, resources: &Resources) -> Self {
         let serials = spec.controllers.iter().map(|controller| &controller.serial);
-        let images = serials.zip(resources.disks()).flat_map(|(serial, disk)| {
+        let firsts = serials.zip(resources.disks()).filter(|(_, disk)| disk.is_first());
+        let images = firsts.flat_map(|(serial, disk)| {
             let images = disk.subsystem.images();
             images
                 .into_iter()

@@ -7,8 +7,8 @@ use engine::Word;
 use super::{Request, Vmm, ownership};
 use crate::config::NamespaceOption;
 use crate::control::{
-    Event, FerryLease, FerryOwnership, FerryStatus, MigrationInfo, MigrationParameters, NamespaceChange,
-    Operations, Refusal, RunState as QmpRunState,
+    AccessScope, AccessState, Event, FerryLease, FerryOwnership, FerryStatus, MigrationInfo,
+    MigrationParameters, NamespaceChange, Operations, Refusal, RunState as QmpRunState,
 };
 use crate::machine::{Action, Machine, RunState};
 
@@ -144,6 +144,14 @@ impl Operations for Control {
         self.change_namespace(controller, nsid, resize, |&capacity_bytes| NamespaceChange::Resized {
             capacity_bytes,
         })
+    }
+
+    fn set_access(&self, controller: &str, scope: AccessScope, state: AccessState) -> Result<u32, Refusal> {
+        let set = |machine: &Machine| machine.set_access(controller, scope, state);
+        // A part of the controller's state, which a destination takes as it is when the guest stops.
+        let (_, group) = self.0.act(Action::ChangeNamespaces, set).map_err(|error| refusal(&error))?;
+        self.0.events.emit(Event::Access { controller: controller.to_owned(), group, state });
+        Ok(group)
     }
 
     fn ferry_status(&self) -> FerryStatus {

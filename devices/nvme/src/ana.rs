@@ -46,8 +46,9 @@ impl AccessState {
     }
 }
 
-/// The group of a namespace.
-pub(crate) const fn group_of(nsid: u32) -> u32 {
+/// The ANA group of namespace `nsid`.
+#[must_use]
+pub const fn group_of(nsid: u32) -> u32 {
     nsid.wrapping_sub(1) % ACCESS_GROUPS + 1
 }
 
@@ -66,10 +67,13 @@ struct Member {
     host: Arc<dyn Host>,
 }
 
-/// See the module's text. Its lock is taken after that of the subsystem, and no other is taken while it is held.
+/// See the module's text. Its lock is taken after that of the subsystem, and no other is taken while it is held
+/// (that of those who are gone is taken inside).
 #[derive(Default)]
 pub(crate) struct AccessTable {
     members: Mutex<BTreeMap<u16, Member>>,
+    /// What was set for controllers that are gone: the machine around them may build them anew.
+    gone: Mutex<BTreeMap<u16, Access>>,
 }
 
 impl AccessTable {
@@ -77,7 +81,8 @@ impl AccessTable {
     pub fn join(&self, controller: u16, gate: Arc<Gate>, host: Arc<dyn Host>) {
         let mut members = self.members();
         // What was set for one that is succeeded still holds.
-        let access = members.get(&controller).map(|before| before.access.clone()).unwrap_or_default();
+        let before = members.get(&controller).map(|before| before.access.clone());
+        let access = before.or_else(|| lock(&self.gone).remove(&controller)).unwrap_or_default();
         let member = Member { access, gate, host };
         member.close_gate();
         members.insert(controller, member);
@@ -87,7 +92,8 @@ impl AccessTable {
     pub fn leave(&self, controller: u16, gate: &Arc<Gate>) {
         let mut members = self.members();
         if members.get(&controller).is_some_and(|member| Arc::ptr_eq(&member.gate, gate)) {
-            members.remove(&controller);
+            let gone = members.remove(&controller).map(|member| (controller, member.access));
+            lock(&self.gone).extend(gone);
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use block::{Backend, IoContext};
 use bus::GuestMemory;
@@ -19,9 +19,6 @@ use crate::store::ControllerPlace;
 use crate::subsystem::{FIRST_CONTROLLER_ID, Subsystem};
 use crate::worker::Worker;
 
-/// How long [`Controller::pause`] lets the backends work before it looks again.
-const PAUSE_POLL: Duration = Duration::from_micros(20);
-
 /// What [`Controller::process`] leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
@@ -29,13 +26,6 @@ pub enum Progress {
     More,
     /// Nothing can be done until [`Host::wake`], the I/O context's event or a doorbell event: the thread may sleep.
     Idle,
-}
-
-/// What was going on when a pause began.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PauseReport {
-    /// Commands that backends were working on.
-    pub in_flight_at_start: u32,
 }
 
 /// Counts for tests and status displays.
@@ -193,52 +183,6 @@ impl Controller {
     #[must_use]
     pub fn workers(&self) -> usize {
         self.pool.workers.len()
-    }
-
-    /// Stops fetching commands. Returns at once; what is in flight goes on, and [`Controller::process`] still reaps it.
-    pub fn begin_pause(&self) {
-        self.pool.shared.paused.store(true, Ordering::SeqCst);
-    }
-
-    /// Whether nothing is in flight and no reset, shutdown or deletion is half done.
-    pub fn is_quiet(&self) -> bool {
-        let admin = lock(&self.admin);
-        let workers_are = (0..self.pool.workers.len()).all(|index| {
-            let worker = self.pool.worker(index);
-            worker.in_flight() == 0 && worker.admin_ended.is_empty()
-        });
-        workers_are && admin.is_quiet(&self.pool)
-    }
-
-    /// Stops fetching and waits until the backends have finished what is in flight; completions are posted as far as their
-    /// queues have room and guest memory may be written, and interrupts raised. Returns with the controller held still:
-    /// nothing touches guest memory until [`Controller::resume`]. The vCPUs are stopped before. Needs no worker thread, but
-    /// tolerates them.
-    ///
-    /// # Errors
-    /// [`Error::PauseTimeout`] at `deadline`. The controller still fetches nothing: the caller resumes it.
-    pub fn pause(&self, deadline: Instant) -> Result<PauseReport, Error> {
-        self.begin_pause();
-        let mut in_flight_at_start = 0;
-        for index in 0..self.pool.workers.len() {
-            in_flight_at_start += self.pool.worker(index).in_flight();
-        }
-        loop {
-            let mut more = false;
-            for index in 0..self.pool.workers.len() {
-                more |= self.process(index) == Progress::More;
-            }
-            if self.is_quiet() {
-                lock(&self.admin).paused_at = Some(Instant::now());
-                return Ok(PauseReport { in_flight_at_start });
-            }
-            if Instant::now() >= deadline {
-                return Err(Error::PauseTimeout { in_flight: self.pool.shared.in_flight() });
-            }
-            if !more {
-                std::thread::sleep(PAUSE_POLL);
-            }
-        }
     }
 
     /// Goes on after a pause, or begins after [`Controller::restore`]: signals every completion queue that holds entries the guest

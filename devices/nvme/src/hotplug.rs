@@ -18,6 +18,14 @@ impl Subsystem {
     /// # Errors
     /// [`Error::Namespace`]: it cannot be, or the identifier is taken. [`Error::Store`].
     pub fn add(&self, config: &NamespaceConfig) -> Result<(), Error> {
+        self.add_for(config, &self.controllers())
+    }
+
+    /// As [`Subsystem::add`], attached to these controllers only.
+    ///
+    /// # Errors
+    /// As [`Subsystem::add`]; [`Error::Namespace`]: one of the controllers is not here.
+    pub fn add_for(&self, config: &NamespaceConfig, controllers: &[u16]) -> Result<(), Error> {
         let nsid = config.nsid;
         let namespace = Namespace::new(config, &self.serial, self.is_shared())?;
         let mut saved = self.saved();
@@ -27,7 +35,10 @@ impl Subsystem {
                 "the identifier is taken, or commands are still in flight at its last namespace",
             );
         }
-        let attached: BTreeSet<u16> = self.controllers().into_iter().collect();
+        let attached: BTreeSet<u16> = controllers.iter().copied().collect();
+        if let Some(id) = attached.iter().find(|&&id| !self.contents().has_controller(id)) {
+            return refuse(nsid, format!("it is to be attached to controller {id}, which is not there"));
+        }
         let allocated = Allocated { namespace, created: false, attached };
         let mut next = saved.clone();
         next.allocations.put(allocated.to_state());

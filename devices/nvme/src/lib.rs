@@ -100,6 +100,7 @@ mod management;
 mod metadata;
 mod namespace;
 mod non_volatile;
+mod pause;
 mod pci;
 mod persistent;
 mod preempt;
@@ -124,13 +125,14 @@ mod uncorrectable;
 mod wakeup;
 mod worker;
 
-pub use ana::{ACCESS_GROUPS, AccessState};
+pub use ana::{ACCESS_GROUPS, AccessState, group_of};
 pub use cmb::memory_with_buffer;
 pub use config::{ControllerConfig, MAX_NAMESPACES, MAX_QUEUE_ENTRIES, MetadataConfig, NamespaceConfig};
-pub use controller::{Controller, PauseReport, Progress, Statistics};
+pub use controller::{Controller, Progress, Statistics};
 pub use error::Error;
 pub use inventory::{Inventory, MetadataShape, NamespaceShape, Shape};
 pub use non_volatile::{KeptFormatState, KeptMetadataState, KeptState, NonVolatile};
+pub use pause::PauseReport;
 pub use shared::Host;
 pub use state::{
     AccessGroupsState, BufferState, CompletionQueueState, DoorbellBuffersState, EndedState, EventsState,

@@ -27,7 +27,7 @@ use block::Backend;
 use nvme_spec::{NSID_BROADCAST, Status};
 
 use crate::Error;
-use crate::ana::{AccessState, AccessTable};
+use crate::ana::{ACCESS_GROUPS, AccessState, AccessTable};
 use crate::config::{MAX_NAMESPACES, NamespaceConfig};
 use crate::exclusion::Exclusion;
 use crate::inventory::NamespaceShape;
@@ -77,6 +77,12 @@ pub(crate) struct Contents {
     controllers: BTreeMap<u16, Member>,
     /// Controllers that ever joined.
     joined: u64,
+    /// Their identifiers.
+    known: BTreeSet<u16>,
+    /// Namespaces of the host's that the guest has not had before.
+    fresh: BTreeSet<u32>,
+    /// Controllers that a namespace of the host's is for; all where there is no entry.
+    meant: BTreeMap<u32, BTreeSet<u16>>,
     /// Deleted, but a controller may still have commands at the image.
     removed: Vec<Removed>,
 }
@@ -146,7 +152,7 @@ impl Subsystem {
     ) -> Result<Arc<Self>, Error> {
         let refuse = |nsid, reason: &str| Err(Error::Namespace { nsid, reason: reason.to_owned() });
         let mut table: Vec<Option<Allocated>> = (0..MAX_NAMESPACES).map(|_| None).collect();
-        let known: Vec<u16> = saved.controllers.iter().map(|record| record.id).collect();
+        let mut fresh = BTreeSet::new();
         for config in namespaces {
             let nsid = config.nsid;
             let namespace = Namespace::new(config, serial, shared)?;
@@ -161,8 +167,10 @@ impl Subsystem {
                     "the guest has created one with this identifier: give the host's another",
                 );
             }
-            let attached = record.as_ref().map_or(&known, |record| &record.attached);
-            let attached = attached.iter().copied().collect();
+            if record.is_none() {
+                fresh.insert(nsid);
+            }
+            let attached = record.iter().flat_map(|record| record.attached.iter().copied()).collect();
             let mut allocated = Allocated { namespace, created: false, attached };
             if let Some(record) = record {
                 // The guest's format counts for more than how it is configured.
@@ -208,6 +216,9 @@ impl Subsystem {
                 namespaces: table.into(),
                 controllers: BTreeMap::new(),
                 joined: 0,
+                known: BTreeSet::new(),
+                fresh,
+                meant: BTreeMap::new(),
                 removed: Vec::new(),
             }),
             exclusion: Exclusion::default(),
@@ -217,8 +228,13 @@ impl Subsystem {
         }))
     }
 
-    /// Adds controller `id`, whose worker 0 `host` wakes when something changes. If it was never here every namespace of the host is
-    /// attached to it. A controller of that identifier that is here
+    /// Says which controllers a namespace of the host's is for: it is attached to these only when they join for the first time.
+    pub fn attach_at_first(&self, nsid: u32, controllers: impl IntoIterator<Item = u16>) {
+        self.contents().meant.insert(nsid, controllers.into_iter().collect());
+    }
+
+    /// Adds controller `id`, whose worker 0 `host` wakes when something changes. If it was never here, or a namespace of the host's was
+    /// not, the namespaces that are for it are attached to it. A controller of that identifier that is here
     /// has been reset by the machine around it, and is succeeded. Returns a ticket for [`Subsystem::leave`], and what it goes on with.
     ///
     /// # Errors
@@ -233,10 +249,15 @@ impl Subsystem {
             return Err(refused);
         }
         let record = saved.controller(id).ok_or(refused)?.clone();
-        if !known {
-            for allocated in contents.namespaces.iter_mut().flatten().filter(|allocated| !allocated.created) {
-                allocated.attached.insert(id);
+        let is_first = contents.known.insert(id);
+        let Contents { namespaces, fresh, meant, .. } = &mut *contents;
+        let is_new = |nsid| !known || is_first && fresh.contains(&nsid);
+        let is_for_it = |nsid| meant.get(&nsid).is_none_or(|meant| meant.contains(&id));
+        for allocated in namespaces.iter_mut().flatten().filter(|allocated| !allocated.created) {
+            let nsid = allocated.namespace.nsid;
+            if is_new(nsid) && is_for_it(nsid) && allocated.attached.insert(id) {
                 saved.allocations.put(allocated.to_state());
+                self.unwritten.store(true, Ordering::Release);
             }
         }
         self.unwritten.fetch_or(!known, Ordering::AcqRel);
@@ -281,13 +302,20 @@ impl Subsystem {
         Err(Error::Access { serial: self.serial.clone(), controller, group })
     }
 
+    /// How controller `controller` gives access to each ANA group, from the first on.
+    #[must_use]
+    pub fn access(&self, controller: u16) -> [AccessState; ACCESS_GROUPS as usize] {
+        self.access.of(controller).groups.map(|(state, _)| state)
+    }
+
     /// An NVM subsystem reset by controller `id` is one of them all (Base 3.7.1).
     pub(crate) fn reset_others(&self, id: u16) {
         self.reservations.reset_others(id);
     }
 
     /// What controllers say that the serial number of the subsystem is (Identify Controller SN), and what its name is made from.
-    pub(crate) fn serial(&self) -> &str {
+    #[must_use]
+    pub fn serial(&self) -> &str {
         &self.serial
     }
 

@@ -134,6 +134,14 @@ impl Operations for Machine {
         size_bytes.ok_or_else(|| Refusal("the image is what it was".to_owned()))
     }
 
+    fn set_access(&self, controller: &str, scope: AccessScope, state: AccessState) -> Result<u32, Refusal> {
+        self.set(|machine| machine.asked.push(format!("access {controller} {scope:?} {state:?}")));
+        match scope {
+            AccessScope::Group(group) => Ok(group),
+            AccessScope::Namespace(_) => Err(Refusal("nothing is shared".to_owned())),
+        }
+    }
+
     fn ferry_status(&self) -> FerryStatus {
         FerryStatus {
             name: "mock".to_owned(),

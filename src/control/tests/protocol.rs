@@ -334,3 +334,43 @@ fn namespaces_are_added_removed_and_resized_in_words_of_our_own() {
         json!({ "controller": "c", "nsid": 7, "change": "resized", "capacity-bytes": 8192 })
     );
 }
+
+#[test]
+fn access_to_namespaces_is_set_by_group_or_by_namespace() {
+    let setup = Setup::new();
+    let mut raw = setup.negotiated();
+    let mut ask = |arguments: &Value| {
+        raw.ask(&json!({ "execute": "x-ferry-ana-set", "arguments": arguments }).to_string())
+    };
+    let states = ["optimized", "non-optimized", "inaccessible", "persistent-loss", "change"];
+    for state in states {
+        let answer = ask(&json!({ "controller": "c", "group": 16, "state": state }));
+        assert_eq!(answer, json!({ "return": { "group": 16 } }), "{state}");
+    }
+    let answer = ask(&json!({ "controller": "c", "nsid": 17, "state": "change" }));
+    assert_eq!(answer, error("GenericError", "nothing is shared"));
+    let asked = setup.machine.asked();
+    assert_eq!(asked[1], "access c Group(16) NonOptimized");
+    assert_eq!(asked[5], "access c Namespace(17) Change");
+    let one = "Parameters 'group' and 'nsid': one of them is expected";
+    for (arguments, description) in [
+        (json!({ "group": 1, "state": "change" }), "Parameter 'controller' is missing"),
+        (json!({ "controller": "c", "state": "change" }), one),
+        (json!({ "controller": "c", "group": 1, "nsid": 1, "state": "change" }), one),
+        (json!({ "controller": "c", "group": 17, "state": "change" }), "Parameter 'group' expects 1 to 16"),
+        (json!({ "controller": "c", "nsid": 0, "state": "change" }), "Parameter 'nsid' expects 1 to 1024"),
+        (json!({ "controller": "c", "group": 1 }), "Parameter 'state' is missing"),
+        (
+            json!({ "controller": "c", "group": 1, "state": "lost" }),
+            "Parameter 'state' does not accept value 'lost'",
+        ),
+    ] {
+        assert_eq!(ask(&arguments), error("GenericError", description));
+    }
+    assert_eq!(setup.machine.asked().len(), 6, "nothing of that was done");
+    let state = AccessState::PersistentLoss;
+    setup.events.emit(Event::Access { controller: "c".to_owned(), group: 2, state });
+    let event = raw.read();
+    assert_eq!(event["event"], "X_FERRY_ANA");
+    assert_eq!(event["data"], json!({ "controller": "c", "group": 2, "state": "persistent-loss" }));
+}
