@@ -14,10 +14,10 @@ use nvme_spec::{Status, SubmissionEntry};
 use crate::cmb::Window;
 use crate::command::features::Features;
 use crate::command::format::Format;
-use crate::command::sanitize::Sanitize;
 use crate::command::self_test::{self, SelfTest};
+use crate::common::CommonPlace;
 use crate::doorbell::{Buffers, MemoryGone};
-use crate::firmware::Firmware;
+use crate::firmware::Staging;
 use crate::follow::Following;
 use crate::maintenance::{Chunk, Kind};
 use crate::namespace::NamespaceTable;
@@ -121,9 +121,12 @@ pub(crate) struct Admin {
     pub features: Features,
     /// What the features are after a reset.
     pub saved_features: Features,
-    pub firmware: Firmware,
+    /// What the other controllers of the subsystem have too.
+    pub common: CommonPlace,
+    /// Firmware that is downloaded and not committed.
+    pub staging: Staging,
+    /// [`Admin::tell_of_format`] goes with every change.
     pub format: Option<Format>,
-    pub sanitize: Sanitize,
     pub self_test: SelfTest,
     pub persistent: PersistentEvents,
     /// The last reset activated other firmware.
@@ -169,9 +172,9 @@ impl Admin {
             queues: None,
             features: Features::new(shared.config.vectors),
             saved_features: Features::new(shared.config.vectors),
-            firmware: Firmware::new(),
-            format: None,
-            sanitize: Sanitize::new(),
+            common: shared.subsystem.common.clone(),
+            staging: Staging::default(),
+            format: shared.subsystem.format_of(shared.controller_id),
             self_test: SelfTest::default(),
             persistent: PersistentEvents::new(),
             activated: false,
@@ -203,6 +206,7 @@ impl Admin {
         self.follow_subsystem(pool);
         self.tell_of_reservations(pool);
         self.tell_of_access(pool);
+        self.tell_of_sanitize(pool);
         self.control(pool);
         self.finish_jobs(pool);
         self.finish_deletes(pool);
@@ -224,6 +228,7 @@ impl Admin {
             && self.jobs.is_empty()
             && self.waiting_jobs.is_empty()
             && self.has_followed(pool)
+            && !pool.shared.gate.sanitized.load(Ordering::SeqCst)
             && !self.control_is_due(pool)
     }
 
@@ -314,7 +319,9 @@ impl Admin {
         self.apply_features(shared);
         shared.pin_queues.clear();
         shared.update_pin();
-        self.activated = self.firmware.reset();
+        self.activated = self.common.lock().firmware.reset();
+        // "A Controller Level Reset ... firmware image that was downloaded and not committed is discarded" (Base 5.12).
+        self.staging = Staging::default();
         self.persistent.context = None;
         self.persistent.knows_begin = false;
         if self.self_test.running.is_some_and(|test| test.code == self_test::SHORT) {
@@ -329,6 +336,7 @@ impl Admin {
         self.buffers = None;
         // Nobody waits for its answer any more.
         self.format.iter_mut().for_each(|format| format.cid = None);
+        self.tell_of_format(pool);
         self.changed_namespaces.clear();
         self.health.critical_warning &= MEDIA_WARNINGS;
         shared.events().reset();
@@ -339,6 +347,9 @@ impl Admin {
     }
 
     fn finish_reset(&mut self, pool: &Pool, subsystem: bool, shutdown: bool) {
+        // Another controller goes on with what this one did.
+        self.common.give_up(pool.shared.controller_id);
+        pool.shared.subsystem.wake_all();
         let mut registers = pool.shared.registers();
         registers.interrupt_mask = 0;
         registers.csts = Csts::default().with_nssro(registers.csts.nssro() | u32::from(subsystem));

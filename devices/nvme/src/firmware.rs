@@ -96,7 +96,6 @@ pub(crate) struct Firmware {
     pub next: u8,
     /// The revision that runs. That in the active slot can be another one by now.
     pub running: Revision,
-    pub staging: Staging,
 }
 
 impl Firmware {
@@ -105,7 +104,7 @@ impl Firmware {
         let factory = padded(FACTORY_REVISION);
         let mut revisions = [None; SLOTS];
         revisions[0] = Some(factory);
-        Self { revisions, active: 1, next: 0, running: factory, staging: Staging::default() }
+        Self { revisions, active: 1, next: 0, running: factory }
     }
 
     /// The revision in `slot`.
@@ -114,8 +113,8 @@ impl Firmware {
     }
 
     /// Firmware Commit (Base 5.11). Whatever comes of it, what was downloaded is used up. `true`: other firmware runs from now on.
-    pub fn commit(&mut self, slot: u8, action: u8) -> Result<bool, Status> {
-        let image = (action != opcode::COMMIT_ACTIVATE).then(|| std::mem::take(&mut self.staging));
+    pub fn commit(&mut self, staging: &mut Staging, slot: u8, action: u8) -> Result<bool, Status> {
+        let image = (action != opcode::COMMIT_ACTIVATE).then(|| std::mem::take(staging));
         let slot = if slot == 0 { self.choose(action) } else { slot };
         let replaces = match action {
             opcode::COMMIT_REPLACE | opcode::COMMIT_REPLACE_AND_ACTIVATE => true,
@@ -160,10 +159,8 @@ impl Firmware {
         true
     }
 
-    /// A Controller Level Reset: activates what was committed for it, and forgets what was downloaded and not committed (Base 5.12).
-    /// `true`: other firmware runs.
+    /// A Controller Level Reset: activates what was committed for it, for all controllers. `true`: other firmware runs.
     pub fn reset(&mut self) -> bool {
-        self.staging = Staging::default();
         self.activate()
     }
 }

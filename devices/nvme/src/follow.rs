@@ -64,6 +64,7 @@ impl Admin {
             pool.worker(0).allocated = namespace::copy_for_worker(&self.allocated);
             self.following.taken = generation;
             self.tell_of(pool, &changes);
+            self.follow_sanitize(pool);
         }
         if self.following.told != self.following.taken
             && (0..pool.workers.len()).all(|index| !pool.worker(index).drains())

@@ -27,6 +27,8 @@ pub(crate) struct Gate {
     pub notified: AtomicBool,
     /// A change of access waits to be told as an event.
     pub access_changed: AtomicBool,
+    /// A sanitize operation that this controller was asked for has ended.
+    pub sanitized: AtomicBool,
     /// Another controller of the subsystem was written to NSSR: this one is reset too.
     pub subsystem_reset: AtomicBool,
     /// Counts Preempt and Abort commands that wait for commands of this controller.
@@ -39,6 +41,7 @@ impl Default for Gate {
             namespaces: (0..MAX_NAMESPACES).map(|_| AtomicU8::new(0)).collect(),
             notified: AtomicBool::new(false),
             access_changed: AtomicBool::new(false),
+            sanitized: AtomicBool::new(false),
             subsystem_reset: AtomicBool::new(false),
             drains: AtomicU64::new(0),
         }

@@ -66,7 +66,7 @@
 //! | Namespace Management and Attachment | 5.22, 5.23 | `command/namespaces`, `management` | `namespaces` |
 //! | namespaces of the host's: added, removed, grown | 5.16.1.5 | `hotplug` | `hotplug` |
 //! | what outlives the power | | `store`, `non_volatile` | `store`, `saved` |
-//! | several controllers, asymmetric access | 2.4.1, 8.1 | `subsystem`, `ana` | `subsystem` |
+//! | several controllers, asymmetric access | 2.4.1, 8.1 | `subsystem`, `common`, `ana`, `pause` | `subsystem`, `shared`, `random/pair` |
 //! | controller memory buffer | 8.5 | `cmb` | `cmb` |
 //!
 //! # Absent
@@ -82,6 +82,7 @@ mod ana;
 mod arbitration;
 mod cmb;
 mod command;
+mod common;
 mod config;
 mod controller;
 mod data;
@@ -138,9 +139,9 @@ pub use state::{
     AccessGroupsState, BufferState, CompletionQueueState, DoorbellBuffersState, EndedState, EventsState,
     FeaturesState, FirmwareState, FormatSettingsState, FormatState, MoreFeaturesState, NamespaceState,
     NvmeState, PersistentEventsState, RegistersState, RegistrantState, ReservationMaskState,
-    ReservationNoticeState, ReservationNoticesState, ReservationState, ReservationsState, SanitizeState,
-    SavedFeaturesState, SelfTestState, SmartState, SubmissionQueueState, SweepState, UncorrectableRunState,
-    UncorrectableState, WarningsState, WriteProtectionState,
+    ReservationNoticeState, ReservationNoticesState, ReservationState, ReservationsState, SanitizeAskedState,
+    SanitizeState, SavedFeaturesState, SelfTestState, SmartState, SubmissionQueueState, SweepState,
+    UncorrectableRunState, UncorrectableState, WarningsState, WriteProtectionState,
 };
 pub use store::{
     AllocatedProtectionState, AllocatedState, AllocationsState, ControllerKeptState, ControllerRecord,

@@ -149,7 +149,7 @@ impl Admin {
             }
             let next = match kind {
                 Kind::Format => self.next_of_format(),
-                Kind::Sanitize => self.next_of_sanitize(),
+                Kind::Sanitize => self.next_of_sanitize(pool.shared.controller_id),
                 Kind::SelfTest => self.next_of_self_test(),
             };
             match next {
@@ -210,6 +210,12 @@ impl Admin {
 
     /// A request of an operation has ended: on to the next one, or to the end.
     pub fn finish_request(&mut self, pool: &Pool, kind: Kind, chunk: &Chunk, status: Status) {
+        if kind == Kind::Sanitize {
+            self.common.give_up(pool.shared.controller_id);
+            if self.phase != Phase::Ready || pool.shared.is_paused() {
+                pool.shared.subsystem.wake_all();
+            }
+        }
         match kind {
             Kind::SelfTest => self.advance_self_test(chunk, status),
             _ if !status.is_success() => self.end_operation(pool, kind, status),
@@ -229,7 +235,10 @@ impl Admin {
     fn found_quiet(&mut self, kind: Kind) {
         match kind {
             Kind::Format => self.format.iter_mut().for_each(|format| format.quiet = true),
-            Kind::Sanitize => self.sanitize.running.iter_mut().for_each(|running| running.quiet = true),
+            Kind::Sanitize => {
+                let mut common = self.common.lock();
+                common.sanitize.running.iter_mut().for_each(|running| running.quiet = true);
+            }
             // It only reads.
             Kind::SelfTest => {}
         }

@@ -1,8 +1,8 @@
-//! The Persistent Event log (Base 5.16.1.14): what has befallen the controller, newest first, as far as there is room.
+//! The Persistent Event log (Base 5.16.1.14): what has befallen the controllers of the subsystem, newest first, while there is room.
 //!
 //! A host reads it through a context: a copy of the log that is taken when the context is established, so that what happens meanwhile
-//! does not move what it reads. There is one context; it ends when the host releases it, or with a reset. Telemetry and the events that
-//! go with it are absent.
+//! does not move what it reads. A controller has one context; it ends when the host releases it, or with a reset. Telemetry
+//! and the events that go with it are absent.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -31,37 +31,18 @@ const KINDS: [u8; 8] = [
 /// Revision of their data.
 const EVENT_REVISION: u8 = 1;
 
-/// The log.
-#[derive(Debug)]
-pub(crate) struct PersistentEvents {
+/// The events, which are those of all controllers of the subsystem.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct EventLog {
     /// Header and data, newest first.
     events: VecDeque<Box<[u8]>>,
     /// Bytes of all of them.
     bytes: usize,
     /// Counts events, and wraps.
     pub generation: u16,
-    /// The copy that the host reads.
-    pub context: Option<Vec<u8>>,
-    /// The last power-on or reset has been logged, which happens with the next enable.
-    pub knows_begin: bool,
-    /// Milliseconds from the last reset to `since`.
-    since_reset_ms: u64,
-    since: Instant,
 }
 
-impl PersistentEvents {
-    pub fn new() -> Self {
-        Self {
-            events: VecDeque::new(),
-            bytes: 0,
-            generation: 0,
-            context: None,
-            knows_begin: false,
-            since_reset_ms: 0,
-            since: Instant::now(),
-        }
-    }
-
+impl EventLog {
     /// Adds an event and forgets the oldest ones that it leaves no room for.
     fn push(&mut self, header: &EventHeader, data: &[u8]) {
         let event = [&header.to_bytes(), data].concat().into_boxed_slice();
@@ -80,8 +61,8 @@ impl PersistentEvents {
         self.events.iter().flat_map(|event| event.iter().copied()).collect()
     }
 
-    /// Takes over what [`PersistentEvents::to_bytes`] gave. The error says what no log of ours has.
-    pub fn set_events(&mut self, bytes: &[u8]) -> Result<(), &'static str> {
+    /// What [`EventLog::to_bytes`] gave of a log that has counted `generation`. The error says what no log of ours has.
+    pub fn from_bytes(bytes: &[u8], generation: u16) -> Result<Self, &'static str> {
         let mut rest = bytes;
         let mut events = VecDeque::new();
         while !rest.is_empty() {
@@ -94,8 +75,30 @@ impl PersistentEvents {
             events.push_back(event.into());
             rest = &rest[length_bytes..];
         }
-        (self.events, self.bytes) = (events, bytes.len());
-        Ok(())
+        Ok(Self { events, bytes: bytes.len(), generation })
+    }
+
+    /// Whether nothing has happened yet.
+    pub fn is_empty(&self) -> bool {
+        self.events.is_empty()
+    }
+}
+
+/// What a controller has to do with the log.
+#[derive(Debug)]
+pub(crate) struct PersistentEvents {
+    /// The copy that the host reads.
+    pub context: Option<Vec<u8>>,
+    /// The last power-on or reset has been logged, which happens with the next enable.
+    pub knows_begin: bool,
+    /// Milliseconds from the last reset to `since`.
+    since_reset_ms: u64,
+    since: Instant,
+}
+
+impl PersistentEvents {
+    pub fn new() -> Self {
+        Self { context: None, knows_begin: false, since_reset_ms: 0, since: Instant::now() }
     }
 
     /// How long ago the last reset was at `now`.
@@ -108,11 +111,6 @@ impl PersistentEvents {
     pub fn set_since_reset(&mut self, milliseconds: u64, now: Instant) {
         (self.since_reset_ms, self.since) = (milliseconds, now);
     }
-
-    /// Whether nothing has happened yet.
-    pub fn is_empty(&self) -> bool {
-        self.events.is_empty() && self.context.is_none()
-    }
 }
 
 /// Whether a copy of the log is one that the host can have established.
@@ -120,7 +118,7 @@ pub(crate) fn is_context(bytes: &[u8]) -> bool {
     let Some(header) = bytes.first_chunk().map(PersistentEventHeader::from_bytes) else { return false };
     header.log_page == id::PERSISTENT_EVENT
         && header.length_bytes == bytes.len() as u64
-        && PersistentEvents::new().set_events(&bytes[PersistentEventHeader::SIZE_BYTES..]).is_ok()
+        && EventLog::from_bytes(&bytes[PersistentEventHeader::SIZE_BYTES..], 0).is_ok()
 }
 
 impl Admin {
@@ -135,7 +133,7 @@ impl Admin {
             length: data.len() as u16,
             ..EventHeader::default()
         };
-        self.persistent.push(&header, data);
+        self.common.lock().events.push(&header, data);
     }
 
     /// Logs that the controller was powered on or reset, and how it is. `activated`: other firmware runs since.
@@ -143,10 +141,11 @@ impl Admin {
         let now = Instant::now();
         let seconds = self.health.power_on_seconds_at(now);
         let event = persistent::PowerOnOrResetEvent {
-            revision: self.firmware.running,
+            revision: self.common.revision(),
             controller: pool.shared.controller_id,
             activation: u8::from(activated),
-            operation: u8::from(self.format.is_some()) | u8::from(self.sanitize.running.is_some()) << 1,
+            operation: u8::from(self.format.is_some())
+                | u8::from(self.common.sanitize().running.is_some()) << 1,
             power_cycle: self.health.power_cycles as u32,
             power_on_ms: seconds.saturating_mul(1000),
             timestamp: self.features.timestamp.value(),
@@ -182,12 +181,15 @@ impl Admin {
 
     fn whole_log(&self, pool: &Pool) -> Vec<u8> {
         let identity = self.controller_identity(pool);
-        let events = self.persistent.to_bytes();
+        let (events, count, generation) = {
+            let log = &self.common.lock().events;
+            (log.to_bytes(), log.events.len() as u32, log.generation)
+        };
         let mut supported = [0; 32];
         KINDS.iter().for_each(|kind| supported[usize::from(kind / 8)] |= 1 << (kind % 8));
         let header = PersistentEventHeader {
             log_page: id::PERSISTENT_EVENT,
-            events: self.persistent.events.len() as u32,
+            events: count,
             length_bytes: (PersistentEventHeader::SIZE_BYTES + events.len()) as u64,
             revision: persistent::REVISION,
             header_length: persistent::HEADER_LENGTH,
@@ -199,7 +201,7 @@ impl Admin {
             sn: identity.sn,
             mn: identity.mn,
             subnqn: identity.subnqn,
-            generation: self.persistent.generation,
+            generation,
             context: persistent::CONTEXT_EXISTS,
             supported,
         };

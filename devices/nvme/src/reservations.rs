@@ -185,6 +185,15 @@ impl Reservations {
         wake(wakes);
     }
 
+    /// A sanitize operation has ended that `controller` was asked for.
+    pub fn tell_of_sanitize(&self, controller: u16) {
+        let host = self.table().members.get(&controller).map(|member| {
+            member.gate.sanitized.store(true, Ordering::SeqCst);
+            Arc::clone(&member.host)
+        });
+        host.into_iter().for_each(|host| host.wake(0));
+    }
+
     /// Sets the host of a controller (Base 5.27.1.25). A host that is registered stays who it is.
     pub fn set_identity(&self, controller: u16, identity: HostIdentity) -> Result<(), Status> {
         let mut table = self.table();

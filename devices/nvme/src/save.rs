@@ -66,7 +66,7 @@ impl Controller {
             pci: shared.endpoint.save(),
             firmware: admin::firmware_state(&admin),
             format: admin::format_state(&admin),
-            sanitize: admin::sanitize_state(&admin),
+            sanitize: admin::sanitize_state(&admin, shared.controller_id),
             self_test: admin::self_test_state(&admin),
             buffer: buffer_state(shared),
             persistent_events: admin::persistent_events_state(&admin),

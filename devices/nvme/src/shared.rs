@@ -40,8 +40,8 @@ pub(crate) struct Lane {
 
 /// Shared by all threads that enter the controller.
 ///
-/// Locks are taken in this order: admin, workers by index, those of the subsystem (its contents, then its reservations), `pin_queues`,
-/// `events`, `registers`; then those of the endpoint. Nobody who holds a lock of one controller takes one of another: what concerns the
+/// Locks are taken in this order: admin, workers by index, those of the subsystem (its contents, its reservations, what is common),
+/// `pin_queues`, `events`, `registers`; then those of the endpoint. Nobody who holds a lock of one controller takes one of another: what concerns the
 /// others of a subsystem is left with the subsystem, and their worker 0 is woken to take it.
 pub(crate) struct Shared {
     pub subsystem: Arc<Subsystem>,

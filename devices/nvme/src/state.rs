@@ -24,8 +24,9 @@ use crate::inventory::{NamespaceShape, Shape};
 use crate::store::AllocationsState;
 
 pub use admin::{
-    FirmwareState, FormatSettingsState, FormatState, MoreFeaturesState, PersistentEventsState, SanitizeState,
-    SavedFeaturesState, SelfTestState, SweepState, WarningsState, WriteProtectionState,
+    FirmwareState, FormatSettingsState, FormatState, MoreFeaturesState, PersistentEventsState,
+    SanitizeAskedState, SanitizeState, SavedFeaturesState, SelfTestState, SweepState, WarningsState,
+    WriteProtectionState,
 };
 pub use reservations::{
     AccessGroupsState, RegistrantState, ReservationMaskState, ReservationNoticeState,

@@ -172,6 +172,13 @@ impl NonVolatile for ControllerPlace {
             if let Some(record) = state.controller(self.id) {
                 record.kept = Some(ControllerKeptState { kept: kept.clone() });
             }
+            // What the controllers have in common is the same with all of them, whichever is there first after a power cycle.
+            for other in state.controllers.iter_mut().filter_map(|record| record.kept.as_mut()) {
+                let other = &mut other.kept;
+                other.firmware.clone_from(&kept.firmware);
+                other.sanitize = kept.sanitize;
+                other.persistent_events.clone_from(&kept.persistent_events);
+            }
         };
         self.subsystem.update(change).map_err(io::Error::other)
     }

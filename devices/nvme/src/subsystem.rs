@@ -28,6 +28,8 @@ use nvme_spec::{NSID_BROADCAST, Status};
 
 use crate::Error;
 use crate::ana::{ACCESS_GROUPS, AccessState, AccessTable};
+use crate::command::format::Format;
+use crate::common::CommonPlace;
 use crate::config::{MAX_NAMESPACES, NamespaceConfig};
 use crate::exclusion::Exclusion;
 use crate::inventory::NamespaceShape;
@@ -67,6 +69,7 @@ pub struct Subsystem {
     has_followed: Condvar,
     pub(crate) reservations: Reservations,
     pub(crate) access: AccessTable,
+    pub(crate) common: CommonPlace,
 }
 
 /// What serves commands.
@@ -225,6 +228,7 @@ impl Subsystem {
             has_followed: Condvar::new(),
             reservations,
             access: AccessTable::default(),
+            common: CommonPlace::new(),
         }))
     }
 
@@ -261,6 +265,11 @@ impl Subsystem {
             }
         }
         self.unwritten.fetch_or(!known, Ordering::AcqRel);
+        self.common.give_up(id);
+        if !is_first {
+            // The machine around it was reset, and it with that.
+            self.common.lock().firmware.reset();
+        }
         let followed = self.generation();
         contents.joined += 1;
         let ticket = contents.joined;
@@ -280,8 +289,21 @@ impl Subsystem {
             self.unwritten.store(true, Ordering::Release);
         }
         self.contents().controllers.remove(&id);
+        self.common.give_up(id);
         self.complete();
         true
+    }
+
+    /// The format that controller `id` has to go on with: nobody waits for its answer any more.
+    pub(crate) fn format_of(&self, id: u16) -> Option<Format> {
+        let format = self.common.lock().formats.get(&id).copied()?;
+        Some(Format { cid: None, quiet: false, ..format })
+    }
+
+    /// Has every controller look at what there is to do.
+    pub(crate) fn wake_all(&self) {
+        let hosts = self.contents().hosts();
+        hosts.iter().for_each(|host| host.wake(0));
     }
 
     /// Whether more than one controller may be here.

@@ -25,6 +25,8 @@ pub(crate) fn identify_shared(page: &mut IdentifyController) {
     page.anacap = ANACAP_ALL_STATES | ANACAP_FIXED_GROUPS;
     page.anagrpmax = ACCESS_GROUPS;
     page.nanagrpid = ACCESS_GROUPS;
+    // Each controller has a test of its own at a time.
+    page.dsto = 0;
 }
 
 impl Admin {

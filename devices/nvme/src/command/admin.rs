@@ -17,7 +17,8 @@ impl Admin {
         if entry.fuse() != 0 || entry.psdt() != 0 {
             return Err(Status::INVALID_FIELD.do_not_retry());
         }
-        if let Some(status) = self.sanitize.refusal().filter(|_| !self.sanitize.allows(entry)) {
+        let sanitize = self.common.sanitize();
+        if let Some(status) = sanitize.refusal().filter(|_| !sanitize.allows(entry)) {
             return Err(status.do_not_retry());
         }
         match entry.opcode {

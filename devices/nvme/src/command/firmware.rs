@@ -17,19 +17,24 @@ impl Admin {
         }
         let mut data = vec![0; length_bytes as usize];
         self.read_bytes(pool, entry, &mut data)?;
-        self.firmware.staging.put(u64::from(entry.cdw11) * 4, &data)?;
+        self.staging.put(u64::from(entry.cdw11) * 4, &data)?;
         Ok(Answer::Now(0))
     }
 
     /// Firmware Commit: CDW10 bits 2:0 are the slot, 5:3 the action.
     pub fn firmware_commit(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Result<Answer, Status> {
         let (slot, action) = ((entry.cdw10 & 7) as u8, (entry.cdw10 >> 3 & 7) as u8);
-        let old = self.firmware.running;
-        let committed = self.firmware.commit(slot, action);
+        let (old, committed, new) = {
+            let mut common = self.common.lock();
+            let firmware = &mut common.firmware;
+            let old = firmware.running;
+            let committed = firmware.commit(&mut self.staging, slot, action);
+            (old, committed, firmware.in_slot(slot).unwrap_or(old))
+        };
         let status = committed.err().unwrap_or_default().code();
         let event = FirmwareCommitEvent {
             old,
-            new: self.firmware.in_slot(slot).unwrap_or(old),
+            new,
             action,
             slot,
             status_code_type: (status.0 >> 8) as u8,

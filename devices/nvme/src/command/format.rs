@@ -80,7 +80,17 @@ impl Admin {
         self.log_event(pool, kind::FORMAT_START, &event.to_bytes());
         self.change_namespaces(pool, entry.nsid, |ns| ns.refusal = Some(Status::FORMAT_IN_PROGRESS));
         self.format = Some(Format { cid: Some(entry.cid), format, sweep, quiet: false });
+        self.tell_of_format(pool);
         Ok(Answer::Later)
+    }
+
+    /// Lets the other controllers know how far the format is, and one that is built anew in the place of this.
+    pub(crate) fn tell_of_format(&self, pool: &Pool) {
+        let formats = &mut self.common.lock().formats;
+        match self.format {
+            Some(format) => drop(formats.insert(pool.shared.controller_id, format)),
+            None => drop(formats.remove(&pool.shared.controller_id)),
+        }
     }
 
     pub(crate) fn next_of_format(&self) -> Next {
@@ -103,6 +113,7 @@ impl Admin {
         let Some(format) = &mut self.format else { return };
         format.sweep.advance(chunk);
         let format = format.format;
+        self.tell_of_format(pool);
         if chunk.is_last {
             self.change_namespaces(pool, chunk.nsid, |namespace| {
                 namespace.uncorrectable.heal(0, u64::MAX);
@@ -120,6 +131,7 @@ impl Admin {
             Some(self.format_remaining(namespace))
         });
         let Some(format) = self.format.take() else { return };
+        self.tell_of_format(pool);
         let event = FormatCompletionEvent {
             nsid: format.sweep.scope,
             smallest_fpi: remaining.unwrap_or(0),
@@ -137,7 +149,8 @@ impl Admin {
 
     /// Identify Namespace FPI, without bit 7: percents that remain, rounded up.
     pub(crate) fn format_remaining(&self, namespace: &Namespace) -> u8 {
-        let Some(format) = self.format.filter(|format| format.holds(namespace.nsid)) else { return 0 };
+        let formats = self.common.lock().formats.clone();
+        let Some(format) = formats.values().find(|format| format.holds(namespace.nsid)) else { return 0 };
         let here = format.sweep.nsid == namespace.nsid;
         let done_bytes = u128::from(if here { format.sweep.offset_bytes } else { 0 });
         let size_bytes = namespace.size_bytes();

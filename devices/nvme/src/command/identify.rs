@@ -146,7 +146,7 @@ impl Admin {
             ssvid: crate::pci::VENDOR_ID,
             sn: padded(pool.shared.subsystem.serial()),
             mn: padded(MODEL),
-            fr: self.firmware.running,
+            fr: self.common.revision(),
             mdts: config.mdts,
             cntlid: pool.shared.controller_id,
             ver: VERSION_2_0,

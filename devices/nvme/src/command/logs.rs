@@ -51,7 +51,7 @@ impl Admin {
         }
         let log = match page {
             id::SUPPORTED_PAGES => supported_pages(pool),
-            id::ERROR_INFORMATION => error_log(pool),
+            id::ERROR_INFORMATION => error_log(pool, self.common.sanitize().running.is_some()),
             id::SMART => self.smart_log(pool, entry.nsid)?,
             id::FIRMWARE_SLOT => self.firmware_log(),
             id::CHANGED_NAMESPACES => self.changed_namespaces_log(),
@@ -116,7 +116,7 @@ impl Admin {
     }
 
     fn firmware_log(&self) -> Vec<u8> {
-        let firmware = &self.firmware;
+        let firmware = self.common.lock().firmware.clone();
         let revisions = firmware.revisions.map(Option::unwrap_or_default);
         log::FirmwareSlotLog { active: firmware.active | firmware.next << 4, revisions }.to_bytes().to_vec()
     }
@@ -151,9 +151,14 @@ fn take_reservation_notice(pool: &Pool) {
     }
 }
 
-fn error_log(pool: &Pool) -> Vec<u8> {
+/// While a sanitize operation is in progress it names no block (NVM, figure "Sanitize Operations - Admin Commands Allowed").
+fn error_log(pool: &Pool, sanitizing: bool) -> Vec<u8> {
     let events = pool.shared.events();
-    let mut page: Vec<u8> = events.errors.iter().flat_map(|entry| entry.to_bytes()).collect();
+    let shown = |entry: &log::ErrorEntry| log::ErrorEntry {
+        lba: if sanitizing { 0 } else { entry.lba },
+        ..entry.clone()
+    };
+    let mut page: Vec<u8> = events.errors.iter().flat_map(|entry| shown(entry).to_bytes()).collect();
     page.resize(ERROR_LOG_ENTRIES * log::ErrorEntry::SIZE_BYTES, 0);
     page
 }

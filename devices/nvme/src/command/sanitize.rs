@@ -1,9 +1,12 @@
 //! Sanitize (Base 5.24, 8.20): every block of every namespace, attached or not, is erased or overwritten in the background, over resets
-//! and migrations, and until that is done nothing reaches the namespaces.
+//! and migrations, and until that is done nothing reaches the namespaces. The operation is the subsystem's: all controllers say the same
+//! of it and refuse the same, and any of them goes on with it.
 //!
 //! Block erase writes zeroes, and makes holes unless it must not deallocate. Overwrite writes its pattern, or the pattern and its
 //! inverse in turn, as often as asked for, and gives the blocks back afterwards unless it must not. Each pass ends with a flush of
 //! every namespace. There are no keys that a cryptographic erase could forget, and it is not offered.
+
+use std::sync::atomic::Ordering;
 
 use block::Operation;
 use nvme_spec::event::Event;
@@ -12,7 +15,7 @@ use nvme_spec::opcode::{self, admin};
 use nvme_spec::persistent::{SanitizeCompletionEvent, SanitizeStartEvent, kind};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, identify};
 
-use crate::admin::{Admin, Answer, Pool};
+use crate::admin::{Admin, Answer, Phase, Pool};
 use crate::maintenance::{Chunk, Next, Sweep};
 use crate::namespace;
 use crate::worker::{Step, flush_step};
@@ -46,6 +49,8 @@ pub(crate) struct Sanitizing {
     pub sweep: Sweep,
     /// No command that came before is in flight.
     pub quiet: bool,
+    /// The controller that was asked for it, and reports its end (Base 8.20: "shall be reported only by that controller").
+    pub by: u16,
 }
 
 /// What is known of sanitize operations.
@@ -82,7 +87,6 @@ impl Sanitize {
             | admin::CREATE_SQ
             | admin::DELETE_CQ
             | admin::DELETE_SQ
-            | admin::DOORBELL_BUFFER_CONFIG
             | admin::GET_FEATURES
             | admin::IDENTIFY
             | admin::KEEP_ALIVE
@@ -123,13 +127,27 @@ pub(crate) fn passes(command: u32) -> u8 {
     }
 }
 
+/// What is done to every block in the pass that is under way.
+fn operation(command: u32, running: &Sanitizing) -> Operation {
+    match overwrites(command) {
+        0 => Operation::WriteZeroes { deallocate: command & opcode::SANITIZE_NO_DEALLOCATE == 0, fua: false },
+        overwrites if running.pass < overwrites => {
+            // "If set to '1', then the Overwrite Pattern shall be inverted between passes."
+            let inverted = command & opcode::SANITIZE_INVERT_PATTERN != 0 && running.pass % 2 == 1;
+            Operation::Fill { pattern: if inverted { !running.pattern } else { running.pattern } }
+        }
+        _ => Operation::Discard,
+    }
+}
+
 impl Admin {
     /// Sanitize: completes when the operation has begun.
     pub fn start_sanitize(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Result<Answer, Status> {
         let action = entry.cdw10 & 7;
-        let restricted = self.sanitize.command & opcode::SANITIZE_UNRESTRICTED_EXIT == 0;
-        let failed = self.sanitize.outcome == Outcome::Failed { exited: false };
-        if self.sanitize.running.is_some() {
+        let before = self.common.sanitize();
+        let restricted = before.command & opcode::SANITIZE_UNRESTRICTED_EXIT == 0;
+        let failed = before.outcome == Outcome::Failed { exited: false };
+        if before.running.is_some() {
             return Err(Status::SANITIZE_IN_PROGRESS.do_not_retry());
         }
         if !matches!(
@@ -148,13 +166,13 @@ impl Admin {
         }
         if action == opcode::SANITIZE_EXIT_FAILURE_MODE {
             if failed {
-                self.sanitize.outcome = Outcome::Failed { exited: true };
+                self.common.lock().sanitize.outcome = Outcome::Failed { exited: true };
                 self.change_namespaces(pool, NSID_BROADCAST, |namespace| namespace.refusal = None);
                 self.keep();
             }
             return Ok(Answer::Now(0));
         }
-        if self.firmware.next != 0 {
+        if self.common.lock().firmware.next != 0 {
             return Err(Status::FIRMWARE_NEEDS_CONTROLLER_RESET.do_not_retry());
         }
         if self.format.is_some() {
@@ -168,17 +186,19 @@ impl Admin {
         if let Some(status) = taken.filter(|_| !failed) {
             return Err(status);
         }
-        self.end_self_test(log::SELF_TEST_SANITIZED, None);
+        let (command, pattern, by) = (entry.cdw10 & COMMAND_BITS, entry.cdw11, pool.shared.controller_id);
         let sweep = Sweep::new(NSID_BROADCAST);
-        self.sanitize.command = entry.cdw10 & COMMAND_BITS;
-        self.sanitize.passes = 0;
-        self.sanitize.running = Some(Sanitizing { pattern: entry.cdw11, pass: 0, sweep, quiet: false });
+        {
+            let sanitize = &mut self.common.lock().sanitize;
+            // Another controller has begun one since.
+            if sanitize.running.is_some() {
+                return Err(Status::SANITIZE_IN_PROGRESS.do_not_retry());
+            }
+            (sanitize.command, sanitize.passes) = (command, 0);
+            sanitize.running = Some(Sanitizing { pattern, pass: 0, sweep, quiet: false, by });
+        }
         self.refuse_while_sanitizing(pool);
-        let event = SanitizeStartEvent {
-            sanicap: CAPABILITIES,
-            command: self.sanitize.command,
-            pattern: entry.cdw11,
-        };
+        let event = SanitizeStartEvent { sanicap: CAPABILITIES, command, pattern };
         self.log_event(pool, kind::SANITIZE_START, &event.to_bytes());
         self.keep();
         Ok(Answer::Now(0))
@@ -186,51 +206,61 @@ impl Admin {
 
     /// Has all namespaces answer what the operation, or its failure, asks for.
     pub(crate) fn refuse_while_sanitizing(&mut self, pool: &Pool) {
-        let refusal = self.sanitize.refusal();
+        let refusal = self.common.sanitize().refusal();
         self.change_namespaces(pool, NSID_BROADCAST, |namespace| namespace.refusal = refusal);
     }
 
-    pub(crate) fn next_of_sanitize(&self) -> Next {
-        let Some(running) = &self.sanitize.running else { return Next::Nothing };
+    /// What every controller does when an operation has begun, whichever was asked for it (Base 8.20): it ends its self-test, and clears
+    /// the event that the last operation has ended.
+    pub(crate) fn follow_sanitize(&mut self, pool: &Pool) {
+        if self.common.sanitize().running.is_some() {
+            self.end_self_test(log::SELF_TEST_SANITIZED, None);
+            pool.shared.events().queued.retain(|event| *event != Event::SANITIZE_COMPLETED);
+        }
+    }
+
+    /// Tells of the end of an operation that this controller was asked for.
+    pub(crate) fn tell_of_sanitize(&mut self, pool: &Pool) {
+        let gate = &pool.shared.gate;
+        if gate.sanitized.load(Ordering::SeqCst)
+            && gate.sanitized.swap(false, Ordering::SeqCst)
+            && self.phase == Phase::Ready
+        {
+            pool.shared.events().queue(Event::SANITIZE_COMPLETED);
+        }
+    }
+
+    /// What controller `id` has to do for it: it goes on where the last request ended, whichever controller made that.
+    pub(crate) fn next_of_sanitize(&self, id: u16) -> Next {
+        let mut common = self.common.lock();
+        let sanitize = common.sanitize;
+        let Some(running) = &sanitize.running else { return Next::Nothing };
+        if common.sanitizer.is_some_and(|by| by != id) {
+            return Next::Nothing;
+        }
         if !running.quiet {
             return Next::Quiet(running.sweep);
         }
         let Some(chunk) = running.sweep.next_chunk(&self.allocated) else { return Next::End };
+        common.sanitizer = Some(id);
         let step = Step {
             nsid: chunk.nsid,
-            operation: self.sanitize_operation(running),
+            operation: operation(sanitize.command, running),
             offset_bytes: chunk.offset_bytes,
             length_bytes: chunk.length_bytes,
         };
         let flush = chunk.is_last.then(|| flush_step(chunk.nsid));
-        let metadata = self.metadata_after_overwrite(running, &chunk);
+        let metadata = self.metadata_after_overwrite(sanitize.command, running, &chunk);
         let steps = flush.into_iter().chain(metadata).chain([step]).collect();
         Next::Request { chunk, steps, write: true }
     }
 
-    /// What is done to every block in the pass that is under way.
-    fn sanitize_operation(&self, running: &Sanitizing) -> Operation {
-        let command = self.sanitize.command;
-        match overwrites(command) {
-            0 => Operation::WriteZeroes {
-                deallocate: command & opcode::SANITIZE_NO_DEALLOCATE == 0,
-                fua: false,
-            },
-            overwrites if running.pass < overwrites => {
-                // "If set to '1', then the Overwrite Pattern shall be inverted between passes."
-                let inverted = command & opcode::SANITIZE_INVERT_PATTERN != 0 && running.pass % 2 == 1;
-                Operation::Fill { pattern: if inverted { !running.pattern } else { running.pattern } }
-            }
-            _ => Operation::Discard,
-        }
-    }
-
     /// After the last overwrite metadata are as if they had never been written: the pattern is no protection information of its blocks.
-    fn metadata_after_overwrite(&self, running: &Sanitizing, chunk: &Chunk) -> Option<Step> {
+    fn metadata_after_overwrite(&self, command: u32, running: &Sanitizing, chunk: &Chunk) -> Option<Step> {
         let namespace = namespace::find(&self.allocated, chunk.nsid).ok()?;
         let start = namespace.metadata.map(|_| namespace.metadata_start())?.max(chunk.offset_bytes);
         let end = chunk.offset_bytes + chunk.length_bytes;
-        if running.pass + 1 != overwrites(self.sanitize.command) || start >= end {
+        if running.pass + 1 != overwrites(command) || start >= end {
             return None;
         }
         let operation = Operation::WriteZeroes { deallocate: false, fua: false };
@@ -238,17 +268,18 @@ impl Admin {
     }
 
     pub(crate) fn advance_sanitize(&mut self, chunk: &Chunk) {
-        let command = self.sanitize.command;
-        let Some(running) = &mut self.sanitize.running else { return };
-        running.sweep.advance(chunk);
         if let Ok(namespace) = namespace::find(&self.allocated, chunk.nsid)
             && chunk.is_last
         {
             namespace.uncorrectable.heal(0, u64::MAX);
         }
+        let sanitize = &mut self.common.lock().sanitize;
+        let command = sanitize.command;
+        let Some(running) = &mut sanitize.running else { return };
+        running.sweep.advance(chunk);
         if running.sweep.next_chunk(&self.allocated).is_none() {
             running.pass += 1;
-            self.sanitize.passes = running.pass.min(overwrites(command));
+            sanitize.passes = running.pass.min(overwrites(command));
             if running.pass < passes(command) {
                 running.sweep = Sweep::new(NSID_BROADCAST);
             }
@@ -256,24 +287,27 @@ impl Admin {
     }
 
     pub(crate) fn end_sanitize(&mut self, pool: &Pool, status: Status) {
-        if self.sanitize.running.take().is_none() {
-            return;
-        }
-        self.sanitize.outcome = match status.is_success() {
-            true => Outcome::Succeeded,
-            false => Outcome::Failed { exited: false },
+        let by = {
+            let sanitize = &mut self.common.lock().sanitize;
+            let Some(ended) = sanitize.running.take() else { return };
+            sanitize.outcome = match status.is_success() {
+                true => Outcome::Succeeded,
+                false => Outcome::Failed { exited: false },
+            };
+            ended.by
         };
         self.refuse_while_sanitizing(pool);
         let log = self.sanitize_status();
         let event = SanitizeCompletionEvent { progress: log.progress, status: log.status, information: 0 };
         self.log_event(pool, kind::SANITIZE_COMPLETION, &event.to_bytes());
-        pool.shared.events().queue(Event::SANITIZE_COMPLETED);
+        pool.shared.subsystem.reservations.tell_of_sanitize(by);
+        self.tell_of_sanitize(pool);
         self.keep();
     }
 
     /// The Sanitize Status log (Base 5.16.1.25). No times are estimated.
     pub(crate) fn sanitize_status(&self) -> SanitizeStatusLog {
-        let sanitize = &self.sanitize;
+        let sanitize = self.common.sanitize();
         let progress = sanitize.running.map_or(0xffff, |running| {
             let all = u64::from(passes(sanitize.command));
             let whole = 0x1_0000 / all;

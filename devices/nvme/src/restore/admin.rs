@@ -19,7 +19,7 @@ use crate::maintenance::Sweep;
 use crate::metadata::BlockFormat;
 use crate::namespace::{self, NamespaceTable, WriteProtection};
 use crate::non_volatile::{KeptFormatState, KeptMetadataState, KeptState};
-use crate::persistent::is_context;
+use crate::persistent::{EventLog, is_context};
 use crate::smart::MEDIA_WARNINGS;
 use crate::state::{
     FirmwareState, FormatSettingsState, FormatState, NvmeState, PersistentEventsState, SanitizeState,
@@ -40,17 +40,14 @@ pub(super) fn load(pool: &Pool, admin: &mut Admin, state: &NvmeState, now: Insta
         admin.features.sanitize_config = more.sanitize_config.into();
     }
     admin.features.write_cache = state.features.write_cache;
-    if let Some(saved) = &state.firmware {
-        admin.firmware = firmware(saved)?;
-    }
     load_namespaces(pool, admin, state)?;
     if let Some(saved) = &state.format {
         admin.format = Some(format(admin, saved, state.sq.get(0).is_some())?);
     }
-    if let Some(saved) = &state.sanitize {
-        admin.sanitize = sanitize(admin, saved)?;
-    }
-    if admin.format.is_some() && admin.sanitize.running.is_some() {
+    admin.tell_of_format(pool);
+    load_common(admin, pool.shared.controller_id, state)?;
+    let known = admin.common.sanitize();
+    if admin.format.is_some() && known.running.is_some() {
         return refuse("format", 1u8, "a sanitize operation is in progress too");
     }
     if let Some(saved) = &state.events.warnings {
@@ -68,7 +65,7 @@ pub(super) fn load(pool: &Pool, admin: &mut Admin, state: &NvmeState, now: Insta
     if let Some(saved) = &state.self_test {
         admin.self_test = self_test(admin, saved)?;
     }
-    if admin.self_test.running.is_some() && admin.sanitize.refusal().is_some() {
+    if admin.self_test.running.is_some() && known.refusal().is_some() {
         return refuse("self_test.code", 1u8, "a sanitize operation is in progress too, or failed");
     }
     refuse_again(pool, admin);
@@ -122,11 +119,14 @@ fn load_namespaces(pool: &Pool, admin: &mut Admin, state: &NvmeState) -> Result<
 /// Has the namespaces of operations that are not finished answer as they did.
 fn refuse_again(pool: &Pool, admin: &mut Admin) {
     if let Some(format) = admin.format {
+        // Another controller's may have others.
         admin.change_namespaces(pool, NSID_BROADCAST, |namespace| {
-            namespace.refusal = format.holds(namespace.nsid).then_some(Status::FORMAT_IN_PROGRESS);
+            if format.holds(namespace.nsid) {
+                namespace.refusal = Some(Status::FORMAT_IN_PROGRESS);
+            }
         });
     }
-    if admin.sanitize.refusal().is_some() {
+    if admin.common.sanitize().refusal().is_some() {
         admin.refuse_while_sanitizing(pool);
     }
 }
@@ -148,16 +148,52 @@ fn sweep(table: &NamespaceTable, path: &str, saved: &SweepState) -> Result<Sweep
     Ok(Sweep { scope, nsid, offset_bytes })
 }
 
+/// What all controllers of the subsystem say: the first that is loaded brings it, the others must agree.
+fn load_common(admin: &mut Admin, id: u16, state: &NvmeState) -> Result<(), Error> {
+    let (slots, staging) = match &state.firmware {
+        Some(saved) => firmware(saved)?,
+        None => (Firmware::new(), Staging::default()),
+    };
+    admin.staging = staging;
+    let sanitize = match &state.sanitize {
+        Some(saved) => sanitize(admin, saved, id)?,
+        None => Sanitize::new(),
+    };
+    let events = match &state.persistent_events {
+        Some(saved) => event_log(saved)?,
+        None => EventLog::default(),
+    };
+    let common = &mut *admin.common.lock();
+    if !std::mem::replace(&mut common.loaded, true) {
+        (common.firmware, common.sanitize, common.events) = (slots, sanitize, events);
+        return Ok(());
+    }
+    let reason = "another controller of the subsystem says otherwise";
+    if common.firmware != slots {
+        return refuse("firmware", slots.active, reason);
+    }
+    if common.sanitize != sanitize {
+        return refuse("sanitize.command", sanitize.command, reason);
+    }
+    if common.events != events {
+        return refuse("persistent_events.generation", events.generation, reason);
+    }
+    Ok(())
+}
+
+fn event_log(saved: &PersistentEventsState) -> Result<EventLog, Error> {
+    EventLog::from_bytes(&saved.events, saved.generation)
+        .or_else(|reason| refuse("persistent_events.event_bytes", saved.event_bytes, reason))
+}
+
+/// The controller's own part.
 fn persistent_events(admin: &mut Admin, saved: &PersistentEventsState, now: Instant) -> Result<(), Error> {
     let log = &mut admin.persistent;
-    log.set_events(&saved.events)
-        .or_else(|reason| refuse("persistent_events.event_bytes", saved.event_bytes, reason))?;
     if !saved.context.is_empty() && !is_context(&saved.context) {
         let reason = "it is not a copy of such a log";
         return refuse("persistent_events.context_bytes", saved.context_bytes, reason);
     }
     log.context = (!saved.context.is_empty()).then(|| saved.context.clone());
-    log.generation = saved.generation;
     log.set_since_reset(saved.since_reset_ms, now);
     Ok(())
 }
@@ -211,7 +247,8 @@ fn format(admin: &Admin, saved: &FormatState, has_queue: bool) -> Result<Format,
     Ok(Format { cid, format, sweep, quiet: false })
 }
 
-fn sanitize(admin: &Admin, saved: &SanitizeState) -> Result<Sanitize, Error> {
+/// As controller `id` has saved it.
+fn sanitize(admin: &Admin, saved: &SanitizeState, id: u16) -> Result<Sanitize, Error> {
     let outcome = match saved.outcome {
         0 => Outcome::Never,
         1 => Outcome::Succeeded,
@@ -237,7 +274,11 @@ fn sanitize(admin: &Admin, saved: &SanitizeState) -> Result<Sanitize, Error> {
                 return refuse("sanitize.sweep.scope", saved.sweep.scope, "it is not about all namespaces");
             }
             let sweep = sweep(&admin.allocated, "sanitize.sweep", &saved.sweep)?;
-            Some(Sanitizing { pattern: saved.pattern, pass: saved.pass, sweep, quiet: false })
+            let by = saved.asked.as_ref().map_or(id, |asked| asked.controller);
+            Some(Sanitizing { pattern: saved.pattern, pass: saved.pass, sweep, quiet: false, by })
+        }
+        false if saved.asked.is_some() => {
+            return refuse("sanitize.asked", 1u8, "nothing is in progress");
         }
         false if (saved.pattern, saved.pass, saved.sweep) == (0, 0, NO_SWEEP) => None,
         false => return refuse("sanitize.running", 0u8, "something is said of what is in progress"),
@@ -258,7 +299,7 @@ fn kept_format(kept: &KeptFormatState) -> Option<BlockFormat> {
 /// What a controller kept that had a place for it.
 pub(crate) fn load_kept(pool: &Pool, admin: &mut Admin, kept: &KeptState) -> Result<(), Error> {
     let features = saved_features(&kept.features, pool.shared.config.vectors)?;
-    let mut firmware = firmware(&kept.firmware)?;
+    let (mut firmware, _) = firmware(&kept.firmware)?;
     // A power cycle is a reset: it activates what was committed for one, and nothing that was only downloaded survives it.
     firmware.reset();
     for &nsid in kept.protected.iter().chain(&kept.permanent) {
@@ -275,7 +316,6 @@ pub(crate) fn load_kept(pool: &Pool, admin: &mut Admin, kept: &KeptState) -> Res
     admin.apply_features(&pool.shared);
     pool.shared.write_cache.store(admin.features.write_cache, Ordering::Release);
     admin.apply_features(&pool.shared);
-    admin.firmware = firmware;
     // A subsystem with a store knows that of its namespaces, and which of those that ever had an identifier it was.
     let knows_better = pool.shared.subsystem.is_managed();
     admin.change_namespaces(pool, NSID_BROADCAST, |namespace| {
@@ -297,7 +337,15 @@ pub(crate) fn load_kept(pool: &Pool, admin: &mut Admin, kept: &KeptState) -> Res
     let again = SweepState { nsid: 1, offset_bytes: 0, ..kept.sanitize.sweep };
     let begins_again =
         SanitizeState { sweep: if kept.sanitize.running { again } else { NO_SWEEP }, ..kept.sanitize };
-    admin.sanitize = sanitize(admin, &begins_again)?;
+    let sanitize = sanitize(admin, &begins_again, pool.shared.controller_id)?;
+    let events = event_log(&kept.persistent_events)?;
+    {
+        // All controllers have kept the same, and a subsystem that has been on since has newer.
+        let common = &mut *admin.common.lock();
+        if !std::mem::replace(&mut common.powered_on, true) {
+            (common.firmware, common.sanitize, common.events) = (firmware, sanitize, events);
+        }
+    }
     admin.self_test = self_test(admin, &kept.self_test)?;
     admin.self_test.running = None;
     persistent_events(admin, &kept.persistent_events, Instant::now())?;
@@ -344,7 +392,7 @@ fn check_config(field: &str, value: u8) -> Result<(), Error> {
     if value > 1 { refuse(field, value, "it has reserved bits set") } else { Ok(()) }
 }
 
-fn firmware(state: &FirmwareState) -> Result<Firmware, Error> {
+fn firmware(state: &FirmwareState) -> Result<(Firmware, Staging), Error> {
     let slots = 1u16 << SLOTS;
     if u16::from(state.present) >= slots {
         return refuse("firmware.present", state.present, "there are 7 slots");
@@ -378,5 +426,5 @@ fn firmware(state: &FirmwareState) -> Result<Firmware, Error> {
     }
     let staging = Staging { bytes: state.staged.clone(), granules };
     let (active, next, running) = (state.active, state.next, state.running);
-    Ok(Firmware { revisions, active, next, running, staging })
+    Ok((Firmware { revisions, active, next, running }, staging))
 }

@@ -9,7 +9,7 @@ use crate::admin::Admin;
 use crate::command::features::Features;
 use crate::command::sanitize::{Outcome, Sanitize};
 use crate::command::self_test::SelfTest;
-use crate::firmware::Firmware;
+use crate::firmware::{Firmware, Staging};
 use crate::maintenance::Sweep;
 use crate::metadata::Metadata;
 use crate::namespace::{self, Namespace, WriteProtection};
@@ -17,16 +17,18 @@ use crate::non_volatile::{KeptFormatState, KeptMetadataState, KeptState};
 use crate::restore::admin::NO_SWEEP;
 use crate::shared::Shared;
 use crate::state::{
-    FirmwareState, FormatSettingsState, FormatState, MoreFeaturesState, PersistentEventsState, SanitizeState,
-    SavedFeaturesState, SelfTestState, SweepState, WarningsState, WriteProtectionState,
+    FirmwareState, FormatSettingsState, FormatState, MoreFeaturesState, PersistentEventsState,
+    SanitizeAskedState, SanitizeState, SavedFeaturesState, SelfTestState, SweepState, WarningsState,
+    WriteProtectionState,
 };
 
 pub(crate) fn firmware_state(admin: &Admin) -> Option<FirmwareState> {
-    (admin.firmware != Firmware::new()).then(|| firmware(&admin.firmware))
+    let slots = &admin.common.lock().firmware;
+    let as_at_first = *slots == Firmware::new() && admin.staging == Staging::default();
+    (!as_at_first).then(|| firmware(slots, &admin.staging))
 }
 
-fn firmware(firmware: &Firmware) -> FirmwareState {
-    let staging = &firmware.staging;
+fn firmware(firmware: &Firmware, staging: &Staging) -> FirmwareState {
     let mut granules = Bitmap::new(staging.granules.len());
     for (index, &come) in staging.granules.iter().enumerate() {
         granules.set(index, come);
@@ -100,11 +102,13 @@ pub(crate) fn format_state(admin: &Admin) -> Option<FormatState> {
     })
 }
 
-pub(crate) fn sanitize_state(admin: &Admin) -> Option<SanitizeState> {
-    (admin.sanitize != Sanitize::new()).then(|| sanitize(&admin.sanitize))
+/// That of controller `id`.
+pub(crate) fn sanitize_state(admin: &Admin, id: u16) -> Option<SanitizeState> {
+    let known = admin.common.sanitize();
+    (known != Sanitize::new()).then(|| sanitize(&known, id))
 }
 
-fn sanitize(sanitize: &Sanitize) -> SanitizeState {
+fn sanitize(sanitize: &Sanitize, id: u16) -> SanitizeState {
     SanitizeState {
         command: sanitize.command,
         outcome: match sanitize.outcome {
@@ -118,6 +122,10 @@ fn sanitize(sanitize: &Sanitize) -> SanitizeState {
         pattern: sanitize.running.map_or(0, |running| running.pattern),
         pass: sanitize.running.map_or(0, |running| running.pass),
         sweep: sanitize.running.map_or(NO_SWEEP, |running| sweep(&running.sweep)),
+        asked: sanitize
+            .running
+            .filter(|running| running.by != id)
+            .map(|running| SanitizeAskedState { controller: running.by }),
     }
 }
 
@@ -136,14 +144,19 @@ fn self_test(tests: &SelfTest) -> SelfTestState {
 }
 
 pub(crate) fn persistent_events_state(admin: &Admin) -> Option<PersistentEventsState> {
-    (!admin.persistent.is_empty()).then(|| persistent_events(admin))
+    let is_empty = admin.common.lock().events.is_empty() && admin.persistent.context.is_none();
+    (!is_empty).then(|| persistent_events(admin))
 }
 
 fn persistent_events(admin: &Admin) -> PersistentEventsState {
     let (log, now) = (&admin.persistent, admin.paused_at.unwrap_or_else(Instant::now));
-    let (events, context) = (log.to_bytes(), log.context.clone().unwrap_or_default());
+    let (events, generation) = {
+        let common = admin.common.lock();
+        (common.events.to_bytes(), common.events.generation)
+    };
+    let context = log.context.clone().unwrap_or_default();
     PersistentEventsState {
-        generation: log.generation,
+        generation,
         since_reset_ms: log.since_reset_ms_at(now),
         event_bytes: events.len() as u32,
         events,
@@ -154,6 +167,12 @@ fn persistent_events(admin: &Admin) -> PersistentEventsState {
 
 /// What outlives the power: see [`crate::NonVolatile`].
 pub(crate) fn kept_state(admin: &Admin) -> KeptState {
+    let (slots, known) = {
+        let common = admin.common.lock();
+        (common.firmware.clone(), common.sanitize)
+    };
+    // Whichever controller was asked: after a power cycle it is gone, and so is its host's request for the event.
+    let asked = known.running.map_or(0, |running| running.by);
     let with = |protections: &[WriteProtection]| -> Vec<u32> {
         let protected = namespace::active(&admin.namespaces);
         protected.filter(|namespace| protections.contains(&namespace.protection)).map(|ns| ns.nsid).collect()
@@ -170,17 +189,16 @@ pub(crate) fn kept_state(admin: &Admin) -> KeptState {
         metadata: ns.metadata.map(kept_metadata),
     };
     let formats: Vec<_> = namespace::active(&admin.namespaces).map(format).collect();
-    let slots = Firmware { staging: Default::default(), ..admin.firmware.clone() };
     KeptState {
         features: saved_features(&admin.saved_features),
-        firmware: firmware(&slots),
+        firmware: firmware(&slots, &Staging::default()),
         protected_count: protected.len() as u32,
         protected,
         permanent_count: permanent.len() as u32,
         permanent,
         format_count: formats.len() as u32,
         formats,
-        sanitize: sanitize(&admin.sanitize),
+        sanitize: sanitize(&known, asked),
         persistent_events: PersistentEventsState {
             since_reset_ms: 0,
             context_bytes: 0,

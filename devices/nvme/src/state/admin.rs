@@ -139,6 +139,17 @@ pub struct SanitizeState {
     pub pass: u8,
     /// What is done of the next one.
     pub sweep: SweepState,
+    /// The controller that was asked for what is in progress, if it is another one.
+    #[vmstate(subsection)]
+    pub asked: Option<SanitizeAskedState>,
+}
+
+/// Who was asked for a sanitize operation.
+#[derive(VmState, Clone, Copy, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/sanitize/asked", version = 1)]
+pub struct SanitizeAskedState {
+    /// Controller identifier.
+    pub controller: u16,
 }
 
 /// Self-tests (Base 5.9).
