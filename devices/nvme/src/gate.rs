@@ -83,6 +83,12 @@ impl Gate {
         }
     }
 
+    /// Whether an admin command may be processed that writes to the namespace or does away with it: Format NVM, Sanitize, Namespace
+    /// Management, Namespace Attachment (Base 8.19, the write command group of "Command Behavior in the Presence of a Reservation").
+    pub fn check_reserved(&self, nsid: u32) -> Result<(), Status> {
+        if self.of(nsid) & WRITES == 0 { Ok(()) } else { Err(Status::RESERVATION_CONFLICT.do_not_retry()) }
+    }
+
     /// Whether an I/O command may begin (Base 8.19, NVM 2.1.4: the figures "Command Behavior in the Presence of a Reservation"; and as
     /// [`Gate::check_access`]).
     pub fn check(&self, opcode: u8, nsid: u32) -> Result<(), Status> {

@@ -8,11 +8,12 @@ use nvme_spec::identify::{
     OAES_ACCESS_CHANGE,
 };
 use nvme_spec::log::ANA_GROUPS_ONLY;
-use nvme_spec::{Status, SubmissionEntry};
+use nvme_spec::{Status, SubmissionEntry, feature as id};
 
 use crate::admin::{Admin, Phase, Pool};
 use crate::ana::ACCESS_GROUPS;
 use crate::namespace;
+use crate::reservations::goes_to;
 
 /// ANATT: a change is over in less than a second.
 const TRANSITION_SECONDS: u8 = 1;
@@ -29,7 +30,22 @@ pub(crate) fn identify_shared(page: &mut IdentifyController) {
     page.dsto = 0;
 }
 
+/// Features that a controller has nothing to say of where it gives no access ("ANA effects on Command Processing", of Base and of NVM).
+fn is_kept_away(feature: u8) -> bool {
+    matches!(feature, id::ERROR_RECOVERY | id::RESERVATION_NOTIFICATION_MASK | id::RESERVATION_PERSISTENCE)
+}
+
 impl Admin {
+    /// Whether Get or Set Features of a namespace's feature may be processed where the namespace is, or for all that are attached.
+    pub fn check_feature_access(&self, pool: &Pool, feature: u8, nsid: u32) -> Result<(), Status> {
+        if !is_kept_away(feature) {
+            return Ok(());
+        }
+        let attached = namespace::active(&self.namespaces).map(|active| active.nsid);
+        let mut concerned = attached.filter(|&attached| goes_to(nsid, attached));
+        concerned.try_for_each(|nsid| pool.shared.gate.check_access(nsid))
+    }
+
     /// The Asymmetric Namespace Access log.
     pub fn access_log(&self, pool: &Pool, entry: &SubmissionEntry) -> Result<Vec<u8>, Status> {
         let shared = &pool.shared;

@@ -34,7 +34,7 @@ impl Admin {
             admin::ASYNC_EVENT_REQUEST => self.async_event_request(entry),
             admin::FIRMWARE_DOWNLOAD => self.firmware_download(pool, entry),
             admin::FORMAT_NVM => self.format_nvm(pool, entry),
-            admin::DEVICE_SELF_TEST => self.device_self_test(entry),
+            admin::DEVICE_SELF_TEST => self.device_self_test(pool, entry),
             admin::SANITIZE => self.start_sanitize(pool, entry),
             admin::FIRMWARE_COMMIT => self.firmware_commit(pool, entry),
             admin::NAMESPACE_MANAGEMENT => self.namespace_management(pool, entry),

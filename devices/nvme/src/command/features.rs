@@ -193,6 +193,7 @@ impl Admin {
         let changeable = is_changeable(feature).ok_or(Status::INVALID_FIELD.do_not_retry())?;
         if is_namespace_specific(feature) {
             namespace::find(&self.namespaces, entry.nsid)?;
+            self.check_feature_access(pool, feature, entry.nsid)?;
         }
         let defaults;
         let features = match select {
@@ -285,6 +286,7 @@ impl Admin {
         if !is_namespace_specific(feature) && !matches!(entry.nsid, 0 | NSID_BROADCAST) {
             return Err(Status::FEATURE_NOT_NAMESPACE_SPECIFIC.do_not_retry());
         }
+        self.check_feature_access(pool, feature, entry.nsid)?;
         let answer = self.set_feature(pool, entry, feature)?;
         if save {
             self.saved_features.take(feature, &self.features);

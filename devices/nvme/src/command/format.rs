@@ -60,6 +60,10 @@ impl Admin {
             return Err(Status::INVALID_FIELD.do_not_retry());
         }
         let sweep = Sweep::new(entry.nsid);
+        for namespace in namespace::active(&self.namespaces).filter(|ns| sweep.covers(ns.nsid)) {
+            pool.shared.gate.check_access(namespace.nsid)?;
+            pool.shared.gate.check_reserved(namespace.nsid)?;
+        }
         let concerned = || namespace::active(&self.namespaces).filter(|ns| sweep.covers(ns.nsid));
         // "Invalid Format": it does not exist, has no room for protection information, or the image has not a whole number of its blocks.
         let format = BlockFormat::new(format as usize, extended, protection_type, protection_first)

@@ -51,10 +51,14 @@ impl Admin {
                 format_page(0)
             }
             cns::NAMESPACE => {
-                self.page_of(entry.nsid, |namespace| self.namespace_page(namespace, shared, persistence))?
+                // "Capacity fields ... are cleared to 0h" where there is no access. Hosts take NCAP 0h for a namespace that is gone, and
+                // would not come back to it when there is access again, so that it is NUSE alone.
+                let used = pool.shared.gate.check_access(entry.nsid).is_ok();
+                let page = |namespace: &Namespace| self.namespace_page(namespace, shared, persistence, used);
+                self.page_of(entry.nsid, page)?
             }
             cns::ALLOCATED_NAMESPACE => allocated_page(pool, entry.nsid, |namespace| {
-                self.namespace_page(namespace, shared, persistence)
+                self.namespace_page(namespace, shared, persistence, true)
             })?,
             cns::CONTROLLER => self.controller_identity(pool).to_bytes(),
             cns::ACTIVE_NAMESPACES | cns::CSI_ACTIVE_NAMESPACES => {
@@ -101,11 +105,11 @@ impl Admin {
         page_or_zeroes(namespace::find(&self.namespaces, nsid).map(|active| page(active)))
     }
 
-    fn namespace_page(&self, namespace: &Namespace, shared: bool, persistence: bool) -> Page {
+    fn namespace_page(&self, namespace: &Namespace, shared: bool, persistence: bool, used: bool) -> Page {
         let mut structure = spec::IdentifyNamespace {
             nsze: namespace.blocks,
             ncap: namespace.blocks,
-            nuse: namespace.blocks,
+            nuse: if used { namespace.blocks } else { 0 },
             rescap: capabilities(persistence),
             nmic: if namespace.shared { spec::NMIC_SHARED } else { 0 },
             anagrpid: if shared { group_of(namespace.nsid) } else { 0 },

@@ -8,6 +8,8 @@ use nvme_spec::{Status, SubmissionEntry};
 use crate::admin::{Admin, Answer, Pool};
 use crate::management::{Creation, NotCreated};
 use crate::metadata::BlockFormat;
+use crate::namespace;
+use crate::reservations::goes_to;
 
 /// Bytes of a controller list, and of what a namespace is created from.
 const DATA_BYTES: usize = 4096;
@@ -20,12 +22,20 @@ impl Admin {
         match entry.cdw10 & 0xf {
             management::CREATE => self.create_namespace(pool, entry),
             management::DELETE => {
+                self.check_reserved(pool, entry.nsid)?;
                 let generation = pool.shared.subsystem.delete(entry.nsid)?;
                 self.end_when_followed(pool, entry.cid, generation);
                 Ok(Answer::Later)
             }
             _ => Err(Status::INVALID_FIELD.do_not_retry()),
         }
+    }
+
+    /// Whether no reservation of another host keeps the command from the namespace, or with the broadcast identifier from all.
+    fn check_reserved(&self, pool: &Pool, nsid: u32) -> Result<(), Status> {
+        let allocated = namespace::active(&self.allocated).map(|namespace| namespace.nsid);
+        let mut concerned = allocated.filter(|&allocated| goes_to(nsid, allocated));
+        concerned.try_for_each(|nsid| pool.shared.gate.check_reserved(nsid))
     }
 
     fn create_namespace(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Result<Answer, Status> {
@@ -63,6 +73,7 @@ impl Admin {
             return Err(Status::CONTROLLER_LIST_INVALID.do_not_retry());
         }
         let controllers: Vec<u16> = words.skip(1).take(count).collect();
+        self.check_reserved(pool, entry.nsid)?;
         let subsystem = &pool.shared.subsystem;
         let generation = match entry.cdw10 & 0xf {
             attachment::ATTACH => subsystem.attach(entry.nsid, &controllers)?,

@@ -156,6 +156,10 @@ impl Admin {
         ) {
             return Err(Status::INVALID_FIELD.do_not_retry());
         }
+        // It is about the namespaces of all controllers, and a reservation on any of them keeps it away.
+        for namespace in namespace::active(&self.allocated) {
+            pool.shared.gate.check_reserved(namespace.nsid)?;
+        }
         // "If the most recent sanitize operation failed in the restricted completion mode", only another restricted one leads on.
         if failed
             && restricted

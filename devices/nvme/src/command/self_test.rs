@@ -11,7 +11,7 @@ use block::Operation;
 use nvme_spec::log::{self, SelfTestLog, SelfTestResult};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 
-use crate::admin::{Admin, Answer, Job};
+use crate::admin::{Admin, Answer, Job, Pool};
 use crate::maintenance::{Chunk, Kind, Next, Sweep};
 use crate::namespace;
 use crate::worker::Step;
@@ -48,7 +48,7 @@ pub(crate) struct SelfTest {
 
 impl Admin {
     /// Device Self-test: completes when the test has begun, or has been aborted.
-    pub fn device_self_test(&mut self, entry: &SubmissionEntry) -> Result<Answer, Status> {
+    pub fn device_self_test(&mut self, pool: &Pool, entry: &SubmissionEntry) -> Result<Answer, Status> {
         let code = (entry.cdw10 & 0xf) as u8;
         match code {
             ABORT => {
@@ -61,6 +61,7 @@ impl Admin {
         // Without a namespace there is nothing to read: the test is of the controller alone.
         if !matches!(entry.nsid, 0 | NSID_BROADCAST) {
             namespace::ready(&self.namespaces, entry.nsid)?;
+            pool.shared.gate.check_access(entry.nsid)?;
         }
         if self.self_test.running.is_some() {
             return Err(Status::SELF_TEST_IN_PROGRESS.do_not_retry());

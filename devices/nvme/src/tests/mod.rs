@@ -34,6 +34,7 @@ mod sanitize;
 mod saved;
 mod self_test;
 mod sgl;
+mod shared;
 mod store;
 mod subsystem;
 mod threads;
