@@ -22,8 +22,8 @@ const MAGIC: &[u8; 8] = b"FERRYNVS";
 const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 16;
 const CHECKSUM_BYTES: usize = 4;
-/// Above what a thousand namespaces take, each attached to all controllers, and 256 controllers with full logs. What could not be read
-/// again is not written.
+/// Above what a thousand namespaces take, each attached to all controllers, and 256 controllers with full logs. Only a guest that marks
+/// blocks as uncorrectable by the million comes so far, and it is refused that: what could not be read again is not written.
 const MAX_BODY_BYTES: usize = 32 << 20;
 
 /// What is in the file.
@@ -185,6 +185,7 @@ mod tests {
             attached_count: attached.len() as u32,
             attached,
             protection: None,
+            uncorrectable: None,
         };
         let namespaces = vec![record; times * nvme::MAX_NAMESPACES as usize];
         let count = namespaces.len() as u32;

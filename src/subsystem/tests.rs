@@ -28,6 +28,7 @@ fn naming(uuid: [u8; 16]) -> SubsystemState {
         attached_count: 0,
         attached: Vec::new(),
         protection: None,
+        uncorrectable: None,
     };
     let allocations = AllocationsState { created_ever: 1, namespace_count: 1, namespaces: vec![namespace] };
     SubsystemState { allocations, ..SubsystemState::default() }

@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 
 use crate::Error;
+use crate::allocated::{Allocated, reopen};
 use crate::config::MAX_NAMESPACES;
 use crate::store::{AllocatedState, AllocationsState};
-use crate::subsystem::{Allocated, Subsystem, reopen};
+use crate::subsystem::Subsystem;
 
 fn refuse<T>(nsid: u32, reason: impl Into<String>) -> Result<T, Error> {
     Err(Error::Namespace { nsid, reason: reason.into() })
@@ -33,7 +34,7 @@ impl Subsystem {
             }
             return Ok(());
         };
-        if saved.allocations == *state {
+        if self.allocations_of(&saved) == *state {
             return Ok(());
         }
         let mut table: Vec<Option<Allocated>> = (0..MAX_NAMESPACES).map(|_| None).collect();
@@ -95,5 +96,6 @@ fn matching(here: &Allocated, record: &AllocatedState) -> Result<Allocated, Erro
     let attached: BTreeSet<u16> = record.attached.iter().copied().collect();
     let mut allocated = Allocated { namespace: here.namespace.clone(), created: here.created, attached };
     allocated.protect_as(record)?;
+    allocated.mark_as(record)?;
     Ok(allocated)
 }

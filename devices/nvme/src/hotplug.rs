@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use crate::Error;
+use crate::allocated::Allocated;
 use crate::config::NamespaceConfig;
 use crate::namespace::Namespace;
-use crate::subsystem::{Allocated, Subsystem};
+use crate::subsystem::Subsystem;
 
 fn refuse<T>(nsid: u32, reason: impl Into<String>) -> Result<T, Error> {
     Err(Error::Namespace { nsid, reason: reason.into() })

@@ -77,6 +77,7 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod allocated;
 mod allocations;
 mod ana;
 mod arbitration;
@@ -144,7 +145,7 @@ pub use state::{
     UncorrectableRunState, UncorrectableState, WarningsState, WriteProtectionState,
 };
 pub use store::{
-    AllocatedProtectionState, AllocatedState, AllocationsState, ControllerKeptState, ControllerRecord,
-    KeptReservationsState, MAX_CONTROLLERS, Store, StoreError, SubsystemState,
+    AllocatedMarksState, AllocatedProtectionState, AllocatedState, AllocationsState, ControllerKeptState,
+    ControllerRecord, KeptReservationsState, MAX_CONTROLLERS, Store, StoreError, SubsystemState,
 };
 pub use subsystem::Subsystem;

@@ -7,9 +7,10 @@ use std::sync::Arc;
 
 use nvme_spec::{NSID_BROADCAST, Status};
 
+use crate::allocated::Allocated;
 use crate::metadata::BlockFormat;
 use crate::namespace::{self, Namespace, WriteProtection};
-use crate::subsystem::{Allocated, Subsystem};
+use crate::subsystem::Subsystem;
 use crate::{Error, store::AllocatedState};
 
 /// What the host asks for with Namespace Management (create).

@@ -180,9 +180,9 @@ impl Namespace {
     }
 
     /// A byte range was written or deallocated: its blocks can be read again.
-    pub fn heal(&self, offset_bytes: u64, length_bytes: u64) {
+    pub fn heal(&self, offset_bytes: u64, length_bytes: u64) -> bool {
         let first = offset_bytes >> self.block_shift;
-        self.uncorrectable.heal(first, first + (length_bytes >> self.block_shift));
+        self.uncorrectable.heal(first, first + (length_bytes >> self.block_shift))
     }
 
     /// The byte range of `count` blocks from `first`.

@@ -10,7 +10,7 @@ use vmstate::VmState;
 use crate::config::MAX_NAMESPACES;
 use crate::inventory::NamespaceShape;
 use crate::non_volatile::{KeptState, NonVolatile};
-use crate::state::{ReservationsState, SmartState};
+use crate::state::{ReservationsState, SmartState, UncorrectableState};
 use crate::subsystem::Subsystem;
 
 /// Controllers that a subsystem can have.
@@ -116,6 +116,17 @@ pub struct AllocatedState {
     /// Write protection, unless there is none.
     #[vmstate(subsection)]
     pub protection: Option<AllocatedProtectionState>,
+    /// Blocks that cannot be read, if there are any.
+    #[vmstate(subsection)]
+    pub uncorrectable: Option<AllocatedMarksState>,
+}
+
+/// Blocks of an allocated namespace that Write Uncorrectable has marked.
+#[derive(VmState, Clone, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/allocated/uncorrectable", version = 1)]
+pub struct AllocatedMarksState {
+    /// They.
+    pub marks: UncorrectableState,
 }
 
 /// The write protection of an allocated namespace.

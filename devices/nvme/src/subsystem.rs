@@ -27,6 +27,7 @@ use block::Backend;
 use nvme_spec::{NSID_BROADCAST, Status};
 
 use crate::Error;
+use crate::allocated::{Allocated, reopen};
 use crate::ana::{ACCESS_GROUPS, AccessState, AccessTable};
 use crate::command::format::Format;
 use crate::common::CommonPlace;
@@ -39,10 +40,7 @@ use crate::restore::reservations::loaded_reservations;
 use crate::save::reservations::kept_reservations;
 use crate::shared::{Host, lock};
 use crate::state::SmartState;
-use crate::store::{
-    AllocatedProtectionState, AllocatedState, AllocationsState, ControllerRecord, KeptReservationsState,
-    Store, SubsystemState,
-};
+use crate::store::{AllocationsState, ControllerRecord, KeptReservationsState, Store, SubsystemState};
 
 /// Controller identifier of the only controller of a subsystem that is not shared.
 pub(crate) const FIRST_CONTROLLER_ID: u16 = 0;
@@ -88,15 +86,6 @@ pub(crate) struct Contents {
     meant: BTreeMap<u32, BTreeSet<u16>>,
     /// Deleted, but a controller may still have commands at the image.
     removed: Vec<Removed>,
-}
-
-/// A namespace that exists (Base 3.2.1, "allocated"), attached or not.
-pub(crate) struct Allocated {
-    pub namespace: Namespace,
-    /// The guest created it.
-    pub created: bool,
-    /// Identifiers of the controllers that it is attached to.
-    pub attached: BTreeSet<u16>,
 }
 
 struct Member {
@@ -181,6 +170,10 @@ impl Subsystem {
                     allocated.namespace.set_format(&format);
                 }
                 allocated.protect_as(record)?;
+                // What is there now may be another image, which has none.
+                if record.shape == NamespaceShape::of(&allocated.namespace) {
+                    allocated.mark_as(record)?;
+                }
             }
             *place = Some(allocated);
         }
@@ -566,7 +559,34 @@ impl Subsystem {
     /// The allocated namespaces as they are saved.
     #[must_use]
     pub fn allocations(&self) -> AllocationsState {
-        self.saved().allocations.clone()
+        self.allocations_of(&self.saved())
+    }
+
+    /// What is saved, with the blocks that are marked by now: I/O commands mark and write them.
+    pub(crate) fn allocations_of(&self, saved: &SubsystemState) -> AllocationsState {
+        let mut allocations = saved.allocations.clone();
+        let contents = self.contents();
+        // Both are in the order of their identifiers.
+        let mut allocated = contents.allocated();
+        for record in &mut allocations.namespaces {
+            if let Some(here) = allocated.find(|here| here.namespace.nsid >= record.shape.nsid) {
+                record.uncorrectable = here.marks();
+            }
+        }
+        allocations
+    }
+
+    /// Writes the marked blocks of a namespace: they have changed.
+    ///
+    /// # Errors
+    /// [`Error::Store`]: the store has what it had.
+    pub(crate) fn keep_marks(&self, nsid: u32) -> Result<(), Error> {
+        self.update(|state| {
+            let contents = self.contents();
+            if let (Ok(here), Some(record)) = (contents.find(nsid), state.allocations.get_mut(nsid)) {
+                record.uncorrectable = here.marks();
+            }
+        })
     }
 }
 
@@ -614,87 +634,4 @@ impl Contents {
     fn hosts(&self) -> Vec<Arc<dyn Host>> {
         self.controllers.values().map(|member| Arc::clone(&member.host)).collect()
     }
-}
-
-impl Allocated {
-    /// Whether no operation of a controller (format, sanitize) has it; what its commands are answered with meanwhile.
-    pub fn is_at_rest(&self) -> Result<(), Status> {
-        self.namespace.refusal.map_or(Ok(()), Err)
-    }
-
-    /// As it is saved.
-    pub fn to_state(&self) -> AllocatedState {
-        AllocatedState {
-            shape: NamespaceShape::of(&self.namespace),
-            created: self.created,
-            shared: self.namespace.shared,
-            attached_count: self.attached.len() as u32,
-            attached: self.attached.iter().copied().collect(),
-            protection: match self.namespace.protection {
-                WriteProtection::None => None,
-                protection => Some(AllocatedProtectionState { value: protection.to_value() as u8 }),
-            },
-        }
-    }
-
-    /// Protects it as it was saved.
-    pub fn protect_as(&mut self, record: &AllocatedState) -> Result<(), Error> {
-        let value = record.protection.as_ref().map_or(0, |protection| protection.value.into());
-        let Some(protection) = WriteProtection::from_value(value) else {
-            let reason = format!("its write protection is {value}, which is none");
-            return Err(Error::Namespace { nsid: record.shape.nsid, reason });
-        };
-        self.namespace.protect(protection);
-        Ok(())
-    }
-}
-
-/// A created namespace as it was saved, with its image.
-pub(crate) fn reopen(store: Option<&dyn Store>, record: &AllocatedState) -> Result<Allocated, Error> {
-    let shape = &record.shape;
-    let refuse = |reason: String| Err(Error::Namespace { nsid: shape.nsid, reason });
-    let Some(format) = shape.format() else {
-        return refuse(format!(
-            "there is no format with blocks of 2^{} bytes and such metadata",
-            shape.block_shift
-        ));
-    };
-    let needed_bytes = format.image_bytes(shape.blocks).filter(|_| shape.blocks > 0);
-    let size_bytes = match &shape.metadata {
-        None => needed_bytes,
-        Some(metadata) => {
-            needed_bytes.filter(|&needed| needed <= metadata.image_bytes).map(|_| metadata.image_bytes)
-        }
-    };
-    let Some(size_bytes) = size_bytes else {
-        return refuse(format!("{} blocks are no size of a namespace", shape.blocks));
-    };
-    let Some(store) = store else {
-        return refuse("the guest created it, and there is no directory for its image here".to_owned());
-    };
-    let backend = match store.open(&shape.uuid, size_bytes, 1 << shape.block_shift) {
-        Ok(backend) => backend,
-        Err(source) => {
-            return Err(Error::NamespaceImage { nsid: shape.nsid, source });
-        }
-    };
-    let namespace = Namespace {
-        nsid: shape.nsid,
-        block_shift: shape.block_shift,
-        blocks: shape.blocks,
-        metadata: format.metadata,
-        image_bytes: size_bytes,
-        read_only: false,
-        protection: WriteProtection::None,
-        refusal: None,
-        uncorrectable: Arc::default(),
-        occupied: Arc::default(),
-        shared: record.shared,
-        uuid: shape.uuid,
-        backend,
-    };
-    let attached = record.attached.iter().copied().collect();
-    let mut allocated = Allocated { namespace, created: true, attached };
-    allocated.protect_as(record)?;
-    Ok(allocated)
 }

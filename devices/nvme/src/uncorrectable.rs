@@ -7,7 +7,9 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::shared::lock;
+use nvme_spec::Status;
+
+use crate::shared::{Shared, lock};
 use crate::state::{UncorrectableRunState, UncorrectableState};
 
 /// Blocks of one namespace that can be marked at a time, and so the runs that there can ever be, however they are cut.
@@ -52,14 +54,16 @@ impl Uncorrectable {
         Ok(())
     }
 
-    /// The blocks from `first` to before `end` were written, or deallocated.
-    pub fn heal(&self, first: u64, end: u64) {
+    /// The blocks from `first` to before `end` were written, or deallocated. `true`: one of them was marked.
+    pub fn heal(&self, first: u64, end: u64) -> bool {
         if !self.any.load(Ordering::Acquire) {
-            return;
+            return false;
         }
+        let mut healed = false;
         let mut runs = lock(&self.runs);
         while let Some((run_first, run_end)) = touching(&runs, first, end) {
             runs.remove(&run_first);
+            healed = true;
             if run_first < first {
                 runs.insert(run_first, first);
             }
@@ -68,6 +72,7 @@ impl Uncorrectable {
             }
         }
         self.any.store(!runs.is_empty(), Ordering::Release);
+        healed
     }
 
     /// What is saved: nothing if nothing is marked.
@@ -99,6 +104,18 @@ impl Uncorrectable {
     }
 }
 
+/// Has the store keep the marks of a namespace, which have changed. As rare as it is, and durable before the command is answered: a mark
+/// that came back after its block was written would take the data away.
+pub(crate) fn keep_marks(shared: &Shared, nsid: u32) -> Result<(), Status> {
+    if !shared.subsystem.is_managed() {
+        return Ok(());
+    }
+    shared.subsystem.keep_marks(nsid).map_err(|error| {
+        log::error!("NVMe controller {:?}: {error}", shared.config.serial);
+        Status::INTERNAL_ERROR
+    })
+}
+
 /// The last run that has a block from `first` to before `end`.
 fn touching(runs: &BTreeMap<u64, u64>, first: u64, end: u64) -> Option<(u64, u64)> {
     let (&run_first, &run_end) = runs.range(..end).next_back()?;
@@ -122,9 +139,10 @@ mod tests {
             assert_eq!(marks.touches(first, end), reference[blocks.clone()].contains(&true));
             let mark = number >> 60 < 6;
             if mark {
-                marks.mark(first, end).unwrap()
+                marks.mark(first, end).unwrap();
             } else {
-                marks.heal(first, end)
+                let was_marked = reference[blocks.clone()].contains(&true);
+                assert_eq!(marks.heal(first, end), was_marked);
             }
             reference[blocks].fill(mark);
             let saved = marks.save();

@@ -27,6 +27,7 @@ use crate::shared::Shared;
 use crate::slot::is_cached;
 pub(crate) use crate::slot::{Owner, Slot, Step, flush_step};
 use crate::smart::{self, Counters};
+use crate::uncorrectable::keep_marks;
 use crate::wakeup::{self, ask_for_tail};
 
 /// See the module's text.
@@ -317,7 +318,7 @@ impl Worker {
                     slot.status = status;
                 }
             } else {
-                self.wrote(index);
+                self.wrote(shared, index);
             }
             let slot = &mut self.slots[index as usize];
             // It was submitted before the cache was switched off, and the flush of Set Features may have come before it. A write that
@@ -340,7 +341,7 @@ impl Worker {
     }
 
     /// The request in flight of a slot has ended well.
-    fn wrote(&mut self, slot_index: u32) {
+    fn wrote(&mut self, shared: &Shared, slot_index: u32) {
         let slot = &mut self.slots[slot_index as usize];
         let running = slot.running;
         if !running.operation.writes() {
@@ -348,8 +349,11 @@ impl Worker {
         }
         slot.copied += u32::from(matches!(running.operation, Operation::Copy { .. }));
         let table = if matches!(slot.owner, Owner::Admin(_)) { &self.allocated } else { &self.namespaces };
-        if let Ok(namespace) = namespace::find(table, running.nsid) {
-            namespace.heal(running.offset_bytes, running.length_bytes);
+        if let Ok(namespace) = namespace::find(table, running.nsid)
+            && namespace.heal(running.offset_bytes, running.length_bytes)
+            && let Err(status) = keep_marks(shared, running.nsid)
+        {
+            self.slots[slot_index as usize].status = status;
         }
     }
 

@@ -16,7 +16,7 @@ use crate::metadata::{is_about_blocks, limited};
 use crate::namespace::{self, Namespace};
 use crate::prp;
 use crate::shared::Shared;
-use crate::uncorrectable::TooMany;
+use crate::uncorrectable::{TooMany, keep_marks};
 use crate::worker::{Owner, Step, Worker, flush_step};
 
 impl Worker {
@@ -58,7 +58,7 @@ impl Worker {
             }
             nvm::WRITE_ZEROES => self.write_zeroes(shared, sq_index, entry, &namespace),
             nvm::VERIFY => self.verify(shared, sq_index, entry, &namespace),
-            nvm::WRITE_UNCORRECTABLE => write_uncorrectable(entry, &namespace),
+            nvm::WRITE_UNCORRECTABLE => write_uncorrectable(shared, entry, &namespace),
             nvm::COPY => self.copy(shared, sq_index, entry, &namespace),
             _ => self.deallocate(shared, sq_index, entry, &namespace),
         }
@@ -269,13 +269,19 @@ impl Worker {
 }
 
 /// Write Uncorrectable (NVM 3.2.7): nothing is stored, and reads fail until the blocks are written.
-fn write_uncorrectable(entry: &SubmissionEntry, namespace: &Namespace) -> Result<bool, Status> {
+fn write_uncorrectable(
+    shared: &Shared,
+    entry: &SubmissionEntry,
+    namespace: &Namespace,
+) -> Result<bool, Status> {
     let (offset_bytes, length_bytes) = limited_range(entry, namespace, WRITE_UNCORRECTABLE_BYTES)?;
     namespace.check_writable()?;
     let first = offset_bytes >> namespace.block_shift;
     let marked = namespace.uncorrectable.mark(first, first + (length_bytes >> namespace.block_shift));
     // No more blocks can be marked until some of those that are have been written.
-    marked.map(|()| false).map_err(|TooMany| Status::CAPACITY_EXCEEDED)
+    marked.map_err(|TooMany| Status::CAPACITY_EXCEEDED)?;
+    keep_marks(shared, namespace.nsid)?;
+    Ok(false)
 }
 
 /// The I/O commands that [`Worker::start`] knows.

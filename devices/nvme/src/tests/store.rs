@@ -78,6 +78,11 @@ impl Memory {
         written.as_ref().map(|bytes| vmstate::from_bytes(bytes, SubsystemState::VERSION).unwrap())
     }
 
+    /// Makes `state` what was written last, as if nothing had been since.
+    pub fn put(&self, state: Option<SubsystemState>) {
+        *self.written.lock().unwrap() = state.as_ref().map(vmstate::to_bytes);
+    }
+
     pub fn images(&self) -> usize {
         self.images.lock().unwrap().len()
     }

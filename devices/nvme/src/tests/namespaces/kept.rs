@@ -1,13 +1,18 @@
 //! What becomes of formats without power, and of data in namespaces that are not attached.
 
+use std::time::Instant;
+
 use block::{Fault, Target};
 use nvme_spec::identify::cns;
-use nvme_spec::opcode::{self, admin};
-use nvme_spec::{SubmissionEntry, feature, log};
+use nvme_spec::opcode::{self, admin, nvm};
+use nvme_spec::{Status, SubmissionEntry, feature, log};
 
 use super::{
-    Memory, QUOTA_BYTES, about, attach, create, deletion, detach, migrate_managed, read, ready, write,
+    Memory, QUOTA_BYTES, about, attach, create, deletion, detach, migrate_managed, namespace, read, ready,
+    transfer, write,
 };
+use crate::Subsystem;
+use crate::tests::driver::PATIENCE;
 
 #[test]
 fn without_power_a_namespace_keeps_its_format_and_none_has_that_of_one_before_it() {
@@ -83,4 +88,56 @@ fn a_namespace_that_is_not_attached_is_sanitized_too() {
     });
     attach(&mut guest, 1, &[0]).unwrap();
     places.iter().for_each(|&lba| assert_eq!(read(&mut guest, 1, lba), Ok(0), "block {lba}"));
+}
+
+#[test]
+fn blocks_that_cannot_be_read_stay_so_while_their_namespace_is_not_attached_and_without_power() {
+    let store = Memory::new(QUOTA_BYTES);
+    let mut guest = ready(&store);
+    assert_eq!(create(&mut guest, 64, 0), Ok(1));
+    attach(&mut guest, 1, &[0]).unwrap();
+    let unreadable = Err(Status::UNRECOVERED_READ_ERROR);
+    for nsid in [1, 2] {
+        guest.io(1, transfer(nvm::WRITE_UNCORRECTABLE, nsid, 5, 3, 0)).unwrap();
+        detach(&mut guest, nsid, &[0]).unwrap();
+    }
+    migrate_managed(&mut guest, &store).unwrap();
+    for nsid in [1, 2] {
+        attach(&mut guest, nsid, &[0]).unwrap();
+        assert_eq!(
+            [4, 5, 7, 8].map(|lba| read(&mut guest, nsid, lba)),
+            [Ok(0), unreadable, unreadable, Ok(0)]
+        );
+    }
+    // The power fails without a word, in a moment when one is attached.
+    write(&mut guest, 1, 6, 9).unwrap();
+    guest.io(1, transfer(nvm::WRITE_UNCORRECTABLE, 1, 20, 1, 0)).unwrap();
+    detach(&mut guest, 2, &[0]).unwrap();
+    let state = store.state();
+    drop(guest);
+    store.put(state);
+    let mut guest = ready(&store);
+    assert_eq!(
+        [5, 6, 7, 20].map(|lba| read(&mut guest, 1, lba)),
+        [unreadable, Ok(9), unreadable, unreadable]
+    );
+    attach(&mut guest, 2, &[0]).unwrap();
+    assert_eq!(read(&mut guest, 2, 5), unreadable);
+    // A state that says what no guest can have done.
+    guest.controller.pause(Instant::now() + PATIENCE).unwrap();
+    let mut saved = store.state().unwrap();
+    let marks = saved.allocations.namespaces[0].uncorrectable.as_mut().unwrap();
+    marks.marks.runs[0].first = 64;
+    let namespaces = [namespace(2, 64)];
+    let subsystem = Subsystem::with_store("NS", &namespaces, false, store.clone() as _, Some(saved.clone()));
+    let error = subsystem.err().unwrap().to_string();
+    assert!(error.contains("uncorrectable blocks from 64 on"), "{error}");
+    // Where the host has put another image, its blocks are its own.
+    let marks = saved.allocations.namespaces[0].uncorrectable.as_mut().unwrap();
+    marks.marks.runs[0].first = 5;
+    let larger = [namespace(2, 128)];
+    let subsystem = Subsystem::with_store("NS", &larger, false, store.clone() as _, Some(saved)).unwrap();
+    let marked =
+        subsystem.allocations().namespaces.iter().map(|one| one.uncorrectable.is_some()).collect::<Vec<_>>();
+    assert_eq!(marked, [true, false]);
 }
