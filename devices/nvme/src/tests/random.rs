@@ -1,5 +1,7 @@
 //! Random guests: against a reference disk, and hostile ones.
 
+mod pair;
+
 use std::sync::Arc;
 
 use block::{Failure, Fault, FaultControl, FaultImage, Target};
