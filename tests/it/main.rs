@@ -14,6 +14,7 @@ mod linux;
 mod load;
 mod migrate;
 mod mistakes;
+mod multipath;
 mod qmp;
 mod refused;
 mod signals;
