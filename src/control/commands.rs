@@ -44,6 +44,11 @@ const COMMANDS: [(&str, Command); 20] = [
     ("x-ferry-ana-set", access::set),
 ];
 
+/// The names of [`COMMANDS`].
+pub(crate) fn names() -> impl Iterator<Item = &'static str> {
+    COMMANDS.iter().map(|(name, _)| *name)
+}
+
 /// Runs one command.
 pub(super) fn execute(context: &Context, name: &str, arguments: Arguments) -> Result<Value, QmpError> {
     match COMMANDS.iter().find(|(known, _)| *known == name) {
@@ -69,8 +74,7 @@ fn query_version(_: &Context, arguments: Arguments) -> Result<Value, QmpError> {
 
 fn query_commands(_: &Context, arguments: Arguments) -> Result<Value, QmpError> {
     arguments.finish()?;
-    let names = COMMANDS.iter().map(|(name, _)| *name).chain(["qmp_capabilities"]);
-    Ok(names.map(|name| json!({ "name": name })).collect())
+    Ok(names().chain(["qmp_capabilities"]).map(|name| json!({ "name": name })).collect())
 }
 
 fn query_status(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {

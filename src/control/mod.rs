@@ -37,6 +37,8 @@ mod session;
 mod tests;
 
 pub use client::Client;
+#[cfg(test)]
+pub(crate) use commands::names as command_names;
 pub use event::{Event, EventBus, NamespaceChange, ShutdownCause};
 pub use follow::{Finished, MigrateRequest};
 pub use operations::{

@@ -13,6 +13,7 @@
 
 mod operations;
 mod ownership;
+pub mod phases;
 mod signals;
 #[cfg(test)]
 mod tests;
@@ -397,14 +398,7 @@ impl Vmm {
         self.migrations.stop();
         let _transition = lock(&self.transition);
         let state = self.run_state();
-        let owned = matches!(
-            state,
-            RunState::Running
-                | RunState::Paused
-                | RunState::Prelaunch
-                | RunState::Shutdown
-                | RunState::InternalError
-        );
+        let owned = phases::is_released_at_the_end(state);
         let Some(machine) = self.machine() else { return Ok(()) };
         if !owned {
             return Ok(());

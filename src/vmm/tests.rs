@@ -7,7 +7,7 @@ use super::*;
 use crate::cli::{Arguments, Command};
 
 /// A process with a machine whose vCPUs were never started, but that counts as running.
-fn running() -> (Arc<Vmm>, Receiver<Request>) {
+pub(super) fn running() -> (Arc<Vmm>, Receiver<Request>) {
     let (vmm, requests) = process();
     let machine = vmm.prepare_machine(Arc::new(Resources::open(&vmm.spec, false).unwrap())).unwrap();
     assert!(vmm.operations().cont().is_err(), "there is no machine that is ours yet");

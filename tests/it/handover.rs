@@ -51,6 +51,7 @@ fn has_given_away(vm: &mut Vm) {
     assert_eq!((status.ownership, status.status), (FerryOwnership::GivenAway, RunState::Postmigrate));
     assert!(vm.refused("cont", json!({})).contains("lives elsewhere"));
     assert!(vm.refused("migrate", json!({ "uri": "unix:/nowhere" })).contains("lives elsewhere"));
+    assert!(vm.refused("x-ferry-reclaim", json!({})).contains("lives elsewhere"));
 }
 
 fn was_taken(record: &Record) -> bool {
@@ -75,6 +76,9 @@ fn a_commit_that_is_lost_gives_the_guest_back_and_comes_too_late() {
     let status = source.status();
     assert_eq!((status.ownership, status.status), (FerryOwnership::HandoverUnknown, RunState::Postmigrate));
     assert!(source.refused("cont", json!({})).contains("must not run twice"));
+    for command in ["x-ferry-confirm", "x-ferry-reclaim"] {
+        assert!(source.refused(command, json!({})).contains("decides alone, and says generation 1, offered"));
+    }
     source.wait_for_migration("the hand-over", |info| info.status == MigrationStatus::Device);
     assert!(matches!(lease(&bed).state, State::Offered { .. }));
 
@@ -91,11 +95,56 @@ fn a_commit_that_is_lost_gives_the_guest_back_and_comes_too_late() {
     second_attempt(&mut source, destination, &before);
 }
 
+/// A machine that writes no image, and so has no lease.
+fn without_lease() -> Machine {
+    let memory = "controller=d0,nsid=1,backend=memory,size=16M";
+    Machine::new("128M").controller("serial=d0,queues=8").namespace(memory)
+}
+
+/// What its source says of a hand-over that nobody can decide.
+fn undecided(source: &mut Vm) -> String {
+    let reason = |status: FerryStatus| {
+        status
+            .migration
+            .and_then(|migration| migration.detail)
+            .filter(|detail| detail.contains("ferry reclaim"))
+    };
+    source.process.wait_until("a call for the operator", reason).unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+#[test]
+fn a_guest_whose_destination_died_without_a_lease_is_reclaimed_by_the_operator() {
+    let Handover { bed, machine, mut source, destination, proxy, held, before } =
+        Handover::of(without_lease(), bed(), Kind::Commit);
+    destination.kill();
+    held.cut();
+    let detail = undecided(&mut source);
+    assert!(detail.contains(proxy.uri()), "{detail}");
+    assert_eq!(source.status().ownership, FerryOwnership::HandoverUnknown);
+    source.execute("x-ferry-reclaim", json!({}));
+    source.not_migrated();
+    assert!(source.owns_a_running_guest());
+    assert!(source.refused("x-ferry-reclaim", json!({})).contains("running"));
+    let other = machine.expect(&bed, "other", &format!("unix:{}", bed.path("other").display()));
+    second_attempt(&mut source, other, &before);
+}
+
+#[test]
+fn a_guest_that_died_with_its_destination_without_a_lease_is_confirmed_by_the_operator() {
+    let Handover { bed: _bed, mut source, destination, held, .. } =
+        Handover::of(without_lease(), bed(), Kind::Running);
+    destination.kill();
+    held.cut();
+    undecided(&mut source);
+    source.execute("x-ferry-confirm", json!({}));
+    source.migrated();
+    has_given_away(&mut source);
+}
+
 /// Nothing but its destination can say where the guest is.
 #[test]
 fn without_a_lease_the_word_of_the_destination_is_waited_for() {
-    let memory = "controller=d0,nsid=1,backend=memory,size=16M";
-    let machine = Machine::new("128M").controller("serial=d0,queues=8").namespace(memory);
+    let machine = without_lease();
     let Handover { bed: _bed, mut source, mut destination, proxy, held, before, .. } =
         Handover::of(machine, bed(), Kind::Commit);
     proxy.refuse_more();

@@ -386,7 +386,7 @@ impl<'a> Destination<'a> {
                         Event::NotGivenBack
                     }
                 },
-                Action::Start => {
+                Action::Start { .. } => {
                     error = machine.start(state).map_err(Error::machine("start the guest")).err();
                     if let Some(error) = &error {
                         log::error!("the guest is ours and stays paused: {}", error.chain());

@@ -154,17 +154,17 @@ impl Handover {
                 }
                 Action::Ask => self.ask(dial, context),
                 Action::Settle => self.settle(context),
-                Action::Wait => match context.parameters.take_word() {
-                    Some(word) => Event::Operator(word),
-                    None if start.elapsed() >= context.patience.settle => {
-                        self.announce(context);
-                        return Outcome::Unknown(self);
+                Action::Wait => {
+                    self.announce(context);
+                    match context.parameters.take_word() {
+                        Some(word) => Event::Operator(word),
+                        None if start.elapsed() >= context.patience.settle => return Outcome::Unknown(self),
+                        None => {
+                            std::thread::sleep(context.patience.retry);
+                            Event::Retry
+                        }
                     }
-                    None => {
-                        std::thread::sleep(context.patience.retry);
-                        Event::Retry
-                    }
-                },
+                }
                 Action::Resume => return self.ours(machine),
                 Action::Finish => return self.completed(machine, context),
                 Action::StayPaused => return self.theirs(machine),
@@ -215,7 +215,7 @@ impl Handover {
             let answer = link.receive(step)?;
             Ok((link, answer))
         });
-        let event = match asked {
+        match asked {
             Ok((mut link, answer)) => {
                 let event = self.answered(answer, doing);
                 if event == Event::Answered(Answer::Running) {
@@ -229,11 +229,7 @@ impl Handover {
                 event
             }
             Err(error) => self.failed(error, Event::NoAnswer),
-        };
-        if event == Event::NoAnswer {
-            self.announce(context);
         }
-        event
     }
 
     fn answered(&mut self, message: Message, doing: &'static str) -> Event {
@@ -260,7 +256,6 @@ impl Handover {
             }
             Some(Err(error)) => {
                 log::warn!("{self}: {}", Error::from(error).chain());
-                self.announce(context);
                 Event::Unreadable
             }
             None => Event::Unreadable,

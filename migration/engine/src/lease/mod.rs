@@ -278,6 +278,7 @@ impl Lease {
         let claimed = {
             let mut locked = self.locked()?;
             let previous = locked.newest.clone().map(|(_, record)| record);
+            let generation = self.next(previous.as_ref().map_or(0, |record| record.generation))?;
             // Under the record lock, so that of two who find the owner gone only one goes on.
             if !self.lock(libc::F_WRLCK, PRESENCE_RANGE)? {
                 return Err(match previous {
@@ -296,7 +297,6 @@ impl Lease {
                 Some(record) => record.lease,
                 None => random_id().map_err(|source| self.io("draw its name", source))?,
             };
-            let generation = previous.as_ref().map_or(0, |record| record.generation) + 1;
             locked.write(lease, generation, State::Owned)?;
             // From exclusive to shared in one step: nobody comes between.
             self.lock(libc::F_RDLCK, PRESENCE_RANGE)?;
@@ -476,6 +476,13 @@ impl Lease {
         }
     }
 
+    /// Numbers in the file are whoever's wrote it.
+    fn next(&self, number: u64) -> Result<u64, Error> {
+        number.checked_add(1).ok_or_else(|| Error::Condition {
+            reason: format!("lease {}: its numbers have come to their end", self.path.display()),
+        })
+    }
+
     fn io(&self, action: &'static str, source: io::Error) -> Error {
         Error::Io { path: self.path.clone(), action, source }
     }
@@ -498,7 +505,7 @@ impl Locked<'_> {
     /// Writes the next version, by us, and returns when it is on stable storage.
     fn write(&mut self, lease: Id, generation: u64, state: State) -> Result<(), Error> {
         let record = Record { lease, generation, state, owner: self.lease.owner.clone() };
-        let sequence = self.newest.as_ref().map_or(0, |(sequence, _)| *sequence) + 1;
+        let sequence = self.lease.next(self.newest.as_ref().map_or(0, |(sequence, _)| *sequence))?;
         let first = self.newest.is_none();
         if first {
             // Both copies have their blocks from the start: later writes change no metadata, and fsync is cheap.

@@ -233,3 +233,23 @@ fn of_many_claimants_one_wins() {
     });
     assert_eq!(winners, 1);
 }
+
+#[test]
+fn numbers_at_their_end_go_no_further() {
+    let fixture = Fixture::new();
+    let owner = Owner::this_process("old").unwrap();
+    let record =
+        |generation| Record { lease: [9; 16], generation, state: State::Owned, owner: owner.clone() };
+    for (generation, sequence) in [(u64::MAX, 1), (1, u64::MAX)] {
+        let mut file = vec![0; FILE_BYTES];
+        file[..SLOT_BYTES].copy_from_slice(&record(generation).to_slot(sequence));
+        std::fs::write(&fixture.path, &file).unwrap();
+        let error = fixture.process("new").claim().unwrap_err().to_string();
+        assert!(error.contains("have come to their end"), "{error}");
+        assert_eq!(std::fs::read(&fixture.path).unwrap(), file);
+    }
+    let state = State::Offered { session: SESSION, peer: String::new() };
+    let last = Record { state, ..record(u64::MAX) };
+    assert_eq!(rules::take(&last, &SESSION, u64::MAX), None);
+    assert_eq!(rules::settle(&last, &owner.id, true, &SESSION), rules::Settle::Gone);
+}

@@ -92,7 +92,10 @@ pub(crate) enum Action {
         session: Id,
     },
     /// Let the guest run.
-    Start,
+    Start {
+        /// Whose it was.
+        session: Id,
+    },
     /// Say it. The guest is not ours after [`Answer::Never`]: its machine is dropped first.
     Answer {
         /// The attempt.
@@ -125,7 +128,9 @@ impl Destination {
                     self.never(session)
                 }
             }
-            (Phase::Taking { session }, Event::Taken) => self.go(Phase::Starting { session }, Action::Start),
+            (Phase::Taking { session }, Event::Taken) => {
+                self.go(Phase::Starting { session }, Action::Start { session })
+            }
             (Phase::Taking { session }, Event::NotTaken) => {
                 self.go(Phase::GivingBack { session }, Action::GiveBack { session })
             }

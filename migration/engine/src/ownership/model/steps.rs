@@ -260,8 +260,8 @@ impl Steps<'_> {
                     });
                 }
             }
-            Action::Start => self.step("the destination runs the guest", |s| {
-                s.destination_runs();
+            Action::Start { session } => self.step("the destination runs the guest", |s| {
+                s.destination_runs(session[0]);
                 s.destination_hears(Event::Started);
             }),
             Action::Answer { session, answer } => {

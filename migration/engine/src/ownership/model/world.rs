@@ -263,11 +263,11 @@ impl State {
         self.destination.begun = false;
     }
 
-    pub fn destination_runs(&mut self) {
+    pub fn destination_runs(&mut self, session: Session) {
         self.destination.runs = true;
         self.ran = true;
         self.taken = true;
-        if self.never.contains(&self.session) {
+        if self.never.contains(&session) {
             self.violation = Some("a session runs of which NEVER was said");
         }
     }
