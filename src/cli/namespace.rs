@@ -38,7 +38,8 @@ enum NamespaceCommand {
 struct AddArguments {
     #[command(flatten)]
     machine: MachineArguments,
-    /// As for `ferry run --ns`: `controller=S,nsid=N,backend=file|qcow2|null[,path=|size=][,lba=512|4096][,ro][,buffered][,attached=S+S]`.
+    /// As for `ferry run --ns`: `controller=S,nsid=N,backend=file|qcow2|null[,path=|size=][,lba=512|4096]
+    /// [,metadata=8|64[,extended][,pi=0..3[,pi-first]]][,ro][,buffered][,attached=S+S]`.
     #[arg(value_name = "OPTIONS")]
     namespace: NamespaceOption,
 }
@@ -136,12 +137,18 @@ impl WhichArguments {
 /// What the machine is asked for. It may have another working directory.
 fn addition(option: &NamespaceOption) -> anyhow::Result<Value> {
     let NamespaceOption { controller, namespace } = option;
-    let NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, attached } = namespace;
+    let NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, metadata, attached } = namespace;
     let mut arguments = json!({
         "controller": controller, "nsid": nsid, "lba": block_bytes, "ro": read_only, "buffered": buffered
     });
     if !attached.is_empty() {
         arguments["attached"] = json!(attached);
+    }
+    if let Some(metadata) = metadata {
+        arguments["metadata"] = json!(metadata.bytes);
+        arguments["extended"] = json!(metadata.extended);
+        arguments["pi"] = json!(metadata.protection_type);
+        arguments["pi-first"] = json!(metadata.protection_first);
     }
     match backend {
         BackendSpec::File(path) | BackendSpec::Qcow2(path) => {
@@ -188,6 +195,10 @@ mod tests {
         assert_eq!(null, expected);
         let some = addition_of("controller=c,nsid=8,backend=null,size=1M,attached=c+d").unwrap();
         assert_eq!(some["attached"], json!(["c", "d"]));
+        let protected =
+            addition_of("controller=c,nsid=8,backend=null,size=1M,metadata=8,extended,pi=2").unwrap();
+        let said = ["metadata", "extended", "pi", "pi-first"].map(|name| protected[name].clone());
+        assert_eq!(said, [json!(8), json!(true), json!(2), json!(false)]);
         let relative = addition_of("controller=c,nsid=7,backend=file,path=a.raw").unwrap();
         let here = std::env::current_dir().unwrap().join("a.raw");
         assert_eq!(relative["path"], json!(here.to_str().unwrap()), "the machine is elsewhere");

@@ -70,8 +70,13 @@ pub struct RunArguments {
     /// subsystem-of=S makes it one more controller of the subsystem of S, which is declared before it.
     #[arg(long, value_name = "OPTIONS")]
     pub nvme: Vec<NvmeOption>,
-    /// A namespace: controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,lba=512|4096][,ro][,buffered]. It is one of the
-    /// controller's subsystem, and attached to all controllers of that, or to those of attached=S+S.
+    /// A namespace: controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,lba=512|4096]
+    /// [,metadata=8|64[,extended][,pi=0..3[,pi-first]]][,ro][,buffered][,attached=S+S].
+    /// It is one of the controller's subsystem, and attached to all controllers of that, or to those of attached=S+S.
+    /// With metadata each block has 8 bytes of them (64 only with lba=4096), which are behind all blocks in the image and leave
+    /// room for fewer; extended has them transferred at the end of each block instead of in a buffer of their own. pi=1..3 puts
+    /// protection information of that type into their last 8 bytes, or with pi-first into the first. Give an image the same
+    /// options each time.
     #[arg(long, value_name = "OPTIONS")]
     pub ns: Vec<NamespaceOption>,
     /// Threads that serve the controllers' queues.

@@ -23,15 +23,16 @@ pub const MAX_NSID: u32 = 1024;
 pub const MAX_SERIAL_BYTES: usize = 20;
 
 /// A controller as declared: `serial=S[,queues=N][,msix=N][,mdts=N][,cqr][,cmb=SIZE][,subsystem=DIR[,capacity=SIZE]]`, or short
-/// `path=P,serial=S[,lba=N][,ro][,buffered]` for a controller with one file namespace; `subsystem-of=S` makes it one more of a subsystem.
+/// `path=P,serial=S[,lba=N][,metadata=N[,extended][,pi=N[,pi-first]]][,ro][,buffered]` for a controller with one file namespace;
+/// `subsystem-of=S` makes it one more of a subsystem.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NvmeOption {
     /// The controller.
     pub controller: ControllerSpec,
 }
 
-/// A namespace as declared:
-/// `controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,lba=512|4096][,ro][,buffered][,attached=S+S]`.
+/// A namespace as declared: `controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,lba=512|4096]
+/// [,metadata=8|64[,extended][,pi=0..3[,pi-first]]][,ro][,buffered][,attached=S+S]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamespaceOption {
     /// Serial of a controller of its subsystem.
@@ -85,8 +86,57 @@ pub struct NamespaceSpec {
     pub read_only: bool,
     /// Whether a file is used through the page cache even where it need not be.
     pub buffered: bool,
+    /// Metadata of its blocks, if they have some.
+    pub metadata: Option<MetadataSpec>,
     /// Serials of the controllers that it is attached to at first; empty: all of the subsystem.
     pub attached: Vec<String>,
+}
+
+/// Metadata of the blocks of a namespace ("NVM Command Set 1.0, 5.2, 5.3").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MetadataSpec {
+    /// Bytes of each block: 8, or with blocks of 4096 bytes also 64.
+    pub bytes: u16,
+    /// They are transferred at the end of each block, not in a buffer of their own.
+    pub extended: bool,
+    /// Type of protection information, 0 for none.
+    pub protection_type: u8,
+    /// It is the first eight bytes of the metadata, not the last.
+    pub protection_first: bool,
+}
+
+impl MetadataSpec {
+    /// Checks what was said of the metadata of blocks of `block_bytes`.
+    ///
+    /// # Errors
+    /// What is wrong with it, in the terms of the options.
+    pub fn new(
+        block_bytes: u32,
+        bytes: Option<u64>,
+        extended: bool,
+        protection_type: u64,
+        protection_first: bool,
+    ) -> Result<Option<Self>, String> {
+        if protection_type > 3 {
+            return Err(format!("pi={protection_type} is not between 0 and 3"));
+        }
+        if protection_first && protection_type == 0 {
+            return Err("pi-first is about protection information: say which with pi=1..3".to_owned());
+        }
+        let bytes = match bytes {
+            None if extended || protection_type != 0 => {
+                return Err("extended and pi are about metadata: say how many with metadata=…".to_owned());
+            }
+            None => return Ok(None),
+            Some(8) => 8,
+            Some(64) if block_bytes == 4096 => 64,
+            Some(bytes) => {
+                return Err(format!("metadata={bytes} is neither 8 nor, with lba=4096, 64"));
+            }
+        };
+        // At most 3.
+        Ok(Some(Self { bytes, extended, protection_type: protection_type as u8, protection_first }))
+    }
 }
 
 /// Where the bytes of a namespace live.
@@ -148,11 +198,19 @@ impl FromStr for NvmeOption {
         }
         let mut namespaces = Vec::new();
         if let Some(path) = options.text("path")? {
-            let (block_bytes, read_only) = block_options(&mut options)?;
+            let (block_bytes, metadata, read_only) = block_options(&mut options)?;
             let backend = BackendSpec::File(path.into());
             let buffered = options.flag("buffered")?;
             let attached = Vec::new();
-            namespaces.push(NamespaceSpec { nsid: 1, backend, block_bytes, read_only, buffered, attached });
+            namespaces.push(NamespaceSpec {
+                nsid: 1,
+                backend,
+                block_bytes,
+                read_only,
+                buffered,
+                metadata,
+                attached,
+            });
         }
         let subsystem_of = options.text("subsystem-of")?;
         let capacity_bytes = options.size("capacity")?;
@@ -170,7 +228,7 @@ impl FromStr for NvmeOption {
             return Err(options.error(format!("a subsystem has one folder: give it to {first:?}")));
         }
         options.finish(
-            "serial, queues, msix, mdts, cqr, cmb, subsystem-of, subsystem and capacity; with path also lba, ro and buffered",
+            "serial, queues, msix, mdts, cqr, cmb, subsystem-of, subsystem and capacity; with path also lba, metadata, extended, pi, pi-first, ro and buffered",
         )?;
         let controller = ControllerSpec {
             serial,
@@ -216,7 +274,7 @@ impl FromStr for NamespaceOption {
             }
             _ => return Err(options.error(format!("backend={kind} is none of file, qcow2, memory and null"))),
         };
-        let (block_bytes, read_only) = block_options(&mut options)?;
+        let (block_bytes, metadata, read_only) = block_options(&mut options)?;
         if let BackendSpec::Memory { size_bytes } | BackendSpec::Null { size_bytes } = backend
             && (size_bytes == 0 || size_bytes % 4096 != 0)
         {
@@ -227,19 +285,24 @@ impl FromStr for NamespaceOption {
         let attached: Vec<String> =
             attached.iter().flat_map(|list| list.split('+')).map(str::to_owned).collect();
         options.finish(
-            "controller, nsid, backend, path, size, lba, ro and attached; with a file also buffered",
+            "controller, nsid, backend, path, size, lba, metadata, extended, pi, pi-first, ro and attached; with a file also buffered",
         )?;
-        let namespace = NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, attached };
+        let namespace = NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, metadata, attached };
         Ok(Self { controller, namespace })
     }
 }
 
-fn block_options(options: &mut Options) -> Result<(u32, bool), Error> {
+/// Block size, metadata, and whether writes are refused.
+fn block_options(options: &mut Options) -> Result<(u32, Option<MetadataSpec>, bool), Error> {
     let block_bytes = options.number("lba")?.unwrap_or(512);
     if block_bytes != 512 && block_bytes != 4096 {
         return Err(options.error(format!("lba={block_bytes} is neither 512 nor 4096")));
     }
-    Ok((block_bytes, options.flag("ro")?))
+    let (bytes, extended) = (options.number("metadata")?, options.flag("extended")?);
+    let (protection_type, first) = (options.number("pi")?.unwrap_or(0), options.flag("pi-first")?);
+    let metadata = MetadataSpec::new(block_bytes, bytes, extended, protection_type, first)
+        .map_err(|reason| options.error(reason))?;
+    Ok((block_bytes, metadata, options.flag("ro")?))
 }
 
 #[cfg(test)]
@@ -303,10 +366,11 @@ mod tests {
     fn namespaces_of_each_backend() {
         let option: NamespaceOption =
             "controller=c,nsid=7,backend=memory,size=1M,lba=4096,ro".parse().unwrap();
-        let NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, .. } = option.namespace;
+        let NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, metadata, .. } =
+            option.namespace;
         assert_eq!(
-            (nsid, backend, block_bytes, read_only, buffered),
-            (7, BackendSpec::Memory { size_bytes: 1 << 20 }, 4096, true, false)
+            (nsid, backend, block_bytes, read_only, buffered, metadata),
+            (7, BackendSpec::Memory { size_bytes: 1 << 20 }, 4096, true, false, None)
         );
         let option: NamespaceOption = "controller=c,nsid=1,backend=file,path=p,buffered".parse().unwrap();
         assert!(option.namespace.buffered);
@@ -314,6 +378,24 @@ mod tests {
         assert_eq!(option.namespace.backend, BackendSpec::Qcow2("p".into()));
         let option: NamespaceOption = "controller=c,nsid=1024,backend=null,size=1T".parse().unwrap();
         assert_eq!(option.namespace.backend, BackendSpec::Null { size_bytes: 1 << 40 });
+    }
+
+    #[test]
+    fn blocks_have_metadata_and_protection_information_in_them() {
+        let metadata = |text: &str| {
+            let text = format!("controller=c,nsid=7,backend=null,size=1M{text}");
+            text.parse::<NamespaceOption>().unwrap().namespace.metadata
+        };
+        let plain = MetadataSpec { bytes: 8, extended: false, protection_type: 0, protection_first: false };
+        assert_eq!(metadata(",metadata=8"), Some(plain));
+        assert_eq!(metadata(",metadata=8,pi=0"), Some(plain));
+        let large = MetadataSpec { bytes: 64, extended: true, protection_type: 3, protection_first: true };
+        assert_eq!(metadata(",lba=4096,metadata=64,extended,pi=3,pi-first"), Some(large));
+        let short: NvmeOption = "serial=s,path=p,metadata=8,pi=1".parse().unwrap();
+        assert_eq!(
+            short.controller.namespaces[0].metadata,
+            Some(MetadataSpec { protection_type: 1, ..plain })
+        );
     }
 
     #[test]
@@ -355,6 +437,12 @@ mod tests {
             "controller=c,nsid=1,backend=memory,size=1000",
             "controller=c,nsid=1,backend=memory,size=4096,buffered",
             "controller=c,nsid=1,backend=file,path=p,size=1M",
+            "controller=c,nsid=1,backend=null,size=4096,metadata=16",
+            "controller=c,nsid=1,backend=null,size=4096,metadata=64",
+            "controller=c,nsid=1,backend=null,size=4096,pi=1",
+            "controller=c,nsid=1,backend=null,size=4096,extended",
+            "controller=c,nsid=1,backend=null,size=4096,metadata=8,pi=4",
+            "controller=c,nsid=1,backend=null,size=4096,metadata=8,pi-first",
         ] {
             assert!(text.parse::<NamespaceOption>().is_err(), "{text}");
         }

@@ -12,7 +12,8 @@ mod size;
 mod spec;
 
 pub use disk::{
-    BackendSpec, ControllerSpec, MAX_NSID, NamespaceOption, NamespaceSpec, NvmeOption, SubsystemSpec,
+    BackendSpec, ControllerSpec, MAX_NSID, MetadataSpec, NamespaceOption, NamespaceSpec, NvmeOption,
+    SubsystemSpec,
 };
 pub use options::Options;
 pub use size::{display_size, parse_size};

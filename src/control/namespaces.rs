@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::commands::Context;
 use super::protocol::{Arguments, QmpError};
-use crate::config::{BackendSpec, MAX_NSID, NamespaceOption, NamespaceSpec};
+use crate::config::{BackendSpec, MAX_NSID, MetadataSpec, NamespaceOption, NamespaceSpec};
 
 /// `x-ferry-namespace-add`.
 pub(super) fn add(context: &Context, mut arguments: Arguments) -> Result<Value, QmpError> {
@@ -23,11 +23,16 @@ pub(super) fn add(context: &Context, mut arguments: Arguments) -> Result<Value, 
         Some(bytes @ (512 | 4096)) => bytes as u32,
         Some(_) => return Err(QmpError::generic("Parameter 'lba' expects 512 or 4096")),
     };
+    let (bytes, extended) =
+        (arguments.optional_u64("metadata")?, arguments.optional_bool("extended")?.unwrap_or(false));
+    let (pi, first) =
+        (arguments.optional_u64("pi")?.unwrap_or(0), arguments.optional_bool("pi-first")?.unwrap_or(false));
+    let metadata = MetadataSpec::new(block_bytes, bytes, extended, pi, first).map_err(QmpError::generic)?;
     let read_only = arguments.optional_bool("ro")?.unwrap_or(false);
     let buffered = arguments.optional_bool("buffered")?.unwrap_or(false);
     let attached = arguments.optional_strings("attached")?;
     arguments.finish()?;
-    let namespace = NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, attached };
+    let namespace = NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, metadata, attached };
     context.operations.add_namespace(&NamespaceOption { controller, namespace })?;
     Ok(json!({}))
 }

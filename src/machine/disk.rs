@@ -247,8 +247,18 @@ impl Disk {
             let namespace = format!("{controller}.ns.{}", shape.nsid);
             description
                 .set(format!("{namespace}.backend"), String::from_utf8_lossy(&shape.backend).trim_end());
-            description.set(format!("{namespace}.capacity_bytes"), shape.blocks * block_bytes);
+            let capacity_bytes = match &shape.metadata {
+                None => shape.blocks * block_bytes,
+                Some(metadata) => metadata.image_bytes,
+            };
+            description.set(format!("{namespace}.capacity_bytes"), capacity_bytes);
             description.set(format!("{namespace}.lba"), block_bytes);
+            if let Some(metadata) = &shape.metadata {
+                description.set(format!("{namespace}.metadata"), metadata.bytes);
+                description.set(format!("{namespace}.extended"), metadata.extended);
+                description.set(format!("{namespace}.pi"), metadata.protection_type);
+                description.set(format!("{namespace}.pi-first"), metadata.protection_first);
+            }
             description.set(format!("{namespace}.ro"), shape.read_only);
             if created {
                 description.set(format!("{namespace}.created"), engine::lease::show_id(&shape.uuid));

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use block::{Backend, FileImage, FileOptions, MemoryImage, NullImage, Qcow2Image};
-use nvme::{NamespaceConfig, Subsystem};
+use nvme::{MetadataConfig, NamespaceConfig, Subsystem};
 
 use crate::config::{BackendSpec, ControllerSpec, MachineSpec, NamespaceSpec, SubsystemSpec};
 use crate::memory::{GuestRam, RamBlock};
@@ -304,7 +304,7 @@ pub(super) fn open_namespace(
     spec: &NamespaceSpec,
     ram: &GuestRam,
 ) -> anyhow::Result<NamespaceConfig> {
-    let NamespaceSpec { nsid, block_bytes, read_only, buffered, .. } = *spec;
+    let NamespaceSpec { nsid, block_bytes, read_only, buffered, metadata, .. } = *spec;
     let backend: Arc<dyn Backend> = match &spec.backend {
         BackendSpec::File(path) => {
             let options = FileOptions { read_only, direct: !buffered, block_size_bytes: block_bytes };
@@ -328,7 +328,13 @@ pub(super) fn open_namespace(
             Arc::new(if read_only { image.read_only() } else { image })
         }
     };
-    Ok(NamespaceConfig { nsid, block_bytes, metadata: None, backend })
+    let metadata = metadata.map(|metadata| MetadataConfig {
+        bytes: metadata.bytes,
+        extended: metadata.extended,
+        protection_type: metadata.protection_type,
+        protection_first: metadata.protection_first,
+    });
+    Ok(NamespaceConfig { nsid, block_bytes, metadata, backend })
 }
 
 /// The first image that is a file and may be written: the lease lies beside it.

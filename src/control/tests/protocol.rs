@@ -319,6 +319,11 @@ fn namespaces_are_added_removed_and_resized_in_words_of_our_own() {
             json!({ "controller": "c", "nsid": 7, "backend": "file", "path": "p", "lba": 520 }),
             "Parameter 'lba' expects 512 or 4096",
         ),
+        (
+            "add",
+            json!({ "controller": "c", "nsid": 7, "backend": "null", "size": 4096, "metadata": 16 }),
+            "metadata=16 is neither 8 nor, with lba=4096, 64",
+        ),
         ("remove", json!({ "controller": "c" }), "Parameter 'nsid' is missing"),
         ("resize", json!({ "controller": "c", "nsid": 7, "to": 1 }), "Parameter 'to' is unexpected"),
     ] {
