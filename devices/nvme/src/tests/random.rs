@@ -11,6 +11,7 @@ use nvme_spec::{SglDescriptor, Status, SubmissionEntry, regs};
 use proptest::prelude::*;
 
 use super::driver::{Guest, MEMORY_BYTES, memory_image, namespace, transfer};
+use super::metadata::formats;
 use crate::{ControllerConfig, NamespaceConfig};
 
 const BLOCKS: u64 = 64;
@@ -424,11 +425,12 @@ fn entry() -> impl Strategy<Value = SubmissionEntry> {
     let nsid = prop_oneof![3 => Just(1u32), 1 => any::<u32>(), 1 => 0..3u32];
     let dword = || prop_oneof![2 => 0..64u32, 1 => any::<u32>(), 1 => any::<u8>().prop_map(|low| u32::from(low) << 16 | 3)];
     let dwords = [dword(), dword(), dword(), dword()];
-    (opcodes, nsid, address(), address_or_descriptor(), dwords, flags()).prop_map(
-        |(opcode, nsid, prp1, prp2, [cdw10, cdw11, cdw12, cdw13], flags)| SubmissionEntry {
+    (opcodes, nsid, address(), address_or_descriptor(), address_or_descriptor(), dwords, flags()).prop_map(
+        |(opcode, nsid, prp1, prp2, mptr, [cdw10, cdw11, cdw12, cdw13], flags)| SubmissionEntry {
             opcode,
             flags,
             nsid,
+            mptr,
             prp1,
             prp2,
             cdw10,
@@ -455,9 +457,14 @@ proptest! {
         writes in prop::collection::vec((0..0x1040u64, any::<u32>()), 0..12),
         junk in prop::collection::vec(address_or_descriptor(), 64),
         shadow: bool,
+        format in prop::option::of(prop::sample::select(formats())),
     ) {
         let config = ControllerConfig { queue_pairs: 4, vectors: 5, ..ControllerConfig::new("HOSTILE") };
-        let mut guest = Guest::ready(config, vec![namespace(1, 4096)]);
+        let mut disk = namespace(1, 4096);
+        if let Some((block_bytes, metadata)) = format {
+            (disk.block_bytes, disk.metadata) = (block_bytes, Some(metadata));
+        }
+        let mut guest = Guest::ready(config, vec![disk]);
         if shadow {
             guest.use_shadow_doorbells();
         }
@@ -490,7 +497,7 @@ proptest! {
         assert_eq!(guest.read32(regs::CSTS) & 3, 0);
         guest.enable();
         guest.create_pair(1, 8);
-        let page = guest.pages(1);
+        let page = guest.pages(2);
         guest.io(1, transfer(nvm::READ, 1, 0, 1, page)).unwrap();
     }
 }

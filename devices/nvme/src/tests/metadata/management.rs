@@ -1,6 +1,6 @@
 //! Formats with metadata: configured, asked for, saved, moved, and given up.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use block::{Fault, FaultControl, FaultImage, Target};
 use nvme_spec::identify::{IdentifyNamespace, cns};
@@ -12,7 +12,7 @@ use crate::maintenance::CHUNK_BYTES;
 use crate::namespace::Namespace;
 use crate::tests::driver::{Guest, memory_image, namespace, transfer};
 use crate::tests::store::{Memory, managed};
-use crate::{Error, FormatSettingsState, MetadataConfig, NamespaceConfig, Subsystem};
+use crate::{Error, FormatSettingsState, KeptState, MetadataConfig, NamespaceConfig, NonVolatile, Subsystem};
 
 fn format(cdw10: u32) -> SubmissionEntry {
     SubmissionEntry { opcode: admin::FORMAT_NVM, nsid: 1, cdw10, ..SubmissionEntry::default() }
@@ -270,4 +270,41 @@ fn an_overwrite_leaves_no_metadata_and_a_self_test_names_the_block() {
         assert_eq!(namespace.block_at(offset), block, "{offset}");
     }
     assert_eq!(namespace.block_at(IMAGE_BYTES as u64 - 1), namespace.blocks - 1);
+}
+
+/// A place that outlives a controller.
+#[derive(Debug, Default)]
+struct Place(Mutex<Option<KeptState>>);
+
+impl NonVolatile for Place {
+    fn keep(&self, kept: &KeptState) -> std::io::Result<()> {
+        *self.0.lock().unwrap() = Some(kept.clone());
+        Ok(())
+    }
+}
+
+#[test]
+fn metadata_outlive_the_power() {
+    let (place, backend) = (Arc::new(Place::default()), memory_image(IMAGE_BYTES));
+    let power_on = || {
+        let namespaces =
+            vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend: backend.clone() }];
+        let mut guest = Guest::power_on(config(), namespaces);
+        let kept = place.0.lock().unwrap().clone();
+        guest.controller.attach_non_volatile(place.clone(), kept.as_ref()).unwrap();
+        guest.enable();
+        guest
+    };
+    let mut guest = power_on();
+    guest.admin(format(4 | 1 << 4 | 3 << 5 | 1 << 8)).unwrap();
+    let formatted = about(&mut guest, 1);
+    assert_eq!((formatted.flbas, formatted.dps), (0x14, 0xb));
+    drop(guest);
+    assert_eq!(about(&mut power_on(), 1), formatted);
+    let mut kept = place.0.lock().unwrap().clone().unwrap();
+    assert_eq!(vmstate::from_bytes::<KeptState>(&vmstate::to_bytes(&kept), 1), Ok(kept.clone()));
+    kept.formats[0].metadata.as_mut().unwrap().bytes = 16;
+    let guest = Guest::power_on(config(), vec![namespace(1, 64)]);
+    let error = guest.controller.attach_non_volatile(place.clone(), Some(&kept)).unwrap_err().to_string();
+    assert!(error.contains("formats.block_shift"), "{error}");
 }
