@@ -10,6 +10,7 @@ mod guest;
 mod handover;
 mod inspect;
 mod kills;
+mod large;
 mod linux;
 mod load;
 mod migrate;
