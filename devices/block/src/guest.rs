@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use bus::{GuestMemory, GuestRange};
+use bus::{GuestMemory, GuestRange, in_one_region};
 use vm_memory::bitmap::{Bitmap, MS};
 use vm_memory::{GuestMemoryBackend, VolatileSlice};
 
@@ -62,6 +62,12 @@ pub(crate) fn for_each_slice<'a>(
     for range in ranges {
         let length = range.length_bytes as usize;
         if range.address != NOWHERE {
+            // One region holds what most commands are for.
+            if let Some(slice) = in_one_region(memory, range.address, length) {
+                visit(position, slice);
+                position += length;
+                continue;
+            }
             let mut within = position;
             for slice in memory.get_slices(range.address, length) {
                 let slice = slice.map_err(|_| Failure::GuestMemory)?;

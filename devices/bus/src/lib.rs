@@ -13,4 +13,4 @@ mod memory;
 
 pub use bus::{Bus, BusDevice, Error};
 pub use interrupt::InterruptLine;
-pub use memory::{GuestBitmap, GuestMapping, GuestMemory, GuestRange, GuestRegion};
+pub use memory::{GuestBitmap, GuestMapping, GuestMemory, GuestRange, GuestRegion, in_one_region};

@@ -245,7 +245,9 @@ impl Admin {
         if wanted.subsystem_reset {
             pool.shared.subsystem.reset_others(pool.shared.controller_id);
         }
-        if pool.shared.gate.subsystem_reset.swap(false, Ordering::SeqCst) {
+        if pool.shared.gate.subsystem_reset.load(Ordering::SeqCst)
+            && pool.shared.gate.subsystem_reset.swap(false, Ordering::SeqCst)
+        {
             // As if it had been written here.
             wanted = Wanted { subsystem_reset: true, ..Wanted::default() };
         }
@@ -591,6 +593,9 @@ impl Admin {
     /// Takes over what workers have to warn of, and tells of what is new if the host wants to be told.
     fn follow_warnings(&mut self, shared: &Shared) {
         let new = shared.warnings.load(Ordering::SeqCst) & !self.health.critical_warning;
+        if new == 0 {
+            return;
+        }
         self.health.critical_warning |= new;
         for warning in (0..8).map(|bit| 1u8 << bit).filter(|bit| new & bit != 0) {
             if self.features.async_events & u32::from(warning) != 0 {

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use bus::GuestMemory;
+use bus::{GuestMemory, in_one_region};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::cmb;
@@ -201,7 +201,8 @@ pub(crate) struct MemoryGone;
 impl Shadow {
     /// The value the guest wrote last.
     pub fn load(&self, memory: &GuestMemory) -> Result<u32, MemoryGone> {
-        memory.load::<u32>(self.value, Ordering::Acquire).map(u32::from_le).map_err(|_| MemoryGone)
+        let word = in_one_region(memory, self.value, 4).ok_or(MemoryGone)?;
+        word.load::<u32>(0, Ordering::Acquire).map(u32::from_le).map_err(|_| MemoryGone)
     }
 
     /// Writes the shadow itself: when a queue appears, and for the admin queue, whose doorbells are always MMIO.
@@ -237,7 +238,8 @@ impl ShadowWords for InMemory<'_> {
     }
 
     fn set_event_index(&self, index: u32) -> Result<(), MemoryGone> {
-        self.memory.store(index.to_le(), self.shadow.event_index, Ordering::Release).map_err(|_| MemoryGone)
+        let word = in_one_region(self.memory, self.shadow.event_index, 4).ok_or(MemoryGone)?;
+        word.store(index.to_le(), 0, Ordering::Release).map_err(|_| MemoryGone)
     }
 
     fn fence(&self) {

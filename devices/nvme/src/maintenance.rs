@@ -174,7 +174,8 @@ impl Admin {
                 }
             }
         }
-        if !waits_for_quiet {
+        // Looked at first: workers read the line that it is in.
+        if !waits_for_quiet && pool.shared.tells_of_ends.load(Ordering::Relaxed) {
             pool.shared.tells_of_ends.store(false, Ordering::SeqCst);
         }
         more

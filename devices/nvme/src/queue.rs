@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
-use bus::GuestMemory;
+use bus::{GuestMemory, in_one_region};
 use nvme_spec::{CompletionEntry, Status, SubmissionEntry};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
@@ -224,7 +224,9 @@ impl SubmissionQueue {
     pub fn fetch(&mut self, memory: &GuestMemory) -> Result<Option<SubmissionEntry>, MemoryGone> {
         let index = self.head;
         let mut bytes = [0; SubmissionEntry::SIZE_BYTES];
-        memory.read_slice(&mut bytes, self.ring.address(index)).map_err(|_| MemoryGone)?;
+        // An entry is aligned to its size, and regions to pages.
+        let place = in_one_region(memory, self.ring.address(index), SubmissionEntry::SIZE_BYTES);
+        place.ok_or(MemoryGone)?.copy_to(&mut bytes[..]);
         self.head = self.ring.next(index);
         // It waits no longer: the same tail comes again after a lap.
         self.hold = Hold::No;
@@ -391,13 +393,12 @@ impl CompletionQueue {
         let bytes = entry.to_bytes();
         low.copy_from_slice(&bytes[..8]);
         high.copy_from_slice(&bytes[8..]);
-        let address = self.ring.address(self.tail);
+        let place = in_one_region(memory, self.ring.address(self.tail), CompletionEntry::SIZE_BYTES);
+        let place = place.ok_or(MemoryGone)?;
         // The half with the phase tag goes last and in one piece: whoever sees the tag sees the rest, and the data before it.
-        memory
-            .store(u64::from_ne_bytes(low), address, Ordering::Relaxed)
-            .and_then(|()| {
-                memory.store(u64::from_ne_bytes(high), GuestAddress(address.0 + 8), Ordering::Release)
-            })
+        place
+            .store(u64::from_ne_bytes(low), 0, Ordering::Relaxed)
+            .and_then(|()| place.store(u64::from_ne_bytes(high), 8, Ordering::Release))
             .map_err(|_| MemoryGone)?;
         self.tail = self.ring.next(self.tail);
         if self.tail == 0 {

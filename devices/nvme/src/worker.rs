@@ -150,7 +150,11 @@ impl Worker {
         self.finish_interrupts(shared)?;
         let lane = &shared.lanes[self.index];
         let in_flight = self.in_flight();
-        let before = lane.in_flight.swap(in_flight, Ordering::SeqCst);
+        // Nobody else writes it while this lock is held, and most passes of a busy worker end as they began.
+        let before = lane.in_flight.load(Ordering::Relaxed);
+        if before != in_flight {
+            lane.in_flight.store(in_flight, Ordering::SeqCst);
+        }
         // A reset or shutdown waits for the last end, and whoever changes namespaces for every one.
         let is_waited_for = || {
             in_flight == 0 && !shared.active.load(Ordering::SeqCst)
@@ -457,7 +461,7 @@ impl Worker {
 
     /// Posts what has its place, one interrupt a queue.
     pub fn post(&mut self, shared: &Shared) -> Result<(), MemoryGone> {
-        if !shared.is_bus_master() {
+        if self.listed.is_empty() || !shared.is_bus_master() {
             return Ok(());
         }
         let Self { cqs, sqs, listed, delayed, .. } = self;
@@ -476,7 +480,9 @@ impl Worker {
             cq.listed = !cq.backlog.is_empty();
             cq.listed
         });
-        shared.lanes[self.index].completed.fetch_add(completed, Ordering::Relaxed);
+        if completed > 0 {
+            shared.lanes[self.index].completed.fetch_add(completed, Ordering::Relaxed);
+        }
         outcome
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use block::{Backend, IoContext};
-use bus::GuestMemory;
+use bus::{GuestMemory, in_one_region};
 use nvme::{Controller, ControllerConfig, Host, NamespaceConfig, Progress};
 use nvme_spec::opcode::{admin, nvm};
 use nvme_spec::{SubmissionEntry, regs};
@@ -130,14 +130,29 @@ impl Guest {
     }
 
     fn enable(&mut self) {
-        // Memory space and bus master.
+        // Memory space and bus master; interrupts by message, as every driver has them, although this one polls.
         self.controller.config_write(0x04, &6_u16.to_le_bytes());
+        self.controller.config_write(self.msix_capability() + 2, &0x8000_u16.to_le_bytes());
         self.write_register(regs::AQA, (ADMIN_ENTRIES - 1) << 16 | (ADMIN_ENTRIES - 1));
         let (submissions, completions) = (self.admin.submissions(), self.admin.completions());
         self.controller.bar_write(0, regs::ASQ, &submissions.to_le_bytes());
         self.controller.bar_write(0, regs::ACQ, &completions.to_le_bytes());
         self.write_register(regs::CC, 0x0046_0001);
         self.settle();
+    }
+
+    fn msix_capability(&self) -> u16 {
+        let byte = |offset| {
+            let mut byte = [0];
+            self.controller.config_read(offset, &mut byte);
+            byte[0]
+        };
+        let mut offset = u16::from(byte(0x34));
+        while byte(offset) != 0x11 {
+            offset = byte(offset + 1).into();
+            assert!(offset != 0, "MSI-X is in the list");
+        }
+        offset
     }
 
     fn create_queue(&mut self, id: u16, blocks: u64) {
@@ -231,10 +246,11 @@ impl Guest {
     /// What `nvme_dbbuf_update_and_check_event` of Linux does.
     fn ring(&self, offset: u64, old: u32, new: u32) {
         if self.doorbells == Doorbells::Shadow {
-            let _ = self.memory.store(new, GuestAddress(SHADOW + offset), Ordering::Release);
+            let word = |address| in_one_region(&self.memory, GuestAddress(address), 4).expect("its page");
+            let _ = word(SHADOW + offset).store(new, 0, Ordering::Release);
             fence(Ordering::SeqCst);
             let event: u32 =
-                self.memory.load(GuestAddress(SHADOW + 4096 + offset), Ordering::Acquire).expect("its page");
+                word(SHADOW + 4096 + offset).load(0, Ordering::Acquire).expect("an aligned word");
             let (old, new, event) = (old as u16, new as u16, event as u16);
             if new.wrapping_sub(event).wrapping_sub(1) >= new.wrapping_sub(old) {
                 return;
@@ -247,7 +263,8 @@ impl Guest {
     /// Status and phase tag of the entry at the head of `queue`.
     fn status(&self, queue: &Queue) -> u16 {
         let address = GuestAddress(queue.completions() + u64::from(queue.head) * 16 + 14);
-        self.memory.load(address, Ordering::Acquire).expect("a queue in guest memory")
+        let word = in_one_region(&self.memory, address, 2).expect("a queue in guest memory");
+        word.load(0, Ordering::Acquire).expect("an aligned word")
     }
 
     fn store(&self, address: u64, bytes: &[u8]) {
