@@ -116,13 +116,14 @@ impl Shape {
 
 impl NamespaceShape {
     pub(crate) fn of(namespace: &Namespace) -> Self {
+        let identity = namespace.backend.identity();
         Self {
             nsid: namespace.nsid,
             block_shift: namespace.block_shift,
             blocks: namespace.blocks,
-            read_only: namespace.backend.identity().read_only,
+            read_only: identity.read_only,
             uuid: namespace.uuid,
-            backend: padded(namespace.backend.identity().kind),
+            backend: padded(identity.kind),
             metadata: namespace.metadata.map(|metadata| MetadataShape {
                 bytes: metadata.bytes,
                 extended: metadata.extended,

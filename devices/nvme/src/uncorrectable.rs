@@ -77,6 +77,9 @@ impl Uncorrectable {
 
     /// What is saved: nothing if nothing is marked.
     pub fn save(&self) -> Option<UncorrectableState> {
+        if !self.any.load(Ordering::Acquire) {
+            return None;
+        }
         let run =
             |(&first, &end): (&u64, &u64)| UncorrectableRunState { first, blocks: (end - first) as u32 };
         let runs: Vec<_> = lock(&self.runs).iter().map(run).collect();
