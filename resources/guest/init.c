@@ -13,14 +13,14 @@
  * Words of the kernel's command line:
  *
  *   ferry.loop=all|files|blocks|none   what to run (all); none only reports, then sleeps
- *   ferry.loop=commands                run the script of that name (in the tools guest), then end
+ *   ferry.loop=SCRIPT                  run the script of that name (in the tools guest), then end
  *   ferry.namespaces=N                 wait for N namespaces, that of ext4 among them (1)
  *   ferry.every=N                      report each N verified blocks (16)
  *   ferry.exit=N                       end after N verified blocks (0: never)
  *   ferry.end=reset|poweroff           how to end (reset; poweroff needs ACPI)
  *
  * Console lines: `guest: init`, `guest: mounted`, `guest: namespaces N` (beside that of ext4), `guest: verified N`,
- * `guest: commands passed`, `guest: ERROR what (number)`, `guest: end`. An error ends the guest.
+ * `guest: script passed`, `guest: ERROR what (number)`, `guest: end`. An error ends the guest.
  *
  * No libc: its start-up code and string functions would pick instructions by CPUID, which shows user code the host's.
  */
@@ -445,10 +445,13 @@ static char *command_environment[] = {
     0,
 };
 
-static void run_commands(void)
+static void run_script(const char *name)
 {
-    static char *arguments[] = {"busybox", "sh", "/commands", 0};
+    static struct line path;
+    static char *arguments[] = {"busybox", "sh", path.text, 0};
     int status = 0;
+    add_text(&path, "/scripts/");
+    add_text(&path, name);
     make_folder("/sys");
     make_folder("/tmp");
     mount("sysfs", "/sys", "sysfs");
@@ -457,8 +460,8 @@ static void run_commands(void)
         must("execve", sys(SYS_EXECVE, "/bin/busybox", arguments, command_environment, 0));
     must("wait4", sys(SYS_WAIT4, child, &status, 0, 0));
     if (status)
-        fail("commands", status);
-    say("commands passed");
+        fail(name, status);
+    say("script passed");
     end_guest();
 }
 
@@ -489,10 +492,11 @@ __attribute__((noreturn, used)) static void start(void)
     shared = (void *)must("mmap", syscall6(SYS_MMAP, 0, PAGE, 3 /* read, write */, 0x21 /* shared, anonymous */, -1, 0));
 
     wait_for_namespaces();
-    if (same(option_loop, "commands"))
-        run_commands();
     files = same(option_loop, "all") || same(option_loop, "files");
-    blocks = namespace_count && (same(option_loop, "all") || same(option_loop, "blocks"));
+    blocks = same(option_loop, "all") || same(option_loop, "blocks");
+    if (!files && !blocks && !same(option_loop, "none"))
+        run_script(option_loop);
+    blocks = blocks && namespace_count;
     if (files) {
         mount("/dev/nvme0n1", "/mnt", "ext4");
         say("mounted");

@@ -20,3 +20,4 @@ mod qmp;
 mod refused;
 mod signals;
 mod suspend;
+mod tools;
