@@ -70,7 +70,7 @@ impl DataWalker {
         ranges: &mut Vec<GuestRange>,
     ) -> Result<(), Status> {
         match entry.psdt() {
-            // "... the address of a contiguous physical buffer of metadata and shall be Dword aligned"
+            // It is the address of one run of memory, at a dword.
             entry::PSDT_PRP if !entry.mptr.is_multiple_of(4) => Err(Status::INVALID_FIELD.do_not_retry()),
             entry::PSDT_PRP | entry::PSDT_SGL_BUFFER => self.prp.walk_run(entry.mptr, length_bytes, ranges),
             entry::PSDT_SGL_DESCRIPTOR => {

@@ -34,8 +34,8 @@ pub(crate) fn is_about_blocks(opcode: u8) -> bool {
 }
 
 impl Metadata {
-    /// Whether metadata go with a command. "If ... PRACT ... is set to '1' and the metadata size is equal to the protection information
-    /// size", the controller makes them of what is written, and keeps them from who reads (NVM 5.2.2).
+    /// Whether metadata go with a command. With PRACT, where they are protection information and nothing else, the controller makes them
+    /// of what is written, and keeps them from who reads (NVM 5.2.2).
     fn are_transferred(&self, wanted: &Wanted) -> bool {
         self.protection.is_none() || !wanted.action || usize::from(self.bytes) > PROTECTION_BYTES
     }
@@ -102,7 +102,7 @@ impl Worker {
         let (first, count) = (entry.cdw10_64(), blocks(entry));
         let transferred = metadata.are_transferred(&wanted);
         let (data_bytes, separate_bytes) = namespace.transfer_bytes(count, transferred);
-        // "This value includes the length of metadata, if metadata is interleaved with the logical block data" (MDTS).
+        // MDTS includes metadata that are interleaved with the data, and no others.
         if data_bytes > shared.config.max_transfer_bytes() {
             return Err(Status::INVALID_FIELD.do_not_retry());
         }
@@ -164,8 +164,8 @@ impl Worker {
         Ok(job)
     }
 
-    /// "If ... PRACT ... is cleared to '0', then the protection information ... shall be all zeroes"; otherwise it is made of the tags (NVM
-    /// 3.2.8). There is nothing that could be checked.
+    /// Without PRACT protection information becomes all zeroes, with it it is made of the tags (NVM 3.2.8), deallocated or not. There is
+    /// nothing that could be checked.
     fn write_zeroes_job(
         &mut self,
         shared: &Shared,
@@ -188,7 +188,7 @@ impl Worker {
         Ok(job)
     }
 
-    /// "... the Application Tag [is] FFFFh, and the Reference Tag FFFFFFFFh" in blocks that are deallocated (NVM 3.2.3.2.1).
+    /// Protection information of deallocated blocks has an application tag of FFFFh and a reference tag of FFFFFFFFh (NVM 3.2.3.2.1).
     fn deallocate_job(
         &mut self,
         shared: &Shared,
@@ -264,7 +264,7 @@ fn whole(first: u64, blocks: u64) -> Segment {
     Segment { first, blocks, source: first, source_wanted: Wanted::default(), index: 0 }
 }
 
-/// The byte range of a command without a transfer that has a limit. "... includes the length of metadata, if metadata is interleaved".
+/// The byte range of a command without a transfer that has a limit, which like MDTS includes interleaved metadata.
 pub(crate) fn limited(
     namespace: &Namespace,
     first: u64,

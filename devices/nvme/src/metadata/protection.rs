@@ -71,9 +71,8 @@ impl Wanted {
 }
 
 impl Protection {
-    /// Whether a command to blocks from `first` on can ask for this. "If the namespace is formatted for Type 1 ... and [the initial tag]
-    /// does not match" the low 32 bits of the first block's address, and with type 3, where there is none that could be expected, a check
-    /// of the reference tag is Invalid Protection Information (NVM 5.2.3).
+    /// Whether a command to blocks from `first` on can ask for this. A check of reference tags is Invalid Protection Information with type 1
+    /// if the initial tag is not the low 32 bits of the first block's address, and with type 3, whose tags say nothing (NVM 5.2.3).
     pub fn allows(&self, wanted: &Wanted, first: u64) -> Result<(), Status> {
         let is_wrong = match self.kind {
             1 => wanted.reference_tag != first as u32,
@@ -112,8 +111,7 @@ impl Protection {
         let [g0, g1, a0, a1, r0, r1, r2, r3] = tuple;
         let (stored_guard, application) = (u16::from_be_bytes([g0, g1]), u16::from_be_bytes([a0, a1]));
         let reference = u32::from_be_bytes([r0, r1, r2, r3]);
-        // "If ... the Application Tag ... has a value of FFFFh [type 3: and the Reference Tag FFFFFFFFh], then all protection information
-        // checks are disabled regardless of the state of the PRCHK field."
+        // These values disable all checks, whatever PRCHK says (NVM 5.2.3).
         if application == UNCHECKED_APPLICATION && (self.kind != 3 || reference == UNCHECKED_REFERENCE) {
             return Ok(());
         }

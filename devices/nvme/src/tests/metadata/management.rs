@@ -34,6 +34,7 @@ fn identify_says_what_a_namespace_has_and_could_have() {
         };
         assert_eq!(page.flbas, index | u8::from(wanted.extended) << 4);
         assert_eq!(page.dps, wanted.protection_type | u8::from(wanted.protection_first) << 3);
+        assert_eq!(page.dlfeat & 0x10, 0, "guards of deallocated blocks are FFFFh");
         let needed = page.nsze * u64::from(block_bytes + u32::from(wanted.bytes));
         assert!(needed <= IMAGE_BYTES as u64 && needed + 3 * 4096 > IMAGE_BYTES as u64, "{}", page.nsze);
         assert_eq!((page.nvmcap, page.mc, page.dpc), (IMAGE_BYTES as u128, 3, 0x1f));

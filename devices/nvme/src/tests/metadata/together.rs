@@ -11,6 +11,7 @@ use nvme_spec::{Status, SubmissionEntry, feature, regs};
 use vm_memory::GuestMemoryBackend;
 
 use super::{ACTION, Disk, Fields, GUARD, IMAGE_BYTES, REFERENCE, config, namespace_on, protected};
+use crate::Subsystem;
 use crate::tests::driver::{Guest, memory_image, transfer};
 
 fn held_disk() -> (Disk, Arc<FaultControl>) {
@@ -70,6 +71,34 @@ fn commands_at_the_same_blocks_go_one_after_the_other() {
 
 fn fields_of_read(disk: &Disk) -> SubmissionEntry {
     disk.entry(nvm::READ, 4, 1, Fields::new(ACTION | GUARD | REFERENCE, 4))
+}
+
+#[test]
+fn controllers_that_share_a_namespace_wait_for_each_other() {
+    let control = Arc::new(FaultControl::default());
+    let image = Arc::new(FaultImage::new(memory_image(IMAGE_BYTES), Arc::clone(&control)));
+    let namespaces = [namespace_on(image, 512, protected(1, false))];
+    let subsystem = Subsystem::new("SHARED", &namespaces, true).unwrap();
+    let [mut one, mut other] = [1, 2].map(|id| {
+        let mut guest = Guest::member(&subsystem, id, config());
+        guest.enable();
+        guest.create_pair(1, 8);
+        guest
+    });
+    let page = one.pages(1);
+    let write = |lba| Fields::new(ACTION, lba).put(transfer(nvm::WRITE, 1, lba, 1, page));
+    control.inject(Target::Write, 0, 1, Fault::Hold);
+    let first = one.push(1, write(3));
+    one.ring(1);
+    one.run();
+    let seen = control.seen();
+    let second = other.push(1, write(3));
+    other.ring(1);
+    other.run();
+    assert_eq!((control.held(), control.seen()), (1, seen), "the other has not begun");
+    control.release_held();
+    assert_eq!(ends(&mut one, 1, 1), [(first, Status::SUCCESS)]);
+    assert_eq!(ends(&mut other, 1, 1), [(second, Status::SUCCESS)]);
 }
 
 #[test]
