@@ -52,16 +52,16 @@
 //! | Flush, Read, Write, Write Zeroes, Dataset Management | 7.1, NVM 3.2 | `command/io` | `io`, `random`, `durability` |
 //! | Compare, Verify, Copy, Write Uncorrectable | NVM 3.2 | `command/io`, `command/copy`, `uncorrectable` | `commands`, `random` |
 //! | fused Compare and Write | 3.4.2 | `command/fused`, `exclusion` | `fused`, `random` |
-//! | reservations | 7.2 to 7.5, 8.19 | `reservation`, `command/reservations` | `reservations` |
+//! | reservations | 7.2 to 7.5, 8.19 | `reservation`, `command/reservations`, `gate` | `reservations`, `shared` |
 //! | Identify, Get Log Page | 5.16, 5.17 | `command/identify`, `command/logs` | `admin` |
 //! | features with SEL, saved ones | 5.15, 5.27 | `command/features` | `admin`, `saved` |
 //! | asynchronous events, error and SMART logs | 5.2, 5.16.1 | `event`, `smart` | `admin`, `warnings`, `migrate` |
-//! | persistent events | 5.16.1.14 | `persistent` | `persistent` |
+//! | persistent events | 5.16.1.14 | `persistent`, `common` | `persistent`, `shared` |
 //! | Abort, Keep Alive | 5.1, 5.18 | `command/admin` | `admin`, `queues` |
 //! | Device Self-test | 5.9 | `command/self_test` | `self_test`, `background` |
 //! | Format NVM | 5.14 | `command/format` | `format`, `background` |
-//! | Sanitize: block erase, overwrite | 5.24 | `command/sanitize` | `sanitize`, `background` |
-//! | firmware slots | 5.11, 5.12 | `firmware` | `firmware` |
+//! | Sanitize: block erase, overwrite | 5.24 | `command/sanitize`, `common` | `sanitize`, `background`, `shared` |
+//! | firmware slots | 5.11, 5.12 | `firmware`, `common` | `firmware`, `shared` |
 //! | namespace write protection | 8.12 | `namespace` | `protection` |
 //! | Namespace Management and Attachment | 5.22, 5.23 | `command/namespaces`, `management` | `namespaces` |
 //! | namespaces of the host's: added, removed, grown | 5.16.1.5 | `hotplug` | `hotplug` |

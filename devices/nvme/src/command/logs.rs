@@ -154,10 +154,8 @@ fn take_reservation_notice(pool: &Pool) {
 /// While a sanitize operation is in progress it names no block (NVM, figure "Sanitize Operations - Admin Commands Allowed").
 fn error_log(pool: &Pool, sanitizing: bool) -> Vec<u8> {
     let events = pool.shared.events();
-    let shown = |entry: &log::ErrorEntry| log::ErrorEntry {
-        lba: if sanitizing { 0 } else { entry.lba },
-        ..entry.clone()
-    };
+    let shown =
+        |entry: &log::ErrorEntry| log::ErrorEntry { lba: if sanitizing { 0 } else { entry.lba }, ..*entry };
     let mut page: Vec<u8> = events.errors.iter().flat_map(|entry| shown(entry).to_bytes()).collect();
     page.resize(ERROR_LOG_ENTRIES * log::ErrorEntry::SIZE_BYTES, 0);
     page
