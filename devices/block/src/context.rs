@@ -206,6 +206,12 @@ impl IoContext {
         journal
     }
 
+    /// Whether it works with io_uring.
+    #[cfg(test)]
+    pub(crate) fn has_ring(&self) -> bool {
+        matches!(self.engine, Engine::Ring(_))
+    }
+
     /// Files that the ring has registered; none without a ring.
     #[cfg(test)]
     pub(crate) fn registered_files(&self) -> usize {

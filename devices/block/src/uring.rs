@@ -56,7 +56,11 @@ impl Ring {
             result => result?,
         };
         let mut probe = Probe::new();
-        ring.submitter().register_probe(&mut probe)?;
+        ring.submitter().register_probe(&mut probe).map_err(|error| match error.raw_os_error() {
+            // Before 5.6 there are rings, but neither probes nor all of the operations.
+            Some(libc::EINVAL) => io::Error::from_raw_os_error(libc::ENOSYS),
+            _ => error,
+        })?;
         let needed = [
             opcode::Read::CODE,
             opcode::Write::CODE,

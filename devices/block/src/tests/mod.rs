@@ -8,6 +8,7 @@ mod images;
 mod locks;
 mod operations;
 mod qcow2;
+mod refused;
 mod steps;
 
 use std::sync::Arc;
