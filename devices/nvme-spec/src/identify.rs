@@ -215,6 +215,10 @@ pub const ANACAP_ALL_STATES: u8 = 0x1f;
 pub const ANACAP_FIXED_GROUPS: u8 = 1 << 6;
 /// CTRATT bit 0: 128-bit Host Identifier.
 pub const CTRATT_HOST_IDENTIFIER_128: u32 = 1 << 0;
+/// CTRATT bit 7: Namespace Granularity.
+pub const CTRATT_NAMESPACE_GRANULARITY: u32 = 1 << 7;
+/// CTRATT bit 9: UUID List.
+pub const CTRATT_UUID_LIST: u32 = 1 << 9;
 /// OACS bit 1: Format NVM.
 pub const OACS_FORMAT: u16 = 1 << 1;
 /// OACS bit 2: Firmware Commit and Firmware Image Download.
@@ -454,6 +458,49 @@ wire_struct! {
         12: endgid: u16,
         /// Namespace Status: bit 0 ready.
         14: nstat: u8,
+    }
+}
+
+wire_struct! {
+    /// An entry of the UUID List (Base figure 292).
+    pub struct UuidEntry [32] {
+        /// Bits 1:0 Identifier Association.
+        0: header: u8,
+        /// UUID, as in RFC 4122.
+        16: uuid: [u8; 16],
+    }
+}
+
+/// Identifier Association 00b: of no one whom the controller names elsewhere.
+pub const UUID_WITHOUT_ASSOCIATION: u8 = 0;
+
+wire_struct! {
+    /// CNS 17h, UUID List (Base figure 291): UUID 1 is the one that index 1 selects.
+    pub struct UuidList [4096] {
+        /// Entries; one without a UUID ends them.
+        32: entries: [UuidEntry; 127],
+    }
+}
+
+wire_struct! {
+    /// Sizes that suit a namespace (Base figure 290).
+    pub struct GranularityDescriptor [16] {
+        /// Namespace Size Granularity, 0 none.
+        0: nsze_bytes: u64,
+        /// Namespace Capacity Granularity, 0 none.
+        8: ncap_bytes: u64,
+    }
+}
+
+wire_struct! {
+    /// CNS 16h, Namespace Granularity List (Base figure 289).
+    pub struct NamespaceGranularityList [4096] {
+        /// Bit 0: there is a descriptor for each LBA format; otherwise the first one is for all.
+        0: attributes: u32,
+        /// Number of Descriptors, 0's based.
+        4: descriptor_count: u8,
+        /// Descriptors.
+        32: descriptors: [GranularityDescriptor; 16],
     }
 }
 

@@ -121,6 +121,8 @@ pub const EFFECT_CONTROLLER_CAPABILITY: u32 = 1 << 4;
 pub const EFFECT_EXCLUSIVE_IN_NAMESPACE: u32 = 1 << 16;
 /// CSE 010b: no other command to any namespace should be outstanding.
 pub const EFFECT_EXCLUSIVE: u32 = 2 << 16;
+/// Bit 19: a UUID Index selects among definitions that are specific to vendors.
+pub const EFFECT_UUID_SELECTION: u32 = 1 << 19;
 wire_struct! {
     /// One result of the Device Self-test log (Base figure 212).
     pub struct SelfTestResult [28] {

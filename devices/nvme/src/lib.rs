@@ -53,7 +53,7 @@
 //! | Compare, Verify, Copy, Write Uncorrectable | NVM 3.2 | `command/io`, `command/copy`, `uncorrectable` | `commands`, `random` |
 //! | fused Compare and Write | 3.4.2 | `command/fused`, `exclusion` | `fused`, `random` |
 //! | reservations | 7.2 to 7.5, 8.19 | `reservation`, `command/reservations`, `gate` | `reservations`, `shared` |
-//! | Identify, Get Log Page | 5.16, 5.17 | `command/identify`, `command/logs` | `admin` |
+//! | Identify, Get Log Page | 5.16, 5.17 | `command/identify`, `command/lists`, `command/logs` | `admin`, `lists` |
 //! | features with SEL, saved ones | 5.15, 5.27 | `command/features` | `admin`, `saved` |
 //! | asynchronous events, error and SMART logs | 5.2, 5.16.1 | `event`, `smart` | `admin`, `warnings`, `migrate` |
 //! | persistent events | 5.16.1.14 | `persistent`, `common` | `persistent`, `shared` |

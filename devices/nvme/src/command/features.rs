@@ -10,6 +10,7 @@ use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry};
 
 use crate::admin::{Admin, Answer, Job, Pool};
 use crate::arbitration::{ARBITRATION_BITS, DEFAULT_ARBITRATION};
+use crate::command::lists::check_uuid_index;
 use crate::config::MAX_NAMESPACES;
 use crate::namespace::{self, WriteProtection};
 use crate::shared::Shared;
@@ -191,6 +192,7 @@ impl Admin {
         let feature = entry.cdw10 as u8;
         let select = (entry.cdw10 >> 8 & 7) as u8;
         let changeable = is_changeable(feature).ok_or(Status::INVALID_FIELD.do_not_retry())?;
+        check_uuid_index(entry)?;
         if is_namespace_specific(feature) {
             namespace::find(&self.namespaces, entry.nsid)?;
             self.check_feature_access(pool, feature, entry.nsid)?;
@@ -279,6 +281,7 @@ impl Admin {
             Some(false) => return Err(Status::FEATURE_NOT_CHANGEABLE.do_not_retry()),
             Some(true) => {}
         }
+        check_uuid_index(entry)?;
         let save = entry.cdw10 & id::SAVE != 0;
         if save && !(is_savable(feature) && self.non_volatile.is_some()) {
             return Err(Status::FEATURE_NOT_SAVEABLE.do_not_retry());

@@ -9,7 +9,7 @@ use crate::ana::group_of;
 use crate::command::access::identify_shared;
 use crate::command::features::{DEFAULT_OVER_TEMPERATURE_KELVIN, KEEP_ALIVE_GRANULARITY_MS};
 use crate::command::reservations::capabilities;
-use crate::command::{copy, fused, limits};
+use crate::command::{copy, fused, limits, lists};
 use crate::config::{MAX_NAMESPACES, padded};
 use crate::event::ERROR_LOG_ENTRIES;
 use crate::firmware;
@@ -43,6 +43,7 @@ impl Admin {
         if by_command_set && command_set != spec::CSI_NVM {
             return Err(invalid);
         }
+        lists::check_uuid_index(entry)?;
         let shared = pool.shared.subsystem.is_shared();
         let persistence = pool.shared.subsystem.keeps_reservations();
         let page = match structure {
@@ -73,9 +74,9 @@ impl Admin {
             cns::CSI_NAMESPACE => self.page_of(entry.nsid, |_| zeroes())?,
             cns::CSI_ALLOCATED_NAMESPACE => allocated_page(pool, entry.nsid, |_| zeroes())?,
             cns::CSI_CONTROLLER => limits::controller().to_bytes(),
-            cns::INDEPENDENT_NAMESPACE => {
-                self.page_of(entry.nsid, |namespace| independent_page(namespace, shared, persistence))?
-            }
+            cns::INDEPENDENT_NAMESPACE => self.page_of(entry.nsid, |namespace| {
+                independent_page(namespace, shared, persistence, self.format_remaining(namespace))
+            })?,
             cns::FORMAT_NAMESPACE | cns::CSI_FORMAT_NAMESPACE => {
                 let format = entry.cdw11 as u16;
                 if usize::from(format) >= FORMATS.len() {
@@ -88,6 +89,8 @@ impl Admin {
                 controller_list(first_controller, contents.find(entry.nsid)?.attached.iter().copied())
             }
             cns::CONTROLLERS => controller_list(first_controller, pool.shared.subsystem.controllers()),
+            cns::NAMESPACE_GRANULARITY if pool.shared.subsystem.is_managed() => lists::granularity(),
+            cns::UUIDS => lists::uuids(),
             cns::COMMAND_SETS => {
                 // Combination 0 is the NVM command set alone; there is no other.
                 let mut page = zeroes();
@@ -155,7 +158,9 @@ impl Admin {
             cntlid: pool.shared.controller_id,
             ver: VERSION_2_0,
             oaes: spec::OAES_NAMESPACE_ATTRIBUTE | spec::OAES_FIRMWARE_ACTIVATION,
-            ctratt: spec::CTRATT_HOST_IDENTIFIER_128,
+            ctratt: spec::CTRATT_HOST_IDENTIFIER_128
+                | spec::CTRATT_UUID_LIST
+                | if managed { spec::CTRATT_NAMESPACE_GRANULARITY } else { 0 },
             cntrltype: 1,
             oacs: spec::OACS_FORMAT
                 | spec::OACS_FIRMWARE
@@ -270,10 +275,11 @@ fn format_page(format: u16) -> Page {
     structure.to_bytes()
 }
 
-fn independent_page(namespace: &Namespace, shared: bool, persistence: bool) -> Page {
+fn independent_page(namespace: &Namespace, shared: bool, persistence: bool, remaining: u8) -> Page {
     spec::IdentifyIndependentNamespace {
         nmic: if namespace.shared { spec::NMIC_SHARED } else { 0 },
         rescap: capabilities(persistence),
+        fpi: spec::FPI_SUPPORTED | remaining,
         anagrpid: if shared { group_of(namespace.nsid) } else { 0 },
         nsattr: if namespace.read_only { spec::NSATTR_WRITE_PROTECTED } else { 0 },
         nstat: u8::from(namespace.refusal.is_none()),

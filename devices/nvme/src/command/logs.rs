@@ -7,6 +7,7 @@ use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, event};
 use crate::admin::{Admin, Answer, Pool};
 use crate::command::admin::is_supported;
 use crate::command::features;
+use crate::command::lists::check_uuid_index;
 use crate::command::reservations::is_reservation;
 use crate::event::ERROR_LOG_ENTRIES;
 
@@ -46,9 +47,10 @@ impl Admin {
         if length_bytes > pool.shared.config.max_transfer_bytes().min(1 << 20) || !offset.is_multiple_of(4) {
             return Err(invalid);
         }
-        if entry.cdw14 & OFFSET_IS_INDEX != 0 || entry.cdw14 & 0x7f != 0 {
+        if entry.cdw14 & OFFSET_IS_INDEX != 0 {
             return Err(invalid);
         }
+        check_uuid_index(entry)?;
         let log = match page {
             id::SUPPORTED_PAGES => supported_pages(pool),
             id::ERROR_INFORMATION => error_log(pool, self.common.sanitize().running.is_some()),
@@ -194,6 +196,9 @@ fn admin_effects(opcode: u8) -> u32 {
                 log::EFFECT_NAMESPACE_CAPABILITY | log::EFFECT_NAMESPACE_INVENTORY
             }
             admin::FIRMWARE_COMMIT => log::EFFECT_CONTROLLER_CAPABILITY,
+            admin::IDENTIFY | admin::GET_LOG_PAGE | admin::SET_FEATURES | admin::GET_FEATURES => {
+                log::EFFECT_UUID_SELECTION
+            }
             _ => 0,
         }
 }

@@ -10,6 +10,7 @@ pub(crate) mod fused;
 mod identify;
 pub(crate) mod io;
 pub(crate) mod limits;
+mod lists;
 mod logs;
 mod namespaces;
 pub(crate) mod queues;

@@ -121,6 +121,18 @@ fn identify_controller_says_what_there_is() {
     let page = IdentifyController::from_bytes(&guest.identify(cns::CONTROLLER, 0).unwrap());
     assert_eq!((page.mdts, page.sqes, page.cqes, page.ver), (7, 0x66, 0x44, 0x2_0000));
     assert_eq!((page.oacs, page.vwc), (0x116, 7));
+    // An I/O controller of identifier 0 with four aborts at a time, eight event requests and 64 errors to tell of.
+    assert_eq!((page.cntrltype, page.cntlid, page.acl, page.aerl, page.elpe), (1, 0, 3, 7, 63));
+    // 70 and 90 degrees Celsius; the keep alive timer in units of 100 ms.
+    assert_eq!((page.wctemp, page.cctemp, page.kas), (343, 363, 10));
+    assert_eq!((page.nn, page.mnan), (1024, 1024));
+    assert_eq!((page.oncs, page.lpa, page.oaes), (0x1ff, 0x36, 0x300));
+    assert_eq!((page.fuses, page.cdfs, page.nwpc, page.fna), (1, 3, 3, 0));
+    // Seven slots, the first read-only, activation without a reset; Block Erase and Overwrite.
+    assert_eq!((page.frmw, page.sanicap & 7), (0x1f, 6));
+    // Dword granularity is not asked for: bytes, bit buckets, and more than the transfer needs.
+    assert_eq!(page.sgls & 3, 1);
+    assert_ne!(page.sgls & 1 << 16, 0);
     assert_eq!(page.tnvmcap, 4096);
     assert!(page.subnqn.starts_with(b"nqn.2014-08.org.nvmexpress:ferry:ADMIN\0"));
     // What the effects log says of commands is what they do.
@@ -269,7 +281,7 @@ fn log_pages_are_read_from_any_offset() {
     assert_eq!(tail, [0; 64], "zeroes beyond the end");
     let invalid = Err(Status::INVALID_FIELD);
     for (cdw12, cdw13, cdw14) in
-        [(2, 0, 0), (516, 0, 0), (0, 1, 0), (0, u32::MAX, 0), (0, 0, 1 << 23), (0, 0, 1)]
+        [(2, 0, 0), (516, 0, 0), (0, 1, 0), (0, u32::MAX, 0), (0, 0, 1 << 23), (0, 0, 2)]
     {
         let entry = SubmissionEntry { cdw12, cdw13, cdw14, prp1: 0x20_0000, ..get_log(log::id::SMART, 64) };
         assert_eq!(guest.admin(entry), invalid, "{cdw12} {cdw13} {cdw14:#x}");

@@ -40,3 +40,41 @@ fn all_65535_queue_pairs_work_move_and_go() {
     };
     assert_eq!((state.sq.present().count(), state.cq.present().count()), (65_536, 65_536));
 }
+
+#[test]
+fn queues_of_65536_entries_go_round() {
+    const ENTRIES: u32 = 65_536;
+    for shadow in [false, true] {
+        let mut guest = Guest::ready(ControllerConfig::new("LONG"), vec![namespace(1, 64)]);
+        if shadow {
+            guest.use_shadow_doorbells();
+        }
+        guest.create_pair(1, ENTRIES);
+        let page = guest.pages(1);
+        // One more than a lap, and a move at the last entry.
+        let (mut left, mut expected) = (ENTRIES + 100, 0_u32);
+        while left > 0 {
+            let count = left.min(if expected == 0 { ENTRIES - 1 } else { 50 });
+            for _ in 0..count {
+                guest.push(1, transfer(nvm::FLUSH, 1, 0, 1, page));
+            }
+            guest.ring(1);
+            let mut ended = 0;
+            guest.run_until("the commands", |guest| {
+                for entry in guest.reap(1) {
+                    assert_eq!(u32::from(entry.cid), expected % 65_536);
+                    expected += 1;
+                    ended += 1;
+                }
+                ended == count
+            });
+            left -= count;
+            if left == 101 {
+                assert_eq!((guest.queues[&1].tail, guest.queues[&1].phase), (ENTRIES - 1, true));
+                guest.migrate(2);
+            }
+        }
+        assert_eq!((guest.queues[&1].tail, guest.queues[&1].head), (100, 100));
+        assert!(!guest.queues[&1].phase, "the second lap");
+    }
+}

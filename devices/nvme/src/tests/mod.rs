@@ -17,6 +17,8 @@ mod hotplug;
 mod init;
 mod interrupts;
 mod io;
+mod known_failures;
+mod lists;
 mod many_queues;
 mod messages;
 mod metadata;
