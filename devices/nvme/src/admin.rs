@@ -26,6 +26,7 @@ use crate::persistent::PersistentEvents;
 use crate::prp::PrpWalker;
 use crate::queue::{CONGESTED_BACKLOG, CompletionQueue, Ended, Location, QueuePlace, SubmissionQueue};
 use crate::regs::{IOCQES, IOSQES, MPSMAX, Wanted};
+use crate::save::smart_state;
 use crate::shared::{Shared, lock};
 use crate::smart::{self, Counters, Health, MEDIA_WARNINGS};
 use crate::state::SmartState;
@@ -117,6 +118,8 @@ pub(crate) enum Answer {
 /// See the module's text.
 pub(crate) struct Admin {
     pub phase: Phase,
+    /// The host has enabled the controller and not shut it down since.
+    pub is_running: bool,
     pub queues: Option<Queues>,
     pub features: Features,
     /// What the features are after a reset.
@@ -169,6 +172,7 @@ impl Admin {
     pub fn new(shared: &Shared, (generation, namespaces): (u64, NamespaceTable), smart: &SmartState) -> Self {
         Self {
             phase: Phase::Disabled,
+            is_running: false,
             queues: None,
             features: Features::new(shared.config.vectors),
             saved_features: Features::new(shared.config.vectors),
@@ -394,6 +398,11 @@ impl Admin {
         registers.csts = registers.csts.with_rdy(1).with_shst(0);
         drop(registers);
         self.phase = Phase::Ready;
+        if !std::mem::replace(&mut self.is_running, true) && pool.shared.subsystem.is_managed() {
+            // From here on a loss of power is an unsafe shutdown. What cannot be written now is written from time to time.
+            let smart = smart_state(pool, self, Instant::now());
+            let _unwritten = pool.shared.subsystem.persist(pool.shared.controller_id, smart, true);
+        }
         if !self.persistent.knows_begin {
             let activated = std::mem::take(&mut self.activated);
             self.log_power_on_or_reset(pool, activated);
@@ -487,6 +496,7 @@ impl Admin {
                     registers.csts = registers.csts.with_cfs(1);
                 }
                 registers.csts = registers.csts.with_shst(regs::SHST_COMPLETE);
+                self.is_running = false;
                 // A shutdown is possible while CC.EN is 0, and then an enable may follow.
                 self.phase = if registers.cc.en() == 1 { Phase::Stopped } else { Phase::Disabled };
             }

@@ -232,11 +232,11 @@ impl Controller {
     /// # Errors
     /// [`Error::Store`]: the store has what it had.
     pub fn persist(&self) -> Result<(), Error> {
-        let smart = {
+        let (smart, is_running) = {
             let admin = lock(&self.admin);
-            smart_state(&self.pool, &admin, Instant::now())
+            (smart_state(&self.pool, &admin, Instant::now()), admin.is_running)
         };
-        self.pool.shared.subsystem.persist(self.pool.shared.controller_id, smart)
+        self.pool.shared.subsystem.persist(self.pool.shared.controller_id, smart, is_running)
     }
 
     /// What was done and what is being done.

@@ -55,7 +55,7 @@
 //! | reservations | 7.2 to 7.5, 8.19 | `reservation`, `command/reservations`, `gate` | `reservations`, `shared` |
 //! | Identify, Get Log Page | 5.16, 5.17 | `command/identify`, `command/lists`, `command/logs` | `admin`, `lists` |
 //! | features with SEL, saved ones | 5.15, 5.27 | `command/features` | `admin`, `saved` |
-//! | asynchronous events, error and SMART logs | 5.2, 5.16.1 | `event`, `smart` | `admin`, `warnings`, `migrate` |
+//! | asynchronous events, error and SMART logs | 5.2, 5.16.1 | `event`, `smart` | `admin`, `warnings`, `shutdowns`, `migrate` |
 //! | persistent events | 5.16.1.14 | `persistent`, `common` | `persistent`, `shared` |
 //! | Abort, Keep Alive | 5.1, 5.18 | `command/admin` | `admin`, `queues` |
 //! | Device Self-test | 5.9 | `command/self_test` | `self_test`, `background` |
@@ -142,10 +142,11 @@ pub use state::{
     NvmeState, PersistentEventsState, RegistersState, RegistrantState, ReservationMaskState,
     ReservationNoticeState, ReservationNoticesState, ReservationState, ReservationsState, SanitizeAskedState,
     SanitizeState, SavedFeaturesState, SelfTestState, SmartState, SubmissionQueueState, SweepState,
-    UncorrectableRunState, UncorrectableState, WarningsState, WriteProtectionState,
+    UncorrectableRunState, UncorrectableState, UnsafeShutdownsState, WarningsState, WriteProtectionState,
 };
 pub use store::{
     AllocatedMarksState, AllocatedProtectionState, AllocatedState, AllocationsState, ControllerKeptState,
-    ControllerRecord, KeptReservationsState, MAX_CONTROLLERS, Store, StoreError, SubsystemState,
+    ControllerRecord, ControllerRunningState, KeptReservationsState, MAX_CONTROLLERS, Store, StoreError,
+    SubsystemState,
 };
 pub use subsystem::Subsystem;

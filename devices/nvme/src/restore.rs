@@ -105,6 +105,7 @@ impl Controller {
         load_queues(pool, &mut admin, state)?;
         load_doorbell_buffers(pool, &mut admin, state)?;
         admin.phase = phase;
+        admin.is_running = matches!(phase, Phase::Ready | Phase::Failed);
         admin.paused_at = Some(now);
         pool.shared.active.store(phase == Phase::Ready, Ordering::SeqCst);
         Ok(())
@@ -330,6 +331,7 @@ fn load_smart(admin: &mut Admin, state: &NvmeState, now: Instant) {
     let smart = &state.smart;
     admin.counters_before = Counters::from_state(smart);
     admin.health.power_cycles = smart.power_cycles;
+    admin.health.unsafe_shutdowns = smart.unsafe_shutdowns();
     admin.health.seconds_before = smart.power_on_seconds;
     admin.health.since = now;
     admin.changed_namespaces.clone_from(&state.changed_namespaces);

@@ -6,7 +6,7 @@ use block::Failure;
 use nvme_spec::event::Event;
 use nvme_spec::log::SmartLog;
 
-use crate::state::SmartState;
+use crate::state::{SmartState, UnsafeShutdownsState};
 
 /// The temperature that the controller reports: 35 degrees Celsius. There is no sensor.
 pub(crate) const TEMPERATURE_KELVIN: u16 = 308;
@@ -83,6 +83,8 @@ impl Counters {
             media_errors: self.media_errors,
             power_cycles: health.power_cycles,
             power_on_seconds: health.power_on_seconds_at(now),
+            unsafe_shutdowns: (health.unsafe_shutdowns > 0)
+                .then_some(UnsafeShutdownsState { count: health.unsafe_shutdowns }),
         }
     }
 
@@ -100,10 +102,24 @@ impl Counters {
             host_write_commands: u128::from(self.writes),
             power_cycles: u128::from(health.power_cycles),
             power_on_hours: u128::from(health.power_on_seconds_at(Instant::now()) / 3600),
+            unsafe_shutdowns: u128::from(health.unsafe_shutdowns),
             media_errors: u128::from(self.media_errors),
             error_log_entries: u128::from(error_log_entries),
             ..SmartLog::default()
         }
+    }
+}
+
+impl SmartState {
+    /// Unsafe shutdowns.
+    pub(crate) fn unsafe_shutdowns(&self) -> u64 {
+        self.unsafe_shutdowns.map_or(0, |state| state.count)
+    }
+
+    /// Power went, and the host had not shut the controller down.
+    pub(crate) fn count_unsafe_shutdown(&mut self) {
+        self.unsafe_shutdowns =
+            Some(UnsafeShutdownsState { count: self.unsafe_shutdowns().saturating_add(1) });
     }
 }
 
@@ -112,6 +128,8 @@ impl Counters {
 pub(crate) struct Health {
     pub critical_warning: u8,
     pub power_cycles: u64,
+    /// Losses of power before which the host had not shut the controller down.
+    pub unsafe_shutdowns: u64,
     /// Powered on before `since`, in seconds.
     pub seconds_before: u64,
     pub since: Instant,
@@ -123,6 +141,7 @@ impl Health {
         Self {
             critical_warning: 0,
             power_cycles: state.power_cycles,
+            unsafe_shutdowns: state.unsafe_shutdowns(),
             seconds_before: state.power_on_seconds,
             since: Instant::now(),
         }

@@ -229,6 +229,17 @@ pub struct SmartState {
     pub power_cycles: u64,
     /// Time powered on in seconds.
     pub power_on_seconds: u64,
+    /// Unsafe shutdowns, if there were any.
+    #[vmstate(subsection)]
+    pub unsafe_shutdowns: Option<UnsafeShutdownsState>,
+}
+
+/// Losses of power without a shutdown before (Base 5.16.1.3).
+#[derive(VmState, Clone, Copy, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/smart/unsafe-shutdowns", version = 1)]
+pub struct UnsafeShutdownsState {
+    /// How many.
+    pub count: u64,
 }
 
 /// A submission queue.

@@ -148,6 +148,17 @@ pub struct ControllerRecord {
     /// What its admin commands have it keep, if they have.
     #[vmstate(subsection)]
     pub kept: Option<ControllerKeptState>,
+    /// There if its host has enabled it and not shut it down since: if power goes now, that is an unsafe shutdown.
+    #[vmstate(subsection)]
+    pub running: Option<ControllerRunningState>,
+}
+
+/// A controller that was not shut down.
+#[derive(VmState, Clone, Copy, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/controller-record/running", version = 1)]
+pub struct ControllerRunningState {
+    /// In this power cycle.
+    pub power_cycle: u64,
 }
 
 /// What a controller's admin commands have it keep.
@@ -226,7 +237,7 @@ impl SubsystemState {
             Err(_) if self.controllers.len() == MAX_CONTROLLERS => return None,
             Err(place) => {
                 let smart = SmartState { power_cycles: 1, ..SmartState::default() };
-                self.controllers.insert(place, ControllerRecord { id, smart, kept: None });
+                self.controllers.insert(place, ControllerRecord { id, smart, kept: None, running: None });
                 self.controller_count = self.controllers.len() as u32;
                 place
             }

@@ -40,7 +40,9 @@ use crate::restore::reservations::loaded_reservations;
 use crate::save::reservations::kept_reservations;
 use crate::shared::{Host, lock};
 use crate::state::SmartState;
-use crate::store::{AllocationsState, ControllerRecord, KeptReservationsState, Store, SubsystemState};
+use crate::store::{
+    AllocationsState, ControllerRecord, ControllerRunningState, KeptReservationsState, Store, SubsystemState,
+};
 
 /// Controller identifier of the only controller of a subsystem that is not shared.
 pub(crate) const FIRST_CONTROLLER_ID: u16 = 0;
@@ -127,6 +129,9 @@ impl Subsystem {
         let mut saved = saved.unwrap_or_default();
         for record in &mut saved.controllers {
             record.smart.power_cycles = record.smart.power_cycles.saturating_add(1);
+            if record.running.take().is_some() {
+                record.smart.count_unsafe_shutdown();
+            }
         }
         for record in &mut saved.allocations.namespaces {
             let until_power_cycle = WriteProtection::UntilPowerCycle.to_value();
@@ -414,11 +419,13 @@ impl Subsystem {
         self.contents().followed() >= generation
     }
 
-    /// Writes the state with the counters of controller `id`, unless the store has it.
-    pub(crate) fn persist(&self, id: u16, smart: SmartState) -> Result<(), Error> {
+    /// Writes the state with the counters of controller `id`, and whether it has to be shut down, unless the store has it.
+    pub(crate) fn persist(&self, id: u16, smart: SmartState, is_running: bool) -> Result<(), Error> {
         self.update(|state| {
             if let Some(record) = state.controller(id) {
+                let power_cycle = smart.power_cycles;
                 record.smart = smart;
+                record.running = is_running.then_some(ControllerRunningState { power_cycle });
             }
         })
     }

@@ -37,6 +37,7 @@ mod saved;
 mod self_test;
 mod sgl;
 mod shared;
+mod shutdowns;
 mod store;
 mod subsystem;
 mod threads;
