@@ -40,7 +40,22 @@ const MAY_KNOW: [(&str, &[&str]); 16] = [
         ],
     ),
     ("support", &["exerciser", "ferry", "stream"]),
-    ("fuzz", &["block", "bus", "engine", "ferry", "legacy", "nvme", "pci", "stream", "virtio", "vmstate"]),
+    (
+        "fuzz",
+        &[
+            "block",
+            "bus",
+            "engine",
+            "ferry",
+            "legacy",
+            "nvme",
+            "nvme-spec",
+            "pci",
+            "stream",
+            "virtio",
+            "vmstate",
+        ],
+    ),
 ];
 
 /// Tests that count memory: an allocator is `unsafe` to write.

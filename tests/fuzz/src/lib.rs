@@ -8,14 +8,16 @@
 //! - [`states`]: the sections of our machine, and what two migrating processes say to each other.
 //! - [`inspect`]: any files, printed and compared. [`qemu`]: the controller of another VMM.
 //! - [`lease`]: the record that says who owns a guest.
+//! - [`guest`]: a running NVMe controller, whose guest is the attacker.
 //! - [`seeds`] writes valid inputs. Those of states come from their schemas, so a new field needs nothing here.
 //!
 //! # Absent
 //!
-//! Devices that take a state over once it is read: their crates' own tests attack that.
+//! Devices other than the NVMe controller that take a state over once it is read, or that a guest drives: their crates' own tests attack that.
 
 #![forbid(unsafe_code)]
 
+pub mod guest;
 pub mod inspect;
 pub mod lease;
 pub mod mapped;
@@ -50,4 +52,9 @@ pub const TARGETS: &[Target] = &[
     Target { name: "devices", run: states::devices, seeds: states::device_seeds },
     Target { name: "messages", run: states::messages, seeds: states::message_seeds },
     Target { name: "lease", run: lease::lease, seeds: lease::seeds },
+    Target { name: "guest_registers", run: guest::registers, seeds: guest::register_seeds },
+    Target { name: "guest_queues", run: guest::queues, seeds: guest::queue_seeds },
+    Target { name: "guest_admin", run: guest::admin, seeds: guest::admin_seeds },
+    Target { name: "guest_commands", run: guest::commands, seeds: guest::command_seeds },
+    Target { name: "guest_pointers", run: guest::pointers::pointers, seeds: guest::pointer_seeds },
 ];
