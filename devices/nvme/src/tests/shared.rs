@@ -326,17 +326,19 @@ fn without_power_the_operation_of_one_is_that_of_whoever_comes_first() {
         ids.iter().map(|&id| member(&subsystem, id)).collect()
     };
     let mut guests = powered(&[0, 1]);
-    guests[1].admin(sanitize()).unwrap();
-    until(&mut guests, "the end of the operation", |guests| sanitize_log(&mut guests[1]).status == 1);
-    let activate = SubmissionEntry {
+    let save = SubmissionEntry {
         opcode: admin::SET_FEATURES,
         cdw10: u32::from(feature::TEMPERATURE_THRESHOLD) | feature::SAVE,
         cdw11: 350,
         ..SubmissionEntry::default()
     };
-    guests[0].admin(activate).unwrap();
+    guests[0].admin(save).unwrap();
+    // The first has kept that there was none, and is gone.
+    drop(guests.remove(0));
+    guests[0].admin(sanitize()).unwrap();
+    until(&mut guests, "the end of the operation", |guests| sanitize_log(&mut guests[0]).status == 1);
     drop(guests);
-    let mut guests = powered(&[1, 0]);
+    let mut guests = powered(&[0, 1]);
     let logs = [0, 1].map(|index| sanitize_log(&mut guests[index]));
     assert_eq!((logs[0].status, logs[1].status), (1, 1));
 }
