@@ -222,8 +222,11 @@ fn a_reset_forgets_what_waits_and_waits_for_what_runs() {
     disk.guest.write32(regs::CC, 0x0046_0000);
     disk.guest.run();
     assert_eq!(disk.guest.read32(regs::CSTS) & 1, 1, "a request is in flight");
+    let (seen, in_flight) = (control.seen(), disk.guest.controller.statistics().in_flight);
+    assert_eq!(in_flight, 1, "and nothing else");
     control.release_held();
     disk.guest.run_until("the reset", |guest| guest.read32(regs::CSTS) & 1 == 0);
+    assert_eq!(control.seen(), seen, "no command of before is carried out any more");
     disk.guest.enable();
     disk.guest.create_pair(1, 16);
     disk.write(3, &blocks, fields).unwrap();
