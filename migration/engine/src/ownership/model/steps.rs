@@ -60,6 +60,11 @@ impl Model for World {
             "the guest runs at the source after it ran at the destination"
         } else if destination.runs && source.alive && !state.released {
             "the guest runs at the destination while the source may write its images"
+        } else if source.runs
+            && !self.lease_fails
+            && state.lease().is_some_and(|lease| !lease.is_owned_by_source())
+        {
+            "the guest runs at the source and the lease does not say so"
         } else {
             return None;
         };
@@ -157,7 +162,13 @@ impl Steps<'_> {
                 for answer in [Answer::Running, Answer::Never] {
                     if self.from.link.contains(&Message::Answer(session, answer)) {
                         let what = format!("the source hears {answer:?}");
-                        self.step(what, |s| s.source_hears(Event::Answered(answer)));
+                        let resumes = self.is(Mutation::NeverBeforeLease) && answer == Answer::Never;
+                        self.step(what, |s| {
+                            s.source_hears(Event::Answered(answer));
+                            if resumes {
+                                s.source_does(Action::Resume);
+                            }
+                        });
                     }
                 }
                 let resumes = self.is(Mutation::ResumeAfterCommit);

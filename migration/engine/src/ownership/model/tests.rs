@@ -57,6 +57,12 @@ fn a_source_that_resumes_after_commit_is_found() {
 }
 
 #[test]
+fn a_source_that_leaves_its_offer_in_the_lease_is_found() {
+    let reason = finds(Mutation::NeverBeforeLease, LEASED);
+    assert_eq!(reason, "the guest runs at the source and the lease does not say so");
+}
+
+#[test]
 fn a_destination_that_does_not_look_at_the_lease_is_found() {
     let reason = finds(Mutation::RunUnoffered, LEASED);
     assert!(reason.starts_with("the guest runs"), "{reason}");

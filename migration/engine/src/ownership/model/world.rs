@@ -40,6 +40,8 @@ pub enum Mutation {
     OpenAfterTaking,
     /// The source settles without writing: an offer that nobody took is ours.
     SettleWithoutWriting,
+    /// The source runs after NEVER and leaves the offer in the lease.
+    NeverBeforeLease,
     /// The source never asks again.
     NoQuery,
     /// The operator's word counts, whatever the lease says.
@@ -92,6 +94,10 @@ pub enum Entry {
 }
 
 impl Lease {
+    pub fn is_owned_by_source(&self) -> bool {
+        (self.state, self.owner) == (Entry::Owned, Side::Source)
+    }
+
     /// As the rules see it.
     pub fn record(&self) -> Record {
         let session = |session: &Session| id(*session);
