@@ -64,10 +64,12 @@ pub struct RunArguments {
     /// Where the serial console goes: stdio, null, file:PATH or unix:PATH.
     #[arg(long, default_value = "stdio", value_name = "WHERE")]
     pub serial: SerialOutput,
-    /// An NVMe controller: serial=S[,queues=64][,msix=N][,mdts=N][,cqr][,cmb=SIZE]; path=P,serial=S also gives it one file namespace.
+    /// An NVMe controller: serial=S[,queues=64][,msix=N][,mdts=N][,cqr][,cmb=SIZE][,pmr=SIZE]; path=P,serial=S also gives it one file namespace.
     /// subsystem=DIR[,capacity=SIZE] keeps in DIR what outlives its power (counters, saved features, firmware slots), and
     /// images of the namespaces that the guest creates, SIZE in all [default: 0]; a destination needs the same DIR.
     /// subsystem-of=S makes it one more controller of the subsystem of S, which is declared before it.
+    /// What is in the persistent memory region (pmr) is a file in DIR; without DIR it lives as long as the virtual machine, resets and
+    /// migrations included.
     #[arg(long, value_name = "OPTIONS")]
     pub nvme: Vec<NvmeOption>,
     /// A namespace: controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,lba=512|4096]

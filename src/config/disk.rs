@@ -15,14 +15,14 @@ pub const MAX_VECTORS: u16 = 2048;
 pub const DEFAULT_MDTS: u8 = 7;
 /// Largest MDTS: 2^9 pages, 2 MiB; larger transfers gain nothing and cost memory per command in flight.
 pub const MAX_MDTS: u8 = 9;
-/// Largest controller memory buffer: an eighth of the window in which BARs are assigned.
+/// Largest controller memory buffer and persistent memory region: an eighth of the window in which BARs are assigned.
 pub const MAX_BUFFER_BYTES: u64 = 64 << 20;
 /// Largest namespace identifier.
 pub const MAX_NSID: u32 = 1024;
 /// Bytes of a serial number ("NVM Express Base 2.0, 5.17.2.1": SN).
 pub const MAX_SERIAL_BYTES: usize = 20;
 
-/// A controller as declared: `serial=S[,queues=N][,msix=N][,mdts=N][,cqr][,cmb=SIZE][,subsystem=DIR[,capacity=SIZE]]`, or short
+/// A controller as declared: `serial=S[,queues=N][,msix=N][,mdts=N][,cqr][,cmb=SIZE][,pmr=SIZE][,subsystem=DIR[,capacity=SIZE]]`, or short
 /// `path=P,serial=S[,lba=N][,metadata=N[,extended][,pi=N[,pi-first]]][,ro][,buffered]` for a controller with one file namespace;
 /// `subsystem-of=S` makes it one more of a subsystem.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,6 +58,8 @@ pub struct ControllerSpec {
     pub buffer_bytes: u64,
     /// Serial of the first controller of its subsystem, if that is another one.
     pub subsystem_of: Option<String>,
+    /// Size of the persistent memory region, 0 for none.
+    pub region_bytes: u64,
     /// Where it keeps what outlives its power, if it does.
     pub subsystem: Option<SubsystemSpec>,
     /// The namespaces of its subsystem, by ascending identifier; holes are normal. Those of a subsystem are all with its first controller.
@@ -191,11 +193,8 @@ impl FromStr for NvmeOption {
             return Err(options.error(format!("mdts={mdts} is not between 1 and {MAX_MDTS}")));
         }
         let contiguous_queues = options.flag("cqr")?;
-        let buffer_bytes = options.size("cmb")?.unwrap_or(0);
-        let possible = buffer_bytes.is_power_of_two() && (4096..=MAX_BUFFER_BYTES).contains(&buffer_bytes);
-        if buffer_bytes != 0 && !possible {
-            return Err(options.error("cmb is not a power of two from 4K to 64M"));
-        }
+        let buffer_bytes = memory_bytes(&mut options, "cmb")?;
+        let region_bytes = memory_bytes(&mut options, "pmr")?;
         let mut namespaces = Vec::new();
         if let Some(path) = options.text("path")? {
             let (block_bytes, metadata, read_only) = block_options(&mut options)?;
@@ -228,7 +227,7 @@ impl FromStr for NvmeOption {
             return Err(options.error(format!("a subsystem has one folder: give it to {first:?}")));
         }
         options.finish(
-            "serial, queues, msix, mdts, cqr, cmb, subsystem-of, subsystem and capacity; with path also lba, metadata, extended, pi, pi-first, ro and buffered",
+            "serial, queues, msix, mdts, cqr, cmb, pmr, subsystem-of, subsystem and capacity; with path also lba, metadata, extended, pi, pi-first, ro and buffered",
         )?;
         let controller = ControllerSpec {
             serial,
@@ -238,6 +237,7 @@ impl FromStr for NvmeOption {
             contiguous_queues,
             buffer_bytes,
             subsystem_of,
+            region_bytes,
             subsystem,
             namespaces,
         };
@@ -292,6 +292,16 @@ impl FromStr for NamespaceOption {
     }
 }
 
+/// The size of memory of the controller, 0 for none.
+fn memory_bytes(options: &mut Options, name: &str) -> Result<u64, Error> {
+    let length_bytes = options.size(name)?.unwrap_or(0);
+    let possible = length_bytes.is_power_of_two() && (4096..=MAX_BUFFER_BYTES).contains(&length_bytes);
+    if length_bytes != 0 && !possible {
+        return Err(options.error(format!("{name} is not a power of two from 4K to 64M")));
+    }
+    Ok(length_bytes)
+}
+
 /// Block size, metadata, and whether writes are refused.
 fn block_options(options: &mut Options) -> Result<(u32, Option<MetadataSpec>, bool), Error> {
     let block_bytes = options.number("lba")?.unwrap_or(512);
@@ -342,6 +352,9 @@ mod tests {
         assert_eq!((plain.controller.contiguous_queues, plain.controller.buffer_bytes), (false, 0));
         let option: NvmeOption = "serial=s,cqr,cmb=1M".parse().unwrap();
         assert_eq!((option.controller.contiguous_queues, option.controller.buffer_bytes), (true, 1 << 20));
+        assert_eq!(option.controller.region_bytes, 0);
+        let option: NvmeOption = "serial=s,pmr=64M".parse().unwrap();
+        assert_eq!((option.controller.buffer_bytes, option.controller.region_bytes), (0, 64 << 20));
     }
 
     #[test]
@@ -414,6 +427,9 @@ mod tests {
             "serial=s,cmb=2K",
             "serial=s,cmb=12K",
             "serial=s,cmb=128M",
+            "serial=s,pmr=2K",
+            "serial=s,pmr=12K",
+            "serial=s,pmr=128M",
             "serial=s,capacity=1M",
             "serial=s,subsystem=",
             "serial=s,subsystem-of=",

@@ -1,7 +1,8 @@
-//! The controller memory buffer of a disk, where the guest sees it: a memory slot that follows its BAR.
+//! Memory of a disk that the guest sees in a BAR, the controller memory buffer and the persistent memory region: a memory slot that follows
+//! the BAR.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pci::BarWindow;
 
@@ -9,22 +10,35 @@ use crate::kvm::Vm;
 use crate::layout::{PCI_WINDOW_LENGTH_BYTES, PCI_WINDOW_START};
 use crate::memory::RamBlock;
 
-/// The BAR that it is in.
-const BAR: u8 = 2;
+/// The BAR of the controller memory buffer.
+pub const BUFFER_BAR: u8 = 2;
+/// That of the persistent memory region.
+pub const REGION_BAR: u8 = 4;
 
-/// The buffer of one controller. Where it has no slot the guest reaches it all the same: its accesses leave the guest.
+/// Such memory of one controller. Where it has no slot the guest reaches it all the same: its accesses leave the guest.
 pub struct Buffer {
     vm: Arc<Vm>,
     block: RamBlock,
+    bar: u8,
+    state: Mutex<State>,
     /// The log has spoken of KVM's refusal.
     reported: AtomicBool,
 }
 
+#[derive(Clone, Copy)]
+struct State {
+    /// Where the BAR is, if the guest can see it there.
+    address: Option<u64>,
+    /// The controller shows it.
+    shown: bool,
+}
+
 impl Buffer {
-    /// A buffer that the guest does not see yet.
+    /// Memory in BAR `bar`, whose place is not known yet; `shown` says whether the guest is to see it there.
     #[must_use]
-    pub fn new(vm: Arc<Vm>, block: RamBlock) -> Self {
-        Self { vm, block, reported: AtomicBool::new(false) }
+    pub fn new(vm: Arc<Vm>, block: RamBlock, bar: u8, shown: bool) -> Self {
+        let state = Mutex::new(State { address: None, shown });
+        Self { vm, block, bar, state, reported: AtomicBool::new(false) }
     }
 
     /// The BAR may have moved: so does the slot. Only inside the window for PCI, where nothing else is that the guest relies on.
@@ -34,13 +48,31 @@ impl Buffer {
             let end = bar.address.checked_add(bar.length_bytes);
             window.contains(&bar.address) && end.is_some_and(|end| window.contains(&end))
         };
-        let bar = bars.iter().find(|bar| bar.bar == BAR && bar.decoded && inside(bar));
-        if let Err(error) = self.vm.place_block(&self.block, bar.map(|bar| bar.address))
+        let bar = bars.iter().find(|bar| bar.bar == self.bar && bar.decoded && inside(bar));
+        let mut state = self.state();
+        state.address = bar.map(|bar| bar.address);
+        self.settle(*state);
+    }
+
+    /// The guest is to see it from now on, or not any more.
+    pub fn show(&self, shown: bool) {
+        let mut state = self.state();
+        state.shown = shown;
+        self.settle(*state);
+    }
+
+    /// With the lock held, so that the last change counts.
+    fn settle(&self, state: State) {
+        if let Err(error) = self.vm.place_block(&self.block, state.address.filter(|_| state.shown))
             // Said once: a guest that puts two buffers at one address could otherwise fill the log.
             && !self.reported.swap(true, Ordering::Relaxed)
         {
             log::warn!("{error}");
         }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -69,7 +101,7 @@ mod tests {
 
     fn bar(address: u64, decoded: bool) -> [BarWindow; 1] {
         let kind = BarKind::Memory64Prefetchable;
-        [BarWindow { bar: BAR, kind, address, length_bytes: BYTES, decoded }]
+        [BarWindow { bar: BUFFER_BAR, kind, address, length_bytes: BYTES, decoded }]
     }
 
     fn word(mapping: &GuestMapping, offset: usize) -> u32 {
@@ -81,7 +113,7 @@ mod tests {
     fn the_guest_sees_it_where_its_bar_is_and_what_it_writes_is_tracked_wherever_that_is() {
         let guest = TestGuest::with_buffers(1, &WRITE_BY_TABLE, &[("buffer".to_owned(), BYTES)]);
         let block = guest.ram.block("buffer").unwrap().clone();
-        let buffer = Buffer::new(Arc::clone(&guest.vm), block.clone());
+        let buffer = Buffer::new(Arc::clone(&guest.vm), block.clone(), BUFFER_BAR, true);
         let mapping = Arc::clone(&block.mapping);
         let aim = |first: u64, second: u64| {
             guest.low().write(0x10_000, &(first as u32).to_le_bytes()).unwrap();
@@ -145,7 +177,9 @@ mod tests {
             &WRITE_BY_TABLE,
             &[("first".to_owned(), BYTES), ("second".to_owned(), BYTES)],
         );
-        let buffer = |name| Buffer::new(Arc::clone(&guest.vm), guest.ram.block(name).unwrap().clone());
+        let buffer = |name| {
+            Buffer::new(Arc::clone(&guest.vm), guest.ram.block(name).unwrap().clone(), BUFFER_BAR, true)
+        };
         let (first, second) = (buffer("first"), buffer("second"));
         let slot_of = |name: &str| guest.ram.block(name).unwrap().kvm_slot.unwrap();
         let is_placed = |name| guest.vm.with_slot(slot_of(name), || ()).is_some();
@@ -164,6 +198,26 @@ mod tests {
         second.place(&bar(end, false));
         second.place(&bar(end, true));
         assert!(is_placed("first") && is_placed("second"));
+    }
+
+    #[test]
+    fn what_is_not_shown_has_no_slot_wherever_its_bar_is() {
+        let guest = TestGuest::with_buffers(1, &WRITE_BY_TABLE, &[("region".to_owned(), BYTES)]);
+        let block = guest.ram.block("region").unwrap();
+        let region = Buffer::new(Arc::clone(&guest.vm), block.clone(), BUFFER_BAR, false);
+        let is_placed = || guest.vm.with_slot(block.kvm_slot.unwrap(), || ()).is_some();
+        region.show(true);
+        assert!(!is_placed(), "nobody knows where");
+        region.show(false);
+        region.place(&bar(PCI_WINDOW_START, true));
+        assert!(!is_placed());
+        region.show(true);
+        assert!(is_placed());
+        region.show(false);
+        assert!(!is_placed());
+        region.show(true);
+        region.place(&bar(PCI_WINDOW_START, false));
+        assert!(!is_placed());
     }
 
     #[test]

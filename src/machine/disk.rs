@@ -20,9 +20,9 @@ use crate::io_poll::{IoPoll, PollCounters, PollStatistics, Poller, TurnEnd};
 use crate::io_thread::{IoThread, WakeUp, Worker};
 use crate::kvm::{MsiRouter, MsixFunction, Vm};
 use crate::memory::RamBlock;
-use crate::subsystem::Directory;
+use crate::subsystem::{Directory, Region};
 
-use super::buffer::Buffer;
+use super::buffer::{BUFFER_BAR, Buffer, REGION_BAR};
 
 use super::resources::Nvm;
 
@@ -51,7 +51,7 @@ impl Disk {
     pub fn new(
         spec: &ControllerSpec,
         nvm: &Nvm,
-        buffer: Option<&RamBlock>,
+        (buffer, region): (Option<&RamBlock>, Option<&Arc<Region>>),
         workers: u8,
         memory: &GuestMemory,
         vm: &Arc<Vm>,
@@ -64,13 +64,22 @@ impl Disk {
             mdts: spec.mdts,
             contiguous_queues: spec.contiguous_queues,
             buffer_bytes: spec.buffer_bytes,
+            region_bytes: spec.region_bytes,
             ..ControllerConfig::new(serial)
         };
-        let memory = match buffer {
-            Some(block) => nvme::memory_with_buffer(memory, Arc::clone(&block.mapping))?,
-            None => memory.clone(),
-        };
-        let buffer = buffer.map(|block| Arc::new(Buffer::new(Arc::clone(vm), block.clone())));
+        let mut memory = memory.clone();
+        if let Some(block) = buffer {
+            memory = nvme::memory_with_buffer(&memory, Arc::clone(&block.mapping))?;
+        }
+        if let Some(region) = region {
+            memory = nvme::memory_with_region(&memory, Arc::clone(&region.block().mapping))?;
+        }
+        let buffer =
+            buffer.map(|block| Arc::new(Buffer::new(Arc::clone(vm), block.clone(), BUFFER_BAR, true)));
+        let region = region.map(|region| {
+            let place = Buffer::new(Arc::clone(vm), region.block().clone(), REGION_BAR, false);
+            (place, Arc::clone(region))
+        });
         let contexts = (0..workers)
             .map(|_| IoContext::new(memory.clone(), REQUESTS_PER_WORKER))
             .collect::<Result<Vec<_>, _>>()
@@ -78,7 +87,7 @@ impl Disk {
         let completions =
             contexts.iter().map(|context| context.event_fd().try_clone()).collect::<io::Result<Vec<_>>>()?;
         let interrupts = MsixFunction::new(router, spec.vectors)?;
-        let doorbells = Doorbells::new(Arc::clone(vm), workers)?;
+        let doorbells = Doorbells::new(Arc::clone(vm), workers, region)?;
         let controller = Controller::join(
             &nvm.subsystem,
             nvm.controller_id,
@@ -216,8 +225,7 @@ impl Disk {
 
     /// What a destination must have too, in this PCI slot.
     pub fn describe(&self, slot: u8, description: &mut Description) {
-        let ControllerConfig { serial, queue_pairs, vectors, mdts, contiguous_queues, buffer_bytes, .. } =
-            &self.config;
+        let ControllerConfig { serial, queue_pairs, vectors, mdts, contiguous_queues, .. } = &self.config;
         let controller = format!("nvme.{serial}");
         description.set(format!("{controller}.slot"), slot);
         description.set(format!("{controller}.queues"), queue_pairs);
@@ -226,8 +234,12 @@ impl Disk {
         if *contiguous_queues {
             description.set(format!("{controller}.cqr"), true);
         }
-        if *buffer_bytes > 0 {
-            description.set(format!("{controller}.cmb_bytes"), buffer_bytes);
+        for (name, length_bytes) in
+            [("cmb_bytes", self.config.buffer_bytes), ("pmr_bytes", self.config.region_bytes)]
+        {
+            if length_bytes > 0 {
+                description.set(format!("{controller}.{name}"), length_bytes);
+            }
         }
         let subsystem = self.controller.subsystem();
         if subsystem.is_shared() {
@@ -292,9 +304,11 @@ fn told(state: nvme::AccessState) -> AccessState {
     }
 }
 
-/// Calls workers, and lets KVM call them: doorbells that need no value become ioeventfds.
+/// Calls workers, and lets KVM call them: doorbells that need no value become ioeventfds. Shows the guest the persistent
+/// memory region.
 struct Doorbells {
     vm: Arc<Vm>,
+    region: Option<(Buffer, Arc<Region>)>,
     wake_ups: Vec<WakeUp>,
     state: Mutex<DoorbellState>,
     /// The log has spoken of KVM's refusal.
@@ -310,13 +324,16 @@ struct DoorbellState {
 }
 
 impl Doorbells {
-    fn new(vm: Arc<Vm>, workers: u8) -> io::Result<Arc<Self>> {
+    fn new(vm: Arc<Vm>, workers: u8, region: Option<(Buffer, Arc<Region>)>) -> io::Result<Arc<Self>> {
         let wake_ups = (0..workers).map(|_| WakeUp::new()).collect::<io::Result<_>>()?;
-        Ok(Arc::new(Self { vm, wake_ups, state: Mutex::default(), reported: AtomicBool::default() }))
+        Ok(Arc::new(Self { vm, region, wake_ups, state: Mutex::default(), reported: AtomicBool::default() }))
     }
 
-    /// BAR 0 may have moved: so do the ioeventfds.
+    /// BAR 0 may have moved: so do the ioeventfds; and so may that of the region.
     fn place(&self, bars: &[BarWindow]) {
+        if let Some((region, _)) = &self.region {
+            region.place(bars);
+        }
         let base = bars.iter().find(|bar| bar.bar == 0 && bar.decoded).map(|bar| bar.address);
         let mut state = self.lock();
         if state.base == base {
@@ -372,6 +389,16 @@ impl Host for Doorbells {
         if enabled {
             self.switch(state.base, bar_offset, worker, true);
         }
+    }
+
+    fn show_region(&self, ready: bool) {
+        if let Some((region, _)) = &self.region {
+            region.show(ready);
+        }
+    }
+
+    fn flush_region(&self) -> io::Result<()> {
+        self.region.as_ref().map_or(Ok(()), |(_, region)| region.flush())
     }
 }
 

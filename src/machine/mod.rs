@@ -6,7 +6,7 @@
 //!
 //! Locks are taken in this order, and none is held while a guest is waited for, except by [`Machine::pause`]:
 //! run state (`vmm`) > image access (`block`) > PCI root bus > configuration space > MSI-X table > KVM's route table >
-//! doorbells of a disk > memory slots; a controller's worker > its doorbells of a disk; configuration space > interrupt pin > shared
+//! doorbells of a disk > memory slots; a controller's persistent memory region > where it is shown > memory slots; a controller's worker > its doorbells of a disk; configuration space > interrupt pin > shared
 //! input.
 
 mod buffer;
@@ -109,8 +109,8 @@ impl Machine {
             .zip(resources.disks())
             .enumerate()
             .map(|(index, (spec_of_disk, nvm))| {
-                let buffer = resources.buffer(index);
-                Disk::new(spec_of_disk, nvm, buffer, spec.io_threads, memory, &vm, &router)
+                let memory_of_disk = (resources.buffer(index), resources.region(index));
+                Disk::new(spec_of_disk, nvm, memory_of_disk, spec.io_threads, memory, &vm, &router)
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
         let entropy = EntropyDevice::new(memory, &router)?;
@@ -188,11 +188,12 @@ impl Machine {
         Ok(self.vcpus.boot(registers)?)
     }
 
-    /// Lets the guest run.
+    /// Lets the guest run, which is ours.
     ///
     /// # Errors
-    /// A vCPU thread does not answer.
+    /// A persistent memory region cannot be had, or a vCPU thread does not answer.
     pub fn resume(&self) -> anyhow::Result<()> {
+        self.resources.attach_regions()?;
         for disk in self.disks.iter().rev() {
             disk.controller().resume();
         }

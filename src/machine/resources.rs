@@ -11,7 +11,7 @@ use nvme::{MetadataConfig, NamespaceConfig, Subsystem};
 
 use crate::config::{BackendSpec, ControllerSpec, MachineSpec, NamespaceSpec, SubsystemSpec};
 use crate::memory::{GuestRam, RamBlock};
-use crate::subsystem::Directory;
+use crate::subsystem::{Directory, Region};
 
 /// Between two tries at an image that is locked.
 const LOCK_RETRY: Duration = Duration::from_millis(1);
@@ -26,6 +26,8 @@ pub struct Resources {
     disks: Vec<Nvm>,
     /// Names of the blocks of controller memory buffers, by controller.
     buffers: Vec<Option<String>>,
+    /// Persistent memory regions, by controller.
+    regions: Vec<Option<Arc<Region>>>,
 }
 
 /// What a controller keeps over a reset of the guest.
@@ -83,7 +85,12 @@ impl Resources {
                 .then(|| (buffer_block_name(&controller.serial), controller.buffer_bytes))
         };
         let buffers: Vec<_> = spec.controllers.iter().map(buffer).collect();
-        let buffer_blocks: Vec<_> = buffers.iter().flatten().cloned().collect();
+        let region = |controller: &ControllerSpec| {
+            (controller.region_bytes > 0)
+                .then(|| (region_block_name(&controller.serial), controller.region_bytes))
+        };
+        let regions: Vec<_> = spec.controllers.iter().map(region).collect();
+        let buffer_blocks: Vec<_> = buffers.iter().chain(&regions).flatten().cloned().collect();
         let ram = GuestRam::with_buffers(spec.memory_bytes, &blocks, &buffer_blocks)?;
         let mut disks: Vec<Nvm> = Vec::with_capacity(spec.controllers.len());
         for controller in &spec.controllers {
@@ -99,8 +106,13 @@ impl Resources {
             };
             disks.push(disk);
         }
+        let region = |(named, disk): (Option<(String, u64)>, &Nvm)| {
+            let Some(block) = named.and_then(|(name, _)| ram.block(&name).cloned()) else { return Ok(None) };
+            Ok(Some(Arc::new(Region::new(block, disk.directory.clone(), disk.controller_id)?)))
+        };
+        let regions = regions.into_iter().zip(&disks).map(region).collect::<anyhow::Result<_>>()?;
         let buffers = buffers.into_iter().map(|buffer| buffer.map(|(name, _)| name)).collect();
-        Ok(Self { ram, disks, buffers })
+        Ok(Self { ram, disks, buffers, regions })
     }
 
     /// The memory.
@@ -119,6 +131,33 @@ impl Resources {
     #[must_use]
     pub fn buffer(&self, index: usize) -> Option<&RamBlock> {
         self.ram.block(self.buffers.get(index)?.as_deref()?)
+    }
+
+    /// The persistent memory region of controller `index`, if it has one.
+    #[must_use]
+    pub fn region(&self, index: usize) -> Option<&Arc<Region>> {
+        self.regions.get(index)?.as_ref()
+    }
+
+    /// Makes the memory of every region its file: done before the guest runs, which is ours. Harmless if it is done.
+    ///
+    /// # Errors
+    /// One cannot be had; says which file.
+    pub fn attach_regions(&self) -> Result<(), crate::subsystem::Error> {
+        self.regions.iter().flatten().try_for_each(|region| region.attach())
+    }
+
+    /// Makes what is in the regions durable.
+    ///
+    /// # Errors
+    /// Something may be lost.
+    pub fn sync_regions(&self) -> Result<(), block::Error> {
+        let sync = |region: &Arc<Region>| {
+            region
+                .flush()
+                .map_err(|source| block::Error::Flush { path: region.block().name.clone().into(), source })
+        };
+        self.regions.iter().flatten().try_for_each(sync)
     }
 
     /// Takes lock and access of every folder and image, in the fixed order (controllers as declared, its folder, namespaces by
@@ -168,6 +207,7 @@ impl Resources {
     /// # Errors
     /// A flush failed.
     pub fn sync_images(&self) -> Result<(), block::Error> {
+        self.sync_regions()?;
         self.images().try_for_each(|image| image.sync())
     }
 
@@ -176,6 +216,7 @@ impl Resources {
     /// # Errors
     /// A flush failed; that image and those after it are still held.
     pub fn release_images(&self) -> Result<(), block::Error> {
+        self.sync_regions()?;
         self.holdings().try_for_each(|holding| holding.release())
     }
 
@@ -290,11 +331,15 @@ fn refuse_shared_images(spec: &MachineSpec) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Name of the RAM block that holds a memory namespace.
 fn buffer_block_name(serial: &str) -> String {
     format!("nvme/{serial}/cmb")
 }
 
+fn region_block_name(serial: &str) -> String {
+    format!("nvme/{serial}/pmr")
+}
+
+/// Name of the RAM block that holds a memory namespace.
 fn memory_block_name(serial: &str, nsid: u32) -> String {
     format!("namespace-{serial}-{nsid}")
 }

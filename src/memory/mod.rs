@@ -1,23 +1,25 @@
 //! Guest RAM: one sealed memfd a block, mapped shared, with the bitmap of the pages that this process wrote.
 //!
 //! A *block* is what migration moves: `ram-low`, `ram-high` (what is above 3 GiB, see [`crate::layout`]), one for
-//! each namespace that lives in memory and one for each controller memory buffer. The first two are in the guest's address space and in
+//! each namespace that lives in memory and one for each controller memory buffer and persistent memory region. The first two are in the guest's address space and in
 //! a KVM slot; a namespace's block is reached only by the NVMe controller; a buffer has a KVM slot, and is where the guest puts it.
 //!
 //! Invariants: a block never changes its size (the memfd is sealed, so that no holder of the descriptor can turn an
-//! access into SIGBUS); names are unique; nothing outside this module makes a pointer from a mapping.
+//! access into SIGBUS); names are unique; nothing outside this module makes a pointer from a mapping. A persistent memory region whose
+//! contents are a file (`file`) is as safe as the folder that the file is in: who cuts it short there ends the process.
 //!
 //! Absent: KVM (slots are numbers here, registered by [`crate::kvm::Vm`]), dirty tracking ([`crate::dirty`]), policy on
 //! what to send when.
 #![allow(unsafe_code)]
 
+mod file;
 mod zero;
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bus::{GuestBitmap, GuestMapping, GuestMemory, GuestRegion};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
@@ -109,6 +111,8 @@ pub struct RamBlock {
     pub mapping: Arc<GuestMapping>,
     /// The memory as a descriptor.
     pub memfd: Arc<File>,
+    /// The file that it is instead, from some moment on.
+    file: Arc<OnceLock<File>>,
     /// Where the guest sees it as RAM; `None` for memory that a device model reaches.
     pub guest_base: Option<u64>,
     /// The KVM memory slot: of RAM, and of device memory that the guest sees where and while it wants to.
@@ -135,7 +139,14 @@ impl RamBlock {
         let memfd = Arc::new(File::from(memfd));
         let mapping = GuestMapping::from_file(FileOffset::from_arc(Arc::clone(&memfd), 0), size)
             .map_err(|e| create("map the memfd", io::Error::other(e)))?;
-        Ok(Self { name: name.to_owned(), mapping: Arc::new(mapping), memfd, guest_base, kvm_slot })
+        Ok(Self {
+            name: name.to_owned(),
+            mapping: Arc::new(mapping),
+            memfd,
+            file: Arc::default(),
+            guest_base,
+            kvm_slot,
+        })
     }
 
     /// Size in bytes, a multiple of [`PAGE_SIZE_BYTES`].
@@ -202,10 +213,15 @@ impl RamBlock {
         if length_bytes == 0 {
             return Ok(());
         }
-        self.slice(offset, length_bytes)?;
+        let slice = self.slice(offset, length_bytes)?;
         if !offset.is_multiple_of(PAGE_SIZE_BYTES) || !length_bytes.is_multiple_of(PAGE_SIZE_BYTES) {
             let (name, block_bytes) = (self.name.clone(), self.length_bytes());
             return Err(Error::OutOfBounds { name, offset, length_bytes, block_bytes });
+        }
+        if self.file.get().is_some() {
+            // It has no holes.
+            slice.copy_from(&vec![0u8; slice.len()]);
+            return Ok(());
         }
         let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         rustix::fs::fallocate(&self.memfd, mode, offset, length_bytes)
@@ -220,6 +236,9 @@ impl RamBlock {
     /// # Errors
     /// [`Error::Access`].
     pub fn populated_ranges(&self) -> Result<Vec<Range<u64>>, Error> {
+        if self.file.get().is_some() {
+            return Ok(vec![0..self.length_bytes()]);
+        }
         let mut ranges = Vec::new();
         let mut end = 0;
         while let Some(start) = self.seek(SeekFrom::Data(end))? {

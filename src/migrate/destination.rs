@@ -110,7 +110,11 @@ impl DestinationMachine for Arrival {
     fn start(&mut self, state: RunState) -> MachineResult<()> {
         let machine = self.machine.take().ok_or("the machine has been started already")?;
         let running = state == RunState::Running;
-        let start = |machine: &Machine| if running { machine.resume() } else { Ok(()) };
+        let start = |machine: &Machine| {
+            // Paused or not: what came with the guest is kept from now on.
+            machine.resources().attach_regions()?;
+            if running { machine.resume() } else { Ok(()) }
+        };
         self.vmm.install(machine, Action::Arrive { running }, start).inspect_err(|_| {
             // It is ours all the same and stays paused; `cont` tries again.
             let arrived =

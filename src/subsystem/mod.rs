@@ -5,6 +5,7 @@
 //! DIR/lock             locked by the process that owns the guest, as images are
 //! DIR/ferry-lease      the lease record, if no image of the host's is written to
 //! DIR/<uuid>.raw       the image of a namespace that the guest has created
+//! DIR/pmr-<id>         what is in the persistent memory region of a controller (region)
 //! ```
 //!
 //! Invariants:
@@ -18,6 +19,7 @@
 //! take its capacity from nobody has said.
 
 pub mod keeper;
+mod region;
 mod state_file;
 #[cfg(test)]
 mod tests;
@@ -32,6 +34,7 @@ use block::{Backend, FileImage, FileOptions};
 use nvme::{Store, StoreError, SubsystemState};
 
 pub use keeper::Keeper;
+pub use region::Region;
 pub use state_file::{Error, Kept};
 use state_file::{NEW_STATE, failed, read, replace, sync_folder};
 
@@ -96,6 +99,12 @@ impl Directory {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Whether the guest comes with what it has here, from elsewhere.
+    #[must_use]
+    pub fn arrives(&self) -> bool {
+        self.arrives
     }
 
     /// Identity of the subsystem.
@@ -164,14 +173,16 @@ impl Directory {
         self.held.load(Ordering::Acquire)
     }
 
-    /// Images that no state names, and a state that was not finished.
+    /// Images that no state names, and a state or a region that was not finished.
     fn remove_leftovers(&self, state: &SubsystemState) {
         let named = state.allocations.namespaces.iter().filter(|namespace| namespace.created);
         let named: Vec<String> = named.map(|namespace| image_name(&namespace.shape.uuid)).collect();
         let Ok(entries) = fs::read_dir(&self.path) else { return };
         for entry in entries.flatten() {
             let Ok(name) = entry.file_name().into_string() else { continue };
-            let is_left = name == NEW_STATE || is_image_name(&name) && !named.contains(&name);
+            let is_left = name == NEW_STATE
+                || region::is_unfinished(&name)
+                || is_image_name(&name) && !named.contains(&name);
             if is_left {
                 log::info!("{} is left over from a crash and removed", entry.path().display());
                 self.remove_file(&entry.path());

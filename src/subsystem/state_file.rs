@@ -69,6 +69,31 @@ pub enum Error {
         /// Bytes of the body.
         length_bytes: usize,
     },
+    /// A region with contents of another size.
+    #[error("{} has {found_bytes} bytes, and the persistent memory region (pmr) is to have {length_bytes}", path.display())]
+    RegionSize {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        found_bytes: u64,
+        /// That of the region.
+        length_bytes: u64,
+    },
+    /// The folder belongs to nobody, or to somebody else.
+    #[error("{} is not this process's to write to", path.display())]
+    NotHeld {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The contents of a region are another file than they were.
+    #[error("{} was replaced while this process had it mapped", path.display())]
+    Replaced {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The memory of a region cannot become its file.
+    #[error(transparent)]
+    Memory(#[from] crate::memory::Error),
     /// The bytes do not make a state.
     #[error("{} is no state of a subsystem", path.display())]
     Content {

@@ -81,7 +81,14 @@ impl Operations for Control {
     fn stop(&self) -> Result<(), Refusal> {
         // The state is looked at when nobody else can change it.
         let effect = |machine: &Machine| {
-            if self.0.run_state().is_running() { machine.pause().map(drop) } else { Ok(()) }
+            if self.0.run_state().is_running() {
+                machine.pause()?;
+                // A guest that is stopped may be so for long. What fails fails again at the next barrier, which tells the guest.
+                if let Err(error) = machine.resources().sync_regions() {
+                    log::warn!("the guest is stopped, but: {error}");
+                }
+            }
+            Ok(())
         };
         self.0.act(Action::Stop, effect).map(drop).map_err(|error| refusal(&error))
     }

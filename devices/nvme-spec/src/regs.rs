@@ -63,6 +63,28 @@ pub const DOORBELLS: u64 = 0x1000;
 pub const CMBMSC_CRE: u64 = 1 << 0;
 /// CMBMSC: Controller Memory Space Enable.
 pub const CMBMSC_CMSE: u64 = 1 << 1;
+/// PMRCAP: Read Data Support.
+pub const PMRCAP_RDS: u32 = 1 << 3;
+/// PMRCAP: Write Data Support.
+pub const PMRCAP_WDS: u32 = 1 << 4;
+/// PMRCAP: where the Base Indicator Register begins.
+pub const PMRCAP_BIR_SHIFT: u32 = 5;
+/// PMRCAP: of the write barrier mechanisms, the completion of a read of PMRSTS.
+pub const PMRCAP_PMRWBM_STATUS_READ: u32 = 1 << 11;
+/// PMRCAP: where the Persistent Memory Region Timeout begins.
+pub const PMRCAP_PMRTO_SHIFT: u32 = 16;
+/// PMRCAP: Controller Memory Space Supported.
+pub const PMRCAP_CMSS: u32 = 1 << 24;
+/// PMRCTL: Enable.
+pub const PMRCTL_EN: u32 = 1 << 0;
+/// PMRSTS: Not Ready.
+pub const PMRSTS_NRDY: u32 = 1 << 8;
+/// PMRSTS: the Health Status Unreliable.
+pub const PMRSTS_HSTS_UNRELIABLE: u32 = 0b011 << 9;
+/// PMRSTS: Controller Base Address Invalid.
+pub const PMRSTS_CBAI: u32 = 1 << 12;
+/// PMRMSCL: Controller Memory Space Enable.
+pub const PMRMSC_CMSE: u64 = 1 << 1;
 /// The value written to NSSR that resets the subsystem: "NVMe" (3.1.3.7).
 pub const NSSR_MAGIC: u32 = 0x4e56_4d65;
 /// VS of a controller that follows Base 2.0.

@@ -153,6 +153,8 @@ statuses! {
     THIN_PROVISIONING_NOT_SUPPORTED = command_specific 0x1b,
     /// Controller List Invalid.
     CONTROLLER_LIST_INVALID = command_specific 0x1c,
+    /// Sanitize Prohibited While Persistent Memory Region is Enabled.
+    SANITIZE_PROHIBITED_BY_REGION = command_specific 0x23,
     /// I/O Command Set Not Supported.
     IO_COMMAND_SET_NOT_SUPPORTED = command_specific 0x29,
     /// Conflicting Attributes (NVM).

@@ -11,7 +11,6 @@ use nvme_spec::log::{self as logs, ErrorEntry};
 use nvme_spec::regs::{self, Aqa, Cc, Csts};
 use nvme_spec::{Status, SubmissionEntry};
 
-use crate::cmb::Window;
 use crate::command::features::Features;
 use crate::command::format::Format;
 use crate::command::self_test::{self, SelfTest};
@@ -30,6 +29,7 @@ use crate::save::smart_state;
 use crate::shared::{Shared, lock};
 use crate::smart::{self, Counters, Health, MEDIA_WARNINGS};
 use crate::state::SmartState;
+use crate::window::Windows;
 use crate::worker::{Owner, Worker, post_queue, refresh_head};
 
 /// Asynchronous Event Requests that can be outstanding (Identify Controller AERL + 1).
@@ -367,7 +367,9 @@ impl Admin {
             registers.cc = Cc::default();
             registers.aqa = Aqa::default();
             (registers.asq, registers.acq) = (0, 0);
-            registers.set_buffer_control(0);
+            registers.spaces.set_buffer(0);
+            registers.spaces.set_region(0);
+            pool.shared.region.reset();
         }
         self.persistent.set_since_reset(0, Instant::now());
         self.phase = if shutdown { Phase::Stopping } else { Phase::Disabled };
@@ -384,7 +386,7 @@ impl Admin {
         // CC.AMS counts from here on.
         self.apply_features(&pool.shared);
         let outcome = check_configuration(cc).and_then(|()| {
-            let (asq, acq) = place_admin_queues(&pool.shared.window, cc, aqa, asq, acq)?;
+            let (asq, acq) = place_admin_queues(&pool.shared.windows, cc, aqa, asq, acq)?;
             self.open_admin_queues(pool, cc, aqa, asq, acq).map_err(|(_, what)| what)
         });
         let mut registers = pool.shared.registers();
@@ -486,6 +488,7 @@ impl Admin {
     fn finish_job(&mut self, pool: &Pool, job: Job, status: Status) {
         match job {
             Job::Shutdown => {
+                pool.shared.flush_region();
                 let mut registers = pool.shared.registers();
                 if !status.is_success() {
                     // Said once: a guest can shut down as often as it likes.
@@ -629,7 +632,7 @@ impl Admin {
 
 /// Where in guest memory the queues are that ASQ and ACQ name.
 fn place_admin_queues(
-    window: &Window,
+    windows: &Windows,
     cc: Cc,
     aqa: Aqa,
     asq: u64,
@@ -638,7 +641,7 @@ fn place_admin_queues(
     let page_bytes = 1 << (12 + cc.mps());
     let place = |address: u64, length_bytes: u32| {
         let aligned = address.is_multiple_of(page_bytes);
-        aligned.then(|| window.translate(address, length_bytes.into()).ok()).flatten()
+        aligned.then(|| windows.translate(address, length_bytes.into()).ok()).flatten()
     };
     let asq = place(asq, (aqa.asqs() + 1) << 6).ok_or("ASQ is not page aligned or not in guest memory")?;
     let acq = place(acq, (aqa.acqs() + 1) << 4).ok_or("ACQ is not page aligned or not in guest memory")?;

@@ -32,6 +32,8 @@ pub struct ControllerConfig {
     /// Size of the controller memory buffer, a power of two from 4096 to 2^31; 0: there is none. It is in the guest memory that the
     /// controller is built with ([`memory_with_buffer`](crate::memory_with_buffer)).
     pub buffer_bytes: u64,
+    /// Size of the persistent memory region, likewise ([`memory_with_region`](crate::memory_with_region)).
+    pub region_bytes: u64,
 }
 
 impl ControllerConfig {
@@ -46,6 +48,7 @@ impl ControllerConfig {
             queue_entries: MAX_QUEUE_ENTRIES,
             contiguous_queues: false,
             buffer_bytes: 0,
+            region_bytes: 0,
         }
     }
 
@@ -72,9 +75,13 @@ impl ControllerConfig {
         if !(2..=MAX_QUEUE_ENTRIES).contains(&self.queue_entries) {
             return refuse("the number of queue entries", u64::from(self.queue_entries), "2 to 65536");
         }
-        if self.buffer_bytes != 0 && !crate::cmb::is_buffer_size(self.buffer_bytes) {
-            let allowed = "0 or a power of two from 4096 to 2147483648";
-            return refuse("the size of the controller memory buffer", self.buffer_bytes, allowed);
+        for (what, length_bytes) in [
+            ("the size of the controller memory buffer", self.buffer_bytes),
+            ("the size of the persistent memory region", self.region_bytes),
+        ] {
+            if length_bytes != 0 && !crate::window::is_possible_size(length_bytes) {
+                return refuse(what, length_bytes, "0 or a power of two from 4096 to 2147483648");
+            }
         }
         Ok(())
     }

@@ -10,13 +10,13 @@ use pci::{Endpoint, MsixSink};
 
 use crate::Error;
 use crate::admin::{Admin, Phase, Pool};
-use crate::cmb;
 use crate::config::{ControllerConfig, NamespaceConfig};
 use crate::namespace;
 use crate::save::smart_state;
 use crate::shared::{Host, Shared, lock};
 use crate::store::ControllerPlace;
 use crate::subsystem::{FIRST_CONTROLLER_ID, Subsystem};
+use crate::window::{self, BUFFER_START, REGION_START};
 use crate::worker::Worker;
 
 /// What [`Controller::process`] leaves.
@@ -91,13 +91,23 @@ impl Controller {
                 allowed: "at least 1",
             });
         }
-        if !cmb::is_in(&memory, config.buffer_bytes) {
-            return Err(Error::Config {
-                serial: config.serial,
-                what: "the size of the controller memory buffer",
-                value: config.buffer_bytes,
-                allowed: "that of the buffer in guest memory",
-            });
+        for (what, start, value, allowed) in [
+            (
+                "the size of the controller memory buffer",
+                BUFFER_START,
+                config.buffer_bytes,
+                "that of the buffer in guest memory",
+            ),
+            (
+                "the size of the persistent memory region",
+                REGION_START,
+                config.region_bytes,
+                "that of the region in guest memory",
+            ),
+        ] {
+            if !window::is_in(&memory, start, value) {
+                return Err(Error::Config { serial: config.serial, what, value, allowed });
+            }
         }
         let endpoint = Endpoint::new(crate::pci::config_space(&config)?, sink).map_err(Error::Pci)?;
         let (ticket, record) = subsystem.join(id, Arc::clone(&host))?;
@@ -107,6 +117,7 @@ impl Controller {
         let table = subsystem.attached_to(id);
         let membership = (Arc::clone(subsystem), id);
         let shared = Shared::new(membership, config, memory, endpoint, contexts.len(), Arc::clone(&host));
+        subsystem.regions.join(id, &shared.region);
         subsystem.access.join(id, Arc::clone(&shared.gate), Arc::clone(&host));
         subsystem.reservations.join(id, Arc::clone(&shared.gate), host, contexts.len());
         let workers = contexts
@@ -114,7 +125,7 @@ impl Controller {
             .enumerate()
             .map(|(index, context)| {
                 let mut worker = Worker::new(index, context, namespace::copy_for_worker(&table.1));
-                worker.walker.set_window(&shared.window);
+                worker.walker.set_windows(&shared.windows);
                 if index == 0 {
                     worker.allocated = subsystem.allocated();
                 }
@@ -122,7 +133,7 @@ impl Controller {
             })
             .collect();
         let mut admin = Admin::new(&shared, table, &record.smart);
-        admin.walker.set_window(Arc::clone(&shared.window));
+        admin.walker.set_windows(Arc::clone(&shared.windows));
         let admin = Mutex::new(admin);
         let controller = Self { pool: Pool { shared, workers }, admin, ticket };
         if subsystem.is_managed() {
@@ -259,6 +270,7 @@ impl Drop for Controller {
         let smart = smart_state(&self.pool, &lock(&self.admin), Instant::now());
         // One that was succeeded has nothing there any more.
         if shared.subsystem.leave(shared.controller_id, self.ticket, smart) {
+            shared.subsystem.regions.leave(shared.controller_id);
             for worker in 0..self.pool.workers.len() {
                 shared.subsystem.exclusion.leave((shared.controller_id, worker));
             }

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use bus::{GuestMemory, GuestRange};
 use nvme_spec::{Status, SubmissionEntry, entry};
 
-use crate::cmb::Window;
 use crate::prp::PrpWalker;
 use crate::sgl::SglWalker;
+use crate::window::Windows;
 
 /// Which way data go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,10 +31,10 @@ impl DataWalker {
         Self { prp: PrpWalker::new(page_bytes), sgl: SglWalker::new() }
     }
 
-    /// Where the controller memory buffer is among the addresses of commands; without this there is none.
-    pub fn set_window(&mut self, window: &Arc<Window>) {
-        self.prp.set_window(Arc::clone(window));
-        self.sgl.set_window(Arc::clone(window));
+    /// Where memory of the controller is among the addresses of commands; without this there is none.
+    pub fn set_windows(&mut self, windows: &Arc<Windows>) {
+        self.prp.set_windows(Arc::clone(windows));
+        self.sgl.set_windows(Arc::clone(windows));
     }
 
     pub fn set_page_bytes(&mut self, page_bytes: u64) {

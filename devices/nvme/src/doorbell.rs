@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use bus::{GuestMemory, in_one_region};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::cmb;
 use crate::wakeup::{HeadDoorbell, ShadowWords};
+use crate::window;
 
 /// The doorbells of all queues, by queue identifier.
 pub(crate) struct Doorbells {
@@ -169,9 +169,9 @@ impl Buffers {
 
     /// Whether one of them, at `address`, is.
     pub fn page_lies_in(&self, memory: &GuestMemory, address: u64) -> bool {
-        // In RAM: CMBSZ does not speak of doorbells.
+        // In RAM: CMBSZ and PMRCAP do not speak of doorbells.
         address.is_multiple_of(self.page_bytes)
-            && !cmb::is_in_buffer(address)
+            && window::is_in_ram(address)
             && address.checked_add(self.page_bytes).is_some()
             && memory.check_range(GuestAddress(address), self.page_bytes as usize)
     }

@@ -75,6 +75,15 @@ pub enum Error {
         /// Its size.
         length_bytes: u64,
     },
+    /// A persistent memory region that no controller can have.
+    #[error(
+        "a persistent memory region of {length_bytes} bytes cannot be added to guest memory: its size must be a power of two from 4096 to \
+         2147483648, and there can be one"
+    )]
+    Region {
+        /// Its size.
+        length_bytes: u64,
+    },
     /// There is no access to set.
     #[error(
         "NVM subsystem {serial:?}: no controller {controller} with an access group {group} to choose the way by"

@@ -173,6 +173,10 @@ mod tests {
             lock(&self.0).push(worker);
         }
         fn set_doorbell_event(&self, _bar_offset: u64, _worker: usize, _enabled: bool) {}
+        fn show_region(&self, _ready: bool) {}
+        fn flush_region(&self) -> std::io::Result<()> {
+            Ok(())
+        }
     }
 
     impl Bells {

@@ -67,11 +67,12 @@
 //! | namespaces of the host's: added, removed, grown | 5.16.1.5 | `hotplug` | `hotplug` |
 //! | what outlives the power | | `store`, `non_volatile` | `store`, `saved` |
 //! | several controllers, asymmetric access | 2.4.1, 8.1 | `subsystem`, `common`, `ana`, `pause` | `subsystem`, `shared`, `random/pair` |
-//! | controller memory buffer | 8.5 | `cmb` | `cmb` |
+//! | controller memory buffer | 8.5 | `cmb`, `window` | `cmb`, `windows` |
+//! | persistent memory region | 3.1.3.22 to 3.1.3.28, 8.14 | `pmr`, `window` | `pmr`, `windows` |
 //!
 //! # Absent
 //!
-//! The persistent memory region; guards of more than 16 bits and storage tags; namespace management and state that outlives the process
+//! Guards of more than 16 bits and storage tags; namespace management and state that outlives the process
 //! without a [`Store`]. A namespace with metadata cannot be resized, and not be moved to or from QEMU.
 //! None of them is claimed in Identify, and their commands are refused.
 #![forbid(unsafe_code)]
@@ -105,6 +106,7 @@ mod non_volatile;
 mod pause;
 mod pci;
 mod persistent;
+mod pmr;
 mod preempt;
 mod prp;
 pub mod qemu;
@@ -125,6 +127,7 @@ mod subsystem;
 mod tests;
 mod uncorrectable;
 mod wakeup;
+mod window;
 mod worker;
 
 pub use ana::{ACCESS_GROUPS, AccessState, group_of};
@@ -135,11 +138,12 @@ pub use error::Error;
 pub use inventory::{Inventory, MetadataShape, NamespaceShape, Shape};
 pub use non_volatile::{KeptFormatState, KeptMetadataState, KeptState, NonVolatile};
 pub use pause::PauseReport;
+pub use pmr::memory_with_region;
 pub use shared::Host;
 pub use state::{
     AccessGroupsState, BufferState, CompletionQueueState, DoorbellBuffersState, EndedState, EventsState,
     FeaturesState, FirmwareState, FormatSettingsState, FormatState, MoreFeaturesState, NamespaceState,
-    NvmeState, PersistentEventsState, RegistersState, RegistrantState, ReservationMaskState,
+    NvmeState, PersistentEventsState, RegionState, RegistersState, RegistrantState, ReservationMaskState,
     ReservationNoticeState, ReservationNoticesState, ReservationState, ReservationsState, SanitizeAskedState,
     SanitizeState, SavedFeaturesState, SelfTestState, SmartState, SubmissionQueueState, SweepState,
     UncorrectableRunState, UncorrectableState, UnsafeShutdownsState, WarningsState, WriteProtectionState,

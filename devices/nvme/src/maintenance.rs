@@ -162,7 +162,7 @@ impl Admin {
                     pool.shared.tells_of_ends.store(true, Ordering::SeqCst);
                     // Another controller that has followed refuses commands too, and wakes this one.
                     if is_quiet(pool, &sweep) && self.following.is_followed(&pool.shared.subsystem) {
-                        self.found_quiet(kind);
+                        self.found_quiet(pool, kind);
                         more = true;
                     } else {
                         waits_for_quiet = true;
@@ -233,13 +233,10 @@ impl Admin {
         }
     }
 
-    fn found_quiet(&mut self, kind: Kind) {
+    fn found_quiet(&mut self, pool: &Pool, kind: Kind) {
         match kind {
             Kind::Format => self.format.iter_mut().for_each(|format| format.quiet = true),
-            Kind::Sanitize => {
-                let mut common = self.common.lock();
-                common.sanitize.running.iter_mut().for_each(|running| running.quiet = true);
-            }
+            Kind::Sanitize => self.begin_sanitizing(pool),
             // It only reads.
             Kind::SelfTest => {}
         }

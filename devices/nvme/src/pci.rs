@@ -1,7 +1,7 @@
 //! The controller as a PCI function: configuration space, BAR 0, and the way of register and doorbell writes.
 //!
 //! BAR 0 holds the registers, from 0x1000 the doorbells (stride 4 bytes), and on pages of their own the MSI-X table and its
-//! pending bits. BAR 2 is the controller memory buffer, where there is one.
+//! pending bits. BAR 2 is the controller memory buffer and BAR 4 the persistent memory region, where there are such.
 
 use std::sync::atomic::Ordering;
 
@@ -13,6 +13,7 @@ use crate::Error;
 use crate::config::ControllerConfig;
 use crate::controller::Controller;
 use crate::doorbell::Rung;
+use crate::window::{self, BUFFER_START};
 
 /// Vendor id: that of Red Hat, whose 1b36 range holds device numbers for virtual hardware without a vendor.
 pub(crate) const VENDOR_ID: u16 = 0x1b36;
@@ -24,6 +25,8 @@ const CLASS: [u8; 3] = [0x01, 0x08, 0x02];
 const BAR: u8 = 0;
 /// That of the controller memory buffer.
 pub(crate) const BUFFER_BAR: u8 = 2;
+/// That of the persistent memory region.
+pub(crate) const REGION_BAR: u8 = 4;
 const POWER_MANAGEMENT_OFFSET: u8 = 0x60;
 const EXPRESS_OFFSET: u8 = 0x80;
 const PAGE_BYTES: u64 = 4096;
@@ -55,6 +58,9 @@ pub(crate) fn config_space(config: &ControllerConfig) -> Result<ConfigSpace, Err
         space.add_bar(BAR, BarKind::Memory64, length_bytes)?;
         if config.buffer_bytes > 0 {
             space.add_bar(BUFFER_BAR, BarKind::Memory64Prefetchable, config.buffer_bytes)?;
+        }
+        if config.region_bytes > 0 {
+            space.add_bar(REGION_BAR, BarKind::Memory64Prefetchable, config.region_bytes)?;
         }
         // Where QEMU's controller has them, MSI-X table and all: a driver that comes from there keeps the offsets.
         space.add_msix(layout)?;
@@ -93,10 +99,20 @@ impl PciFunction for Controller {
             return;
         }
         if bar == BUFFER_BAR {
-            return shared.window.read(&shared.memory, offset, data);
+            let length_bytes = shared.windows.buffer_bytes();
+            return window::read(&shared.memory, BUFFER_START, length_bytes, offset, data);
+        }
+        if bar == REGION_BAR {
+            return shared.region.read(offset, data);
         }
         data.fill(0);
         if bar == BAR && offset < regs::DOORBELLS {
+            // "The completion of a read to the PMRSTS property shall ensure that all prior writes to the Persistent Memory Region have
+            // completed and are persistent." Without the registers' lock: it may take long.
+            let end = offset.saturating_add(data.len() as u64);
+            if offset < regs::PMRSTS + 4 && end > regs::PMRSTS && shared.region.is_ready() {
+                shared.flush_region();
+            }
             shared.registers().read(offset, data);
         }
         // "The host should not read the doorbell registers": 0.
@@ -108,13 +124,22 @@ impl PciFunction for Controller {
             return;
         }
         if bar == BUFFER_BAR {
-            return shared.window.write(&shared.memory, offset, data);
+            let length_bytes = shared.windows.buffer_bytes();
+            return window::write(&shared.memory, BUFFER_START, length_bytes, offset, data);
+        }
+        if bar == REGION_BAR {
+            return shared.region.write(offset, data);
         }
         if bar != BAR {
             return;
         }
         if offset < regs::DOORBELLS {
+            let was_ready = shared.region.is_ready();
             let is_due = shared.registers().write(offset, data);
+            if was_ready && !shared.region.is_ready() {
+                // Its contents are saved before the host can see that it is disabled.
+                shared.flush_region();
+            }
             if matches!(offset & !3, regs::INTMS | regs::INTMC) || data.len() == 8 {
                 shared.update_pin();
             }

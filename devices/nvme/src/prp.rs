@@ -6,7 +6,7 @@ use bus::{GuestMemory, GuestRange};
 use nvme_spec::Status;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::cmb::Window;
+use crate::window::Windows;
 
 /// Entries of a list that are read from guest memory at once.
 const CHUNK_ENTRIES: usize = 512;
@@ -14,19 +14,19 @@ const CHUNK_ENTRIES: usize = 512;
 /// Walks PRPs of one memory page size; keeps its buffer between commands.
 pub(crate) struct PrpWalker {
     page_bytes: u64,
-    window: Arc<Window>,
+    windows: Arc<Windows>,
     chunk: Box<[u8; CHUNK_ENTRIES * 8]>,
 }
 
 impl PrpWalker {
     /// A walker for pages of `page_bytes`, a power of two of at least 4096.
     pub fn new(page_bytes: u64) -> Self {
-        Self { page_bytes, window: Window::new(0), chunk: Box::new([0; CHUNK_ENTRIES * 8]) }
+        Self { page_bytes, windows: Windows::new(0, 0), chunk: Box::new([0; CHUNK_ENTRIES * 8]) }
     }
 
-    /// Where the controller memory buffer is among the addresses of commands; without this there is none.
-    pub fn set_window(&mut self, window: Arc<Window>) {
-        self.window = window;
+    /// Where memory of the controller is among the addresses of commands; without this there is none.
+    pub fn set_windows(&mut self, windows: Arc<Windows>) {
+        self.windows = windows;
     }
 
     pub fn set_page_bytes(&mut self, page_bytes: u64) {
@@ -44,12 +44,12 @@ impl PrpWalker {
         length_bytes: u64,
         ranges: &mut Vec<GuestRange>,
     ) -> Result<(), Status> {
-        // The count of references is shared with other workers: it is left alone where there is no buffer.
-        if !self.window.exists() {
+        // The count of references is shared with other workers: it is left alone where there is no such memory.
+        if !self.windows.exist() {
             return self.walk_pages(memory, prp1, prp2, length_bytes, ranges);
         }
-        let window = Arc::clone(&self.window);
-        window.gather(ranges, |ranges| self.walk_pages(memory, prp1, prp2, length_bytes, ranges))
+        let windows = Arc::clone(&self.windows);
+        windows.gather(ranges, |ranges| self.walk_pages(memory, prp1, prp2, length_bytes, ranges))
     }
 
     /// Appends one run of memory as it is.
@@ -59,7 +59,7 @@ impl PrpWalker {
         length_bytes: u64,
         ranges: &mut Vec<GuestRange>,
     ) -> Result<(), Status> {
-        self.window.gather(ranges, |ranges| push(ranges, address, length_bytes))
+        self.windows.gather(ranges, |ranges| push(ranges, address, length_bytes))
     }
 
     fn walk_pages(
@@ -121,7 +121,7 @@ impl PrpWalker {
             let mut left = data_entries;
             while left > 0 {
                 let count = left.min(CHUNK_ENTRIES as u64);
-                let place = self.window.translate(list, count * 8)?;
+                let place = self.windows.translate(list, count * 8)?;
                 let bytes = &mut self.chunk[..count as usize * 8];
                 memory
                     .read_slice(bytes, GuestAddress(place))
@@ -140,7 +140,7 @@ impl PrpWalker {
                 return Ok(());
             }
             let mut raw = [0; 8];
-            let place = self.window.translate(list, 8)?;
+            let place = self.windows.translate(list, 8)?;
             memory
                 .read_slice(&mut raw, GuestAddress(place))
                 .map_err(|_| Status::DATA_TRANSFER_ERROR.do_not_retry())?;

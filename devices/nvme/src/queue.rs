@@ -7,11 +7,11 @@ use bus::{GuestMemory, in_one_region};
 use nvme_spec::{CompletionEntry, Status, SubmissionEntry};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::cmb::{self, Window};
 use crate::config::MIN_PAGE_BYTES;
 use crate::doorbell::{MemoryGone, Shadow};
 use crate::interrupt::Delayed;
 use crate::prp::PrpWalker;
+use crate::window::{self, Windows};
 
 /// Bytes of a submission queue entry, a power of two.
 const SQ_ENTRY_SHIFT: u32 = 6;
@@ -63,11 +63,12 @@ impl Ring {
         let page_bytes = 1u64 << page_shift;
         let inside = |address: u64, length_bytes: u64| {
             // In the controller memory buffer the guest's address was what is aligned; the buffer may begin at any 4 KiB.
-            let alignment = if cmb::is_in_buffer(address) { MIN_PAGE_BYTES.into() } else { page_bytes };
+            let alignment = if window::is_in_buffer(address) { MIN_PAGE_BYTES.into() } else { page_bytes };
             if !address.is_multiple_of(alignment) {
                 return Err(Status::PRP_OFFSET_INVALID.do_not_retry());
             }
             let inside = address.checked_add(length_bytes).is_some()
+                && !window::is_in_region(address)
                 && memory.check_range(GuestAddress(address), length_bytes as usize);
             if inside { Ok(()) } else { Err(Status::INVALID_FIELD.do_not_retry()) }
         };
@@ -128,7 +129,7 @@ impl QueuePlace {
     pub fn from_command(
         walker: &mut PrpWalker,
         memory: &GuestMemory,
-        window: &Window,
+        windows: &Windows,
         (id, entries): (u16, u32),
         (prp1, contiguous): (u64, bool),
         (entry_bytes, page_shift): (u64, u32),
@@ -139,11 +140,11 @@ impl QueuePlace {
             if !prp1.is_multiple_of(page_bytes) {
                 return Err(Status::PRP_OFFSET_INVALID.do_not_retry());
             }
-            Location::Contiguous(window.translate(prp1, length_bytes)?)
+            Location::Contiguous(windows.translate(prp1, length_bytes)?)
         } else {
             let count = length_bytes.div_ceil(page_bytes);
             let pages = walker.queue_pages(memory, prp1, count)?.into_iter();
-            let pages = pages.map(|page| window.translate(page, page_bytes)).collect::<Result<_, _>>()?;
+            let pages = pages.map(|page| windows.translate(page, page_bytes)).collect::<Result<_, _>>()?;
             Location::Pages(pages)
         };
         Ok(Self { id, entries, location, page_shift })

@@ -7,12 +7,14 @@ use std::sync::Arc;
 
 use nvme_spec::regs::{self, Aqa, Cap, Cc, Csts};
 
-use crate::cmb::Window;
+use crate::cmb;
 use crate::config::ControllerConfig;
-use crate::pci::BUFFER_BAR;
+use crate::pci::{BUFFER_BAR, REGION_BAR};
+use crate::pmr::Region;
+use crate::window::{Spaces, Windows};
 
-/// CAP.TO and both halves of CRTO (CRWMT, CRIMT): how long an enable or disable may take, in units of 500 ms.
-const TIMEOUT_500_MS: u64 = 60;
+/// CAP.TO, both halves of CRTO (CRWMT, CRIMT) and PMRCAP.PMRTO: how long an enable or disable may take, in units of 500 ms.
+pub(crate) const TIMEOUT_500_MS: u64 = 60;
 /// CAP.MPSMAX: pages of 64 KiB.
 pub(crate) const MPSMAX: u64 = 4;
 /// CC.IOSQES and CC.IOCQES as log2 of bytes: the only sizes of entries that there are.
@@ -25,8 +27,6 @@ pub(crate) const COMMAND_SETS: u64 = 1 | 1 << 6;
 const AMS_OFFERED: u64 = 1;
 /// CAP.CRMS: ready with media and ready independent of media. The images are open before a guest runs, so that both are the same.
 const CRMS: u64 = 0b11;
-/// Bits of CMBMSC that are not reserved: CRE, CMSE and CBA.
-pub(crate) const CMBMSC_BITS: u64 = !0xffc;
 /// Bits of CC that are not reserved.
 const CC_BITS: u32 = 0x01ff_fff1;
 
@@ -58,14 +58,15 @@ pub(crate) struct Registers {
     pub acq: u64,
     /// INTMS and INTMC read as this.
     pub interrupt_mask: u32,
-    /// CMBMSC.
-    buffer_control: u64,
-    window: Arc<Window>,
+    /// CMBMSC, PMRMSCU and PMRMSCL.
+    pub spaces: Spaces,
+    windows: Arc<Windows>,
+    region: Arc<Region>,
     pub wanted: Wanted,
 }
 
 impl Registers {
-    pub fn new(config: &ControllerConfig, window: Arc<Window>) -> Self {
+    pub fn new(config: &ControllerConfig, windows: Arc<Windows>, region: Arc<Region>) -> Self {
         let cap = Cap::default()
             .with_mqes(u64::from(config.mqes()))
             .with_cqr(u64::from(config.contiguous_queues))
@@ -74,7 +75,8 @@ impl Registers {
             .with_nssrs(1)
             .with_css(COMMAND_SETS)
             .with_mpsmax(MPSMAX)
-            .with_cmbs(u64::from(window.exists()))
+            .with_pmrs(u64::from(windows.region_bytes() > 0))
+            .with_cmbs(u64::from(windows.buffer_bytes() > 0))
             .with_crms(CRMS);
         Self {
             cap,
@@ -84,8 +86,9 @@ impl Registers {
             asq: 0,
             acq: 0,
             interrupt_mask: 0,
-            buffer_control: 0,
-            window,
+            spaces: Spaces::new(Arc::clone(&windows)),
+            windows,
+            region,
             wanted: Wanted::default(),
         }
     }
@@ -112,13 +115,21 @@ impl Registers {
             regs::ACQ => self.acq as u32,
             0x34 => (self.acq >> 32) as u32,
             // "If CMBMSC.CRE is 0, then the values of CMBLOC and CMBSZ are cleared to 0h."
-            regs::CMBLOC if self.buffer_control & regs::CMBMSC_CRE != 0 => self.window.location(BUFFER_BAR),
-            regs::CMBSZ if self.buffer_control & regs::CMBMSC_CRE != 0 => self.window.size(),
-            regs::CMBMSC => self.buffer_control as u32,
-            0x54 => (self.buffer_control >> 32) as u32,
-            regs::CMBSTS => self.window.status(self.buffer_control),
+            regs::CMBLOC if self.spaces.buffer() & regs::CMBMSC_CRE != 0 => cmb::location(BUFFER_BAR),
+            regs::CMBSZ if self.spaces.buffer() & regs::CMBMSC_CRE != 0 => {
+                cmb::size(self.windows.buffer_bytes())
+            }
+            regs::CMBMSC => self.spaces.buffer() as u32,
+            0x54 => (self.spaces.buffer() >> 32) as u32,
+            regs::CMBSTS => self.spaces.buffer_status(),
             regs::CRTO => (TIMEOUT_500_MS << 16 | TIMEOUT_500_MS) as u32,
-            // No boot partition or persistent memory region; NSSR reads 0; nothing is known of how fast the buffer can be written.
+            regs::PMRCAP => self.region.capabilities(REGION_BAR),
+            regs::PMRCTL => self.region.control(),
+            regs::PMRSTS if self.spaces.region_is_invalid() => self.region.status() | regs::PMRSTS_CBAI,
+            regs::PMRSTS => self.region.status(),
+            regs::PMRMSCL => self.spaces.region() as u32,
+            regs::PMRMSCU => (self.spaces.region() >> 32) as u32,
+            // No boot partition; NSSR reads 0; nothing is known of how fast the buffer and the region can be written.
             _ => 0,
         }
     }
@@ -131,14 +142,31 @@ impl Registers {
         if !matches!(data.len(), 1 | 2 | 4 | 8) || !offset.is_multiple_of(data.len() as u64) {
             return false;
         }
+        if let (regs::CMBMSC, &[a, b, c, d, e, f, g, h]) = (offset, data) {
+            // At once: commands in flight see the old address or the new one, and none of halves.
+            self.spaces.set_buffer(u64::from_le_bytes([a, b, c, d, e, f, g, h]));
+            return false;
+        }
         if data.len() == 8 {
             let low = self.write(offset, &data[..4]);
             return self.write(offset + 4, &data[4..]) | low;
         }
         let base = offset & !3;
         // What a narrow access does not cover keeps its value; in registers where writing 1 acts, it is 0.
-        let keeps =
-            matches!(base, regs::CC | regs::AQA | regs::ASQ | 0x2c | regs::ACQ | 0x34 | regs::CMBMSC | 0x54);
+        let keeps = matches!(
+            base,
+            regs::CC
+                | regs::AQA
+                | regs::ASQ
+                | 0x2c
+                | regs::ACQ
+                | 0x34
+                | regs::CMBMSC
+                | 0x54
+                | regs::PMRCTL
+                | regs::PMRMSCL
+                | regs::PMRMSCU
+        );
         let mut bytes = if keeps { self.dword(base).to_le_bytes() } else { [0; 4] };
         let start = (offset & 3) as usize;
         bytes[start..start + data.len()].copy_from_slice(data);
@@ -166,27 +194,17 @@ impl Registers {
             regs::ASQ if disabled => self.asq = self.asq & !0xffff_ffff | u64::from(value & !0xfff),
             0x2c if disabled => self.asq = self.asq & 0xffff_ffff | u64::from(value) << 32,
             regs::ACQ if disabled => self.acq = self.acq & !0xffff_ffff | u64::from(value & !0xfff),
-            regs::CMBMSC => {
-                self.set_buffer_control(self.buffer_control & !0xffff_ffff | u64::from(value));
+            regs::CMBMSC => self.spaces.set_buffer(self.spaces.buffer() & !0xffff_ffff | u64::from(value)),
+            0x54 => self.spaces.set_buffer(self.spaces.buffer() & 0xffff_ffff | u64::from(value) << 32),
+            regs::PMRCTL => self.region.set_control(value),
+            regs::PMRMSCL => self.spaces.set_region(self.spaces.region() & !0xffff_ffff | u64::from(value)),
+            regs::PMRMSCU => {
+                self.spaces.set_region(self.spaces.region() & 0xffff_ffff | u64::from(value) << 32)
             }
-            0x54 => self.set_buffer_control(self.buffer_control & 0xffff_ffff | u64::from(value) << 32),
             0x34 if disabled => self.acq = self.acq & 0xffff_ffff | u64::from(value) << 32,
             _ => {}
         }
         false
-    }
-
-    /// CMBMSC.
-    pub fn buffer_control(&self) -> u64 {
-        self.buffer_control
-    }
-
-    /// Changes CMBMSC, which a controller without a buffer does not have.
-    pub fn set_buffer_control(&mut self, value: u64) {
-        if self.window.exists() {
-            self.buffer_control = value & CMBMSC_BITS;
-            self.window.set(self.buffer_control);
-        }
     }
 
     fn write_cc(&mut self, value: Cc) -> bool {

@@ -4,6 +4,7 @@
 //! Nothing here touches guest memory.
 
 pub(crate) mod admin;
+mod memory;
 pub(crate) mod reservations;
 
 use std::collections::VecDeque;
@@ -21,7 +22,6 @@ use pci::MsixSink;
 
 use crate::Error;
 use crate::admin::{Admin, MAX_PARKED, Phase, Pool, check_configuration};
-use crate::cmb::Window;
 use crate::command::features::{ASYNC_EVENT_BITS, KEEP_ALIVE_GRANULARITY_MS, TIMESTAMP_MASK, Timestamp};
 use crate::command::queues::entry_sizes_are_set;
 use crate::config::{ControllerConfig, NamespaceConfig};
@@ -29,13 +29,12 @@ use crate::controller::Controller;
 use crate::doorbell::Buffers;
 use crate::inventory::{NamespaceShape, Shape};
 use crate::queue::{Ended, Location, MAX_ABORTED, MAX_BACKLOG, QueuePlace};
-use crate::regs::CMBMSC_BITS;
 use crate::shared::{Host, lock};
 use crate::smart::Counters;
 use crate::state::{
-    BufferState, CompletionQueueState, EventsState, FeaturesState, NvmeState, RegistersState,
-    SubmissionQueueState,
+    CompletionQueueState, EventsState, FeaturesState, NvmeState, RegistersState, SubmissionQueueState,
 };
+use crate::window::Windows;
 
 /// The bits of CSTS that a quiet controller can have set: RDY, CFS, SHST complete, NSSRO.
 const CSTS_BITS: u32 = 0b1_1011;
@@ -87,7 +86,8 @@ impl Controller {
         pool.shared.endpoint.restore(&state.pci).map_err(Error::PciState)?;
         let now = Instant::now();
         load_registers(pool, &state.registers);
-        load_buffer(pool, state.buffer.as_ref())?;
+        memory::load_buffer(pool, state.buffer.as_ref())?;
+        memory::load_region(pool, state.region.as_ref())?;
         load_features(pool, &mut admin, state, now);
         load_events(pool, &mut admin, &state.events);
         load_smart(&mut admin, state, now);
@@ -275,16 +275,6 @@ fn check_events(state: &EventsState, phase: Phase) -> Result<(), Error> {
     Ok(())
 }
 
-fn load_buffer(pool: &Pool, state: Option<&BufferState>) -> Result<(), Error> {
-    let Some(BufferState { control }) = state.cloned() else { return Ok(()) };
-    if control == 0 || control & !CMBMSC_BITS != 0 || !pool.shared.window.exists() {
-        let reason = "it is 0, has reserved bits set, or there is no controller memory buffer here";
-        return refuse("buffer.control", control, reason);
-    }
-    pool.shared.registers().set_buffer_control(control);
-    Ok(())
-}
-
 fn load_registers(pool: &Pool, state: &RegistersState) {
     let mut registers = pool.shared.registers();
     registers.cc = Cc(state.cc);
@@ -351,9 +341,9 @@ fn load_queues(pool: &Pool, admin: &mut Admin, state: &NvmeState) -> Result<(), 
         }
         return Ok(());
     }
-    let window = &pool.shared.window;
-    let asq = place_of_admin_queue(window, state.sq.get(0).map(|sq| &sq.pages), registers.asq);
-    let acq = place_of_admin_queue(window, state.cq.get(0).map(|cq| &cq.pages), registers.acq);
+    let windows = &pool.shared.windows;
+    let asq = place_of_admin_queue(windows, state.sq.get(0).map(|sq| &sq.pages), registers.asq);
+    let acq = place_of_admin_queue(windows, state.cq.get(0).map(|cq| &cq.pages), registers.acq);
     let opened = admin.open_admin_queues(pool, Cc(registers.cc), Aqa(registers.aqa), asq, acq);
     if let Err((register, reason)) = opened {
         let value = match register {
@@ -402,7 +392,7 @@ fn load_cq(
         if saved.size != entries {
             return refuse(at("size"), saved.size, "it is not the size of AQA");
         }
-        check_admin_pages(&pool.shared.window, &at, saved.contiguous, &saved.pages, state.registers.acq)?;
+        check_admin_pages(&pool.shared.windows, &at, saved.contiguous, &saved.pages, state.registers.acq)?;
         if saved.vector != 0 {
             return refuse(at("vector"), saved.vector, "the admin queue uses vector 0");
         }
@@ -450,7 +440,7 @@ fn load_sq(
         if saved.size != entries {
             return refuse(at("size"), saved.size, "it is not the size of AQA");
         }
-        check_admin_pages(&pool.shared.window, &at, saved.contiguous, &saved.pages, state.registers.asq)?;
+        check_admin_pages(&pool.shared.windows, &at, saved.contiguous, &saved.pages, state.registers.asq)?;
         if saved.cq_id != 0 {
             return refuse(at("cq_id"), saved.cq_id, "the admin queue completes to queue 0");
         }
@@ -560,22 +550,22 @@ fn place(
 }
 
 /// Where an admin queue is: in the controller memory buffer, which the guest may have moved since, or where its register says.
-fn place_of_admin_queue(window: &Window, pages: Option<&Vec<u64>>, register: u64) -> u64 {
+fn place_of_admin_queue(windows: &Windows, pages: Option<&Vec<u64>>, register: u64) -> u64 {
     match pages.map(Vec::as_slice) {
-        Some(&[base]) if window.holds(base) => base,
+        Some(&[base]) if windows.buffer_holds(base) => base,
         _ => register,
     }
 }
 
 fn check_admin_pages(
-    window: &Window,
+    windows: &Windows,
     at: &impl Fn(&str) -> String,
     contiguous: bool,
     pages: &[u64],
     register: u64,
 ) -> Result<(), Error> {
     match pages {
-        &[base] if contiguous && (base == register || window.holds(base)) => Ok(()),
+        &[base] if contiguous && (base == register || windows.buffer_holds(base)) => Ok(()),
         pages => refuse(
             at("pages"),
             pages.first().copied().unwrap_or(0),

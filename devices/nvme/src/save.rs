@@ -16,7 +16,7 @@ use crate::queue::{CompletionQueue, Ended, Location, Ring, SubmissionQueue};
 use crate::shared::{Shared, lock};
 use crate::state::{
     BufferState, CompletionQueueState, DoorbellBuffersState, EndedState, EventsState, FeaturesState,
-    NamespaceState, NvmeState, RegistersState, SmartState, SubmissionQueueState,
+    NamespaceState, NvmeState, RegionState, RegistersState, SmartState, SubmissionQueueState,
 };
 
 impl Controller {
@@ -69,6 +69,7 @@ impl Controller {
             sanitize: admin::sanitize_state(&admin, shared.controller_id),
             self_test: admin::self_test_state(&admin),
             buffer: buffer_state(shared),
+            region: region_state(shared),
             persistent_events: admin::persistent_events_state(&admin),
             allocations: shared.subsystem.to_state(shared.controller_id),
             reservations: reservations::reservations_state(shared),
@@ -79,8 +80,21 @@ impl Controller {
 }
 
 fn buffer_state(shared: &Shared) -> Option<BufferState> {
-    let control = shared.registers().buffer_control();
+    let control = shared.registers().spaces.buffer();
     (control != 0).then_some(BufferState { control })
+}
+
+fn region_state(shared: &Shared) -> Option<RegionState> {
+    let registers = shared.registers();
+    let (enabled, error) = (shared.region.control() != 0, shared.region.error());
+    let memory_space = registers.spaces.region();
+    let is_first = registers.spaces.region_is_first();
+    (enabled || memory_space != 0 || error != 0).then_some(RegionState {
+        enabled,
+        memory_space,
+        is_first,
+        error,
+    })
 }
 
 fn registers_state(shared: &Shared) -> RegistersState {

@@ -9,9 +9,9 @@ use nvme_spec::identify as spec;
 use nvme_spec::sgl::{BIT_BUCKET, DATA_BLOCK, LAST_SEGMENT, SEGMENT, SglDescriptor};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::cmb::Window;
 use crate::data::Direction;
 use crate::prp;
+use crate::window::Windows;
 
 /// Identify Controller SGLS: what is carried out here.
 pub(crate) const SUPPORT: u32 = spec::SGLS_BYTES
@@ -30,7 +30,7 @@ const MAX_DESCRIPTORS: u32 = 131_072;
 /// Walks SGLs; keeps its buffer between commands.
 pub(crate) struct SglWalker {
     chunk: Box<[u8; CHUNK_DESCRIPTORS * SglDescriptor::SIZE_BYTES]>,
-    window: Arc<Window>,
+    windows: Arc<Windows>,
 }
 
 /// A segment in guest memory.
@@ -49,12 +49,15 @@ struct Walk<'a> {
 
 impl SglWalker {
     pub fn new() -> Self {
-        Self { chunk: Box::new([0; CHUNK_DESCRIPTORS * SglDescriptor::SIZE_BYTES]), window: Window::new(0) }
+        Self {
+            chunk: Box::new([0; CHUNK_DESCRIPTORS * SglDescriptor::SIZE_BYTES]),
+            windows: Windows::new(0, 0),
+        }
     }
 
-    /// Where the controller memory buffer is among the addresses of commands; without this there is none.
-    pub fn set_window(&mut self, window: Arc<Window>) {
-        self.window = window;
+    /// Where memory of the controller is among the addresses of commands; without this there is none.
+    pub fn set_windows(&mut self, windows: Arc<Windows>) {
+        self.windows = windows;
     }
 
     /// Appends to `ranges` the memory of a transfer of `length_bytes` that `first` describes, which may describe more. Data are not
@@ -68,11 +71,11 @@ impl SglWalker {
         ranges: &mut Vec<GuestRange>,
     ) -> Result<(), Status> {
         // As for PRPs.
-        if !self.window.exists() {
+        if !self.windows.exist() {
             return self.walk_list(memory, first, length_bytes, direction, ranges);
         }
-        let window = Arc::clone(&self.window);
-        window.gather(ranges, |ranges| self.walk_list(memory, first, length_bytes, direction, ranges))
+        let windows = Arc::clone(&self.windows);
+        windows.gather(ranges, |ranges| self.walk_list(memory, first, length_bytes, direction, ranges))
     }
 
     /// The same for metadata: `pointer` is the address of the one descriptor, which begins the list (Base 4.1.1, MPTR with PSDT 10b).
@@ -88,7 +91,7 @@ impl SglWalker {
             return Err(Status::INVALID_SGL_SEGMENT.do_not_retry());
         }
         let mut raw = [0; SglDescriptor::SIZE_BYTES];
-        let place = self.window.translate(pointer, raw.len() as u64)?;
+        let place = self.windows.translate(pointer, raw.len() as u64)?;
         let unreadable = Status::DATA_TRANSFER_ERROR.do_not_retry();
         memory.read_slice(&mut raw, GuestAddress(place)).map_err(|_| unreadable)?;
         let first = SglDescriptor::from_bytes(&raw);
@@ -142,7 +145,7 @@ impl SglWalker {
             }
             let bytes = &mut self.chunk[..count as usize * SglDescriptor::SIZE_BYTES];
             let unreadable = Status::DATA_TRANSFER_ERROR.do_not_retry();
-            let place = self.window.translate(address, bytes.len() as u64)?;
+            let place = self.windows.translate(address, bytes.len() as u64)?;
             memory.read_slice(bytes, GuestAddress(place)).map_err(|_| unreadable)?;
             address = address.checked_add(bytes.len() as u64).ok_or(unreadable)?;
             left -= count;

@@ -7,14 +7,16 @@ use bus::GuestMemory;
 use pci::Endpoint;
 
 use crate::arbitration::Arbitration;
-use crate::cmb::Window;
 use crate::config::ControllerConfig;
 use crate::doorbell::{Doorbells, MemoryGone};
 use crate::event::Events;
 use crate::gate::Gate;
 use crate::interrupt::{Coalescing, PinQueues};
+use crate::pmr::Region;
 use crate::regs::Registers;
+use crate::smart::WARNING_REGION;
 use crate::subsystem::Subsystem;
+use crate::window::Windows;
 
 /// What a controller asks of the process around it.
 pub trait Host: Send + Sync {
@@ -26,6 +28,18 @@ pub trait Host: Send + Sync {
     /// [`PciFunction::bar_write`](pci::PciFunction::bar_write) (an ioeventfd). It is an optimisation that may be ignored, but
     /// once disabled the writes must arrive again before this returns. Called on worker threads.
     fn set_doorbell_event(&self, bar_offset: u64, worker: usize, enabled: bool);
+
+    /// The guest sees the persistent memory region in its BAR from now on, or no longer. It is not seen at first. Its accesses may also
+    /// come to [`PciFunction::bar_read`](pci::PciFunction::bar_read) and `bar_write`. Called on vCPU threads and on that of worker 0,
+    /// with locks held; must not call back. Only controllers with a region call it.
+    fn show_region(&self, ready: bool);
+
+    /// Makes what was written to the persistent memory region durable, before it returns. Called on vCPU threads and on that of worker 0,
+    /// by controllers with a region.
+    ///
+    /// # Errors
+    /// Something may be lost.
+    fn flush_region(&self) -> std::io::Result<()>;
 }
 
 /// What one worker shows without its lock. As large as a cache line, so that workers do not share one.
@@ -51,8 +65,10 @@ pub(crate) struct Shared {
     pub gate: Arc<Gate>,
     pub config: ControllerConfig,
     pub memory: GuestMemory,
-    /// Where the controller memory buffer is among the addresses of commands.
-    pub window: Arc<Window>,
+    /// Where memory of the controller is among the addresses of commands.
+    pub windows: Arc<Windows>,
+    /// The persistent memory region, of no bytes if there is none.
+    pub region: Arc<Region>,
     pub host: Arc<dyn Host>,
     pub endpoint: Endpoint,
     pub doorbells: Doorbells,
@@ -87,11 +103,12 @@ impl Shared {
         workers: usize,
         host: Arc<dyn Host>,
     ) -> Self {
-        let window = Window::new(config.buffer_bytes);
+        let windows = Windows::new(config.buffer_bytes, config.region_bytes);
+        let region = Region::new(Arc::clone(&windows), memory.clone(), Arc::clone(&host));
         Self {
             doorbells: Doorbells::new(config.queue_pairs),
             doorbell_writes: AtomicU64::new(0),
-            registers: Mutex::new(Registers::new(&config, Arc::clone(&window))),
+            registers: Mutex::new(Registers::new(&config, Arc::clone(&windows), Arc::clone(&region))),
             lanes: (0..workers).map(|_| Lane::default()).collect(),
             active: AtomicBool::new(false),
             paused: AtomicBool::new(false),
@@ -107,7 +124,8 @@ impl Shared {
             controller_id,
             gate: Arc::default(),
             config,
-            window,
+            windows,
+            region,
             memory,
             host,
             endpoint,
@@ -130,6 +148,14 @@ impl Shared {
     /// are full; transfers that backends have begun are beyond recall and end.
     pub fn is_bus_master(&self) -> bool {
         self.endpoint.is_bus_master()
+    }
+
+    /// Makes the persistent memory region durable, and warns if that fails.
+    pub fn flush_region(&self) {
+        if self.region.exists() && self.region.flush() {
+            self.warnings.fetch_or(WARNING_REGION, Ordering::SeqCst);
+            self.host.wake(0);
+        }
     }
 
     /// Whether I/O commands are fetched.

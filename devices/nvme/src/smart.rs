@@ -17,8 +17,11 @@ const WARNING_SPARE: u8 = 1 << 0;
 const WARNING_RELIABILITY: u8 = 1 << 2;
 /// Bit 3: the media is read-only.
 const WARNING_READ_ONLY: u8 = 1 << 3;
-/// Those that failures of images raise. They stay as long as the controller has power.
-pub(crate) const MEDIA_WARNINGS: u8 = WARNING_SPARE | WARNING_RELIABILITY | WARNING_READ_ONLY;
+/// Bit 5: the persistent memory region has become read-only or unreliable.
+pub(crate) const WARNING_REGION: u8 = 1 << 5;
+/// Those that failures of images, and of a region, raise. They stay as long as the controller has power.
+pub(crate) const MEDIA_WARNINGS: u8 =
+    WARNING_SPARE | WARNING_RELIABILITY | WARNING_READ_ONLY | WARNING_REGION;
 /// Linux: a file system that is read-only, or has become so.
 const EROFS: i32 = 30;
 

@@ -102,6 +102,9 @@ pub struct NvmeState {
     /// Asymmetric access, unless all of it was always optimized.
     #[vmstate(subsection)]
     pub access: Option<AccessGroupsState>,
+    /// The persistent memory region, if the guest has done something with it.
+    #[vmstate(subsection)]
+    pub region: Option<RegionState>,
 }
 
 /// Where the guest has the controller memory buffer (Base 3.1.3.16); its contents travel with RAM.
@@ -110,6 +113,20 @@ pub struct NvmeState {
 pub struct BufferState {
     /// CMBMSC.
     pub control: u64,
+}
+
+/// Registers of the persistent memory region (Base 3.1.3.23 to 3.1.3.28); its contents travel with RAM.
+#[derive(VmState, Clone, Debug, PartialEq, Eq)]
+#[vmstate(name = "nvme/region", version = 1)]
+pub struct RegionState {
+    /// PMRCTL.EN.
+    pub enabled: bool,
+    /// PMRMSCU and PMRMSCL.
+    pub memory_space: u64,
+    /// Commands name it where the controller memory buffer is wanted too, since it was there first.
+    pub is_first: bool,
+    /// PMRSTS.ERR.
+    pub error: u8,
 }
 
 /// The registers that the guest can change (Base 3.1.3).

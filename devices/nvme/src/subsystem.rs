@@ -35,6 +35,7 @@ use crate::config::{MAX_NAMESPACES, NamespaceConfig};
 use crate::exclusion::Exclusion;
 use crate::inventory::NamespaceShape;
 use crate::namespace::{self, Namespace, NamespaceTable, WriteProtection};
+use crate::pmr::Regions;
 use crate::reservations::Reservations;
 use crate::restore::reservations::loaded_reservations;
 use crate::save::reservations::kept_reservations;
@@ -70,6 +71,8 @@ pub struct Subsystem {
     pub(crate) reservations: Reservations,
     pub(crate) access: AccessTable,
     pub(crate) common: CommonPlace,
+    /// Persistent memory regions of its controllers.
+    pub(crate) regions: Regions,
 }
 
 /// What serves commands.
@@ -227,6 +230,7 @@ impl Subsystem {
             reservations,
             access: AccessTable::default(),
             common: CommonPlace::new(),
+            regions: Regions::default(),
         }))
     }
 

@@ -27,6 +27,10 @@ struct Nobody;
 impl Host for Nobody {
     fn wake(&self, _worker: usize) {}
     fn set_doorbell_event(&self, _bar_offset: u64, _worker: usize, _enabled: bool) {}
+    fn show_region(&self, _ready: bool) {}
+    fn flush_region(&self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 impl MsixSink for Nobody {

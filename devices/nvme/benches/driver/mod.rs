@@ -48,6 +48,12 @@ impl Host for Counts {
     fn set_doorbell_event(&self, _bar_offset: u64, _worker: usize, _enabled: bool) {
         self.doorbell_events.fetch_add(1, Ordering::Relaxed);
     }
+
+    fn show_region(&self, _ready: bool) {}
+
+    fn flush_region(&self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 impl MsixSink for Counts {

@@ -223,7 +223,7 @@ impl Admin {
         QueuePlace::from_command(
             &mut self.walker,
             &pool.shared.memory,
-            &pool.shared.window,
+            &pool.shared.windows,
             (id, entries),
             (entry.prp1, contiguous),
             (entry_bytes, self.page_shift),

@@ -1,6 +1,7 @@
 //! Sanitize (Base 5.24, 8.20): every block of every namespace, attached or not, is erased or overwritten in the background, over resets
 //! and migrations, and until that is done nothing reaches the namespaces. The operation is the subsystem's: all controllers say the same
-//! of it and refuse the same, and any of them goes on with it.
+//! of it and refuse the same, and any of them goes on with it. Persistent memory regions are erased
+//! first, and none may be enabled when it begins.
 //!
 //! Block erase writes zeroes, and makes holes unless it must not deallocate. Overwrite writes its pattern, or the pattern and its
 //! inverse in turn, as often as asked for, and gives the blocks back afterwards unless it must not. Each pass ends with a flush of
@@ -171,7 +172,7 @@ impl Admin {
         if action == opcode::SANITIZE_EXIT_FAILURE_MODE {
             if failed {
                 self.common.lock().sanitize.outcome = Outcome::Failed { exited: true };
-                self.change_namespaces(pool, NSID_BROADCAST, |namespace| namespace.refusal = None);
+                self.refuse_while_sanitizing(pool);
                 self.keep();
             }
             return Ok(Answer::Now(0));
@@ -189,6 +190,9 @@ impl Admin {
         let taken = namespace::active(&self.allocated).find_map(|ns| ns.refusal);
         if let Some(status) = taken.filter(|_| !failed) {
             return Err(status);
+        }
+        if !pool.shared.subsystem.regions.hold() {
+            return Err(Status::SANITIZE_PROHIBITED_BY_REGION.do_not_retry());
         }
         let (command, pattern, by) = (entry.cdw10 & COMMAND_BITS, entry.cdw11, pool.shared.controller_id);
         let sweep = Sweep::new(NSID_BROADCAST);
@@ -208,9 +212,19 @@ impl Admin {
         Ok(Answer::Now(0))
     }
 
-    /// Has all namespaces answer what the operation, or its failure, asks for.
+    /// Nothing reaches namespaces and persistent memory regions any more: the regions are erased, whatever is done to blocks.
+    pub(crate) fn begin_sanitizing(&mut self, pool: &Pool) {
+        if let Err(error) = pool.shared.subsystem.regions.erase() {
+            ::log::error!("a sanitize operation cannot erase a persistent memory region: {error}");
+            return self.end_sanitize(pool, Status::INTERNAL_ERROR);
+        }
+        self.common.lock().sanitize.running.iter_mut().for_each(|running| running.quiet = true);
+    }
+
+    /// Has all namespaces answer what the operation, or its failure, asks for, and no persistent memory region become ready.
     pub(crate) fn refuse_while_sanitizing(&mut self, pool: &Pool) {
         let refusal = self.common.sanitize().refusal();
+        pool.shared.subsystem.regions.set_held(refusal.is_some());
         self.change_namespaces(pool, NSID_BROADCAST, |namespace| namespace.refusal = refusal);
     }
 

@@ -153,6 +153,7 @@ fn check_parts(state: &NvmeState) -> Result<(), Error> {
         ("a workload hint or a sanitize configuration", state.features.more.is_some()),
         ("firmware that a guest brought", state.firmware.is_some()),
         ("a controller memory buffer in use", state.buffer.is_some()),
+        ("a persistent memory region in use", state.region.is_some()),
         ("a format in progress", state.format.is_some()),
         ("a sanitize operation", state.sanitize.is_some()),
         ("self-tests", state.self_test.is_some()),

@@ -3,15 +3,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use bus::{GuestMapping, GuestRange};
+use bus::GuestMapping;
 use nvme_spec::opcode::{admin, nvm};
 use nvme_spec::{Status, SubmissionEntry, regs};
 use pci::{BarKind, PciFunction};
-use vm_memory::GuestAddress;
 use vm_memory::bitmap::Bitmap;
 
 use super::driver::{Guest, PATIENCE, Pair, guest_memory, namespace, transfer};
-use crate::cmb::Window;
+use crate::window::{self, BUFFER_START};
 use crate::{ControllerConfig, Error, memory_with_buffer};
 
 const BUFFER_BYTES: u64 = 64 << 10;
@@ -218,39 +217,14 @@ fn what_is_neither_ram_nor_the_buffer_is_refused() {
 }
 
 #[test]
-fn ranges_of_both_kinds_of_memory_are_taken_apart() {
-    let window = Window::new(0x4000);
-    let range = |address, length_bytes| GuestRange { address: GuestAddress(address), length_bytes };
-    let gathered = |ranges: &[GuestRange]| {
-        let mut all = vec![range(1 << 60, 1)];
-        let found = window.gather(&mut all, |into| {
-            into.extend(ranges);
-            Ok(())
-        });
-        found.map(|()| all.split_off(1))
-    };
-    let whole = [range(0xf000, 0x8000), range(0, 4)];
-    assert_eq!(gathered(&whole), Ok(whole.to_vec()), "closed");
-    window.set(0x1_0000 | regs::CMBMSC_CMSE);
-    let apart = vec![range(0xf000, 0x1000), range(1 << 60, 0x4000), range(0x1_4000, 0x3000), range(0, 4)];
-    assert_eq!(gathered(&whole), Ok(apart));
-    assert_eq!(gathered(&[range(0x1_3ffc, 4)]), Ok(vec![range((1 << 60) + 0x3ffc, 4)]));
-    let nowhere = [GuestRange { address: block::NOWHERE, length_bytes: 512 }];
-    assert_eq!(gathered(&nowhere), Ok(nowhere.to_vec()), "a bit bucket");
-    assert!(gathered(&[range((1 << 60) - 1, 2)]).is_err());
-    assert!(gathered(&[range(1 << 60, 2)]).is_err());
-}
-
-#[test]
 fn what_is_written_to_the_buffer_is_marked_like_ram() {
     let buffer = Arc::new(GuestMapping::new(BUFFER_BYTES as usize).unwrap());
     let memory = memory_with_buffer(&guest_memory(), Arc::clone(&buffer)).unwrap();
-    let window = Window::new(BUFFER_BYTES);
-    window.write(&memory, 0x3004, &[1, 2, 3, 4]);
+    window::write(&memory, BUFFER_START, BUFFER_BYTES, 0x3004, &[1, 2, 3, 4]);
     let marked: Vec<_> = (0..16).filter(|page| buffer.bitmap().dirty_at(page * 4096)).collect();
     assert_eq!(marked, [3]);
     let mut data = [0; 8];
-    window.read(&memory, 0x3000, &mut data);
+    window::read(&memory, BUFFER_START, BUFFER_BYTES, 0x3000, &mut data);
     assert_eq!(data, [0, 0, 0, 0, 1, 2, 3, 4]);
 }
 

@@ -34,6 +34,10 @@ pub struct Process {
     pub doorbell_events: Mutex<BTreeMap<u64, usize>>,
     /// What happens, once, in the midst of the next call that wakes this worker.
     pub at_wake: Mutex<Option<(usize, Interlude)>>,
+    /// Of the persistent memory region.
+    pub region_is_shown: AtomicBool,
+    pub region_flushes: AtomicU64,
+    pub region_fails: AtomicBool,
 }
 
 impl Host for Process {
@@ -51,6 +55,18 @@ impl Host for Process {
             events.insert(bar_offset, worker);
         } else {
             events.remove(&bar_offset);
+        }
+    }
+
+    fn show_region(&self, ready: bool) {
+        assert_ne!(self.region_is_shown.swap(ready, Ordering::SeqCst), ready, "told of changes only");
+    }
+
+    fn flush_region(&self) -> std::io::Result<()> {
+        self.region_flushes.fetch_add(1, Ordering::SeqCst);
+        match self.region_fails.load(Ordering::SeqCst) {
+            true => Err(std::io::Error::other("no memory is for ever")),
+            false => Ok(()),
         }
     }
 }
@@ -129,6 +145,8 @@ pub struct Guest {
     pub shadow: Option<(u64, u64)>,
     /// Where the controller memory buffer is, by CMBMSC.
     pub buffer: Option<u64>,
+    /// Where the persistent memory region is, by PMRMSCU and PMRMSCL.
+    pub region: Option<u64>,
     next_page: u64,
 }
 
@@ -174,6 +192,10 @@ impl Guest {
             let buffer = Arc::new(GuestMapping::new(config.buffer_bytes as usize).unwrap());
             memory = crate::memory_with_buffer(&memory, buffer).unwrap();
         }
+        if config.region_bytes > 0 {
+            let region = Arc::new(GuestMapping::new(config.region_bytes as usize).unwrap());
+            memory = crate::memory_with_region(&memory, region).unwrap();
+        }
         let (contexts, events) = contexts(&memory, workers, depth);
         let (process, interrupts) = (Arc::new(Process::default()), Arc::new(Interrupts::default()));
         let controller = Controller::new(
@@ -199,6 +221,7 @@ impl Guest {
             queues: BTreeMap::new(),
             shadow: None,
             buffer: None,
+            region: None,
             next_page: 0x10_0000,
         }
     }
@@ -206,6 +229,16 @@ impl Guest {
     /// Controller `id` of a subsystem, after power-on, with two workers and memory of its own.
     pub fn member(subsystem: &Arc<Subsystem>, id: u16, config: ControllerConfig) -> Self {
         Self::joined(subsystem, id, config, guest_memory())
+    }
+
+    /// The same over `memory`, which has what `config` says.
+    pub fn member_with(
+        subsystem: &Arc<Subsystem>,
+        id: u16,
+        config: ControllerConfig,
+        memory: GuestMemory,
+    ) -> Self {
+        Self::joined(subsystem, id, config, memory)
     }
 
     /// Goes on in `successor`, which has nothing but a controller yet, with what the driver knows.
@@ -257,6 +290,7 @@ impl Guest {
             queues: BTreeMap::new(),
             shadow: None,
             buffer: None,
+            region: None,
             next_page: 0x10_0000,
         }
     }
@@ -395,13 +429,13 @@ impl Guest {
         self.write_bytes(address, &vec![0; bytes]);
     }
 
-    /// Reads memory, the controller's buffer through its BAR.
+    /// Reads memory, that of the controller through its BAR.
     pub fn read_bytes(&self, address: u64, bytes: usize) -> Vec<u8> {
         let mut data = vec![0; bytes];
-        match self.in_buffer(address) {
-            Some(offset) => {
+        match self.in_controller(address) {
+            Some((bar, offset)) => {
                 for (position, bytes) in (0..).zip(data.chunks_mut(8)) {
-                    self.controller.bar_read(2, offset + position * 8, bytes);
+                    self.controller.bar_read(bar, offset + position * 8, bytes);
                 }
             }
             None => self.memory.read_slice(&mut data, GuestAddress(address)).unwrap(),
@@ -409,21 +443,26 @@ impl Guest {
         data
     }
 
-    /// Writes memory, the controller's buffer through its BAR.
+    /// Writes memory, that of the controller through its BAR.
     pub fn write_bytes(&self, address: u64, data: &[u8]) {
-        match self.in_buffer(address) {
-            Some(offset) => {
+        match self.in_controller(address) {
+            Some((bar, offset)) => {
                 for (position, bytes) in (0..).zip(data.chunks(8)) {
-                    self.controller.bar_write(2, offset + position * 8, bytes);
+                    self.controller.bar_write(bar, offset + position * 8, bytes);
                 }
             }
             None => self.memory.write_slice(data, GuestAddress(address)).unwrap(),
         }
     }
 
-    fn in_buffer(&self, address: u64) -> Option<u64> {
-        let offset = address.checked_sub(self.buffer?)?;
-        (offset < self.config.buffer_bytes).then_some(offset)
+    /// The BAR that shows what commands name by `address`, and where in it.
+    fn in_controller(&self, address: u64) -> Option<(u8, u64)> {
+        let at = |bar, base: Option<u64>, length_bytes| {
+            let offset = address.checked_sub(base?)?;
+            (offset < length_bytes).then_some((bar, offset))
+        };
+        let buffer = at(2, self.buffer, self.config.buffer_bytes);
+        buffer.or_else(|| at(4, self.region, self.config.region_bytes))
     }
 
     /// Puts an entry into submission queue `queue` and gives it a CID; does not ring.

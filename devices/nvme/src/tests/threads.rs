@@ -22,6 +22,10 @@ impl Host for Threads {
         self.wakes[worker].write(1).unwrap();
     }
     fn set_doorbell_event(&self, _bar_offset: u64, _worker: usize, _enabled: bool) {}
+    fn show_region(&self, _ready: bool) {}
+    fn flush_region(&self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A guest with two queue pairs whose workers run on threads of their own.
