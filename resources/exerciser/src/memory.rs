@@ -6,6 +6,8 @@ use alloc::alloc::{alloc_zeroed, dealloc, handle_alloc_error};
 use core::alloc::Layout;
 use core::ptr::NonNull;
 
+use crate::mmio::Registers;
+
 /// A page, in bytes: the controller's memory page (CC.MPS = 0) and the unit of the RAM check.
 pub const PAGE_BYTES: usize = 4096;
 
@@ -18,6 +20,8 @@ pub const PAGE_BYTES: usize = 4096;
 pub struct Dma {
     start: NonNull<u64>,
     layout: Layout,
+    /// It is memory of a device, and goes back to nobody.
+    of_device: bool,
 }
 
 // SAFETY: the buffer is owned by the value, like a Box<[u64]>.
@@ -32,7 +36,7 @@ impl Dma {
         // SAFETY: the layout has a size above 0.
         let start = unsafe { alloc_zeroed(layout) };
         match NonNull::new(start.cast()) {
-            Some(start) => Self { start, layout },
+            Some(start) => Self { start, layout, of_device: false },
             None => handle_alloc_error(layout),
         }
     }
@@ -49,7 +53,8 @@ impl Dma {
 
     /// The memory as 8-byte words.
     pub fn words(&self) -> &[u64] {
-        // SAFETY: the allocation is of this length, aligned and zeroed at first; any bytes are valid words.
+        // SAFETY: the allocation, or the piece of a device's memory that nobody else has, is of this length and aligned; any bytes are
+        // valid words.
         unsafe { core::slice::from_raw_parts(self.start.as_ptr(), self.layout.size() / 8) }
     }
 
@@ -96,9 +101,73 @@ impl Dma {
     }
 }
 
+/// Memory of a device that is mapped like RAM, to be given out in pieces.
+#[derive(Debug)]
+pub struct DeviceMemory {
+    registers: Registers,
+    used_bytes: usize,
+}
+
+impl DeviceMemory {
+    /// All of `registers`, which nobody else uses.
+    pub fn new(registers: Registers) -> Self {
+        Self { registers, used_bytes: 0 }
+    }
+
+    /// Length in bytes of what was not given out.
+    pub fn left_bytes(&self) -> usize {
+        self.registers.length_bytes() - self.used_bytes
+    }
+
+    /// The next `length_bytes`, rounded up to whole pages, as they are. None when there are fewer.
+    pub fn take(&mut self, length_bytes: usize) -> Option<Dma> {
+        let length_bytes = length_bytes.max(1).next_multiple_of(PAGE_BYTES);
+        let layout = Layout::from_size_align(length_bytes, PAGE_BYTES).ok()?;
+        let address = self.registers.base() + self.used_bytes;
+        if length_bytes > self.left_bytes() || !address.is_multiple_of(PAGE_BYTES) {
+            return None;
+        }
+        self.used_bytes += length_bytes;
+        let start = NonNull::new(core::ptr::with_exposed_provenance_mut(address))?;
+        Some(Dma { start, layout, of_device: true })
+    }
+
+    /// The same, zeroed.
+    pub fn take_zeroed(&mut self, length_bytes: usize) -> Option<Dma> {
+        let mut piece = self.take(length_bytes)?;
+        piece.words_mut().fill(0);
+        Some(piece)
+    }
+}
+
 impl Drop for Dma {
     fn drop(&mut self) {
+        if self.of_device {
+            return;
+        }
         // SAFETY: allocated in `new` with this layout.
         unsafe { dealloc(self.start.as_ptr().cast(), self.layout) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_of_device_memory_are_beside_each_other_and_end_with_it() {
+        let mut backing = Dma::new(4 * PAGE_BYTES);
+        backing.words_mut().fill(7);
+        // SAFETY: the buffer lives to the end of this test, which does not look at it by another way meanwhile.
+        let registers = unsafe { Registers::new(backing.address() as usize, 4 * PAGE_BYTES) };
+        let mut memory = DeviceMemory::new(registers);
+        let first = memory.take(1).unwrap();
+        let second = memory.take_zeroed(PAGE_BYTES + 1).unwrap();
+        assert_eq!((first.address(), first.length_bytes()), (backing.address(), PAGE_BYTES));
+        assert_eq!(second.address(), backing.address() + PAGE_BYTES as u64);
+        assert_eq!((first.words()[0], second.words()[1023], second.length_bytes()), (7, 0, 2 * PAGE_BYTES));
+        assert_eq!(memory.left_bytes(), PAGE_BYTES);
+        assert!(memory.take(PAGE_BYTES + 1).is_none());
+        assert!(memory.take(PAGE_BYTES).is_some() && memory.take(1).is_none());
     }
 }

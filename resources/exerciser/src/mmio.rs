@@ -20,6 +20,11 @@ impl Registers {
         Self { base, length_bytes }
     }
 
+    /// Address of the block.
+    pub const fn base(&self) -> usize {
+        self.base
+    }
+
     /// Length of the block in bytes.
     pub const fn length_bytes(&self) -> usize {
         self.length_bytes

@@ -33,6 +33,28 @@ pub enum Notice {
     Msix,
 }
 
+/// Where something of the driver's is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Home {
+    /// RAM.
+    Ram,
+    /// The controller memory buffer.
+    Buffer,
+    /// The persistent memory region.
+    Region,
+}
+
+/// What becomes of the persistent memory region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Region {
+    /// It is left alone.
+    Off,
+    /// It is filled, and checked and rewritten as RAM is.
+    Fill,
+    /// The same, once it was found as a run before has left it.
+    Kept,
+}
+
 /// How the machine ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -59,6 +81,12 @@ pub struct Options {
     pub doorbells: Doorbells,
     /// How completions are noticed.
     pub notice: Notice,
+    /// Where I/O queues are.
+    pub queues_in: Home,
+    /// Where data of commands are.
+    pub data_in: Home,
+    /// What becomes of the persistent memory region of each controller.
+    pub region: Region,
     /// Halt while there is nothing to do, instead of spinning.
     pub halt_when_idle: bool,
     /// Bytes of each namespace that are used, from its start.
@@ -100,6 +128,9 @@ impl Default for Options {
             inflight: 8,
             doorbells: Doorbells::Mmio,
             notice: Notice::Poll,
+            queues_in: Home::Ram,
+            data_in: Home::Ram,
+            region: Region::Off,
             halt_when_idle: false,
             span_bytes: 4 << 20,
             transfer_bytes: 16 << 10,
@@ -142,6 +173,17 @@ pub const WORDS: &[Word] = &[
     word("inflight", "8", "commands kept in flight on each controller"),
     word("doorbells", "mmio|shadow", "register writes, or Doorbell Buffer Config"),
     word("completion", "poll|msix", "look at the phase bit, or only after the queue's interrupt"),
+    word("queues_in", "ram|cmb", "I/O queues in RAM, or in the controller memory buffer"),
+    word(
+        "data_in",
+        "ram|cmb|pmr",
+        "data (and PRP lists, except with pmr) in RAM, the buffer, the persistent memory region",
+    ),
+    word(
+        "pmr",
+        "off|fill|kept",
+        "fill half of the region and check it as RAM; or find it as a run before has left it",
+    ),
     word("idle", "spin|halt", "what to do while nothing completes (halt needs completion=msix and timer=)"),
     word("span", "4M", "bytes of each namespace that are used"),
     word("size", "16K", "largest transfer of one command"),
@@ -210,6 +252,15 @@ impl Options {
                 self.doorbells = choice(value, &[("mmio", Doorbells::Mmio), ("shadow", Doorbells::Shadow)])?
             }
             "completion" => self.notice = choice(value, &[("poll", Notice::Poll), ("msix", Notice::Msix)])?,
+            "queues_in" => self.queues_in = choice(value, &[("ram", Home::Ram), ("cmb", Home::Buffer)])?,
+            "data_in" => {
+                self.data_in =
+                    choice(value, &[("ram", Home::Ram), ("cmb", Home::Buffer), ("pmr", Home::Region)])?
+            }
+            "pmr" => {
+                self.region =
+                    choice(value, &[("off", Region::Off), ("fill", Region::Fill), ("kept", Region::Kept)])?
+            }
             "idle" => self.halt_when_idle = choice(value, &[("spin", false), ("halt", true)])?,
             "span" => self.span_bytes = ranged(value, 1, 1 << 40)?,
             "size" => self.transfer_bytes = ranged(value, 512, 1 << 20)? as u32,

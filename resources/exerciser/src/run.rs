@@ -99,7 +99,7 @@ impl<'a> Run<'a> {
             controller.create_queues(machine, options, &mut window, &mut vectors)?;
             controller.park_events(options.events)?;
             describe(machine, console, &controller, options);
-            workers.push(Worker::new(controller, options, tsc_khz, machine.tsc()));
+            workers.push(Worker::new(controller, options, tsc_khz, machine.tsc())?);
         }
         if workers.is_empty() && options.mode != Mode::Idle {
             return Err(Error::Machine { reason: "no NVMe controller on PCI bus 0" });
@@ -144,6 +144,7 @@ impl<'a> Run<'a> {
             let mut any = false;
             for worker in &mut self.workers {
                 any |= worker.turn(machine, now, counters)?;
+                worker.look_after_region(now)?;
             }
             if let Some(ram) = &mut self.ram {
                 ram.step(now)?;
@@ -195,8 +196,11 @@ impl<'a> Run<'a> {
         counters.gap_tsc = gap.end;
         counters.interrupts = machine.interrupt_total();
         counters.inflight = self.workers.iter().map(|worker| worker.in_flight() as u64).sum();
-        if let Some(ram) = &self.ram {
-            (counters.ram_checked, counters.ram_dirtied) = (ram.checked, ram.dirtied);
+        (counters.ram_checked, counters.ram_dirtied) =
+            self.ram.as_ref().map_or((0, 0), |ram| (ram.checked, ram.dirtied));
+        for (checked, dirtied) in self.workers.iter().map(Worker::region_pages) {
+            counters.ram_checked += checked;
+            counters.ram_dirtied += dirtied;
         }
         counters.tsc = machine.tsc();
         if let Some(clock) = &self.clock {
@@ -232,6 +236,7 @@ impl<'a> Run<'a> {
             ram.check_all()?;
         }
         for worker in &mut self.workers {
+            worker.leave_region()?;
             worker.controller.redeem_events(machine)?;
             worker.controller.shut_down(machine)?;
         }

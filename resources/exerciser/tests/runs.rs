@@ -74,6 +74,16 @@ fn wrong_completions_are_noticed() {
 }
 
 #[test]
+fn memory_that_the_controller_does_not_have_is_missed() {
+    for words in ["queues_in=cmb", "data_in=cmb"] {
+        assert_eq!(error(words, Fault::None), "controller: has no controller memory buffer");
+    }
+    for words in ["pmr=fill", "pmr=kept", "data_in=pmr"] {
+        assert_eq!(error(words, Fault::None), "controller: has no persistent memory region");
+    }
+}
+
+#[test]
 fn a_lost_event_request_is_noticed() {
     assert_eq!(error("ios=50 events=2", Fault::LoseEvent), "stall");
     assert_eq!(error("ios=50 events=9", Fault::None), "controller: takes fewer Asynchronous Event Requests");

@@ -14,9 +14,9 @@ use super::queue::QueuePair;
 use crate::clock::Deadline;
 use crate::error::{Error, Place};
 use crate::machine::Machine;
-use crate::memory::{Dma, PAGE_BYTES};
+use crate::memory::{DeviceMemory, Dma, PAGE_BYTES};
 use crate::mmio::Registers;
-use crate::options::{self, Options};
+use crate::options::{self, Home, Options};
 use crate::pci::{Function, Msix, Window};
 
 const ADMIN_ENTRIES: u32 = 32;
@@ -38,7 +38,11 @@ pub struct Controller {
     pub queues: Vec<IoQueue>,
     /// Doorbells of all queues.
     pub doorbells: Doorbells,
-    registers: Registers,
+    /// What is left of the controller memory buffer, if it was asked for.
+    pub buffer: Option<DeviceMemory>,
+    /// What is left of the persistent memory region, if it was asked for.
+    pub region: Option<DeviceMemory>,
+    pub(super) registers: Registers,
     pub(super) admin: QueuePair,
     pub(super) scratch: Dma,
     msix: Option<Msix>,
@@ -108,6 +112,8 @@ impl Controller {
             namespaces: Vec::new(),
             queues: Vec::new(),
             doorbells: Doorbells::new(registers, capabilities.dstrd()),
+            buffer: None,
+            region: None,
             registers,
             admin,
             scratch: Dma::new(PAGE_BYTES),
@@ -159,8 +165,14 @@ impl Controller {
         if options.doorbells == options::Doorbells::Shadow {
             self.use_shadow_doorbells(machine)?;
         }
+        if options.queues_in == Home::Buffer || options.data_in == Home::Buffer {
+            self.buffer = Some(self.open_buffer(machine, window)?);
+        }
+        if options.region != options::Region::Off || options.data_in == Home::Region {
+            self.region = Some(self.open_region(machine, window)?);
+        }
         for queue in 1..=options.queues {
-            self.create_queue(machine, queue, options.depth, vectors)?;
+            self.create_queue(machine, queue, options, vectors)?;
         }
         Ok(())
     }
@@ -186,10 +198,22 @@ impl Controller {
         &mut self,
         machine: &mut dyn Machine,
         queue: u16,
-        entries: u32,
+        options: &Options,
         vectors: &mut Vectors,
     ) -> Result<(), Error> {
-        let pair = QueuePair::new(Place { controller: self.index, queue }, entries);
+        let entries = options.depth;
+        let place = Place { controller: self.index, queue };
+        let pair = match &mut self.buffer {
+            Some(buffer) if options.queues_in == Home::Buffer => {
+                let [submissions, completions] =
+                    QueuePair::sizes_bytes(entries).map(|bytes| buffer.take_zeroed(bytes));
+                let pair = submissions.zip(completions);
+                let (submissions, completions) = pair
+                    .ok_or(self.wrong("the memory buffer has no room for that many queues", queue.into()))?;
+                QueuePair::within(place, entries, submissions, completions)
+            }
+            _ => QueuePair::new(place, entries),
+        };
         let (submissions, completions) = pair.addresses();
         let mut interrupt = None;
         let mut flags = QUEUE_PHYSICALLY_CONTIGUOUS;
@@ -222,7 +246,8 @@ impl Controller {
         Ok(())
     }
 
-    pub(super) fn wrong(&self, reason: &'static str, value: u64) -> Error {
+    /// Something that is wrong with the controller.
+    pub fn wrong(&self, reason: &'static str, value: u64) -> Error {
         Error::Controller { controller: self.index, reason, value }
     }
 

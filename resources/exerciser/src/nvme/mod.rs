@@ -1,6 +1,7 @@
 //! The NVMe driver: one command after the other on the admin queue, many in flight on the I/O queues.
 
 mod admin;
+mod buffer;
 pub mod controller;
 pub mod doorbell;
 pub mod identity;

@@ -30,11 +30,22 @@ pub struct QueuePair {
 impl QueuePair {
     /// Empty queues of `entries` entries (2 to 65,536) each.
     pub fn new(place: Place, entries: u32) -> Self {
+        let [submissions, completions] = Self::sizes_bytes(entries).map(Dma::new);
+        Self::within(place, entries, submissions, completions)
+    }
+
+    /// Bytes of a submission and a completion queue.
+    pub fn sizes_bytes(entries: u32) -> [usize; 2] {
+        [SubmissionEntry::SIZE_BYTES, CompletionEntry::SIZE_BYTES].map(|bytes| entries as usize * bytes)
+    }
+
+    /// The same in memory that is zeroed and large enough.
+    pub fn within(place: Place, entries: u32, submissions: Dma, completions: Dma) -> Self {
         Self {
             place,
             entries,
-            submissions: Dma::new(entries as usize * SubmissionEntry::SIZE_BYTES),
-            completions: Dma::new(entries as usize * CompletionEntry::SIZE_BYTES),
+            submissions,
+            completions,
             tail: 0,
             rung_tail: 0,
             sq_head: 0,

@@ -58,11 +58,14 @@ pub struct Ram {
 impl Ram {
     /// Allocates and fills the region.
     pub fn new(length_bytes: u64, check: u64, dirty: u64, tsc_khz: u64, now: u64) -> Self {
-        let mut pages = Dma::new(length_bytes as usize);
+        let mut ram = Self::within(Dma::new(length_bytes as usize), check, dirty, tsc_khz, now);
+        ram.refill();
+        ram
+    }
+
+    /// Takes `pages` as they are: filled, by this run or one before.
+    pub fn within(pages: Dma, check: u64, dirty: u64, tsc_khz: u64, now: u64) -> Self {
         let count = pages.length_bytes() / PAGE_BYTES;
-        for (page, words) in pages.words_mut().chunks_exact_mut(PAGE_WORDS).enumerate() {
-            Pattern::page(page as u64, 0).fill(words);
-        }
         Self {
             pages,
             generations: alloc::vec![0; count],
@@ -73,6 +76,14 @@ impl Ram {
             checked: 0,
             dirtied: 0,
         }
+    }
+
+    /// Fills the region as at first.
+    pub fn refill(&mut self) {
+        for (page, words) in self.pages.words_mut().chunks_exact_mut(PAGE_WORDS).enumerate() {
+            Pattern::page(page as u64, 0).fill(words);
+        }
+        self.generations.fill(0);
     }
 
     /// Length in bytes.

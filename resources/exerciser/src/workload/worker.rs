@@ -9,11 +9,12 @@ use nvme_spec::opcode::{CDW12_FUA, nvm};
 use nvme_spec::{CompletionEntry, SubmissionEntry};
 
 use super::disk::{Disk, Extent};
+use super::ram::Ram;
 use crate::error::{Error, Place};
 use crate::machine::Machine;
 use crate::memory::{Dma, PAGE_BYTES};
 use crate::nvme::Controller;
-use crate::options::{Mode, Options};
+use crate::options::{Home, Mode, Options, Region};
 use crate::random::Random;
 use crate::report::Counters;
 
@@ -80,15 +81,26 @@ struct Slot {
 }
 
 impl Slot {
-    fn new(transfer_bytes: u64) -> Self {
+    /// In the memory of `controller` that `home` names.
+    fn new(controller: &mut Controller, home: Home, transfer_bytes: u64) -> Result<Self, Error> {
         // One page more, for data that does not begin at the start of a page.
-        let data = Dma::new(transfer_bytes as usize + PAGE_BYTES);
+        let data_bytes = transfer_bytes as usize + PAGE_BYTES;
+        let list_bytes = data_bytes.div_ceil(PAGE_BYTES) * 8;
+        let pieces = match (home, &mut controller.buffer, &mut controller.region) {
+            (Home::Buffer, Some(buffer), _) => {
+                buffer.take_zeroed(data_bytes).zip(buffer.take_zeroed(list_bytes))
+            }
+            // There may be no lists in the region.
+            (Home::Region, _, Some(region)) => region.take_zeroed(data_bytes).zip(Some(Dma::new(list_bytes))),
+            _ => Some((Dma::new(data_bytes), Dma::new(list_bytes))),
+        };
+        let wrong = controller.wrong("its memory has no room for that much data", data_bytes as u64);
+        let (data, mut list) = pieces.ok_or(wrong)?;
         let pages = data.length_bytes() / PAGE_BYTES;
-        let mut list = Dma::new(pages * 8);
         for page in 1..pages {
             list.store64(page - 1, data.address() + (page * PAGE_BYTES) as u64);
         }
-        Self { data, list, sent: None }
+        Ok(Self { data, list, sent: None })
     }
 
     /// PRP entries for `words` words of data that begin `offset` words into the first page (Base 4.1.1).
@@ -103,11 +115,36 @@ impl Slot {
     }
 }
 
+/// The first half of the region, if it is to be checked; the rest is for data.
+fn region_to_check(
+    controller: &mut Controller,
+    options: &Options,
+    tsc_khz: u64,
+    now: u64,
+) -> Result<Option<Ram>, Error> {
+    let Some(memory) = controller.region.as_mut().filter(|_| options.region != Region::Off) else {
+        return Ok(None);
+    };
+    let half_bytes = memory.left_bytes() / 2;
+    let (check, dirty) = (options.check_bytes_per_second, options.dirty_bytes_per_second);
+    let pages = memory.take(half_bytes);
+    let pages = pages.ok_or(controller.wrong("its memory region is too small", half_bytes as u64))?;
+    let mut region = Ram::within(pages, check, dirty, tsc_khz, now);
+    if options.region == Region::Kept {
+        region.check_all()?;
+    } else {
+        region.refill();
+    }
+    Ok(Some(region))
+}
+
 /// The work on one controller.
 #[derive(Debug)]
 pub struct Worker {
     /// The controller.
     pub controller: Controller,
+    /// The part of its persistent memory region that is checked.
+    region: Option<Ram>,
     disks: Vec<Disk>,
     slots: Vec<Slot>,
     free: Vec<u16>,
@@ -124,7 +161,12 @@ pub struct Worker {
 
 impl Worker {
     /// Prepares the work; the controller has its queues.
-    pub fn new(controller: Controller, options: &Options, tsc_khz: u64, now: u64) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// Its memory has too little room, or its persistent memory region is not as a run before has left it.
+    pub fn new(mut controller: Controller, options: &Options, tsc_khz: u64, now: u64) -> Result<Self, Error> {
+        let region = region_to_check(&mut controller, options, tsc_khz, now)?;
         let limit = controller.identity.transfer_limit_bytes().unwrap_or(u64::MAX);
         // One page of PRP list reaches for 512 pages beyond the first.
         let transfer_bytes = u64::from(options.transfer_bytes).min(limit).min(2 << 20);
@@ -133,14 +175,17 @@ impl Worker {
             writable.map(|namespace| Disk::new(namespace, options.span_bytes, transfer_bytes)).collect();
         let largest_block = disks.iter().map(|disk| disk.block_bytes).max().unwrap_or(0);
         let slot_bytes = transfer_bytes.max(largest_block.into()).max(RATE_BYTES.into());
-        let slots: Vec<Slot> = (0..options.inflight).map(|_| Slot::new(slot_bytes)).collect();
+        let slots: Vec<Slot> = (0..options.inflight)
+            .map(|_| Slot::new(&mut controller, options.data_in, slot_bytes))
+            .collect::<Result<_, _>>()?;
         let phase = match options.mode {
             _ if disks.is_empty() => Phase::Done,
             Mode::Verify => Phase::Fill,
             Mode::Iops => Phase::Rate,
             Mode::Idle | Mode::Help => Phase::Done,
         };
-        Self {
+        Ok(Self {
+            region,
             random: Random::new(options.seed.wrapping_add(controller.index as u64)),
             read_back: Vec::with_capacity(slots.len()),
             free: (0..slots.len() as u16).rev().collect(),
@@ -153,7 +198,33 @@ impl Worker {
             last_turn: now,
             longest_turn: tsc_khz * LONGEST_TURN_MILLISECONDS,
             waited: 0,
-        }
+        })
+    }
+
+    /// Checks and rewrites what is due of the region.
+    ///
+    /// # Errors
+    ///
+    /// The first page that is wrong.
+    pub fn look_after_region(&mut self, now: u64) -> Result<(), Error> {
+        self.region.as_mut().map_or(Ok(()), |region| region.step(now))
+    }
+
+    /// Pages of the region that were compared, and rewritten.
+    pub fn region_pages(&self) -> (u64, u64) {
+        self.region.as_ref().map_or((0, 0), |region| (region.checked, region.dirtied))
+    }
+
+    /// Checks all of the region, and leaves it filled as at first, durably.
+    ///
+    /// # Errors
+    ///
+    /// The first page that is wrong; the controller says that something was lost.
+    pub fn leave_region(&mut self) -> Result<(), Error> {
+        let Some(region) = &mut self.region else { return Ok(()) };
+        region.check_all()?;
+        region.refill();
+        self.controller.make_durable()
     }
 
     /// Commands with the controller.
