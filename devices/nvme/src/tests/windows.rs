@@ -136,7 +136,7 @@ fn of_two_that_overlap_the_first_stays() {
 fn segments_in_the_buffer_lead_to_all_kinds_of_memory() {
     let mut guest = guest(vec![namespace(1, 64)]);
     let ram = guest.pages(2);
-    let bytes: Vec<u8> = (0..4096).map(|byte| (byte * 31 >> 3) as u8).collect();
+    let bytes: Vec<u8> = (0..4096).map(|byte: u32| ((byte * 31) >> 3) as u8).collect();
     // A segment in the buffer, one in RAM, and the last one at the very end of the buffer.
     let end = BUFFER + BYTES - 32;
     write_segment(&guest, BUFFER + 8, &[(DATA_BLOCK, ram + 1, 1000), (SEGMENT, ram + 4096, 48)]);
