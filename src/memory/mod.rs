@@ -237,7 +237,7 @@ impl RamBlock {
     /// [`Error::Access`].
     pub fn populated_ranges(&self) -> Result<Vec<Range<u64>>, Error> {
         if self.file.get().is_some() {
-            return Ok(vec![0..self.length_bytes()]);
+            return Ok(std::iter::once(0..self.length_bytes()).collect());
         }
         let mut ranges = Vec::new();
         let mut end = 0;

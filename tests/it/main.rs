@@ -4,6 +4,7 @@
 mod alone;
 mod architecture;
 mod blackout;
+mod controller_memory;
 mod demo;
 mod golden;
 mod guest;
