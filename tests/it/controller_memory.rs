@@ -86,6 +86,7 @@ fn what_is_in_the_persistent_memory_region_is_there_after_a_power_cycle_wherever
     quits(source);
     let mut again = machine.boot(&bed, "again", EXERCISER, "pmr=kept ios=100");
     assert_eq!(again.done().errors, 0);
+    assert_eq!(again.exit().code(), Some(0));
     // A reset keeps it too.
     let mut reset = machine.boot(&bed, "reset", EXERCISER, "pmr=kept exit=reset");
     works(&mut reset, &Counters::default());
@@ -133,6 +134,7 @@ fn a_destination_writes_nothing_to_the_folder_before_the_guest_is_its_own() {
     destination.finish();
     let mut again = machine.boot(&bed, "again", EXERCISER, "pmr=kept ios=100");
     assert_eq!(again.done().errors, 0);
+    assert_eq!(again.exit().code(), Some(0));
 }
 
 #[test]
