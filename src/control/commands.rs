@@ -27,6 +27,7 @@ const COMMANDS: [(&str, Command); 20] = [
     ("query-status", query_status),
     ("stop", stop),
     ("cont", cont),
+    ("system_reset", system_reset),
     ("quit", quit),
     ("migrate", migrate),
     ("migrate_cancel", migrate_cancel),
@@ -92,6 +93,12 @@ fn stop(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
 fn cont(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
     arguments.finish()?;
     context.operations.cont()?;
+    nothing()
+}
+
+fn system_reset(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    context.operations.system_reset()?;
     nothing()
 }
 

@@ -20,6 +20,9 @@ pub trait Operations: Send + Sync {
     /// Lets the guest run. Refused from the first byte of COMMIT on the source and before ownership on the destination.
     fn cont(&self) -> Result<(), Refusal>;
 
+    /// Begins to boot the guest anew, as if it had asked for that; returns at once. Refused where [`Operations::cont`] is.
+    fn system_reset(&self) -> Result<(), Refusal>;
+
     /// Begins to end the process; returns at once, so that the answer still leaves.
     fn quit(&self);
 

@@ -240,11 +240,11 @@ impl Vmm {
         *lock(&self.run_state)
     }
 
-    /// What the guest asked for and has not got yet.
+    /// What the guest, or a client for it, asked for and has not got yet.
     #[must_use]
     pub fn guest_waits_for(&self) -> Option<&'static str> {
         lock(&self.pending).as_ref().map(|event| match event {
-            GuestEvent::Reset => "the guest asked to be reset",
+            GuestEvent::Reset => "the guest is to be reset",
             GuestEvent::PowerOff => "the guest asked to be powered off",
             GuestEvent::Failed(_) => "a vCPU cannot go on",
         })
@@ -254,6 +254,19 @@ impl Vmm {
     #[must_use]
     pub fn lease_decides(&self) -> Option<String> {
         ownership::decides_alone(&self.spec)
+    }
+
+    /// Notes a reset that a client wants as one that the guest wants, with all that follows: a migration that is under way ends
+    /// first, and one that has stopped the guest already has it, and refuses.
+    ///
+    /// # Errors
+    /// There is no guest here that may run.
+    pub fn ask_for_reset(&self) -> Result<(), Refused> {
+        let _transition = lock(&self.transition);
+        self.run_state().next(Action::Reset)?;
+        lock(&self.pending).get_or_insert(GuestEvent::Reset);
+        self.request(Request::GuestEvent);
+        Ok(())
     }
 
     /// Takes the lease out, to work with it.

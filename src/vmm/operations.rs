@@ -102,6 +102,10 @@ impl Operations for Control {
         self.0.act(Action::Continue, effect).map(drop).map_err(|error| refusal(&error))
     }
 
+    fn system_reset(&self) -> Result<(), Refusal> {
+        self.0.ask_for_reset().map_err(|refused| Refusal(refused.to_string()))
+    }
+
     fn quit(&self) {
         self.0.request(Request::Quit);
     }

@@ -42,7 +42,7 @@ fn no_migration_begins_with_a_machine_that_is_to_be_replaced() {
     let (vmm, requests) = running();
     let client = vmm.operations();
     *lock(&vmm.pending) = Some(GuestEvent::Reset);
-    assert!(client.migrate("unix:/nowhere").unwrap_err().0.contains("the guest asked to be reset"));
+    assert!(client.migrate("unix:/nowhere").unwrap_err().0.contains("the guest is to be reset"));
     *lock(&vmm.pending) = None;
     client.migrate("unix:/nowhere").unwrap();
     assert!(matches!(requests.recv(), Ok(Request::MigrationEnded)));

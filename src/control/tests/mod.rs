@@ -73,6 +73,11 @@ impl Operations for Machine {
         self.did("cont", RunState::Running, Event::Resume)
     }
 
+    fn system_reset(&self) -> Result<(), Refusal> {
+        self.set(|state| state.asked.push("system_reset".to_owned()));
+        Ok(())
+    }
+
     fn quit(&self) {
         let event = Event::Shutdown { reason: ShutdownCause::HostQmpQuit };
         self.did("quit", RunState::Shutdown, event).unwrap();

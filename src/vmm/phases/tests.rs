@@ -55,10 +55,11 @@ const STATES: [RunState; 11] = [
     RunState::InternalError,
 ];
 
-const ROWS: [(&str, Action); 11] = [
+const ROWS: [(&str, Action); 12] = [
     ("cont", Action::Continue),
     ("stop", Action::Stop),
     ("migrate", Action::BeginMigration),
+    ("system_reset", Action::Reset),
     ("x-ferry-confirm", Action::Decide(Word::Confirm)),
     ("x-ferry-reclaim", Action::Decide(Word::Reclaim)),
     ("x-ferry-namespace-add", Action::ChangeNamespaces),
@@ -105,6 +106,7 @@ fn ask(client: &dyn Operations, row: &str) -> Result<(), Refusal> {
         "cont" => client.cont(),
         "stop" => client.stop(),
         "migrate" => client.migrate("unix:/nowhere"),
+        "system_reset" => client.system_reset(),
         "migrate_cancel" => client.migrate_cancel(),
         "x-ferry-confirm" => client.decide_handover(Word::Confirm),
         "x-ferry-reclaim" => client.decide_handover(Word::Reclaim),
@@ -115,10 +117,11 @@ fn ask(client: &dyn Operations, row: &str) -> Result<(), Refusal> {
     }
 }
 
-const COMMANDS: [&str; 9] = [
+const COMMANDS: [&str; 10] = [
     "cont",
     "stop",
     "migrate",
+    "system_reset",
     "migrate_cancel",
     "x-ferry-confirm",
     "x-ferry-reclaim",
@@ -173,7 +176,7 @@ fn a_machine_whose_memory_moves_does_as_the_table_says() {
     let listener = UnixListener::bind(&path).unwrap();
     let (vmm, requests) = running();
     let client = vmm.operations();
-    for end in ["migrate_cancel", "the guest resets", "the guest powers off"] {
+    for end in ["migrate_cancel", "system_reset", "the guest resets", "the guest powers off"] {
         client.migrate(&uri).unwrap();
         let (mut peer, _) = listener.accept().unwrap();
         peer.write_all(&stream::frame::encode_preamble()).unwrap();
@@ -191,6 +194,10 @@ fn a_machine_whose_memory_moves_does_as_the_table_says() {
             assert!(vmm.serve_guest_event().unwrap().is_none(), "{end}: the migration comes first");
         } else {
             ask(&*client, end).unwrap();
+        }
+        if end == "system_reset" {
+            assert!(matches!(requests.recv(), Ok(Request::GuestEvent)), "{end}");
+            assert!(vmm.serve_guest_event().unwrap().is_none(), "{end}: the migration comes first");
         }
         assert!(matches!(requests.recv(), Ok(Request::MigrationEnded)), "{end}");
         assert_eq!(client.migration().unwrap().status, MigrationStatus::Cancelled, "{end}");
