@@ -21,7 +21,7 @@ pub(super) struct Context<'a> {
 type Command = fn(&Context, Arguments) -> Result<Value, QmpError>;
 
 /// Every command but `qmp_capabilities`, which belongs to the session.
-const COMMANDS: [(&str, Command); 20] = [
+const COMMANDS: [(&str, Command); 21] = [
     ("query-version", query_version),
     ("query-commands", query_commands),
     ("query-status", query_status),
