@@ -49,9 +49,10 @@ fn is_waiting(vm: &mut Vm) -> bool {
 fn has_given_away(vm: &mut Vm) {
     let status = vm.status();
     assert_eq!((status.ownership, status.status), (FerryOwnership::GivenAway, RunState::Postmigrate));
-    assert!(vm.refused("cont", json!({})).contains("lives elsewhere"));
+    for command in ["cont", "system_reset", "x-ferry-confirm", "x-ferry-reclaim"] {
+        assert!(vm.refused(command, json!({})).contains("lives elsewhere"), "{command}");
+    }
     assert!(vm.refused("migrate", json!({ "uri": "unix:/nowhere" })).contains("lives elsewhere"));
-    assert!(vm.refused("x-ferry-reclaim", json!({})).contains("lives elsewhere"));
 }
 
 fn was_taken(record: &Record) -> bool {
@@ -75,7 +76,9 @@ fn a_commit_that_is_lost_gives_the_guest_back_and_comes_too_late() {
         Handover::stopped_at(Kind::Commit);
     let status = source.status();
     assert_eq!((status.ownership, status.status), (FerryOwnership::HandoverUnknown, RunState::Postmigrate));
-    assert!(source.refused("cont", json!({})).contains("must not run twice"));
+    for command in ["cont", "system_reset"] {
+        assert!(source.refused(command, json!({})).contains("must not run twice"), "{command}");
+    }
     for command in ["x-ferry-confirm", "x-ferry-reclaim"] {
         assert!(source.refused(command, json!({})).contains("decides alone, and says generation 1, offered"));
     }

@@ -38,6 +38,23 @@ fn a_machine_is_stopped_continued_and_ended_by_its_socket() {
     assert_eq!(bed.files(), ["a.img", "a.img.ferry-lease"]);
 }
 
+#[test]
+fn a_guest_is_reset_by_the_socket_and_stays_paused_if_it_was() {
+    let bed = bed();
+    let mut vm = one_disk(&bed).boot(&bed, "vm", EXERCISER, "queues=1");
+    let before = vm.verifies(0, 1000);
+    vm.execute("system_reset", json!({}));
+    let anew = vm.progress("the guest from its beginning", |now| now.verified < before.verified);
+    let before = vm.verifies(anew.verified, 1000);
+
+    vm.execute("stop", json!({}));
+    vm.execute("system_reset", json!({}));
+    assert_eq!(vm.execute("query-status", json!({}))["status"], "paused");
+    vm.execute("cont", json!({}));
+    vm.progress("the guest from its beginning", |now| now.verified < before.verified);
+    vm.finish();
+}
+
 /// As scripts of QEMU's users have it.
 #[test]
 fn the_python_package_of_qemu_moves_a_guest() {
