@@ -8,7 +8,7 @@ use engine::Word;
 
 use super::is_released_at_the_end;
 use crate::config::NamespaceOption;
-use crate::control::{MigrationStatus, Operations, Refusal, command_names};
+use crate::control::{AccessScope, AccessState, MigrationStatus, Operations, Refusal, command_names};
 use crate::machine::{Action, GuestEvent, RunState};
 use crate::vmm::tests::running;
 use crate::vmm::{Request, lock};
@@ -55,7 +55,7 @@ const STATES: [RunState; 11] = [
     RunState::InternalError,
 ];
 
-const ROWS: [(&str, Action); 12] = [
+const ROWS: [(&str, Action); 13] = [
     ("cont", Action::Continue),
     ("stop", Action::Stop),
     ("migrate", Action::BeginMigration),
@@ -65,6 +65,7 @@ const ROWS: [(&str, Action); 12] = [
     ("x-ferry-namespace-add", Action::ChangeNamespaces),
     ("x-ferry-namespace-remove", Action::ChangeNamespaces),
     ("x-ferry-namespace-resize", Action::ChangeNamespaces),
+    ("x-ferry-ana-set", Action::ChangeNamespaces),
     ("the guest resets", Action::Reset),
     ("the guest powers off", Action::PowerOff),
     ("a vCPU cannot go on", Action::Fail),
@@ -113,11 +114,12 @@ fn ask(client: &dyn Operations, row: &str) -> Result<(), Refusal> {
         "x-ferry-namespace-add" => client.add_namespace(&new),
         "x-ferry-namespace-remove" => client.remove_namespace("a", 7).map(drop),
         "x-ferry-namespace-resize" => client.resize_namespace("a", 7, None).map(drop),
+        "x-ferry-ana-set" => client.set_access("a", AccessScope::Group(1), AccessState::Optimized).map(drop),
         other => panic!("{other} is no command"),
     }
 }
 
-const COMMANDS: [&str; 10] = [
+const COMMANDS: [&str; 11] = [
     "cont",
     "stop",
     "migrate",
@@ -128,6 +130,7 @@ const COMMANDS: [&str; 10] = [
     "x-ferry-namespace-add",
     "x-ferry-namespace-remove",
     "x-ferry-namespace-resize",
+    "x-ferry-ana-set",
 ];
 
 /// In every state that a test can put a process in: what would change it, `run_states_move_as_the_table_says` has.
@@ -204,7 +207,7 @@ fn a_machine_whose_memory_moves_does_as_the_table_says() {
         assert_eq!(vmm.guest_waits_for().is_some(), end != "migrate_cancel", "{end}: it is served next");
         *lock(&vmm.pending) = None;
     }
-    for row in ["cont", "stop"] {
+    for row in ["cont", "stop", "x-ferry-ana-set"] {
         assert_eq!(cell(row), table[&(row.to_owned(), "running".to_owned())], "{row}");
     }
 }
