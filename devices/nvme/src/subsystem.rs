@@ -315,7 +315,7 @@ impl Subsystem {
     }
 
     /// Sets how controller `controller` gives access to the namespaces of ANA group `group`, which its guest is told (Base 8.1): that of
-    /// namespace n is (n - 1) mod [`ACCESS_GROUPS`](crate::ACCESS_GROUPS) + 1.
+    /// namespace n is (n - 1) mod [`ACCESS_GROUPS`] + 1.
     ///
     /// # Errors
     /// [`Error::Access`]: there is no such controller or group, or nothing is shared and so no other way.

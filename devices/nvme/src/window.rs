@@ -2,7 +2,7 @@
 //! (Base 8.14).
 //!
 //! The guest chooses them (CMBMSC.CBA, PMRMSCU and PMRMSCL), and may choose others at any time. Guest memory does not change with them:
-//! in the [`GuestMemory`](bus::GuestMemory) that a controller is built with, the buffer is at [`BUFFER_START`] and the region at
+//! in the [`GuestMemory`] that a controller is built with, the buffer is at [`BUFFER_START`] and the region at
 //! [`REGION_START`], above all that a guest can address, and the addresses of commands are translated to them when they are read. What
 //! was translated stays where it is, queues in a saved state too.
 //!
