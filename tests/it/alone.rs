@@ -2,9 +2,9 @@
 
 use exerciser::report::Line;
 use serde_json::json;
-use support::{Vm, WATCHDOG};
+use support::Vm;
 
-use crate::guest::{EXERCISER, bed, many_disks, one_disk};
+use crate::guest::{EXERCISER, bed, begins, many_disks, one_disk};
 
 /// The fields of all lines of a kind so far.
 fn fields(vm: &Vm, kind: &str, names: [&str; 3]) -> Vec<String> {
@@ -56,11 +56,8 @@ fn shadow_doorbells_interrupts_and_events() {
 fn a_reset_starts_the_guest_again() {
     let bed = bed();
     let mut vm = one_disk(&bed).boot(&bed, "vm", EXERCISER, "ios=500 exit=reset");
-    let mut next = 0;
     for life in 1..=3 {
-        let booted = |line: &str| line.starts_with("boot ").then_some(());
-        let found = vm.process.wait_for_line(&format!("life {life} of the guest"), next, WATCHDOG, booted);
-        next = found.unwrap_or_else(|error| panic!("{error}")).1;
+        begins(&vm, life);
         let counters = vm.done();
         assert!(counters.verified >= 500 && counters.errors == 0, "{counters}");
     }

@@ -1,7 +1,8 @@
 //! The machines that most tests run the exerciser on.
 
 use engine::lease::{Lease, Owner, Record};
-use support::{Machine, TestBed};
+use exerciser::report::{ERROR, Line};
+use support::{Machine, TestBed, Vm, WATCHDOG};
 
 /// The image of the exerciser.
 pub const EXERCISER: &str = env!("FERRY_EXERCISER");
@@ -37,4 +38,22 @@ pub fn lease(bed: &TestBed) -> Record {
     let reader = Owner::this_process("test").expect("randomness");
     let lease = Lease::open(&bed.path("a.img.ferry-lease"), reader).expect("the lease can be read");
     lease.read().expect("the lease can be read").expect("there is a record")
+}
+
+/// What the exerciser finds wrong.
+pub fn error(vm: &Vm) -> String {
+    let select = |line: &str| (Line::parse(line).kind == ERROR).then(|| line.to_owned());
+    let found = vm.process.wait_for_line("an error of the guest", 0, WATCHDOG, select);
+    found.unwrap_or_else(|error| panic!("{error}")).0
+}
+
+/// Waits until the guest has begun for the `lives`th time.
+pub fn begins(vm: &Vm, lives: u32) {
+    let mut found = 0;
+    let select = |line: &str| {
+        found += u32::from(line.starts_with("boot "));
+        (found == lives).then_some(())
+    };
+    let begun = vm.process.wait_for_line(&format!("life {lives} of the guest"), 0, WATCHDOG, select);
+    begun.unwrap_or_else(|error| panic!("{error}"));
 }

@@ -17,6 +17,7 @@ mod load;
 mod migrate;
 mod mistakes;
 mod multipath;
+mod protected;
 mod qmp;
 mod refused;
 mod signals;

@@ -114,6 +114,12 @@ pub const CDW12_LIMITED_RETRY: u32 = 1 << 31;
 pub const CDW12_FUA: u32 = 1 << 30;
 /// CDW12 bits 29:26: Protection Information field.
 pub const CDW12_PRINFO_MASK: u32 = 0xf << 26;
+/// CDW12 bit 29: Protection Information Action: the controller inserts it or takes it away (NVM 5.2.2).
+pub const CDW12_PRACT: u32 = 1 << 29;
+/// CDW12 bit 28: Protection Information Check of the guard.
+pub const CDW12_PRCHK_GUARD: u32 = 1 << 28;
+/// CDW12 bit 26: Protection Information Check of the reference tag.
+pub const CDW12_PRCHK_REFERENCE_TAG: u32 = 1 << 26;
 /// CDW12 bit 25 of Write Zeroes: Deallocate (NVM 3.2.8).
 pub const CDW12_DEALLOCATE: u32 = 1 << 25;
 /// CDW12 bits 15:0: Number of Logical Blocks, 0's based.

@@ -273,11 +273,12 @@ fn describe(machine: &mut dyn Machine, console: &mut Console, controller: &Contr
         console.line(
             machine,
             format_args!(
-                "namespace controller={index} nsid={} blocks={} block_bytes={} read_only={}",
+                "namespace controller={index} nsid={} blocks={} block_bytes={} read_only={} protection={}",
                 namespace.nsid,
                 namespace.blocks,
                 namespace.block_bytes,
-                u8::from(namespace.read_only)
+                u8::from(namespace.read_only),
+                namespace.protection
             ),
         );
     }

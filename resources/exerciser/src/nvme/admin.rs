@@ -101,8 +101,13 @@ impl Controller {
             // NVM figure 97: bits 6:5 are the upper half of the format's number.
             let format = usize::from(data.flbas & 0xf | data.flbas >> 1 & 0x30);
             let format = data.lbaf[format];
-            if data.nsze == 0 || !(9..=16).contains(&format.lba_data_size_log2) || format.metadata_bytes != 0
-            {
+            // Metadata that are protection information and nothing else are the controller's (PRACT).
+            let protection = data.dps & 7;
+            let metadata_bytes = if protection == 0 { 0 } else { 8 };
+            let supported = (9..=16).contains(&format.lba_data_size_log2)
+                && format.metadata_bytes == metadata_bytes
+                && protection <= 3;
+            if data.nsze == 0 || !supported {
                 return Err(
                     self.wrong("a namespace has no size or a format that is not supported", nsid.into())
                 );
@@ -112,6 +117,7 @@ impl Controller {
                 blocks: data.nsze,
                 block_bytes: 1 << format.lba_data_size_log2,
                 read_only: data.nsattr & NSATTR_WRITE_PROTECTED != 0,
+                protection,
             });
         }
         Ok(())

@@ -14,6 +14,8 @@ pub struct Namespace {
     pub block_bytes: u32,
     /// Whether writes are refused.
     pub read_only: bool,
+    /// Type of the protection information of its blocks, 0 without. The controller makes and checks it.
+    pub protection: u8,
 }
 
 /// What a controller says of itself.

@@ -2,6 +2,8 @@
 
 use alloc::vec::Vec;
 
+use nvme_spec::opcode::{CDW12_PRACT, CDW12_PRCHK_GUARD, CDW12_PRCHK_REFERENCE_TAG};
+
 use crate::error::{Error, Place};
 use crate::nvme::Namespace;
 use crate::pattern::Pattern;
@@ -35,6 +37,8 @@ pub struct Disk {
     pub nsid: u32,
     /// Bytes of a block.
     pub block_bytes: u32,
+    /// Type of the blocks' protection information, 0 without.
+    protection: u8,
     /// Most blocks in one command.
     most_blocks: u32,
     generations: Vec<u32>,
@@ -53,6 +57,7 @@ impl Disk {
         Self {
             nsid: namespace.nsid,
             block_bytes: namespace.block_bytes,
+            protection: namespace.protection,
             most_blocks,
             generations: alloc::vec![0; blocks as usize],
             busy: alloc::vec![false; blocks as usize],
@@ -69,6 +74,17 @@ impl Disk {
     /// The bytes of an extent.
     pub fn bytes(&self, extent: Extent) -> u32 {
         extent.blocks * self.block_bytes
+    }
+
+    /// CDW12 and CDW14 of a command for an extent: the controller makes the protection information of what is written, and checks it of
+    /// what is read. The reference tag of the first block is its number (NVM 5.2.1.4).
+    pub fn protection(&self, extent: Extent) -> (u32, u32) {
+        match self.protection {
+            0 => (0, 0),
+            1 | 2 => (CDW12_PRACT | CDW12_PRCHK_GUARD | CDW12_PRCHK_REFERENCE_TAG, extent.block as u32),
+            // No reference tag is checked with type 3.
+            _ => (CDW12_PRACT | CDW12_PRCHK_GUARD, 0),
+        }
     }
 
     /// Lets the next pass begin, over the blocks that this one has handed out.
@@ -179,13 +195,14 @@ mod tests {
     const PLACE: Place = Place { controller: 0, queue: 1 };
 
     fn disk(blocks: u64) -> Disk {
-        let namespace = Namespace { nsid: 7, blocks, block_bytes: 512, read_only: false };
+        let namespace = Namespace { nsid: 7, blocks, block_bytes: 512, read_only: false, protection: 0 };
         Disk::new(&namespace, 1 << 40, 4096)
     }
 
     #[test]
     fn span_and_transfers_fit_the_namespace() {
-        let namespace = Namespace { nsid: 7, blocks: 100, block_bytes: 4096, read_only: false };
+        let namespace =
+            Namespace { nsid: 7, blocks: 100, block_bytes: 4096, read_only: false, protection: 0 };
         assert_eq!(Disk::new(&namespace, 8192, 1 << 20).blocks(), 2);
         assert_eq!(Disk::new(&namespace, 8192, 1 << 20).most_blocks, 2);
         assert_eq!(Disk::new(&namespace, 1, 512).blocks(), 1);

@@ -438,7 +438,9 @@ impl Worker {
             return entry;
         }
         entry.set_cdw10_64(task.extent.block);
-        entry.cdw12 = task.extent.blocks - 1;
+        let (checks, reference_tag) = disk.protection(task.extent);
+        entry.cdw12 = (task.extent.blocks - 1) | checks;
+        entry.cdw14 = reference_tag;
         match task.operation {
             Operation::WriteZeroes => disk.prepare_zeroes(task.extent),
             Operation::Write => {
