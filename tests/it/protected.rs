@@ -57,7 +57,7 @@ fn blocks_with_protection_information_move_with_their_guest() {
 fn a_block_that_was_damaged_beneath_is_not_read() {
     let bed = bed();
     let machine = protected(&bed);
-    let mut vm = machine.boot(&bed, "damaged", EXERCISER, "ram=0 span=64K random=off");
+    let mut vm = machine.boot(&bed, "damaged", EXERCISER, "span=64K");
     works(&mut vm, &Counters::default());
     vm.execute("stop", json!({}));
     let image = File::options().read(true).write(true).open(bed.path("a.img")).unwrap();

@@ -76,15 +76,17 @@ impl Disk {
         extent.blocks * self.block_bytes
     }
 
-    /// CDW12 and CDW14 of a command for an extent: the controller makes the protection information of what is written, and checks it of
-    /// what is read. The reference tag of the first block is its number (NVM 5.2.1.4).
-    pub fn protection(&self, extent: Extent) -> (u32, u32) {
-        match self.protection {
-            0 => (0, 0),
-            1 | 2 => (CDW12_PRACT | CDW12_PRCHK_GUARD | CDW12_PRCHK_REFERENCE_TAG, extent.block as u32),
+    /// CDW12 and CDW14 of a command for an extent: the controller makes the protection information of what is written, and takes it from
+    /// what is read, which it checks. The reference tag of the first block is its number (NVM 5.2.1.4); no other is allowed with type 1.
+    pub fn protection(&self, extent: Extent, is_read: bool) -> (u32, u32) {
+        let checks = match self.protection {
+            0 => return (0, 0),
+            1 | 2 if is_read => CDW12_PRCHK_GUARD | CDW12_PRCHK_REFERENCE_TAG,
             // No reference tag is checked with type 3.
-            _ => (CDW12_PRACT | CDW12_PRCHK_GUARD, 0),
-        }
+            _ if is_read => CDW12_PRCHK_GUARD,
+            _ => 0,
+        };
+        (CDW12_PRACT | checks, extent.block as u32)
     }
 
     /// Lets the next pass begin, over the blocks that this one has handed out.

@@ -438,7 +438,8 @@ impl Worker {
             return entry;
         }
         entry.set_cdw10_64(task.extent.block);
-        let (checks, reference_tag) = disk.protection(task.extent);
+        let is_read = matches!(task.operation, Operation::Read | Operation::RateRead);
+        let (checks, reference_tag) = disk.protection(task.extent, is_read);
         entry.cdw12 = (task.extent.blocks - 1) | checks;
         entry.cdw14 = reference_tag;
         match task.operation {
