@@ -27,6 +27,10 @@ const MAX_BYTES: u64 = 1 << 31;
 /// The base of a window while commands cannot name what it shows.
 const CLOSED: u64 = u64::MAX;
 
+/// "... all data and metadata associated with a particular command shall be either entirely located in the Persistent Memory Region or
+/// outside the Persistent Memory Region."
+const PARTLY_IN_REGION: Status = Status::INVALID_FIELD.do_not_retry();
+
 /// Whether a buffer or region can have that size: a BAR shows a power of two.
 pub(crate) fn is_possible_size(length_bytes: u64) -> bool {
     length_bytes.is_power_of_two() && (UNIT_BYTES..=MAX_BYTES).contains(&length_bytes)
@@ -171,6 +175,20 @@ impl Windows {
         self.region_is_ready.store(ready, Ordering::Release);
     }
 
+    /// Whether data and metadata of one command, translated, may be where they are. Those of each are in the region or none is.
+    pub fn check_together(&self, data: &[GuestRange], metadata: &[GuestRange]) -> Result<(), Status> {
+        let is_in = |ranges: &[GuestRange]| {
+            let first = ranges.iter().find(|range| range.address != block::NOWHERE);
+            first.map(|range| is_in_region(range.address.0))
+        };
+        match (is_in(data), is_in(metadata)) {
+            (Some(data), Some(metadata)) if self.region.length_bytes > 0 && data != metadata => {
+                Err(PARTLY_IN_REGION)
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn view(&self) -> View {
         View {
             buffer: self.buffer.range(),
@@ -242,32 +260,35 @@ impl View {
 
     /// Translates all ranges of one command. One that the guest's pages make of several kinds of memory becomes several.
     fn translate_ranges(&self, ranges: &mut Vec<GuestRange>) -> Result<(), Status> {
-        let (mut in_region, mut elsewhere) = (false, false);
-        let mut index = 0;
-        while let Some(range) = ranges.get(index).copied() {
-            if range.address != block::NOWHERE {
-                if let Some(cut) = self.first_cut(&range) {
-                    // Less than a range's length.
-                    let length_bytes = (cut - range.address.0) as u32;
-                    ranges[index].length_bytes = length_bytes;
-                    let address = GuestAddress(cut);
-                    let rest = GuestRange { address, length_bytes: range.length_bytes - length_bytes };
-                    ranges.insert(index + 1, rest);
-                    continue;
-                }
-                let address = self.translate(range.address.0, range.length_bytes.into())?;
-                ranges[index].address = GuestAddress(address);
-                in_region |= is_in_region(address);
-                elsewhere |= !is_in_region(address);
+        // Seldom any, but a guest can have as many as there are ranges: none is moved more than once.
+        if let Some(index) = ranges.iter().position(|range| self.first_cut(range).is_some()) {
+            for whole in ranges.split_off(index) {
+                self.cut(whole, ranges);
             }
-            index += 1;
         }
-        // "... all data and metadata associated with a particular command shall be either entirely located in the Persistent Memory
-        // Region or outside the Persistent Memory Region."
+        let (mut in_region, mut elsewhere) = (false, false);
+        for range in ranges.iter_mut().filter(|range| range.address != block::NOWHERE) {
+            let address = self.translate(range.address.0, range.length_bytes.into())?;
+            range.address = GuestAddress(address);
+            in_region |= is_in_region(address);
+            elsewhere |= !is_in_region(address);
+        }
         if in_region && elsewhere {
-            return Err(Status::INVALID_FIELD.do_not_retry());
+            return Err(PARTLY_IN_REGION);
         }
         Ok(())
+    }
+
+    /// Appends `range` to `ranges`, cut where a window begins or ends.
+    fn cut(&self, mut range: GuestRange, ranges: &mut Vec<GuestRange>) {
+        while let Some(cut) = self.first_cut(&range) {
+            // Less than a range's length.
+            let length_bytes = (cut - range.address.0) as u32;
+            ranges.push(GuestRange { length_bytes, ..range });
+            range =
+                GuestRange { address: GuestAddress(cut), length_bytes: range.length_bytes - length_bytes };
+        }
+        ranges.push(range);
     }
 
     /// The first address inside `range` where a window begins or ends.

@@ -129,6 +129,7 @@ impl Worker {
         if separate_bytes > 0 {
             let ranges = &mut job.separate.ranges;
             self.walker.walk_metadata(&shared.memory, entry, separate_bytes, direction, ranges)?;
+            shared.windows.check_together(&job.data.ranges, &job.separate.ranges)?;
         }
         let units = (count << namespace.block_shift) / 512;
         if kind.writes() {

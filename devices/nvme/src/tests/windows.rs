@@ -11,7 +11,7 @@ use vm_memory::GuestAddress;
 
 use super::driver::{Guest, memory_image, namespace, transfer};
 use crate::window::{BUFFER_START, REGION_START, Spaces, Windows};
-use crate::{ControllerConfig, NamespaceConfig};
+use crate::{ControllerConfig, MetadataConfig, NamespaceConfig};
 
 const BYTES: u64 = 64 << 10;
 /// Where the guest has the buffer and the region: beyond its RAM.
@@ -203,6 +203,55 @@ fn lists_that_cross_an_end_or_are_in_the_region_are_refused() {
     assert!(guest.create_cq(2, 8, ram, 1).is_ok());
     assert_eq!(guest.create_sq(2, 64, REGION, 2), Err(Status::INVALID_FIELD));
     assert_eq!(guest.create_sq(2, 128, REGION - 4096, 2), Err(Status::INVALID_FIELD));
+}
+
+#[test]
+fn metadata_are_in_the_region_if_the_data_are() {
+    let metadata = MetadataConfig { bytes: 8, extended: false, protection_type: 0, protection_first: false };
+    let mut guest = guest(vec![NamespaceConfig { metadata: Some(metadata), ..namespace(1, 64) }]);
+    let ram = guest.pages(2);
+    let refused = Err(Status::INVALID_FIELD);
+    for opcode in [nvm::WRITE, nvm::READ] {
+        for (data, mptr, ended) in [
+            (ram, ram + 4096, Ok(())),
+            (ram, BUFFER, Ok(())),
+            (BUFFER, ram, Ok(())),
+            (REGION, REGION + 4096, Ok(())),
+            (ram, REGION, refused),
+            (BUFFER, REGION, refused),
+            (REGION, ram, refused),
+            (REGION, BUFFER, refused),
+        ] {
+            let entry = SubmissionEntry { mptr, ..transfer(opcode, 1, 0, 4, data) };
+            assert_eq!(guest.io(1, entry), ended, "{opcode:#x} {data:#x} {mptr:#x}");
+        }
+        // Nor with a descriptor of the metadata; of data that nobody takes all the same.
+        for (kind, ended) in
+            [(DATA_BLOCK, refused), (BIT_BUCKET, if opcode == nvm::READ { Ok(()) } else { refused })]
+        {
+            write_segment(&guest, ram + 4096, &[(DATA_BLOCK, REGION, 32)]);
+            write_segment(&guest, ram + 4160, &[(kind, ram, 2048), (DATA_BLOCK, ram, 2048)]);
+            let mut entry = by_sgl(opcode, 4, LAST_SEGMENT, ram + 4160, 32);
+            (entry.flags, entry.mptr) = (0x80, ram + 4096);
+            assert_eq!(guest.io(1, entry), ended, "{opcode:#x} {kind}");
+        }
+    }
+}
+
+#[test]
+fn as_many_ranges_are_cut_as_a_list_can_have() {
+    let windows = Windows::new(0x4000, 0);
+    Spaces::new(Arc::clone(&windows)).set_buffer(0x1_0000 | ENABLED);
+    let count = 131_072;
+    let mut ranges = Vec::new();
+    let walked = windows.gather(&mut ranges, |into| {
+        into.extend(std::iter::repeat_n(range(0xffff, 2), count));
+        Ok(())
+    });
+    walked.unwrap();
+    assert_eq!(ranges.len(), 2 * count);
+    let halves = [range(0xffff, 1), range(BUFFER_START, 1)];
+    assert!(ranges.chunks(2).all(|pair| pair == halves));
 }
 
 #[test]
