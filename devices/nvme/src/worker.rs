@@ -333,8 +333,10 @@ impl Worker {
             {
                 slot.steps.push(flush_step(slot.nsid));
             }
-            let (status, goes_on) = (slot.status, slot.goes_on);
-            if !orphan && (status.is_success() || goes_on) && self.go_on(shared, index) {
+            let proceeds = slot.status.is_success() || slot.goes_on;
+            // Of what nobody waits for, blocks that are half written are completed.
+            let is_wanted = !orphan || slot.job != NO_JOB;
+            if proceeds && is_wanted && self.go_on(shared, index) {
                 stepped = true;
             } else {
                 self.finish(shared, index, self.slots[index as usize].status);

@@ -17,7 +17,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::buffers::Run;
 use super::format::{Metadata, PAGE_BYTES};
-use super::occupied::Ticket;
+use super::occupied::Place;
 use super::protection::{PROTECTION_BYTES, Wanted};
 use crate::namespace::Namespace;
 
@@ -99,7 +99,8 @@ pub(crate) struct Job {
     /// Metadata that have a buffer of their own.
     pub separate: Run,
     pub slot: u32,
-    pub ticket: Ticket,
+    /// Of its blocks, once a slot has it.
+    pub place: Option<Place>,
     /// Address of its buffer in the worker's memory.
     pub buffer: Option<u64>,
     stage: Stage,
@@ -110,6 +111,8 @@ pub(crate) struct Job {
     count: u64,
     /// Metadata of the piece, as the guest knows them.
     fresh: Vec<u8>,
+    /// It ends so although the image has done all that it was to.
+    failed: Option<Status>,
 }
 
 /// The memory of a job, for the next one.
@@ -156,14 +159,20 @@ impl Job {
             data: Run::default(),
             separate: Run::default(),
             slot: 0,
-            ticket: 0,
+            place: None,
             buffer: None,
             stage: Stage::Piece,
             segment: 0,
             done: 0,
             count: 0,
             fresh: Vec::new(),
+            failed: None,
         }
+    }
+
+    /// Whether every block that it has written to has data and metadata of one write: here it can end without leaving a torn one.
+    fn is_whole(&self) -> bool {
+        matches!(self.stage, Stage::Piece | Stage::ReadData | Stage::ReadMetadata)
     }
 
     /// Its memory, unless it is more than most commands need.
@@ -264,11 +273,26 @@ impl Jobs {
         index
     }
 
-    /// What `job` does after the request that was in flight, if one was. `None`: it is done.
-    pub(super) fn advance(&mut self, job: &mut Job, guest: &GuestMemory) -> Result<Option<Next>, Fault> {
+    /// What `job` does after the request that was in flight, if one was. `None`: it is done. With `stop` it ends so as soon as no block
+    /// is torn, and does nothing with guest memory. `keep` makes durable that blocks are not marked as uncorrectable any more.
+    pub(super) fn advance(
+        &mut self,
+        job: &mut Job,
+        guest: &GuestMemory,
+        stop: Option<Status>,
+        keep: impl Fn() -> Result<(), Status>,
+    ) -> Result<Option<Next>, Fault> {
         let buffer = job.buffer.ok_or(Status::INTERNAL_ERROR)?;
         loop {
-            let Some(segment) = job.segments.get(job.segment).copied() else { return Ok(None) };
+            let Some(segment) = job.segments.get(job.segment).copied() else {
+                return job.failed.map_or(Ok(None), |status| Err(status.into()));
+            };
+            if let Some(status) = stop.or(job.failed)
+                && job.is_whole()
+                && job.done < segment.blocks
+            {
+                return Err(status.into());
+            }
             let target = segment.first + job.done;
             match job.stage {
                 Stage::Piece if job.done == segment.blocks => {
@@ -329,7 +353,11 @@ impl Jobs {
                 Stage::WriteMetadata => {
                     job.done += job.count;
                     let end = job.namespace.blocks.min(target + job.count);
-                    job.namespace.uncorrectable.heal(target, end);
+                    if job.namespace.uncorrectable.heal(target, end)
+                        && let Err(status) = keep()
+                    {
+                        job.failed = Some(status);
+                    }
                     job.stage =
                         if matches!(job.kind, Kind::Clear { .. }) { Stage::Clear } else { Stage::Piece };
                 }

@@ -8,8 +8,33 @@ use std::sync::{Arc, Mutex};
 
 use crate::shared::{Host, lock};
 
-/// A command's place in the queue; none is given twice.
-pub(crate) type Ticket = u64;
+/// Names a place in the queue; none is given twice.
+type Ticket = u64;
+
+/// A command's place in the queue, which it leaves by dropping this: also where a whole controller goes away with all that it had begun.
+#[derive(Debug)]
+pub(crate) struct Place {
+    occupied: Arc<Occupied>,
+    ticket: Ticket,
+}
+
+impl Place {
+    /// Queues for the blocks from `first` to before `end`.
+    pub fn enter(occupied: &Arc<Occupied>, first: u64, end: u64, writes: bool) -> Self {
+        Self { occupied: Arc::clone(occupied), ticket: occupied.enter(first, end, writes) }
+    }
+
+    /// Whether it is the command's turn. If not, the worker is woken when it may be.
+    pub fn is_granted(&self, worker: impl FnOnce() -> (Arc<dyn Host>, usize)) -> bool {
+        self.occupied.is_granted(self.ticket, worker)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.occupied.leave(self.ticket);
+    }
+}
 
 /// See the module's text. Its lock is held for a few instructions, and no other is taken meanwhile.
 #[derive(Default)]
@@ -47,8 +72,7 @@ impl std::fmt::Debug for Occupied {
 }
 
 impl Occupied {
-    /// Queues for the blocks from `first` to before `end`.
-    pub fn enter(&self, first: u64, end: u64, writes: bool) -> Ticket {
+    fn enter(&self, first: u64, end: u64, writes: bool) -> Ticket {
         let mut table = lock(&self.table);
         table.given += 1;
         let ticket = table.given;
@@ -56,8 +80,7 @@ impl Occupied {
         ticket
     }
 
-    /// Whether it is the command's turn. If not, the worker is woken when it may be.
-    pub fn is_granted(&self, ticket: Ticket, worker: impl FnOnce() -> (Arc<dyn Host>, usize)) -> bool {
+    fn is_granted(&self, ticket: Ticket, worker: impl FnOnce() -> (Arc<dyn Host>, usize)) -> bool {
         let mut table = lock(&self.table);
         let Some(position) = table.entries.iter().position(|entry| entry.ticket == ticket) else {
             return false;
@@ -71,8 +94,7 @@ impl Occupied {
         false
     }
 
-    /// The command is done with its blocks, or gives up.
-    pub fn leave(&self, ticket: Ticket) {
+    fn leave(&self, ticket: Ticket) {
         let waiting: Vec<_> = {
             let mut table = lock(&self.table);
             table.entries.retain(|entry| entry.ticket != ticket);

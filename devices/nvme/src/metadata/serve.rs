@@ -8,8 +8,10 @@ use bus::GuestRange;
 use nvme_spec::Status;
 use vm_memory::GuestAddress;
 
-use super::job::{BUFFERS, Fault, Job, Jobs, NO_JOB, Next};
+use super::job::{BUFFERS, Fault, Job, Jobs, Kind, NO_JOB, Next};
+use super::occupied::Place;
 use crate::shared::Shared;
+use crate::uncorrectable::keep_marks;
 use crate::worker::{Owner, Step, Worker, flush_step};
 
 impl Worker {
@@ -34,7 +36,7 @@ impl Worker {
         let (offset_bytes, length_bytes) = (first << shift, last.saturating_sub(first) << shift);
         slot.running = Step { nsid, operation, offset_bytes, length_bytes };
         job.slot = slot_index;
-        job.ticket = job.namespace.occupied.enter(first, end, job.kind.writes());
+        job.place = Some(Place::enter(&job.namespace.occupied, first, end, job.kind.writes()));
         let index = self.jobs()?.put(job);
         self.slots[slot_index as usize].job = index;
         Ok(())
@@ -52,8 +54,8 @@ impl Worker {
                 jobs.waiting.remove(position);
                 continue;
             };
-            let occupied = Arc::clone(&job.namespace.occupied);
-            if !occupied.is_granted(job.ticket, || (Arc::clone(&shared.host), worker)) {
+            let host = || (Arc::clone(&shared.host), worker);
+            if !job.place.as_ref().is_some_and(|place| place.is_granted(host)) {
                 position += 1;
                 continue;
             }
@@ -74,7 +76,12 @@ impl Worker {
         if self.slots[slot_index as usize].job != NO_JOB {
             match self.advance_job(shared, slot_index) {
                 Ok(true) => return true,
-                Ok(false) => self.end_job(slot_index),
+                Ok(false) => {
+                    self.end_job(slot_index);
+                    if self.slots[slot_index as usize].owner == Owner::Orphan {
+                        return false;
+                    }
+                }
                 Err(fault) => {
                     let slot = &mut self.slots[slot_index as usize];
                     slot.status = fault.status;
@@ -96,12 +103,17 @@ impl Worker {
         let jobs = self.jobs.as_deref_mut().ok_or(Status::INTERNAL_ERROR)?;
         let mut job =
             jobs.jobs.get_mut(slot.job as usize).and_then(Option::take).ok_or(Status::INTERNAL_ERROR)?;
-        // A controller that may not access memory any more has nothing to go on with.
-        let advanced = match shared.is_bus_master() {
-            true => jobs.advance(&mut job, &shared.memory),
-            false => Err(Status::DATA_TRANSFER_ERROR.into()),
+        // Nobody wants its end any more, or the controller may not access memory: it has nothing to go on with, but blocks that it has
+        // begun to write get their metadata.
+        let stop = match slot.owner {
+            Owner::Orphan => Some(Status::ABORT_REQUESTED),
+            _ => (!shared.is_bus_master()).then_some(Status::DATA_TRANSFER_ERROR),
         };
-        slot.copied = job.segment as u32;
+        let nsid = job.namespace.nsid;
+        let advanced = jobs.advance(&mut job, &shared.memory, stop, || keep_marks(shared, nsid));
+        if job.kind == Kind::Copy {
+            slot.copied = job.segment as u32;
+        }
         if let Ok(Some(next)) = &advanced {
             slot.write = next.operation.writes();
             let memory = Arc::clone(&jobs.memory);
@@ -129,7 +141,7 @@ impl Worker {
         advanced.map(|next| next.is_some())
     }
 
-    /// The job of a slot, if it has one, is no more.
+    /// The job of a slot, if it has one, is no more, and leaves its blocks.
     pub fn end_job(&mut self, slot_index: u32) {
         let index = std::mem::replace(&mut self.slots[slot_index as usize].job, NO_JOB);
         let Some(jobs) = self.jobs.as_deref_mut() else { return };
@@ -137,7 +149,6 @@ impl Worker {
         jobs.free.push(index);
         jobs.waiting.retain(|&waiting| waiting != index);
         jobs.free_buffers.extend(job.buffer);
-        job.namespace.occupied.leave(job.ticket);
         if jobs.spare.len() < BUFFERS as usize {
             jobs.spare.extend(job.into_room());
         }

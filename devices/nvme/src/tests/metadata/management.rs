@@ -1,5 +1,6 @@
 //! Formats with metadata: configured, asked for, saved, moved, and given up.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use block::{Fault, FaultControl, FaultImage, Target};
@@ -282,6 +283,37 @@ impl NonVolatile for Place {
         *self.0.lock().unwrap() = Some(kept.clone());
         Ok(())
     }
+}
+
+#[test]
+fn without_power_no_block_that_was_written_is_uncorrectable_again() {
+    let store = Memory::new(4 << 20);
+    let backend = memory_image(IMAGE_BYTES);
+    let format = protected(1, false);
+    let power_on = || {
+        let mut guest = managed(&config(), &[namespace_on(backend.clone(), 512, format)], &store);
+        guest.create_pair(1, 16);
+        let mut disk = Disk { guest, block_bytes: 512, format, area: 0, separate: 0 };
+        (disk.area, disk.separate) = (disk.guest.pages(180), disk.guest.pages(4));
+        disk
+    };
+    let mut disk = power_on();
+    let blocks = disk.patterned(2, 1);
+    disk.io(nvm::WRITE_UNCORRECTABLE, 5, 4, Fields::default()).unwrap();
+    disk.write(5, &blocks, Fields::new(ACTION, 5)).unwrap();
+    disk.io(nvm::WRITE_ZEROES, 7, 1, Fields::new(ACTION, 7)).unwrap();
+    // The power fails without a word.
+    let state = store.state();
+    drop(disk);
+    store.put(state);
+    let mut disk = power_on();
+    assert!(disk.read(5, 2, Fields::new(GUARD | REFERENCE, 5)).unwrap().data == blocks.data);
+    disk.read(7, 1, Fields::new(GUARD | REFERENCE, 7)).unwrap();
+    assert_eq!(disk.read(8, 1, Fields::default()), Err(Status::UNRECOVERED_READ_ERROR));
+    // What cannot be kept is not done.
+    store.breaks.store(true, Ordering::SeqCst);
+    let write = disk.write(8, &blocks, Fields::new(ACTION, 8));
+    assert_eq!(write, Err(Status::INTERNAL_ERROR));
 }
 
 #[test]

@@ -73,18 +73,45 @@ fn fields_of_read(disk: &Disk) -> SubmissionEntry {
     disk.entry(nvm::READ, 4, 1, Fields::new(ACTION | GUARD | REFERENCE, 4))
 }
 
-#[test]
-fn controllers_that_share_a_namespace_wait_for_each_other() {
-    let control = Arc::new(FaultControl::default());
-    let image = Arc::new(FaultImage::new(memory_image(IMAGE_BYTES), Arc::clone(&control)));
+/// Guests of two controllers that share a namespace.
+fn sharing(image: Arc<dyn Backend>) -> [Guest; 2] {
     let namespaces = [namespace_on(image, 512, protected(1, false))];
     let subsystem = Subsystem::new("SHARED", &namespaces, true).unwrap();
-    let [mut one, mut other] = [1, 2].map(|id| {
+    [1, 2].map(|id| {
         let mut guest = Guest::member(&subsystem, id, config());
         guest.enable();
         guest.create_pair(1, 8);
         guest
-    });
+    })
+}
+
+#[test]
+fn nobody_waits_for_a_controller_that_is_gone() {
+    let control = Arc::new(FaultControl::default());
+    let image = Arc::new(FaultImage::new(memory_image(IMAGE_BYTES), Arc::clone(&control)));
+    let [mut one, mut other] = sharing(image);
+    let page = one.pages(1);
+    let write = |lba| Fields::new(ACTION, lba).put(transfer(nvm::WRITE, 1, lba, 1, page));
+    control.inject(Target::Write, 0, 1, Fault::Hold);
+    // The first is at its blocks, the second waits for them.
+    for _ in 0..2 {
+        one.push(1, write(3));
+    }
+    one.ring(1);
+    one.run();
+    assert_eq!(control.held(), 1);
+    let waiting = other.push(1, write(3));
+    other.ring(1);
+    other.run();
+    drop(one);
+    assert_eq!(ends(&mut other, 1, 1), [(waiting, Status::SUCCESS)]);
+}
+
+#[test]
+fn controllers_that_share_a_namespace_wait_for_each_other() {
+    let control = Arc::new(FaultControl::default());
+    let image = Arc::new(FaultImage::new(memory_image(IMAGE_BYTES), Arc::clone(&control)));
+    let [mut one, mut other] = sharing(image);
     let page = one.pages(1);
     let write = |lba| Fields::new(ACTION, lba).put(transfer(nvm::WRITE, 1, lba, 1, page));
     control.inject(Target::Write, 0, 1, Fault::Hold);
@@ -226,11 +253,70 @@ fn a_reset_forgets_what_waits_and_waits_for_what_runs() {
     assert_eq!(in_flight, 1, "and nothing else");
     control.release_held();
     disk.guest.run_until("the reset", |guest| guest.read32(regs::CSTS) & 1 == 0);
-    assert_eq!(control.seen(), seen, "no command of before is carried out any more");
+    assert_eq!(
+        control.seen(),
+        seen + 2,
+        "its metadata: the page around them is read and written, and nothing else done"
+    );
     disk.guest.enable();
     disk.guest.create_pair(1, 16);
     disk.write(3, &blocks, fields).unwrap();
     assert!(disk.read(3, 4, Fields { prinfo: GUARD | REFERENCE, ..fields }).unwrap().data == blocks.data);
+}
+
+/// A command of two pieces, `opcode`, whose first write is held while the disk is full of other blocks. What ends it does so with that
+/// write under way.
+fn cut_short(opcode: u8, end: impl FnOnce(&mut Guest, &FaultControl)) {
+    let (mut disk, control) = held_disk();
+    let (before, after) = (disk.patterned(300, 1), disk.patterned(300, 2));
+    let fields = Fields::new(ACTION, 0);
+    disk.write(0, &before, fields).unwrap();
+    disk.put(&after, fields);
+    control.inject(Target::Write, 0, 1, Fault::Hold);
+    let entry = disk.entry(opcode, 0, 300, fields);
+    disk.guest.push(1, entry);
+    disk.guest.ring(1);
+    disk.guest.run();
+    assert_eq!(control.held(), 1);
+    end(&mut disk.guest, &control);
+    let zeroes = vec![vec![0; 512]; 300];
+    let new = if opcode == nvm::WRITE { &after.data } else { &zeroes };
+    let mut all = Vec::new();
+    for lba in [0, 100, 200] {
+        // Each has data and metadata of the same write, or its guard tells.
+        all.extend(disk.read(lba, 100, Fields::new(GUARD | REFERENCE, lba)).unwrap().data);
+    }
+    let written = all.iter().zip(new).take_while(|(block, new)| block == new).count();
+    assert!(written == if opcode == nvm::WRITE { 256 } else { 300 }, "{written} of {opcode:#x}");
+    assert!(all[written..] == before.data[written..], "{opcode:#x}");
+}
+
+#[test]
+fn a_write_that_a_reset_cuts_short_leaves_no_torn_block() {
+    for opcode in [nvm::WRITE, nvm::WRITE_ZEROES] {
+        cut_short(opcode, |guest, control| {
+            guest.write32(regs::CC, 0x0046_0000);
+            guest.run();
+            control.release_held();
+            guest.run_until("the reset", |guest| guest.read32(regs::CSTS) & 1 == 0);
+            guest.enable();
+            guest.create_pair(1, 16);
+        });
+    }
+}
+
+#[test]
+fn a_write_whose_memory_is_out_of_reach_leaves_no_torn_block() {
+    for (opcode, status) in [(nvm::WRITE, Status::DATA_TRANSFER_ERROR), (nvm::WRITE_ZEROES, Status::SUCCESS)]
+    {
+        cut_short(opcode, |guest, control| {
+            guest.set_bus_master(false);
+            control.release_held();
+            guest.run_until("the command's end", |guest| guest.controller.statistics().in_flight == 0);
+            guest.set_bus_master(true);
+            assert_eq!(ends(guest, 1, 1)[0].1, status);
+        });
+    }
 }
 
 #[test]
