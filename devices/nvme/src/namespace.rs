@@ -8,7 +8,7 @@ use nvme_spec::{Status, feature};
 use crate::Error;
 use crate::config::{MAX_NAMESPACES, NamespaceConfig};
 use crate::metadata::{BlockFormat, Metadata, Occupied};
-use crate::uncorrectable::Uncorrectable;
+use crate::uncorrectable::{Healed, Uncorrectable};
 
 /// A namespace that commands can address.
 #[derive(Clone, Debug)]
@@ -179,8 +179,8 @@ impl Namespace {
         self.uncorrectable.touches(first, first + (length_bytes >> self.block_shift))
     }
 
-    /// A byte range was written or deallocated: its blocks can be read again.
-    pub fn heal(&self, offset_bytes: u64, length_bytes: u64) -> bool {
+    /// A byte range was written or deallocated: its blocks can be read again. Returns those that could not.
+    pub fn heal(&self, offset_bytes: u64, length_bytes: u64) -> Healed {
         let first = offset_bytes >> self.block_shift;
         self.uncorrectable.heal(first, first + (length_bytes >> self.block_shift))
     }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nvme_spec::Status;
 
+use crate::namespace::Namespace;
 use crate::shared::{Shared, lock};
 use crate::state::{UncorrectableRunState, UncorrectableState};
 
@@ -23,6 +24,9 @@ pub(crate) struct Uncorrectable {
     /// First block and the block behind the last, neither overlapping nor touching.
     runs: Mutex<BTreeMap<u64, u64>>,
 }
+
+/// Runs that were marked: first block and the block behind the last.
+pub(crate) type Healed = Vec<(u64, u64)>;
 
 /// Too many blocks would be marked.
 #[derive(Debug, PartialEq, Eq)]
@@ -54,16 +58,16 @@ impl Uncorrectable {
         Ok(())
     }
 
-    /// The blocks from `first` to before `end` were written, or deallocated. `true`: one of them was marked.
-    pub fn heal(&self, first: u64, end: u64) -> bool {
+    /// The blocks from `first` to before `end` were written, or deallocated. Returns those of them that were marked.
+    pub fn heal(&self, first: u64, end: u64) -> Healed {
+        let mut healed = Healed::new();
         if !self.any.load(Ordering::Acquire) {
-            return false;
+            return healed;
         }
-        let mut healed = false;
         let mut runs = lock(&self.runs);
         while let Some((run_first, run_end)) = touching(&runs, first, end) {
             runs.remove(&run_first);
-            healed = true;
+            healed.push((run_first.max(first), run_end.min(end)));
             if run_first < first {
                 runs.insert(run_first, first);
             }
@@ -119,6 +123,20 @@ pub(crate) fn keep_marks(shared: &Shared, nsid: u32) -> Result<(), Status> {
     })
 }
 
+/// Has the store keep that blocks of a namespace are marked no more. If it cannot they are marked again: were they not, whoever tried once
+/// more would be told that all is well.
+pub(crate) fn keep_healed(shared: &Shared, namespace: &Namespace, healed: &Healed) -> Result<(), Status> {
+    if healed.is_empty() {
+        return Ok(());
+    }
+    keep_marks(shared, namespace.nsid).inspect_err(|_| {
+        for &(first, end) in healed {
+            // They had their place, which others can have taken since; then these stay marked in the store alone.
+            let _ = namespace.uncorrectable.mark(first, end);
+        }
+    })
+}
+
 /// The last run that has a block from `first` to before `end`.
 fn touching(runs: &BTreeMap<u64, u64>, first: u64, end: u64) -> Option<(u64, u64)> {
     let (&run_first, &run_end) = runs.range(..end).next_back()?;
@@ -145,7 +163,7 @@ mod tests {
                 marks.mark(first, end).unwrap();
             } else {
                 let was_marked = reference[blocks.clone()].contains(&true);
-                assert_eq!(marks.heal(first, end), was_marked);
+                assert_eq!(!marks.heal(first, end).is_empty(), was_marked);
             }
             reference[blocks].fill(mark);
             let saved = marks.save();

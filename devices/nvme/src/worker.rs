@@ -27,7 +27,7 @@ use crate::shared::Shared;
 use crate::slot::is_cached;
 pub(crate) use crate::slot::{Owner, Slot, Step, flush_step};
 use crate::smart::{self, Counters};
-use crate::uncorrectable::keep_marks;
+use crate::uncorrectable::keep_healed;
 use crate::wakeup::{self, ask_for_tail};
 
 /// See the module's text.
@@ -356,8 +356,8 @@ impl Worker {
         slot.copied += u32::from(matches!(running.operation, Operation::Copy { .. }));
         let table = if matches!(slot.owner, Owner::Admin(_)) { &self.allocated } else { &self.namespaces };
         if let Ok(namespace) = namespace::find(table, running.nsid)
-            && namespace.heal(running.offset_bytes, running.length_bytes)
-            && let Err(status) = keep_marks(shared, running.nsid)
+            && let healed = namespace.heal(running.offset_bytes, running.length_bytes)
+            && let Err(status) = keep_healed(shared, namespace, &healed)
         {
             self.slots[slot_index as usize].status = status;
         }

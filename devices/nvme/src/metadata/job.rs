@@ -20,6 +20,7 @@ use super::format::{Metadata, PAGE_BYTES};
 use super::occupied::Place;
 use super::protection::{PROTECTION_BYTES, Wanted};
 use crate::namespace::Namespace;
+use crate::uncorrectable::Healed;
 
 /// Data of one piece: 256 blocks of 512 bytes.
 const DATA_BYTES: u64 = 128 << 10;
@@ -274,13 +275,13 @@ impl Jobs {
     }
 
     /// What `job` does after the request that was in flight, if one was. `None`: it is done. With `stop` it ends so as soon as no block
-    /// is torn, and does nothing with guest memory. `keep` makes durable that blocks are not marked as uncorrectable any more.
+    /// is torn, and does nothing with guest memory. `keep` makes durable which blocks are not marked as uncorrectable any more.
     pub(super) fn advance(
         &mut self,
         job: &mut Job,
         guest: &GuestMemory,
         stop: Option<Status>,
-        keep: impl Fn() -> Result<(), Status>,
+        keep: impl Fn(&Healed) -> Result<(), Status>,
     ) -> Result<Option<Next>, Fault> {
         let buffer = job.buffer.ok_or(Status::INTERNAL_ERROR)?;
         loop {
@@ -353,9 +354,7 @@ impl Jobs {
                 Stage::WriteMetadata => {
                     job.done += job.count;
                     let end = job.namespace.blocks.min(target + job.count);
-                    if job.namespace.uncorrectable.heal(target, end)
-                        && let Err(status) = keep()
-                    {
+                    if let Err(status) = keep(&job.namespace.uncorrectable.heal(target, end)) {
                         job.failed = Some(status);
                     }
                     job.stage =

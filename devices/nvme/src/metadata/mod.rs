@@ -30,7 +30,8 @@
 //! as it was. A block whose write was not complete may then have new data and old metadata: with protection information its guard
 //! tells, without it nothing does. AWUPF and NAWUPF are 0's based and cannot say less than one block, so that what Identify claims of a
 //! power cut is, for a namespace with metadata, no more than that such a block is found out. What a flush or forced unit access
-//! acknowledged is stable, data and metadata. Without a power cut each block is whole, however commands overlap.
+//! acknowledged is stable, data and metadata. Without a power cut each block is whole, however commands overlap, and whatever ends them
+//! but a failure of the image.
 
 mod buffers;
 mod commands;

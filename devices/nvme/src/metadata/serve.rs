@@ -11,7 +11,7 @@ use vm_memory::GuestAddress;
 use super::job::{BUFFERS, Fault, Job, Jobs, Kind, NO_JOB, Next};
 use super::occupied::Place;
 use crate::shared::Shared;
-use crate::uncorrectable::keep_marks;
+use crate::uncorrectable::keep_healed;
 use crate::worker::{Owner, Step, Worker, flush_step};
 
 impl Worker {
@@ -109,8 +109,9 @@ impl Worker {
             Owner::Orphan => Some(Status::ABORT_REQUESTED),
             _ => (!shared.is_bus_master()).then_some(Status::DATA_TRANSFER_ERROR),
         };
-        let nsid = job.namespace.nsid;
-        let advanced = jobs.advance(&mut job, &shared.memory, stop, || keep_marks(shared, nsid));
+        let namespace = Arc::clone(&job.namespace);
+        let advanced =
+            jobs.advance(&mut job, &shared.memory, stop, |healed| keep_healed(shared, &namespace, healed));
         if job.kind == Kind::Copy {
             slot.copied = job.segment as u32;
         }

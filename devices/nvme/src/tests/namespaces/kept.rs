@@ -1,5 +1,6 @@
 //! What becomes of formats without power, and of data in namespaces that are not attached.
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use block::{Fault, Target};
@@ -109,6 +110,14 @@ fn blocks_that_cannot_be_read_stay_so_while_their_namespace_is_not_attached_and_
             [Ok(0), unreadable, unreadable, Ok(0)]
         );
     }
+    // What cannot be kept is not acknowledged, however often it is tried.
+    store.breaks.store(true, Ordering::SeqCst);
+    for _ in 0..2 {
+        assert_eq!(write(&mut guest, 1, 6, 8), Err(Status::INTERNAL_ERROR));
+        assert_eq!(read(&mut guest, 1, 6), unreadable);
+    }
+    write(&mut guest, 1, 8, 8).unwrap();
+    store.breaks.store(false, Ordering::SeqCst);
     // The power fails without a word, in a moment when one is attached.
     write(&mut guest, 1, 6, 9).unwrap();
     guest.io(1, transfer(nvm::WRITE_UNCORRECTABLE, 1, 20, 1, 0)).unwrap();
