@@ -57,7 +57,7 @@ fn blocks_with_protection_information_move_with_their_guest() {
 fn a_block_that_was_damaged_beneath_is_not_read() {
     let bed = bed();
     let machine = protected(&bed);
-    let mut vm = machine.boot(&bed, "damaged", EXERCISER, "span=64K");
+    let mut vm = machine.boot(&bed, "damaged", EXERCISER, "span=64K ram=4M dirty=1M");
     works(&mut vm, &Counters::default());
     vm.execute("stop", json!({}));
     let image = File::options().read(true).write(true).open(bed.path("a.img")).unwrap();
@@ -84,10 +84,10 @@ fn a_destination_with_other_protection_is_refused() {
     let destination = other.expect(&bed, "destination", &format!("unix:{}", bed.path("m").display()));
     source.migrate(destination.uri());
     let reason = source.not_migrated();
-    for part in ["nvme.d0.namespace.1", "nvme.d0.namespace.4"] {
+    for part in ["nvme.d0.ns.1.pi", "nvme.d0.ns.4.metadata"] {
         assert!(reason.contains(part), "{reason}");
     }
-    assert!(!reason.contains("namespace.5"), "{reason}");
+    assert!(!reason.contains("ns.5"), "{reason}");
     works(&mut source, &done);
     source.finish();
 }
