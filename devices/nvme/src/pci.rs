@@ -153,7 +153,12 @@ impl PciFunction for Controller {
 }
 
 impl Controller {
-    /// A write to the doorbells. Doorbells are 4 bytes wide; other accesses change nothing.
+    /// A write to the doorbells, which are 4 bytes wide.
+    ///
+    /// "The host shall access registers in their native width or aligned 32-bit accesses. Violation of either of these host requirements
+    /// results in undefined behavior" (PCIe Transport 1.0, 3.1.2), and accesses to parts of two registers "are not supported". What is not
+    /// whole may mean anything, so it changes nothing; and no event tells of it: Write to Invalid Doorbell Register is about a queue that
+    /// does not exist, and Invalid Doorbell Write Value about a value that was written (Base 5.2), neither of which is known here.
     fn ring(&self, offset: u64, data: &[u8]) {
         let shared = &self.pool.shared;
         let Ok(data) = <[u8; 4]>::try_from(data) else { return };
