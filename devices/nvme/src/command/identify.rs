@@ -52,9 +52,11 @@ impl Admin {
                 format_page(0)
             }
             cns::NAMESPACE => {
-                // "Capacity fields ... are cleared to 0h" where there is no access. Hosts take NCAP 0h for a namespace that is gone, and
-                // would not come back to it when there is access again, so that it is NUSE alone.
-                let used = pool.shared.gate.check_access(entry.nsid).is_ok();
+                // "ANA Inaccessible or ANA Persistent Loss: Capacity fields ... are cleared to 0h" (Base 8.1.4); in the ANA Change state
+                // they are not. Which fields these are is not said. Linux takes NCAP 0h for a namespace that is gone, removes it, and
+                // with it the way by which it would come back; its own target clears NUSE alone, and so does this.
+                let lost = [Status::ACCESS_INACCESSIBLE, Status::ACCESS_PERSISTENT_LOSS].map(Err);
+                let used = !lost.contains(&pool.shared.gate.check_access(entry.nsid));
                 let page = |namespace: &Namespace| self.namespace_page(namespace, shared, persistence, used);
                 self.page_of(entry.nsid, page)?
             }
