@@ -2,7 +2,7 @@
 //! what keeps its images.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::{Backend, Error, FaultControl, FaultImage, Identity, IoContext, MemoryImage, Request};
@@ -68,11 +68,18 @@ pub(super) struct Process {
     woken: AtomicU64,
     /// BAR offsets whose writes only wake a worker.
     events: Mutex<BTreeMap<u64, usize>>,
+    /// The guest sees the persistent memory region.
+    region_is_shown: AtomicBool,
 }
 
 impl Process {
     pub fn new(actor: Arc<Actor>) -> Arc<Self> {
-        Arc::new(Self { actor, woken: AtomicU64::new(0), events: Mutex::default() })
+        Arc::new(Self {
+            actor,
+            woken: AtomicU64::new(0),
+            events: Mutex::default(),
+            region_is_shown: AtomicBool::new(false),
+        })
     }
 
     /// Whether `worker` was woken since the last call.
@@ -107,7 +114,9 @@ impl Host for Process {
         }
     }
 
-    fn show_region(&self, _ready: bool) {
+    fn show_region(&self, ready: bool) {
+        let before = self.region_is_shown.swap(ready, Ordering::SeqCst);
+        assert_ne!(before, ready, "the region is shown or hidden again");
         self.actor.called();
     }
 

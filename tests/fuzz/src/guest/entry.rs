@@ -3,7 +3,7 @@
 use nvme_spec::SubmissionEntry;
 use nvme_spec::opcode::{admin, nvm};
 
-use super::machine::{ARENA_BYTES, BUFFER_BASE, HIDDEN};
+use super::machine::{ARENA_BYTES, BUFFER_BASE, HIDDEN, REGION_BASE};
 
 /// What is left of an input. What it lacks is 0.
 #[derive(Debug)]
@@ -46,7 +46,9 @@ impl Input<'_> {
         match kind % 8 {
             0..3 => (value << 12) % ARENA_BYTES,
             3 => (value << 2) % ARENA_BYTES,
-            4 => BUFFER_BASE + value,
+            4 if kind & 0x40 == 0 => BUFFER_BASE + value,
+            // Pages mostly: the second pointer must be one.
+            4 => REGION_BASE + if kind & 0x20 == 0 { value & !0xfff } else { value },
             5 => ARENA_BYTES - value % 512,
             6 => u64::MAX - value,
             _ => u64::from(self.dword()) | u64::from(self.dword()) << 32,

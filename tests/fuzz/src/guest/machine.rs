@@ -25,6 +25,9 @@ pub const ARENA_BYTES: u64 = 256 << 10;
 /// Where the controller memory buffer is, while it is where the driver puts it.
 pub(super) const BUFFER_BASE: u64 = 0x8000_0000;
 const BUFFER_BYTES: u64 = 64 << 10;
+/// Where the persistent memory region is, while it is where the driver puts it.
+pub(super) const REGION_BASE: u64 = 0x9000_0000;
+const REGION_BYTES: u64 = 64 << 10;
 const PRIVATE_BASE: u64 = 0x0e5a_91c2_0000_0000;
 const SANCTUARY_BASE: u64 = 0x0e5a_91c3_0000_0000;
 const SANCTUARY_BYTES: usize = 64 << 10;
@@ -51,7 +54,16 @@ impl Shape {
         self.0 & 1 != 0
     }
 
-    /// CC.MPS.
+    fn has_region(self) -> bool {
+        self.0 >> 1 & 3 == 1
+    }
+
+    /// The same without memory of the controller.
+    pub fn with_ram_only(self) -> Self {
+        Shape(if self.has_region() { self.0 & !3 } else { self.0 & !1 })
+    }
+
+    /// CC.MPS. Both kinds of machines with the smallest pages are there: with a region and without.
     pub fn page_shift(self) -> u32 {
         [0, 0, 1, 4][usize::from(self.0 >> 1 & 3)]
     }
@@ -78,6 +90,7 @@ impl Shape {
             mdts: if self.0 & 0x10 != 0 { 5 } else { 0 },
             contiguous_queues: self.0 & 0x20 != 0,
             buffer_bytes: if self.has_buffer() { BUFFER_BYTES } else { 0 },
+            region_bytes: if self.has_region() { REGION_BYTES } else { 0 },
             ..ControllerConfig::new("FUZZ")
         }
     }
@@ -141,19 +154,23 @@ pub struct Machine {
     bars: BTreeMap<u8, u64>,
 }
 
-/// The memory of a machine, and the mapping of its buffer.
+/// The memory of a machine, and with it that of its controller.
 fn memory(shape: Shape) -> GuestMemory {
     let parts = [
         (GuestAddress(0), ARENA_BYTES as usize),
         (GuestAddress(PRIVATE_BASE), 6 * PRIVATE_PAGE_BYTES as usize),
         (GuestAddress(SANCTUARY_BASE), SANCTUARY_BYTES),
     ];
-    let memory = GuestMemory::from_ranges(&parts).expect("memory for a machine");
-    if !shape.has_buffer() {
-        return memory;
+    let mut memory = GuestMemory::from_ranges(&parts).expect("memory for a machine");
+    if shape.has_buffer() {
+        let buffer = GuestMapping::new(BUFFER_BYTES as usize).expect("memory for a buffer");
+        memory = nvme::memory_with_buffer(&memory, Arc::new(buffer)).expect("a buffer of this size");
     }
-    let buffer = GuestMapping::new(BUFFER_BYTES as usize).expect("memory for a buffer");
-    nvme::memory_with_buffer(&memory, Arc::new(buffer)).expect("a buffer of this size")
+    if shape.has_region() {
+        let region = GuestMapping::new(REGION_BYTES as usize).expect("memory for a region");
+        memory = nvme::memory_with_region(&memory, Arc::new(region)).expect("a region of this size");
+    }
+    memory
 }
 
 impl Machine {
@@ -244,6 +261,11 @@ impl Machine {
         }
         if self.shape.has_buffer() {
             self.controller.bar_write(0, regs::CMBMSC, &(BUFFER_BASE | 3).to_le_bytes());
+        }
+        if self.shape.has_region() {
+            self.write32(regs::PMRCTL, regs::PMRCTL_EN);
+            self.write32(regs::PMRMSCU, (REGION_BASE >> 32) as u32);
+            self.write32(regs::PMRMSCL, (REGION_BASE | regs::PMRMSC_CMSE) as u32);
         }
         self.write32(regs::CC, CC | self.shape.page_shift() << 7);
         self.run();

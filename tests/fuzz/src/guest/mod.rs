@@ -47,6 +47,7 @@ pub const REGISTERS: &[Step] = &[
     Move,
     Plan,
     Vector,
+    Region,
 ];
 
 /// Mostly queues in memory that others write too.
@@ -72,12 +73,12 @@ pub const QUEUES: &[Step] = &[
 /// Mostly admin commands.
 pub const ADMIN: &[Step] = &[
     Admin, Admin, Admin, Admin, Admin, Admin, Io, Run, Run, Poke, Plan, Namespace, Fault, Release, Move,
-    Enable,
+    Enable, Register,
 ];
 
 /// Mostly I/O commands with lists.
 pub const COMMANDS: &[Step] =
-    &[Io, Io, Io, Io, Io, List, List, Poke, Run, Plan, Fault, Release, Admin, Shadow, Move, Buffer];
+    &[Io, Io, Io, Io, Io, List, List, Poke, Run, Plan, Fault, Release, Admin, Shadow, Move, Buffer, Region];
 
 /// Plays registers.
 pub fn registers(bytes: &[u8]) {

@@ -11,7 +11,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::actor::Poke as Write;
 use super::entry::{ADMIN_OPCODES, IO_OPCODES, Input};
-use super::machine::{HIDDEN, Machine, Shape};
+use super::machine::{BUFFER_BASE, HIDDEN, Machine, REGION_BASE, Shape};
 
 /// What a step does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +28,8 @@ pub enum Step {
     Doorbell,
     /// A write of the controller memory buffer.
     Buffer,
+    /// A write of the persistent memory region, and its barrier.
+    Region,
     /// An admin command of the driver's queue.
     Admin,
     /// An I/O command of the driver's queue.
@@ -99,7 +101,8 @@ impl Machine {
         match step {
             Step::Register => self.write_register(input),
             Step::ReadRegister => {
-                let (bar, width) = if input.byte() & 8 == 0 { (0, input.byte()) } else { (2, input.byte()) };
+                let bar = [0, 2, 0, 4][usize::from(input.byte() >> 3 & 3)];
+                let width = input.byte();
                 if let Some((offset, width)) = self.place(bar, input.half().into(), width) {
                     self.controller.bar_read(bar, offset, &mut vec![0; width]);
                 }
@@ -123,6 +126,13 @@ impl Machine {
                 let value = input.address();
                 if let Some((offset, _)) = self.place(2, input.half().into(), 8) {
                     self.controller.bar_write(2, offset, &value.to_le_bytes());
+                }
+            }
+            Step::Region => {
+                let value = input.address();
+                if let Some((offset, _)) = self.place(4, input.half().into(), 8) {
+                    self.controller.bar_write(4, offset, &value.to_le_bytes());
+                    self.read32(regs::PMRSTS);
                 }
             }
             Step::Admin => self.admin(input),
@@ -191,7 +201,7 @@ impl Machine {
     }
 
     fn write_register(&mut self, input: &mut Input<'_>) {
-        const OFFSETS: [u64; 16] = [
+        const OFFSETS: [u64; 20] = [
             regs::CC,
             regs::CC,
             regs::CSTS,
@@ -208,16 +218,24 @@ impl Machine {
             regs::PMRCTL,
             regs::CAP,
             regs::DOORBELLS,
+            regs::PMRMSCL,
+            regs::PMRMSCL,
+            regs::PMRMSCU,
+            regs::PMRSTS,
         ];
         const VALUES: [u64; 8] =
             [0x0046_0001, 0, 0x0046_4001, 0x0046_8001, 0x4e56_4d65, 0x001f_001f, 0x8000_0003, 0x0046_0201];
+        // For the region: where the driver has it, where the buffer is, over the arena, and nowhere.
+        const PLACES: [u64; 8] =
+            [REGION_BASE | 2, BUFFER_BASE | 2, 2, 0, 1, REGION_BASE, 0xffff_f002, 1 << 12 | 2];
         let (kind, width) = (input.byte(), input.byte());
         let offset = match OFFSETS.get(usize::from(kind & 0x1f)) {
             Some(offset) => *offset + u64::from(width >> 2 & 7) % 8,
             None => input.half().into(),
         };
         let value = match kind >> 5 {
-            0..4 => VALUES[usize::from(width >> 5)],
+            0..3 => VALUES[usize::from(width >> 5)],
+            3 => PLACES[usize::from(width >> 5)],
             4 | 5 => input.address(),
             _ => u64::from(input.dword()) | u64::from(input.dword()) << 32,
         };
@@ -241,7 +259,7 @@ impl Machine {
         self.is_ready = false;
         (0..2).for_each(|queue| self.disturb(queue));
         self.controller.config_write(offset, &value.to_le_bytes()[..width]);
-        assert!(self.controller.bars().len() <= 2);
+        assert!(self.controller.bars().len() <= 3);
     }
 
     fn admin(&mut self, input: &mut Input<'_>) {

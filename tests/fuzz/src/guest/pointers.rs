@@ -192,8 +192,8 @@ fn run(machine: &mut Machine, entry: SubmissionEntry) -> Status {
 /// If anything is other than the data pointer says.
 pub fn pointers(bytes: &[u8]) {
     let mut input = Input(bytes);
-    // Without a buffer and without a limit of transfers.
-    let shape = Shape(input.byte() & 0b1110);
+    // All that is named is RAM, and transfers have no limit.
+    let shape = Shape(input.byte() & 0b1110).with_ram_only();
     let mut machine = Machine::new(shape);
     let page_bytes = 4096 << shape.page_shift();
     let image: Vec<u8> =

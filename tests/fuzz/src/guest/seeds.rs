@@ -69,7 +69,7 @@ fn driven(steps: &[Step], drive: impl Fn(&mut Writer<'_>)) -> Vec<Vec<u8>> {
         drive(&mut writer);
         writer.out
     };
-    [0x00, 0x49, 0x9c, 0xe6].map(one).into()
+    [0x00, 0x49, 0x9c, 0xe6, 0x53].map(one).into()
 }
 
 /// Steps in random order with plausible arguments.
@@ -104,6 +104,20 @@ pub fn register_seeds() -> Vec<Vec<u8>> {
             .step(Register, &[11, 3 | 6 << 5]);
         writer.step(Register, &[15, 3, 0]).step(Doorbell, &[0, 3, 0]).step(Run, &[]);
     });
+    out.extend(driven(REGISTERS, |writer| {
+        // The region: written, disabled, over the buffer, over the arena, back, and over a reset of the subsystem and of the power state.
+        writer
+            .step(Region, &[0, 7, 0, 8, 0])
+            .step(Register, &[13, 2 | 1 << 5])
+            .step(Region, &[0, 7, 0, 8, 0]);
+        for place in 0..8_u8 {
+            writer.step(Register, &[16 | 3 << 5, 2 | place << 5]).step(Region, &[0, 9, 0, place, 0]);
+            writer.command(Io, nvm::WRITE, 0, 0, 8, [0; 6]).step(Run, &[]).step(Move, &[]);
+        }
+        writer.step(Register, &[3, 2 | 4 << 5]).step(Run, &[]).step(ReadRegister, &[24, 3, 8, 0]);
+        writer.step(Enable, &[]).step(Configuration, &[6, 3, 0, 0, 0]).step(Configuration, &[6, 0, 0, 0, 0]);
+        writer.step(Region, &[0, 7, 0, 16, 0]).step(Move, &[]);
+    }));
     out.extend(random(REGISTERS));
     out
 }
@@ -195,6 +209,14 @@ pub fn admin_seeds() -> Vec<Vec<u8>> {
             .step(Run, &[])
             .step(Namespace, &[9]);
     }));
+    out.extend(driven(ADMIN, |writer| {
+        // Sanitize with the region enabled, then disabled, and enabled again before the end.
+        writer.command(Admin, admin::SANITIZE, 0, 5, 0, [2, 0, 0, 0, 0, 0]).step(Run, &[]);
+        writer.step(Register, &[13, 2 | 1 << 5]);
+        writer.command(Admin, admin::SANITIZE, 0, 5, 0, [2, 0, 0, 0, 0, 0]).step(Move, &[]);
+        writer.step(Register, &[13 | 3 << 5, 2 | 4 << 5]).step(Move, &[]).step(Run, &[]);
+        writer.command(Admin, admin::IDENTIFY, 0, 0, 4, [1, 0, 0, 0, 0, 0]).step(Run, &[]);
+    }));
     out.extend(random(ADMIN));
     out
 }
@@ -232,6 +254,36 @@ pub fn command_seeds() -> Vec<Vec<u8>> {
             writer.command(Io, nvm::READ, 0, 0, 16, [lba, 0, 3, 0, 0, 0]);
         }
         writer.step(Run, &[]).step(Plan, &[0, 0, 16, 0, 0, 1, 0]).step(Release, &[]);
+    }));
+    out.extend(driven(COMMANDS, |writer| {
+        // Data of namespace 1, and data and metadata of namespace 3 (kinds with bit 12 say where), in the region, elsewhere, and in both.
+        for (data, metadata) in [(0x44, 0x44), (0x44, 0), (0, 0x44), (4, 0x64), (0x64, 4)] {
+            for (opcode, nsid) in
+                [(nvm::WRITE, 0), (nvm::READ, 0), (nvm::WRITE, 2), (nvm::READ, 2), (nvm::COMPARE, 2)]
+            {
+                let index = IO_OPCODES.iter().position(|known| *known == opcode).unwrap_or_default() as u8;
+                // CDW12 is 7 or 0; the second pointer is a page of the same kind.
+                let blocks = if nsid == 0 { 15 } else { 0 };
+                let entry = [
+                    index,
+                    nsid << 3,
+                    data,
+                    0,
+                    0x10,
+                    data,
+                    0,
+                    0x20,
+                    1 << 4,
+                    1 << 4,
+                    blocks,
+                    metadata,
+                    0,
+                    0x40,
+                ];
+                writer.step(Io, &entry).step(Run, &[]);
+            }
+            writer.step(Region, &[0, 3, 0, 0, 0x10]).step(Move, &[]);
+        }
     }));
     out.extend(random(COMMANDS));
     out
