@@ -14,7 +14,7 @@ use crate::file::OpenFile;
 use crate::pool::Pool;
 use crate::transfer::Distortion;
 use crate::uring::Ring;
-use crate::{Completion, Error, Failure, Request};
+use crate::{Completion, Error, Failure, KernelCounters, Request};
 
 /// Requests in flight of one worker, over all images that it serves.
 ///
@@ -36,6 +36,7 @@ pub struct IoContext {
     parked: Vec<Parked>,
     /// For images that have threads of their own; made when one is used.
     mailbox: Option<Arc<Mailbox>>,
+    counters: Arc<KernelCounters>,
     distortion: Distortion,
 }
 
@@ -56,8 +57,9 @@ impl IoContext {
     /// A depth of zero or above [`IoContext::MAXIMUM_DEPTH`]; neither a ring nor threads could be had.
     pub fn new(memory: GuestMemory, depth: u32) -> Result<Self, Error> {
         let event = Self::prepare(depth)?;
-        match Ring::new(memory.clone(), depth, &event) {
-            Ok(ring) => Ok(Self::assemble(Engine::Ring(Box::new(ring)), memory, depth, event)),
+        let counters = Arc::<KernelCounters>::default();
+        match Ring::new(memory.clone(), depth, &event, Arc::clone(&counters)) {
+            Ok(ring) => Ok(Self::assemble(Engine::Ring(Box::new(ring)), memory, depth, event, counters)),
             // No such system call, switched off or filtered, or without an operation (kernels before 5.6).
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM | libc::EACCES)) => {
                 log::warn!("io_uring is not available ({error}): block I/O uses threads");
@@ -75,7 +77,7 @@ impl IoContext {
         let event = Self::prepare(depth)?;
         let pool = Pool::new(memory.clone(), depth, &event)
             .map_err(|source| Error::System { what: "start threads for block I/O", source })?;
-        Ok(Self::assemble(Engine::Pool(pool), memory, depth, event))
+        Ok(Self::assemble(Engine::Pool(pool), memory, depth, event, Arc::default()))
     }
 
     fn prepare(depth: u32) -> Result<EventFd, Error> {
@@ -86,7 +88,13 @@ impl IoContext {
             .map_err(|source| Error::System { what: "make an eventfd for I/O completions", source })
     }
 
-    fn assemble(engine: Engine, memory: GuestMemory, depth: u32, event: EventFd) -> Self {
+    fn assemble(
+        engine: Engine,
+        memory: GuestMemory,
+        depth: u32,
+        event: EventFd,
+        counters: Arc<KernelCounters>,
+    ) -> Self {
         Self {
             engine,
             memory,
@@ -97,6 +105,7 @@ impl IoContext {
             ready: VecDeque::with_capacity(depth as usize),
             parked: Vec::new(),
             mailbox: None,
+            counters,
             distortion: Distortion::default(),
         }
     }
@@ -126,8 +135,14 @@ impl IoContext {
         &self.event
     }
 
-    /// Hands queued work to the kernel: one system call, none if nothing is queued. When the kernel is short of memory
-    /// the rest stays queued and the event becomes readable, so that the worker comes back.
+    /// What it has asked of io_uring so far, for whoever watches; nothing where it works with threads.
+    #[must_use]
+    pub fn kernel_counters(&self) -> &Arc<KernelCounters> {
+        &self.counters
+    }
+
+    /// Hands queued work to the kernel and has it tell of ends that wait for that: one system call, none if there is neither. When the
+    /// kernel is short of memory the rest stays queued and the event becomes readable, so that the worker comes back.
     ///
     /// # Errors
     /// The kernel refused the queue as a whole; nothing in it will complete.

@@ -32,6 +32,7 @@ mod backend;
 mod blocking;
 mod bounce;
 mod context;
+mod counters;
 mod error;
 mod fault;
 mod file;
@@ -50,6 +51,7 @@ mod tests;
 
 pub use backend::{Backend, Buffers, Completion, Failure, Identity, NOWHERE, Operation, Request};
 pub use context::IoContext;
+pub use counters::KernelCounters;
 pub use error::Error;
 pub use fault::{Fault, FaultControl, FaultImage, Target};
 pub use file::{FileImage, FileOptions};

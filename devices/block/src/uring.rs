@@ -12,12 +12,15 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::file::OpenFile;
 use crate::transfer::{Distortion, Progress, Segment, Step, Transfer};
-use crate::{Completion, Failure, Request};
+use crate::{Completion, Failure, KernelCounters, Request};
 use files::Files;
 
 mod files;
 #[cfg(test)]
 pub(crate) mod journal;
+
+/// Entries that the kernel has at least before more are gathered for one call.
+const FIRST_ENTRIES: u32 = 4;
 
 /// A ring and its requests. Slot `n` has at most one entry in the kernel, with user data `n`.
 ///
@@ -35,6 +38,7 @@ pub(crate) struct Ring {
     queued: u32,
     /// Entries whose completion was not reaped, the queued ones included.
     outstanding: u32,
+    counters: Arc<KernelCounters>,
     #[cfg(test)]
     journal: Option<journal::Journal>,
 }
@@ -44,8 +48,13 @@ impl Ring {
     ///
     /// # Errors
     /// The kernel has no io_uring, not this process, or lacks an operation (ENOSYS).
-    pub(crate) fn new(memory: GuestMemory, depth: u32, event: &EventFd) -> io::Result<Self> {
-        // Completions wait until this thread is in the kernel anyway, or is told by a flag (`reap`), instead of interrupting it.
+    pub(crate) fn new(
+        memory: GuestMemory,
+        depth: u32,
+        event: &EventFd,
+        counters: Arc<KernelCounters>,
+    ) -> io::Result<Self> {
+        // Completions wait until this thread is in the kernel anyway, or is told by a flag (`enter`), instead of interrupting it.
         let cooperative =
             IoUring::builder().dontfork().setup_coop_taskrun().setup_taskrun_flag().build(depth);
         let ring = match cooperative {
@@ -82,6 +91,7 @@ impl Ring {
             free: (0..depth).rev().collect(),
             queued: 0,
             outstanding: 0,
+            counters,
             #[cfg(test)]
             journal: None,
         })
@@ -136,17 +146,30 @@ impl Ring {
         pushed.map_err(|_| Failure::Io(libc::EAGAIN))?;
         self.queued += 1;
         self.outstanding += 1;
+        // A disk that has little of ours begins with that while the rest is still on its way: the kernel holds back (plugs) what comes in
+        // one call until it has seen all of it. The more the disk has, the more is gathered for a call.
+        if self.queued >= FIRST_ENTRIES.max(self.outstanding - self.queued) {
+            // On failure the call that follows all of them says why.
+            let _ = self.enter();
+        }
         Ok(())
     }
 
-    /// Hands what is queued to the kernel.
+    /// Hands what is queued to the kernel, and lets it tell of ends that wait for a system call of this thread. One call does both.
     ///
     /// # Errors
     /// `WouldBlock` if the kernel is short of memory: try again. Others are final.
     pub(crate) fn enter(&mut self) -> io::Result<()> {
-        while self.queued > 0 {
+        let mut wanted = self.queued > 0 || self.owes_ends();
+        while wanted {
+            self.counters.note_enter();
             match self.ring.submit() {
-                Ok(count) => self.queued -= (count as u32).min(self.queued),
+                Ok(count) => {
+                    let count = (count as u32).min(self.queued);
+                    self.counters.note_entries(count);
+                    self.queued -= count;
+                    wanted = self.queued > 0;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
                     return Err(io::ErrorKind::WouldBlock.into());
@@ -168,6 +191,11 @@ impl Ring {
         if enabled { completion.enable_eventfd() } else { completion.disable_eventfd() }
     }
 
+    /// Whether the kernel has ends to tell of and waits for a system call of this thread.
+    fn owes_ends(&mut self) -> bool {
+        self.outstanding > self.queued && self.ring.submission().taskrun()
+    }
+
     /// Whether there is something to reap.
     pub(crate) fn has_completions(&mut self) -> bool {
         self.outstanding > self.queued
@@ -176,12 +204,6 @@ impl Ring {
 
     /// Takes what has completed. Requests that go on are queued again.
     pub(crate) fn reap(&mut self, completions: &mut Vec<Completion>) {
-        if self.outstanding > self.queued && self.ring.submission().taskrun() {
-            // The kernel has ends to tell of and waits for a system call of this thread. What is queued can go with it; should it be
-            // refused, the next `enter` says why.
-            let submitted = self.ring.submit().unwrap_or_default();
-            self.queued -= (submitted as u32).min(self.queued);
-        }
         // One look: what a resubmission completes meanwhile is for the next call.
         let count = self.ring.completion().len();
         for _ in 0..count {
