@@ -14,6 +14,7 @@ use crate::options::{Exit, Mode, Options, WORDS};
 use crate::pci::{self, Window};
 use crate::power;
 use crate::report::{self, Counters};
+use crate::workload::latency::Histogram;
 use crate::workload::{Ram, Worker};
 
 /// Typed on the console, it ends the run.
@@ -221,7 +222,17 @@ impl<'a> Run<'a> {
             let (counts, reads) = (counters.tsc.saturating_sub(tsc), counters.reads.saturating_sub(reads));
             let per_second = u128::from(reads) * u128::from(self.tsc_khz) * 1000 / u128::from(counts.max(1));
             let window_us = u128::from(counts) * 1000 / u128::from(self.tsc_khz);
-            console.line(machine, format_args!("rate iops={per_second} reads={reads} window_us={window_us}"));
+            let mut latencies = Histogram::default();
+            self.workers.iter_mut().for_each(|worker| worker.take_latencies(&mut latencies));
+            let nanoseconds = |counts: u64| u128::from(counts) * 1_000_000 / u128::from(self.tsc_khz);
+            let [median, last] = [50, 99].map(|percent| nanoseconds(latencies.percentile(percent)));
+            let timed = latencies.total();
+            console.line(
+                machine,
+                format_args!(
+                    "rate iops={per_second} reads={reads} window_us={window_us} timed={timed} latency_50_ns={median} latency_99_ns={last}"
+                ),
+            );
         }
     }
 

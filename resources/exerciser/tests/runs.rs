@@ -122,6 +122,14 @@ fn the_rate_is_counted() {
     assert!(rates.len() >= 4 && counters.reads > 0);
     assert_eq!(rates.iter().sum::<u64>(), counters.reads);
     assert_eq!((counters.verified, counters.writes), (0, 0));
+    let timed = lines.iter().map(|line| Line::parse(line)).filter(|line| line.number("timed") > Some(0));
+    let (mut seen, mut median_ns) = (0, 0);
+    for line in timed {
+        let times = [line.number("latency_50_ns"), line.number("latency_99_ns")].map(Option::unwrap);
+        assert!(times[0] <= times[1], "{line:?}");
+        (seen, median_ns) = (seen + 1, times[0].max(median_ns));
+    }
+    assert!(seen > 0 && median_ns > 0, "commands take time");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What is done with controllers and memory.
 
 pub mod disk;
+pub mod latency;
 pub mod ram;
 pub mod worker;
 

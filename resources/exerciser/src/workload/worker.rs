@@ -9,6 +9,7 @@ use nvme_spec::opcode::{CDW12_FUA, nvm};
 use nvme_spec::{CompletionEntry, SubmissionEntry};
 
 use super::disk::{Disk, Extent};
+use super::latency::{Histogram, Stopwatch};
 use super::ram::Ram;
 use crate::error::{Error, Place};
 use crate::machine::Machine;
@@ -151,6 +152,7 @@ pub struct Worker {
     /// Extents that were just written and are read back next.
     read_back: Vec<(usize, Extent)>,
     random: Random,
+    stopwatch: Stopwatch,
     phase: Phase,
     unflushed: usize,
     next_queue: usize,
@@ -192,6 +194,7 @@ impl Worker {
             controller,
             disks,
             slots,
+            stopwatch: Stopwatch::default(),
             phase,
             unflushed: 0,
             next_queue: 0,
@@ -232,6 +235,11 @@ impl Worker {
         self.slots.len() - self.free.len()
     }
 
+    /// What commands took in mode `iops` since this was asked last, in counts.
+    pub fn take_latencies(&mut self, all: &mut Histogram) {
+        all.take(&mut self.stopwatch.histogram);
+    }
+
     /// Begins the end, if it has not begun: commands in flight finish, then every block is read once more.
     pub fn finish(&mut self) {
         match self.phase {
@@ -269,13 +277,16 @@ impl Worker {
             while let Some(completion) = self.controller.queues[queue].pair.pop()? {
                 any = true;
                 let place = self.controller.queues[queue].pair.place();
+                if self.stopwatch.watches(completion.cid) {
+                    self.stopwatch.ended(machine.tsc(), self.random.below(self.slots.len() as u64));
+                }
                 self.complete(place, &completion, counters)?;
             }
         }
         let passed = now.saturating_sub(self.last_turn).min(self.longest_turn);
         self.last_turn = now;
         self.waited = if any || self.in_flight() == 0 { 0 } else { self.waited + passed };
-        while self.submit() {}
+        while self.submit(machine) {}
         let doorbells = &mut self.controller.doorbells;
         self.controller.queues.iter_mut().for_each(|queue| queue.pair.ring(doorbells));
         Ok(any)
@@ -343,7 +354,7 @@ impl Worker {
     }
 
     /// Sends one command. False when there is none to send, or no room.
-    fn submit(&mut self) -> bool {
+    fn submit(&mut self, machine: &dyn Machine) -> bool {
         let queues = self.controller.queues.len();
         let with_room = |queue: &usize| self.controller.queues[*queue].pair.has_room();
         let Some(queue) = (0..queues).map(|step| (self.next_queue + step) % queues).find(with_room) else {
@@ -358,6 +369,9 @@ impl Worker {
         let aligned = choice & 1 == 0 || task.operation == Operation::RateRead;
         let offset = if aligned { 0 } else { (choice >> 32) as usize % PAGE_WORDS };
         let entry = self.entry(cid, Sent { task, offset });
+        if task.operation == Operation::RateRead {
+            self.stopwatch.sent(cid, || machine.tsc());
+        }
         self.controller.queues[queue].pair.push(&entry);
         true
     }
