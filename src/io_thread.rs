@@ -9,7 +9,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -45,6 +45,19 @@ struct Calls {
     called: AtomicBool,
     /// The worker is in its turn, and looks at `called` before that is over.
     in_turn: AtomicBool,
+    /// Writes of this process to `event`: a system call each.
+    written: AtomicU64,
+    /// All writes to `event` that its thread has seen, those of KVM's ioeventfds included.
+    drained: AtomicU64,
+}
+
+/// How often a worker was called through its descriptor.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WakeUpStatistics {
+    /// By this process, with a system call.
+    pub written: u64,
+    /// By KVM, for doorbells that the guest rang: the vCPU left the guest for each, though not the kernel.
+    pub rung: u64,
 }
 
 impl WakeUp {
@@ -54,7 +67,13 @@ impl WakeUp {
     /// The process has no descriptors left.
     pub fn new() -> io::Result<Self> {
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        Ok(Self(Arc::new(Calls { event, called: AtomicBool::new(false), in_turn: AtomicBool::new(false) })))
+        Ok(Self(Arc::new(Calls {
+            event,
+            called: AtomicBool::new(false),
+            in_turn: AtomicBool::new(false),
+            written: AtomicU64::new(0),
+            drained: AtomicU64::new(0),
+        })))
     }
 
     /// Calls the worker. Ringing several times before it looks is one call.
@@ -79,6 +98,23 @@ impl WakeUp {
         &self.0.event
     }
 
+    /// The numbers now.
+    #[must_use]
+    pub fn statistics(&self) -> WakeUpStatistics {
+        // Drained first: what is written meanwhile is not taken for KVM's.
+        let drained = self.0.drained.load(Ordering::Acquire);
+        let written = self.0.written.load(Ordering::Acquire);
+        WakeUpStatistics { written, rung: drained.saturating_sub(written) }
+    }
+
+    /// Clears the descriptor, whose value is the number of writes since it was cleared last.
+    fn drain(&self) {
+        // Not blocking; an event that someone else has drained is fine.
+        if let Ok(count) = self.0.event.read() {
+            self.0.drained.fetch_add(count, Ordering::AcqRel);
+        }
+    }
+
     fn begin_turn(&self) {
         self.0.in_turn.store(true, Ordering::SeqCst);
     }
@@ -92,6 +128,7 @@ impl WakeUp {
     }
 
     fn write(&self) {
+        self.0.written.fetch_add(1, Ordering::AcqRel);
         // The only error is a full counter, which is a pending call all the same.
         let _ = self.0.event.write(1);
     }
@@ -208,8 +245,10 @@ impl MutEventSubscriber for Subscriber {
         if late {
             self.armed = None;
             let _ = self.timer.wait();
-        } else if let Some(event) = self.events().find(|event| event.as_raw_fd() == events.fd()) {
-            // Not blocking; an event that someone else has drained is fine.
+        } else if events.fd() == self.wake_up.event_fd().as_raw_fd() {
+            self.wake_up.drain();
+        } else if let Some(event) = self.completions.iter().find(|event| event.as_raw_fd() == events.fd()) {
+            // As in `WakeUp::drain`.
             let _ = event.read();
         }
         self.wake_up.begin_turn();

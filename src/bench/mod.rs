@@ -1,10 +1,11 @@
 //! Measurements, repeated, with a reference from the same minutes and the host that they hold for.
 //!
 //! [`migrate`] moves a busy guest again and again; [`copy`] is what the host's own sockets and memory give at best; [`nvme`] counts the
-//! commands that a guest gets done; [`fio`] is what the host does with the same file itself;
+//! commands that a guest gets done, [`costs`] what they cost besides time; [`fio`] is what the host does with the same file itself;
 //! [`host`] says which host it was; [`spread`] is how repeated figures are summed up. Figures never decide a test.
 
 pub mod copy;
+pub mod costs;
 pub mod fio;
 pub mod host;
 pub mod migrate;

@@ -16,6 +16,7 @@ use exerciser::report::{ERROR, Line};
 use rustix::fs::OFlags;
 use serde::Serialize;
 
+use super::costs::{self, Costs, Counted};
 use super::fio::Fio;
 use super::host::Host;
 use super::spread::Spread;
@@ -82,8 +83,12 @@ pub struct Sample {
     pub iops: f64,
     /// The same by the host's clock.
     pub wall_clock_iops: f64,
-    /// Doorbell register writes of a thousand commands.
-    pub exits_per_thousand: f64,
+    /// Half of the commands that were timed, one at a time, took no longer than this.
+    pub latency_median_microseconds: f64,
+    /// 99 of a hundred took no longer than this.
+    pub latency_99th_microseconds: f64,
+    /// What a thousand commands cost besides.
+    pub per_thousand: Costs,
     /// fio's rate on the same file just afterwards.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fio_iops: Option<f64>,
@@ -101,9 +106,13 @@ pub struct Outcome {
     /// The same by the host's clock.
     pub wall_clock_iops: Spread,
     /// Mean time of a command, by the depth and the median rate.
-    pub latency_microseconds: f64,
-    /// Doorbell register writes of a thousand commands.
-    pub exits_per_thousand: Spread,
+    pub latency_mean_microseconds: f64,
+    /// Medians of commands that the guest timed: from the entry in the queue until it saw the completion.
+    pub latency_median_microseconds: Spread,
+    /// What 99 of a hundred of them did not exceed.
+    pub latency_99th_microseconds: Spread,
+    /// What a thousand commands cost besides.
+    pub per_thousand: Costs<Spread>,
     /// fio's rates.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fio_iops: Option<Spread>,
@@ -238,12 +247,11 @@ fn sample(
     let mut from = 0;
     rate_line(&ferry, &mut from)?;
     let (begun, before) = (Instant::now(), counters(&mut ferry)?);
-    let (iops, reads) = rate_line(&ferry, &mut from)?;
+    let Rate { iops, reads, median_ns, last_ns } = rate_line(&ferry, &mut from)?;
     let (time, after) = (begun.elapsed(), counters(&mut ferry)?);
     Reader::new().finish(&mut ferry)?;
     ferry.wait_for_end()?;
     ensure!(reads > 0.0, ferry.describe("no reads in the second window of"));
-    let commands = after.0.saturating_sub(before.0).max(1);
     let fio_iops = match fio {
         Some(fio) if case.image != Image::Null => {
             Some(fio.read_rate(file, case.image == Image::DirectFile, case.depth, plan.window)?)
@@ -253,31 +261,50 @@ fn sample(
     Ok(Sample {
         iops,
         wall_clock_iops: reads / time.as_secs_f64(),
-        exits_per_thousand: after.1.saturating_sub(before.1) as f64 * 1000.0 / commands as f64,
+        latency_median_microseconds: median_ns / 1000.0,
+        latency_99th_microseconds: last_ns / 1000.0,
+        per_thousand: after.costs_since(&before),
         fio_iops,
     })
 }
 
-/// Rate and reads of the next line that has them.
-fn rate_line(ferry: &Ferry, from: &mut usize) -> anyhow::Result<(f64, f64)> {
+/// What the guest says of a window.
+#[derive(Clone, Copy, Debug)]
+struct Rate {
+    iops: f64,
+    reads: f64,
+    median_ns: f64,
+    last_ns: f64,
+}
+
+impl Rate {
+    fn of(line: &Line<'_>) -> Option<Self> {
+        let number = |name| line.number(name).map(|number| number as f64);
+        Some(Self {
+            iops: number("iops")?,
+            reads: number("reads")?,
+            median_ns: number("latency_50_ns")?,
+            last_ns: number("latency_99_ns")?,
+        })
+    }
+}
+
+/// The next line with a rate.
+fn rate_line(ferry: &Ferry, from: &mut usize) -> anyhow::Result<Rate> {
     let (found, next) = ferry.wait_for_line("a rate", *from, WATCHDOG, |text| {
         let line = Line::parse(text);
         match line.kind {
-            "rate" => Some(line.number("iops").zip(line.number("reads"))),
+            "rate" => Some(Rate::of(&line)),
             ERROR => Some(None),
             _ => None,
         }
     })?;
     *from = next;
-    let (iops, reads) = found.with_context(|| ferry.describe("the guest reported an error:"))?;
-    Ok((iops as f64, reads as f64))
+    found.with_context(|| ferry.describe("the guest reported an error:"))
 }
 
-/// Commands and doorbell exits so far.
-fn counters(ferry: &mut Ferry) -> anyhow::Result<(u64, u64)> {
-    let status = ferry.status()?;
-    let disk = status.disks.first().context("the machine has no disk")?;
-    Ok((disk.completed, disk.doorbell_exits))
+fn counters(ferry: &mut Ferry) -> anyhow::Result<Counted> {
+    Counted::of(&ferry.status()?).context("the machine has no disk")
 }
 
 impl Doorbells {
@@ -298,8 +325,10 @@ impl Outcome {
             case,
             iops,
             wall_clock_iops: spread(|sample| sample.wall_clock_iops)?,
-            latency_microseconds: f64::from(case.depth) * 1e6 / iops.median.max(1.0),
-            exits_per_thousand: spread(|sample| sample.exits_per_thousand)?,
+            latency_mean_microseconds: f64::from(case.depth) * 1e6 / iops.median.max(1.0),
+            latency_median_microseconds: spread(|sample| sample.latency_median_microseconds)?,
+            latency_99th_microseconds: spread(|sample| sample.latency_99th_microseconds)?,
+            per_thousand: Costs::of(samples.iter().map(|sample| sample.per_thousand))?,
             fio_iops: Spread::of(samples.iter().filter_map(|sample| sample.fio_iops)),
             fio_ratio: Spread::of(samples.iter().filter_map(|sample| Some(sample.iops / sample.fio_iops?))),
             samples,
@@ -323,23 +352,38 @@ impl fmt::Display for Outcome {
         let Spread { median, min, max } = self.iops;
         write!(
             f,
-            "{}{median:>12.0}{min:>12.0}{max:>12.0}{:>12.0}{:>10.1}{:>12.2}",
-            self.case, self.wall_clock_iops.median, self.latency_microseconds, self.exits_per_thousand.median
+            "{}{median:>12.0}{min:>10.0}{max:>10.0}{:>12.0}{:>9.1}{:>9.1}{}",
+            self.case,
+            self.wall_clock_iops.median,
+            self.latency_median_microseconds.median,
+            self.latency_99th_microseconds.median,
+            self.per_thousand
         )?;
         match (self.fio_iops, self.fio_ratio) {
-            (Some(iops), Some(ratio)) => write!(f, "{:>12.0}{:>8.2}", iops.median, ratio.median),
+            (Some(iops), Some(ratio)) => write!(f, "{:>10.0}{:>8.2}", iops.median, ratio.median),
             _ => Ok(()),
         }
     }
 }
 
-/// The heads of the columns that an [`Outcome`] is printed in.
-pub const HEADS: &str = "image      rings    queues  depth IOPS median         min         max  wall clock   mean us  exits/1000         fio   ratio";
+/// The heads of the columns that an [`Outcome`] is printed in; those of [`Costs`] are of a thousand commands.
+#[must_use]
+pub fn heads() -> String {
+    let times =
+        "image      rings    queues  depth IOPS median       min       max  wall clock   p50 us   p99 us";
+    format!("{times}{}       fio   ratio", costs::HEADS)
+}
 
 impl fmt::Display for Results {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let fio = self.fio.as_deref().unwrap_or("no fio");
-        writeln!(f, "4 KiB reads of a guest, --io-poll {}, {fio}\n{}\n\n{HEADS}", self.io_poll, self.host)?;
+        writeln!(
+            f,
+            "4 KiB reads of a guest, --io-poll {}, {fio}\n{}\nexits to interrupts: of a thousand commands\n\n{}",
+            self.io_poll,
+            self.host,
+            heads()
+        )?;
         self.cases.iter().try_for_each(|outcome| writeln!(f, "{outcome}"))
     }
 }
@@ -349,7 +393,14 @@ mod tests {
     use super::*;
 
     fn sample(iops: f64, fio_iops: Option<f64>) -> Sample {
-        Sample { iops, wall_clock_iops: iops - 1.0, exits_per_thousand: 2.0, fio_iops }
+        Sample {
+            iops,
+            wall_clock_iops: iops - 1.0,
+            latency_median_microseconds: 2.0,
+            latency_99th_microseconds: 9.0,
+            per_thousand: Costs { vcpu_exits: 2.0, ..Costs::default() },
+            fio_iops,
+        }
     }
 
     #[test]
@@ -361,11 +412,12 @@ mod tests {
         let outcome = Outcome::new(case, samples).unwrap();
         assert_eq!(outcome.iops, Spread { median: 90.0, min: 50.0, max: 100.0 });
         assert_eq!(outcome.fio_ratio, Some(Spread { median: 0.9, min: 0.5, max: 1.25 }));
-        assert_eq!(outcome.latency_microseconds, 32.0 * 1e6 / 90.0);
+        assert_eq!(outcome.latency_mean_microseconds, 32.0 * 1e6 / 90.0);
         let text = outcome.to_string();
         assert!(text.starts_with("O_DIRECT   shadow        1     32          90"), "{text}");
         assert!(text.ends_with("100    0.90"), "{text}");
-        assert_eq!(text.len(), HEADS.len(), "{text}\n{HEADS}");
+        let heads = heads();
+        assert_eq!(text.len(), heads.len(), "{text}\n{heads}");
     }
 
     #[test]

@@ -35,6 +35,10 @@ pub enum Benchmark {
     /// A test guest reads 4 KiB at random places: without a disk at all depths, queue counts and both ways to ring, and from a file, around
     /// the page cache and out of it, beside fio's io_uring on the same file at the same depth where fio is installed. On a host that others
     /// use, give it a real-time priority: chrt --rr 20 ferry bench nvme.
+    ///
+    /// Besides the rates it tells how long commands took, as the guest timed them, and how often a thousand of them left the guest (exits
+    /// to the process, doorbells that KVM took), entered io_uring, woke a thread and interrupted the guest. A guest that is looked after
+    /// without sleep does next to none of that, apart from what it prints: each byte on its console is an exit.
     Nvme(NvmeBenchmark),
 }
 
@@ -139,7 +143,7 @@ impl NvmeBenchmark {
         }
         let plan = nvme::Plan { runs, window: Duration::from_millis(window), io_poll, folder };
         let mut stage = Stage::open()?;
-        eprintln!("{}", nvme::HEADS);
+        eprintln!("{}", nvme::heads());
         let result = nvme::run(&mut stage, &plan, &cases, |outcome| eprintln!("{outcome}"));
         let results = stage.close(false, result)?;
         if json {

@@ -141,8 +141,17 @@ pub(super) fn word(value: impl serde::Serialize) -> String {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let FerryStatus { name, process_id, status, ownership, lease, blocked_reasons, disks, migration } =
-            &self.status;
+        let FerryStatus {
+            name,
+            process_id,
+            status,
+            ownership,
+            lease,
+            blocked_reasons,
+            vcpu_exits,
+            disks,
+            migration,
+        } = &self.status;
         writeln!(f, "{name} (process {process_id}): {}, {}", word(status), word(ownership))?;
         if let Some(lease) = lease {
             writeln!(
@@ -154,6 +163,7 @@ impl fmt::Display for Report {
         for reason in blocked_reasons {
             writeln!(f, "  cannot migrate: {reason}")?;
         }
+        writeln!(f, "  vCPUs left the guest {vcpu_exits} times")?;
         for disk in disks {
             if let Some(FerryMember { subsystem, controller_id, access }) = &disk.member {
                 writeln!(f, "  disk {}: controller {controller_id} of subsystem {subsystem}", disk.serial)?;
@@ -171,6 +181,16 @@ impl fmt::Display for Report {
                 disk.turns,
                 disk.poll_hits,
                 disk.polls
+            )?;
+            writeln!(
+                f,
+                "  disk {}: {} doorbell events, {} wake-ups, {} calls of io_uring for {} requests, {} interrupts",
+                disk.serial,
+                disk.doorbell_events,
+                disk.wake_ups,
+                disk.io_uring_enters,
+                disk.io_uring_entries,
+                disk.interrupts
             )?;
         }
         if let Some(info) = &self.migration {

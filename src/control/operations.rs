@@ -264,6 +264,9 @@ pub struct FerryStatus {
     /// Why the machine cannot migrate; none if it can.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub blocked_reasons: Vec<String>,
+    /// Times that a vCPU came back from KVM to this process.
+    #[serde(default)]
+    pub vcpu_exits: u64,
     /// What the controllers have done in this process, in the order of their slots.
     #[serde(default)]
     pub disks: Vec<FerryDisk>,
@@ -285,8 +288,23 @@ pub struct FerryDisk {
     pub completed: u64,
     /// Commands that are being worked on.
     pub in_flight: u32,
-    /// Doorbell registers that the guest left the virtual machine for.
+    /// Doorbell registers whose writes the controller served on a vCPU's thread.
     pub doorbell_exits: u64,
+    /// Doorbell registers whose writes KVM turned into calls of a thread: the guest left the virtual machine, but not the kernel.
+    #[serde(default)]
+    pub doorbell_events: u64,
+    /// Calls of a thread by this process, with a system call.
+    #[serde(default)]
+    pub wake_ups: u64,
+    /// Calls of io_uring_enter.
+    #[serde(default)]
+    pub io_uring_enters: u64,
+    /// Entries that io_uring took in them.
+    #[serde(default)]
+    pub io_uring_entries: u64,
+    /// Interrupts that were sent.
+    #[serde(default)]
+    pub interrupts: u64,
     /// Turns of the threads: each time one was called, or had been at work for long.
     pub turns: u64,
     /// Times that work ran out and a thread looked for more before it slept.

@@ -6,7 +6,7 @@
 //! changes into one call.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings as kvm;
@@ -177,6 +177,8 @@ fn msi_entry(gsi: u32, message: &MsiMessage) -> kvm_irq_routing_entry {
 pub struct MsixFunction {
     router: Arc<MsiRouter>,
     vectors: Box<[Vector]>,
+    /// Eventfds written: a system call each.
+    sent: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -195,7 +197,8 @@ impl MsixFunction {
     /// [`Error::OutOfRoutes`], [`Error::Call`].
     pub fn new(router: &Arc<MsiRouter>, vectors: u16) -> Result<Arc<Self>, Error> {
         let gsis = router.allocate(vectors.into())?;
-        let mut function = Self { router: Arc::clone(router), vectors: Box::default() };
+        let mut function =
+            Self { router: Arc::clone(router), vectors: Box::default(), sent: AtomicU64::new(0) };
         let mut made = Vec::with_capacity(gsis.len());
         for &gsi in &gsis {
             let registered = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
@@ -245,6 +248,12 @@ impl MsixFunction {
         }
     }
 
+    /// Interrupts that were sent through irqfds so far.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
+    }
+
     /// Makes sure that whatever was signalled has arrived in a local APIC. Call it when the device is paused, before
     /// the APICs are read: KVM may deliver an irqfd from a work queue, so every vector that was signalled since the
     /// last flush is sent once more, synchronously. A message that comes twice is one that the guest's handler finds
@@ -284,6 +293,7 @@ impl MsixSink for MsixFunction {
         if !vector.signalled.load(Ordering::Relaxed) {
             vector.signalled.store(true, Ordering::Release);
         }
+        self.sent.fetch_add(1, Ordering::Relaxed);
         if let Err(error) = vector.event.write(1) {
             // KVM takes the count at once, so it cannot be full.
             log::error!("cannot signal interrupt {}: {error}", vector.gsi);

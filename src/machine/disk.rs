@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use anyhow::Context;
-use block::IoContext;
+use block::{IoContext, KernelCounters};
 use bus::GuestMemory;
 use engine::Description;
 use nvme::{AllocatedState, Controller, ControllerConfig, Host, NvmeState, Progress, Statistics, Store};
@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::config::ControllerSpec;
 use crate::control::{AccessState, FerryAccess, FerryDisk, FerryMember};
 use crate::io_poll::{IoPoll, PollCounters, PollStatistics, Poller, TurnEnd};
-use crate::io_thread::{IoThread, WakeUp, Worker};
+use crate::io_thread::{IoThread, WakeUp, WakeUpStatistics, Worker};
 use crate::kvm::{MsiRouter, MsixFunction, Vm};
 use crate::memory::RamBlock;
 use crate::subsystem::{Directory, Region};
@@ -41,6 +41,7 @@ pub struct Disk {
     controller: Arc<Controller>,
     /// Of each worker.
     polls: Vec<Arc<PollCounters>>,
+    kernel: Vec<Arc<KernelCounters>>,
 }
 
 impl Disk {
@@ -86,6 +87,7 @@ impl Disk {
             .with_context(|| format!("cannot make the I/O queues of controller {serial}"))?;
         let completions =
             contexts.iter().map(|context| context.event_fd().try_clone()).collect::<io::Result<Vec<_>>>()?;
+        let kernel = contexts.iter().map(|context| Arc::clone(context.kernel_counters())).collect();
         let interrupts = MsixFunction::new(router, spec.vectors)?;
         let doorbells = Doorbells::new(Arc::clone(vm), workers, region)?;
         let controller = Controller::join(
@@ -110,6 +112,7 @@ impl Disk {
             buffer,
             controller,
             polls,
+            kernel,
         })
     }
 
@@ -178,12 +181,19 @@ impl Disk {
             completed,
             in_flight,
             doorbell_exits: doorbell_writes,
+            interrupts: self.interrupts.sent(),
+            io_uring_enters: self.kernel.iter().map(|counters| counters.enters()).sum(),
+            io_uring_entries: self.kernel.iter().map(|counters| counters.entries()).sum(),
             ..FerryDisk::default()
         };
         for PollStatistics { turns, polls, hits } in self.polls.iter().map(|counters| counters.read()) {
             counters.turns += turns;
             counters.polls += polls;
             counters.poll_hits += hits;
+        }
+        for WakeUpStatistics { written, rung } in self.doorbells.wake_ups.iter().map(WakeUp::statistics) {
+            counters.wake_ups += written;
+            counters.doorbell_events += rung;
         }
         counters
     }

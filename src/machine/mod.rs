@@ -201,6 +201,12 @@ impl Machine {
         Ok(self.vcpus.resume()?)
     }
 
+    /// How often vCPUs came back from KVM to this process.
+    #[must_use]
+    pub fn vcpu_exits(&self) -> u64 {
+        self.vcpus.exits()
+    }
+
     /// Stops the guest: vCPUs first, then the devices, which finish what is in flight; every interrupt that they raised has
     /// arrived. Returns how many commands were in flight when the stop began.
     ///

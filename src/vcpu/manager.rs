@@ -1,6 +1,7 @@
 //! All vCPUs of a machine.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
@@ -19,6 +20,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct VcpuManager {
     threads: Vec<Thread>,
     cpuid: Vec<Vec<CpuidLeaf>>,
+    /// Of all vCPUs together.
+    exits: Arc<AtomicU64>,
 }
 
 struct Thread {
@@ -46,7 +49,7 @@ impl VcpuManager {
             return Err(Error::VcpuCount { asked: count, limit: vm.max_vcpus() });
         }
         run::install_kick_handler()?;
-        let mut manager = Self { threads: Vec::new(), cpuid: Vec::new() };
+        let mut manager = Self { threads: Vec::new(), cpuid: Vec::new(), exits: Arc::default() };
         let mut msrs = Vec::new();
         for (index, cpuid) in (0..count).zip(cpuid::of_all(host, count)?) {
             let fd = vm.create_vcpu(index)?;
@@ -58,6 +61,7 @@ impl VcpuManager {
             let parts = Parts {
                 index,
                 fd,
+                exits: Arc::clone(&manager.exits),
                 buses: buses.clone(),
                 on_event: Arc::clone(on_event),
                 cpuid,
@@ -79,6 +83,12 @@ impl VcpuManager {
     #[must_use]
     pub fn count(&self) -> u32 {
         self.cpuid.len() as u32
+    }
+
+    /// How often a vCPU came back from KVM, to serve an access or a command. Exits that KVM serves itself are not among them.
+    #[must_use]
+    pub fn exits(&self) -> u64 {
+        self.exits.load(Ordering::Relaxed)
     }
 
     /// What CPUID tells the guest on each vCPU.

@@ -1,6 +1,7 @@
 //! One vCPU on its thread.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 
 use bus::Bus;
@@ -49,6 +50,7 @@ pub(super) struct Vcpu {
     running: bool,
     /// As it was before it was first booted, restored or run.
     power_on: Option<VcpuState>,
+    exits: Arc<AtomicU64>,
     buses: Buses,
     on_event: EventHandler,
     cpuid: CpuId,
@@ -60,6 +62,8 @@ pub(super) struct Vcpu {
 pub(super) struct Parts {
     pub(super) index: u32,
     pub(super) fd: VcpuFd,
+    /// Counts how often KVM came back from the guest.
+    pub(super) exits: Arc<AtomicU64>,
     pub(super) buses: Buses,
     pub(super) on_event: EventHandler,
     pub(super) cpuid: CpuId,
@@ -70,9 +74,20 @@ pub(super) struct Parts {
 impl Vcpu {
     /// On its thread.
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { index, fd, buses, on_event, cpuid, msrs, xsave_bytes } = parts;
+        let Parts { index, fd, exits, buses, on_event, cpuid, msrs, xsave_bytes } = parts;
         let kickable = Kickable::new(fd);
-        Self { index, kickable, running: false, power_on: None, buses, on_event, cpuid, msrs, xsave_bytes }
+        Self {
+            index,
+            kickable,
+            running: false,
+            power_on: None,
+            exits,
+            buses,
+            on_event,
+            cpuid,
+            msrs,
+            xsave_bytes,
+        }
     }
 
     /// Until nobody can send commands any more.
@@ -99,6 +114,7 @@ impl Vcpu {
 
     /// Runs the guest for a stretch; `true` if it was interrupted, with no access pending.
     fn run(&mut self) -> bool {
+        self.exits.fetch_add(1, Ordering::Relaxed);
         let event = match self.kickable.run(&self.buses.ports, &self.buses.mmio) {
             Exit::Served => return false,
             Exit::Interrupted => return true,

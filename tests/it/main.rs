@@ -5,6 +5,7 @@ mod alone;
 mod architecture;
 mod blackout;
 mod controller_memory;
+mod costs;
 mod demo;
 mod golden;
 mod guest;

@@ -155,6 +155,7 @@ impl Operations for Machine {
             ownership: FerryOwnership::Owned,
             lease: None,
             blocked_reasons: self.migration_blockers(),
+            vcpu_exits: 0,
             disks: Vec::new(),
             migration: None,
         }
