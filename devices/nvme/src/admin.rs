@@ -397,7 +397,8 @@ impl Admin {
             self.phase = Phase::Failed;
             return;
         }
-        registers.csts = registers.csts.with_rdy(1).with_shst(0);
+        // A shutdown may have failed while CC.EN was 0: that is the end of a life, not of this one.
+        registers.csts = registers.csts.with_rdy(1).with_cfs(0).with_shst(0);
         drop(registers);
         self.phase = Phase::Ready;
         if !std::mem::replace(&mut self.is_running, true) && pool.shared.subsystem.is_managed() {

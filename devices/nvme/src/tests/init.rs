@@ -261,6 +261,19 @@ fn a_failed_flush_at_shutdown_is_fatal() {
 }
 
 #[test]
+fn a_shutdown_that_failed_while_disabled_is_no_failure_of_the_next_life() {
+    let (mut guest, control) = faulty();
+    guest.write32(regs::CC, 0x0046_0000);
+    guest.run();
+    control.inject(Target::Flush, 0, 1, Fault::Fail(block::Failure::Io(5)));
+    guest.write32(regs::CC, 0x0046_4000);
+    guest.run();
+    assert_eq!(guest.read32(regs::CSTS), 1 << 1 | 2 << 2);
+    guest.enable();
+    assert_eq!(guest.read32(regs::CSTS), 1);
+}
+
+#[test]
 fn the_log_is_told_once_of_failing_flushes_at_shutdown() {
     let (mut guest, control) = faulty();
     control.inject(Target::Flush, 0, 5, Fault::Fail(block::Failure::Io(5)));
