@@ -51,7 +51,8 @@ pub fn error(vm: &Vm) -> String {
 pub fn begins(vm: &Vm, lives: u32) {
     let mut found = 0;
     let select = |line: &str| {
-        found += u32::from(line.starts_with("boot "));
+        // A reset may have cut the line before.
+        found += u32::from(line.contains("boot name="));
         (found == lives).then_some(())
     };
     let begun = vm.process.wait_for_line(&format!("life {lives} of the guest"), 0, WATCHDOG, select);
