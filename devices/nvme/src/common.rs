@@ -19,7 +19,7 @@ use crate::shared::lock;
 pub(crate) struct Common {
     pub firmware: Firmware,
     pub sanitize: Sanitize,
-    /// The controller that makes a request of the sanitize operation, until it has ended: one at a time does.
+    /// The controller that begins or ends the sanitize operation or makes a request of it, until that is done: one at a time does.
     pub sanitizer: Option<u16>,
     pub events: EventLog,
     /// Formats that are in progress, by controller.

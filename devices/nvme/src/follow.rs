@@ -6,7 +6,7 @@ use nvme_spec::{NSID_BROADCAST, Status};
 
 use crate::admin::{Admin, Phase, Pool};
 use crate::namespace::{self, Namespace, NamespaceTable};
-use crate::subsystem::Subsystem;
+use crate::subsystem::{Contents, Subsystem};
 use crate::worker::{Owner, Worker};
 
 /// A command that changed the subsystem, and is answered when every controller has followed.
@@ -39,6 +39,11 @@ impl Following {
     /// Whether every controller works with the tables of this one, and has nothing in flight that they took away.
     pub fn is_followed(&self, subsystem: &Subsystem) -> bool {
         subsystem.is_followed(self.taken)
+    }
+
+    /// Whether nothing has changed since the tables were taken.
+    pub fn is_newest(&self, subsystem: &Subsystem) -> bool {
+        self.taken == subsystem.generation()
     }
 
     /// Answers to commands that nobody waits for any more.
@@ -88,6 +93,19 @@ impl Admin {
     pub fn change_namespaces(&mut self, pool: &Pool, scope: u32, change: impl Fn(&mut Namespace)) {
         pool.shared.subsystem.change(scope, change);
         self.follow_subsystem(pool);
+    }
+
+    /// As [`Admin::change_namespaces`], if `allows` has nothing against it ([`Subsystem::change_if`]).
+    pub fn change_namespaces_if(
+        &mut self,
+        pool: &Pool,
+        scope: u32,
+        allows: impl FnOnce(&Contents) -> Result<(), Status>,
+        change: impl Fn(&mut Namespace),
+    ) -> Result<(), Status> {
+        pool.shared.subsystem.change_if(scope, allows, change)?;
+        self.follow_subsystem(pool);
+        Ok(())
     }
 
     /// Notes that the host has to look at a namespace again (Base 5.16.1.5), and tells it if it wants to be told.

@@ -17,7 +17,7 @@ impl Subsystem {
     /// Adds a namespace of the host's, attached to every controller; their hosts are told by an event. Its image is held.
     ///
     /// # Errors
-    /// [`Error::Namespace`]: it cannot be, or the identifier is taken. [`Error::Store`].
+    /// [`Error::Namespace`]: it cannot be, the identifier is taken, or an operation has all namespaces. [`Error::Store`].
     pub fn add(&self, config: &NamespaceConfig) -> Result<(), Error> {
         self.add_for(config, &self.controllers())
     }
@@ -30,6 +30,12 @@ impl Subsystem {
         let nsid = config.nsid;
         let namespace = Namespace::new(config, &self.serial, self.is_shared())?;
         let mut saved = self.saved();
+        if self.can_grow().is_err() {
+            return refuse(
+                nsid,
+                "a format or sanitize operation has all namespaces, or failed, and would erase it too",
+            );
+        }
         if !self.contents().is_free(nsid) {
             return refuse(
                 nsid,

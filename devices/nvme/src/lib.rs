@@ -60,13 +60,13 @@
 //! | Abort, Keep Alive | 5.1, 5.18 | `command/admin` | `admin`, `queues` |
 //! | Device Self-test | 5.9 | `command/self_test` | `self_test`, `background` |
 //! | Format NVM | 5.14 | `command/format` | `format`, `background` |
-//! | Sanitize: block erase, overwrite | 5.24 | `command/sanitize`, `common` | `sanitize`, `background`, `shared` |
+//! | Sanitize: block erase, overwrite | 5.24 | `command/sanitize`, `common` | `sanitize`, `background`, `shared`, `together` |
 //! | firmware slots | 5.11, 5.12 | `firmware`, `common` | `firmware`, `shared` |
 //! | namespace write protection | 8.12 | `namespace` | `protection` |
 //! | Namespace Management and Attachment | 5.22, 5.23 | `command/namespaces`, `management` | `namespaces` |
 //! | namespaces of the host's: added, removed, grown | 5.16.1.5 | `hotplug` | `hotplug` |
 //! | what outlives the power | | `store`, `non_volatile` | `store`, `saved` |
-//! | several controllers, asymmetric access | 2.4.1, 8.1 | `subsystem`, `common`, `ana`, `pause` | `subsystem`, `shared`, `random/pair` |
+//! | several controllers, asymmetric access | 2.4.1, 8.1 | `subsystem`, `common`, `ana`, `pause` | `subsystem`, `shared`, `together`, `random/pair` |
 //! | controller memory buffer | 8.5 | `cmb`, `window` | `cmb`, `windows` |
 //! | persistent memory region | 3.1.3.22 to 3.1.3.28, 8.14 | `pmr`, `window` | `pmr`, `windows` |
 //!

@@ -211,17 +211,19 @@ impl Admin {
 
     /// A request of an operation has ended: on to the next one, or to the end.
     pub fn finish_request(&mut self, pool: &Pool, kind: Kind, chunk: &Chunk, status: Status) {
-        if kind == Kind::Sanitize {
-            self.common.give_up(pool.shared.controller_id);
-            if self.phase != Phase::Ready || pool.shared.is_paused() {
-                pool.shared.subsystem.wake_all();
-            }
-        }
         match kind {
             Kind::SelfTest => self.advance_self_test(chunk, status),
             _ if !status.is_success() => self.end_operation(pool, kind, status),
             Kind::Format => self.advance_format(pool, chunk),
             Kind::Sanitize => self.advance_sanitize(chunk),
+        }
+        if kind == Kind::Sanitize {
+            // Not before: who went on from what is not noted yet would make the request again, and the last one of a pass would count
+            // as two passes.
+            self.common.give_up(pool.shared.controller_id);
+            if self.phase != Phase::Ready || pool.shared.is_paused() {
+                pool.shared.subsystem.wake_all();
+            }
         }
     }
 

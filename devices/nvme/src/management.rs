@@ -47,6 +47,7 @@ impl Subsystem {
         let size_bytes = creation.format.image_bytes(creation.blocks);
         let size_bytes = size_bytes.ok_or(NotCreated::InsufficientCapacity { needed_bytes: u64::MAX })?;
         let mut saved = self.saved();
+        self.can_grow()?;
         if u128::from(size_bytes) > self.capacity_bytes().1 {
             return Err(NotCreated::InsufficientCapacity { needed_bytes: size_bytes });
         }

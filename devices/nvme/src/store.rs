@@ -10,6 +10,7 @@ use vmstate::VmState;
 use crate::config::MAX_NAMESPACES;
 use crate::inventory::NamespaceShape;
 use crate::non_volatile::{KeptState, NonVolatile};
+use crate::save::admin::kept_in_common;
 use crate::state::{ReservationsState, SmartState, UncorrectableState};
 use crate::subsystem::Subsystem;
 
@@ -194,12 +195,14 @@ impl NonVolatile for ControllerPlace {
             if let Some(record) = state.controller(self.id) {
                 record.kept = Some(ControllerKeptState { kept: kept.clone() });
             }
-            // What the controllers have in common is the same with all of them, whichever is there first after a power cycle.
+            // What the controllers have in common is the same with all of them, whichever is there first after a power cycle; and it is
+            // what it is now, while nobody else writes: another one may have written more than is in `kept`.
+            let (firmware, sanitize, persistent_events) = kept_in_common(&self.subsystem.common);
             for other in state.controllers.iter_mut().filter_map(|record| record.kept.as_mut()) {
                 let other = &mut other.kept;
-                other.firmware.clone_from(&kept.firmware);
-                other.sanitize = kept.sanitize;
-                other.persistent_events.clone_from(&kept.persistent_events);
+                other.firmware.clone_from(&firmware);
+                other.sanitize = sanitize;
+                other.persistent_events.clone_from(&persistent_events);
             }
         };
         self.subsystem.update(change).map_err(io::Error::other)

@@ -19,6 +19,7 @@
 //! A controller that is alone in its subsystem says nothing of sharing: CMIC and NMIC are 0.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -48,7 +49,8 @@ use crate::store::{
 /// Controller identifier of the only controller of a subsystem that is not shared.
 pub(crate) const FIRST_CONTROLLER_ID: u16 = 0;
 
-/// See the module's text. `saved` is locked before `contents`; both after admin and workers, and no other lock while they are held.
+/// See the module's text. `saved` is locked before `contents`; both after admin and workers, and while they are held only the locks of
+/// reservations, of what the controllers have in common, and of the store.
 pub struct Subsystem {
     /// Serial number that identifiers are made from.
     pub(crate) serial: String,
@@ -290,7 +292,14 @@ impl Subsystem {
             record.smart = smart;
             self.unwritten.store(true, Ordering::Release);
         }
-        self.contents().controllers.remove(&id);
+        {
+            let mut contents = self.contents();
+            // It may have been succeeded since.
+            if contents.controllers.get(&id).is_none_or(has_successor) {
+                return false;
+            }
+            contents.controllers.remove(&id);
+        }
         self.common.give_up(id);
         self.complete();
         true
@@ -527,9 +536,22 @@ impl Subsystem {
     /// Changes the namespace `scope`, or with the broadcast identifier all that are allocated, for who tells the store of it. The
     /// controllers follow.
     pub(crate) fn change(&self, scope: u32, change: impl Fn(&mut Namespace)) {
+        let Ok(()) = self.change_if(scope, |_| Ok::<_, Infallible>(()), change);
+    }
+
+    /// As [`Subsystem::change`], if `allows` has nothing against it. What a controller knows of the namespaces is a copy, and of two that
+    /// want the same by what they know one comes too late: what must not happen twice, or not be undone, is asked here, and who gets
+    /// his way notes that before anyone else can ask.
+    pub(crate) fn change_if<E>(
+        &self,
+        scope: u32,
+        allows: impl FnOnce(&Contents) -> Result<(), E>,
+        change: impl Fn(&mut Namespace),
+    ) -> Result<(), E> {
         let mut saved = self.saved();
         let hosts = {
             let mut contents = self.contents();
+            allows(&contents)?;
             for allocated in contents.namespaces.iter_mut().flatten() {
                 if scope == NSID_BROADCAST || scope == allocated.namespace.nsid {
                     change(&mut allocated.namespace);
@@ -541,6 +563,16 @@ impl Subsystem {
             contents.hosts()
         };
         hosts.iter().for_each(|host| host.wake(0));
+        Ok(())
+    }
+
+    /// Whether no operation has all namespaces, and none of that kind has failed: what came to them meanwhile would be erased along, while
+    /// commands reach it. For who holds `saved`, without which none begins.
+    pub(crate) fn can_grow(&self) -> Result<(), Status> {
+        let common = self.common.lock();
+        let formats_all = common.formats.values().any(|format| format.sweep.scope == NSID_BROADCAST);
+        let refusal = common.sanitize.refusal();
+        refusal.or(formats_all.then_some(Status::FORMAT_IN_PROGRESS)).map_or(Ok(()), Err)
     }
 
     fn complete_alone(&self) {

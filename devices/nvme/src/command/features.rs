@@ -15,6 +15,7 @@ use crate::config::MAX_NAMESPACES;
 use crate::namespace::{self, WriteProtection};
 use crate::shared::Shared;
 use crate::smart::TEMPERATURE_KELVIN;
+use crate::subsystem::Contents;
 
 /// Over temperature threshold after a reset: 70 degrees Celsius, which Identify Controller gives as WCTEMP.
 pub(crate) const DEFAULT_OVER_TEMPERATURE_KELVIN: u16 = 343;
@@ -393,12 +394,17 @@ impl Admin {
         if wanted == before {
             return Ok(Answer::Now(0));
         }
-        if matches!(before, WriteProtection::UntilPowerCycle | WriteProtection::Permanent) {
-            return Err(Status::FEATURE_NOT_CHANGEABLE.do_not_retry());
-        }
-        // A format or sanitize operation that has it is going to write.
-        namespace::ready(&self.namespaces, entry.nsid)?;
-        self.change_namespaces(pool, entry.nsid, |namespace| namespace.protect(wanted));
+        let allows = |contents: &Contents| {
+            // As it is by now: another controller may have protected it.
+            let allocated = contents.find(entry.nsid)?;
+            let protection = allocated.namespace.protection;
+            if matches!(protection, WriteProtection::UntilPowerCycle | WriteProtection::Permanent) {
+                return Err(Status::FEATURE_NOT_CHANGEABLE.do_not_retry());
+            }
+            // A format or sanitize operation that has it is going to write.
+            allocated.is_at_rest()
+        };
+        self.change_namespaces_if(pool, entry.nsid, allows, |namespace| namespace.protect(wanted))?;
         self.keep();
         if wanted == WriteProtection::None {
             return Ok(Answer::Now(0));

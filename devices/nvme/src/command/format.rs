@@ -9,8 +9,6 @@
 //! opened with another block size says nothing then. A controller without a place for what outlives its power begins with the block size
 //! that it was configured with.
 
-use std::sync::Arc;
-
 use block::Operation;
 use nvme_spec::log;
 use nvme_spec::persistent::{FormatCompletionEvent, FormatStartEvent, kind};
@@ -20,6 +18,7 @@ use crate::admin::{Admin, Answer, Pool};
 use crate::maintenance::{Chunk, Next, Sweep};
 use crate::metadata::BlockFormat;
 use crate::namespace::{self, Namespace};
+use crate::subsystem::Contents;
 use crate::worker::{Step, flush_step};
 
 /// CDW10 bits 11:9: no secure erase, or erase of user data.
@@ -69,22 +68,27 @@ impl Admin {
         let format = BlockFormat::new(format as usize, extended, protection_type, protection_first)
             .filter(|format| concerned().all(|namespace| namespace.can_have(format)))
             .ok_or(Status::INVALID_FORMAT.do_not_retry())?;
-        if concerned().any(|namespace| namespace.read_only) {
-            return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
-        }
-        // Another controller's operation has one of them.
-        let taken = |ns: &Arc<Namespace>| ns.refusal.filter(|_| sweep.covers(ns.nsid));
-        if let Some(status) = namespace::active(&self.allocated).find_map(taken) {
-            return Err(status);
-        }
+        let begun = Format { cid: Some(entry.cid), format, sweep, quiet: false };
+        let (common, id) = (self.common.clone(), pool.shared.controller_id);
+        let begins = |contents: &Contents| {
+            for allocated in contents.allocated().filter(|allocated| sweep.covers(allocated.namespace.nsid)) {
+                if allocated.attached.contains(&id) && allocated.namespace.read_only {
+                    return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
+                }
+                // Another controller's operation has it.
+                allocated.is_at_rest()?;
+            }
+            common.lock().formats.insert(id, begun);
+            Ok(())
+        };
+        let refuses = |namespace: &mut Namespace| namespace.refusal = Some(Status::FORMAT_IN_PROGRESS);
+        self.change_namespaces_if(pool, entry.nsid, begins, refuses)?;
+        self.format = Some(begun);
         if self.self_test.running.is_some_and(|test| test.sweep.meets(&sweep)) {
             self.end_self_test(log::SELF_TEST_FORMATTED, None);
         }
         let event = FormatStartEvent { nsid: entry.nsid, fna: 0, command: entry.cdw10 };
         self.log_event(pool, kind::FORMAT_START, &event.to_bytes());
-        self.change_namespaces(pool, entry.nsid, |ns| ns.refusal = Some(Status::FORMAT_IN_PROGRESS));
-        self.format = Some(Format { cid: Some(entry.cid), format, sweep, quiet: false });
-        self.tell_of_format(pool);
         Ok(Answer::Later)
     }
 

@@ -17,8 +17,10 @@ use nvme_spec::persistent::{SanitizeCompletionEvent, SanitizeStartEvent, kind};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, identify};
 
 use crate::admin::{Admin, Answer, Phase, Pool};
+use crate::common::Common;
 use crate::maintenance::{Chunk, Next, Sweep};
-use crate::namespace;
+use crate::namespace::{self, Namespace};
+use crate::subsystem::Contents;
 use crate::worker::{Step, flush_step};
 
 /// Identify Controller SANICAP.
@@ -183,29 +185,34 @@ impl Admin {
         if self.format.is_some() {
             return Err(Status::FORMAT_IN_PROGRESS);
         }
-        if namespace::active(&self.allocated).any(|namespace| namespace.read_only) {
-            return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
-        }
-        // Another controller's operation has one of them.
-        let taken = namespace::active(&self.allocated).find_map(|ns| ns.refusal);
-        if let Some(status) = taken.filter(|_| !failed) {
-            return Err(status);
-        }
         if !pool.shared.subsystem.regions.hold() {
             return Err(Status::SANITIZE_PROHIBITED_BY_REGION.do_not_retry());
         }
         let (command, pattern, by) = (entry.cdw10 & COMMAND_BITS, entry.cdw11, pool.shared.controller_id);
-        let sweep = Sweep::new(NSID_BROADCAST);
-        {
-            let sanitize = &mut self.common.lock().sanitize;
-            // Another controller has begun one since.
+        let common = self.common.clone();
+        let begins = |contents: &Contents| {
+            let sanitize = &mut common.lock().sanitize;
+            // Another controller has begun an operation since, or protected a namespace.
             if sanitize.running.is_some() {
                 return Err(Status::SANITIZE_IN_PROGRESS.do_not_retry());
             }
+            for allocated in contents.allocated() {
+                allocated.is_at_rest().or_else(|status| if failed { Ok(()) } else { Err(status) })?;
+                if allocated.namespace.read_only {
+                    return Err(Status::NAMESPACE_WRITE_PROTECTED.do_not_retry());
+                }
+            }
             (sanitize.command, sanitize.passes) = (command, 0);
+            let sweep = Sweep::new(NSID_BROADCAST);
             sanitize.running = Some(Sanitizing { pattern, pass: 0, sweep, quiet: false, by });
+            Ok(())
+        };
+        let refuses = |namespace: &mut Namespace| namespace.refusal = Some(Status::SANITIZE_IN_PROGRESS);
+        if let Err(status) = self.change_namespaces_if(pool, NSID_BROADCAST, begins, refuses) {
+            let held = self.common.sanitize().refusal().is_some();
+            pool.shared.subsystem.regions.set_held(held);
+            return Err(status);
         }
-        self.refuse_while_sanitizing(pool);
         let event = SanitizeStartEvent { sanicap: CAPABILITIES, command, pattern };
         self.log_event(pool, kind::SANITIZE_START, &event.to_bytes());
         self.keep();
@@ -214,11 +221,24 @@ impl Admin {
 
     /// Nothing reaches namespaces and persistent memory regions any more: the regions are erased, whatever is done to blocks.
     pub(crate) fn begin_sanitizing(&mut self, pool: &Pool) {
-        if let Err(error) = pool.shared.subsystem.regions.erase() {
+        let (subsystem, id) = (&pool.shared.subsystem, pool.shared.controller_id);
+        {
+            // Another controller may be about to begin it, or through with it, since this one looked: then the regions are the guest's
+            // again. One operation follows on another only by changes of the namespaces.
+            let common = &mut *self.common.lock();
+            let waits = common.sanitize.running.is_some_and(|running| !running.quiet);
+            if !waits || common.sanitizer.is_some() || !self.following.is_newest(subsystem) {
+                return;
+            }
+            common.sanitizer = Some(id);
+        }
+        if let Err(error) = subsystem.regions.erase() {
             ::log::error!("a sanitize operation cannot erase a persistent memory region: {error}");
             return self.end_sanitize(pool, Status::INTERNAL_ERROR);
         }
-        self.common.lock().sanitize.running.iter_mut().for_each(|running| running.quiet = true);
+        let common = &mut *self.common.lock();
+        common.sanitize.running.iter_mut().for_each(|running| running.quiet = true);
+        common.sanitizer = None;
     }
 
     /// Has all namespaces answer what the operation, or its failure, asks for, and no persistent memory region become ready.
@@ -259,8 +279,8 @@ impl Admin {
         if !running.quiet {
             return Next::Quiet(running.sweep);
         }
-        let Some(chunk) = running.sweep.next_chunk(&self.allocated) else { return Next::End };
         common.sanitizer = Some(id);
+        let Some(chunk) = running.sweep.next_chunk(&self.allocated) else { return Next::End };
         let step = Step {
             nsid: chunk.nsid,
             operation: operation(sanitize.command, running),
@@ -306,7 +326,8 @@ impl Admin {
 
     pub(crate) fn end_sanitize(&mut self, pool: &Pool, status: Status) {
         let by = {
-            let sanitize = &mut self.common.lock().sanitize;
+            let Common { sanitize, sanitizer, .. } = &mut *self.common.lock();
+            *sanitizer = None;
             let Some(ended) = sanitize.running.take() else { return };
             sanitize.outcome = match status.is_success() {
                 true => Outcome::Succeeded,

@@ -9,6 +9,7 @@ use crate::admin::Admin;
 use crate::command::features::Features;
 use crate::command::sanitize::{Outcome, Sanitize};
 use crate::command::self_test::SelfTest;
+use crate::common::CommonPlace;
 use crate::firmware::{Firmware, Staging};
 use crate::maintenance::Sweep;
 use crate::metadata::Metadata;
@@ -167,12 +168,7 @@ fn persistent_events(admin: &Admin) -> PersistentEventsState {
 
 /// What outlives the power: see [`crate::NonVolatile`].
 pub(crate) fn kept_state(admin: &Admin) -> KeptState {
-    let (slots, known) = {
-        let common = admin.common.lock();
-        (common.firmware.clone(), common.sanitize)
-    };
-    // Whichever controller was asked: after a power cycle it is gone, and so is its host's request for the event.
-    let asked = known.running.map_or(0, |running| running.by);
+    let (firmware, sanitize, persistent_events) = kept_in_common(&admin.common);
     let with = |protections: &[WriteProtection]| -> Vec<u32> {
         let protected = namespace::active(&admin.namespaces);
         protected.filter(|namespace| protections.contains(&namespace.protection)).map(|ns| ns.nsid).collect()
@@ -191,22 +187,34 @@ pub(crate) fn kept_state(admin: &Admin) -> KeptState {
     let formats: Vec<_> = namespace::active(&admin.namespaces).map(format).collect();
     KeptState {
         features: saved_features(&admin.saved_features),
-        firmware: firmware(&slots, &Staging::default()),
+        firmware,
         protected_count: protected.len() as u32,
         protected,
         permanent_count: permanent.len() as u32,
         permanent,
         format_count: formats.len() as u32,
         formats,
-        sanitize: sanitize(&known, asked),
-        persistent_events: PersistentEventsState {
-            since_reset_ms: 0,
-            context_bytes: 0,
-            context: Vec::new(),
-            ..persistent_events(admin)
-        },
+        sanitize,
+        persistent_events,
         self_test: self_test(&SelfTest { running: None, results: admin.self_test.results.clone() }),
     }
+}
+
+/// The part of it that is that of all controllers of the subsystem.
+pub(crate) fn kept_in_common(common: &CommonPlace) -> (FirmwareState, SanitizeState, PersistentEventsState) {
+    let common = common.lock();
+    // Whichever controller was asked: after a power cycle it is gone, and so is its host's request for the event.
+    let asked = common.sanitize.running.map_or(0, |running| running.by);
+    let events = common.events.to_bytes();
+    let persistent_events = PersistentEventsState {
+        generation: common.events.generation,
+        since_reset_ms: 0,
+        event_bytes: events.len() as u32,
+        events,
+        context_bytes: 0,
+        context: Vec::new(),
+    };
+    (firmware(&common.firmware, &Staging::default()), sanitize(&common.sanitize, asked), persistent_events)
 }
 
 /// What Format NVM was told of metadata.

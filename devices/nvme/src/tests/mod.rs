@@ -42,5 +42,6 @@ mod shutdowns;
 mod store;
 mod subsystem;
 mod threads;
+mod together;
 mod warnings;
 mod windows;
