@@ -64,6 +64,7 @@ impl Subsystem {
             self.check_is_hosts(nsid)?;
             let mut next = saved.clone();
             next.allocations.retain(|record| record.shape.nsid != nsid);
+            next.forget_reservations_of_what_is_gone();
             self.commit(&mut saved, next, |contents, generation| contents.remove(nsid, generation))?
         };
         Ok(self.wait_until_followed(generation, Instant::now() + patience))

@@ -107,6 +107,7 @@ impl Subsystem {
         };
         let mut next = saved.clone();
         next.allocations.retain(|record| !doomed.contains(&record.shape.nsid));
+        next.forget_reservations_of_what_is_gone();
         let changed = self.commit(&mut saved, next, |contents, generation| {
             doomed.iter().for_each(|&nsid| contents.remove(nsid, generation));
         });

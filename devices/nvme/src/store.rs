@@ -233,6 +233,18 @@ impl AllocationsState {
 }
 
 impl SubsystemState {
+    /// Reservations go with their namespaces, and another one with the same identifier has none.
+    pub(crate) fn forget_reservations_of_what_is_gone(&mut self) {
+        let allocated = &self.allocations.namespaces;
+        let is_there = |nsid| allocated.binary_search_by_key(&nsid, |record| record.shape.nsid).is_ok();
+        self.reservations.take_if(|kept| {
+            let ReservationsState { namespace_count, namespaces } = &mut kept.reservations;
+            namespaces.retain(|reservation| is_there(reservation.nsid));
+            *namespace_count = namespaces.len() as u32;
+            namespaces.is_empty()
+        });
+    }
+
     /// The record of controller `id`, which is made if there is none; the error says that there are too many.
     pub(crate) fn controller(&mut self, id: u16) -> Option<&mut ControllerRecord> {
         let place = match self.controllers.binary_search_by_key(&id, |record| record.id) {

@@ -204,12 +204,10 @@ impl Subsystem {
         for allocated in table.iter().flatten() {
             saved.allocations.put(allocated.to_state());
         }
+        saved.forget_reservations_of_what_is_gone();
         let reservations = Reservations::default();
         if let Some(kept) = &saved.reservations {
-            let mut loaded = loaded_reservations(&kept.reservations)?;
-            // Those of a namespace that is no more went with it.
-            loaded.retain(|&nsid, _| table.get(nsid as usize - 1).is_some_and(Option::is_some));
-            reservations.table().namespaces = loaded;
+            reservations.table().namespaces = loaded_reservations(&kept.reservations)?;
         }
         Ok(Arc::new(Self {
             serial: serial.to_owned(),
@@ -366,6 +364,7 @@ impl Subsystem {
         self.update(|state| {
             let kept = kept_reservations(&self.reservations.table());
             state.reservations = kept.map(|reservations| KeptReservationsState { reservations });
+            state.forget_reservations_of_what_is_gone();
         })
     }
 
@@ -488,12 +487,12 @@ impl Subsystem {
                 .into_iter()
                 .partition(|removed| removed.generation <= followed);
             contents.removed = removed;
+            // No controller has commands there any more that could reserve it again; nor has another namespace its identifier yet.
+            gone.iter().for_each(|removed| self.reservations.forget(removed.namespace.nsid));
             (gone, contents.hosts())
         };
         for Removed { namespace, created, .. } in gone {
             let uuid = namespace.uuid;
-            // No controller has commands there any more that could reserve it again.
-            self.reservations.forget(namespace.nsid);
             drop(namespace);
             if let Some(store) = self.store.as_ref().filter(|_| created) {
                 store.remove(&uuid);

@@ -166,3 +166,36 @@ fn reservations_that_cannot_be_are_refused_in_a_saved_state() {
         }
     }
 }
+
+#[test]
+fn a_namespace_has_no_reservation_of_one_that_had_its_identifier_before_the_power_was_off() {
+    let store = Memory::new(0);
+    let power_on = |namespaces: &[NamespaceConfig]| {
+        let kept = store.state();
+        let subsystem = Subsystem::with_store("RESERVE", namespaces, true, store.clone() as _, kept).unwrap();
+        host(&subsystem, 0)
+    };
+    let reserved = |guest: &mut Guest| {
+        name(guest, b"the host").unwrap();
+        reserve(guest, nvm::RESERVATION_REGISTER, spec::PERSISTENCE_ON << 30, [0, KEYS[0]]).unwrap();
+        acquire(guest, KEYS[0], 2).unwrap();
+    };
+    let both = [namespace(1, 64), namespace(2, 64)];
+    // While the guest runs it is removed, and another one added in its place.
+    let mut guest = power_on(&both);
+    reserved(&mut guest);
+    let subsystem = Arc::clone(guest.controller.subsystem());
+    subsystem.remove(1, std::time::Duration::ZERO).unwrap();
+    guest.run();
+    subsystem.add(&namespace(1, 64)).unwrap();
+    guest.run();
+    drop((guest, subsystem));
+    let mut guest = power_on(&both);
+    assert_eq!(report(&mut guest), (ReportHeader::default(), vec![]));
+    // It is not there for a while.
+    reserved(&mut guest);
+    drop(guest);
+    power_on(&both[1..]).controller.persist().unwrap();
+    let mut guest = power_on(&both);
+    assert_eq!(report(&mut guest), (ReportHeader::default(), vec![]));
+}
