@@ -115,7 +115,8 @@ impl Handover {
     }
 
     /// Goes on with a hand-over that was [undecided](Outcome::Unknown), at most for
-    /// [`Patience::settle`](crate::Patience::settle). The guest stays paused meanwhile.
+    /// [`Patience::settle`](crate::Patience::settle), and once only when the [end](crate::Parameters::cancel) is asked for. The guest
+    /// stays paused meanwhile.
     pub fn resolve(
         mut self,
         machine: &mut dyn SourceMachine,
@@ -158,7 +159,12 @@ impl Handover {
                     self.announce(context);
                     match context.parameters.take_word() {
                         Some(word) => Event::Operator(word),
-                        None if start.elapsed() >= context.patience.settle => return Outcome::Unknown(self),
+                        // Who wants the end has it given back at once: perhaps it is that of the process, which leaves it undecided.
+                        None if start.elapsed() >= context.patience.settle
+                            || context.parameters.end_is_wished() =>
+                        {
+                            return Outcome::Unknown(self);
+                        }
                         None => {
                             std::thread::sleep(context.patience.retry);
                             Event::Retry

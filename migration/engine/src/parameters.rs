@@ -103,6 +103,11 @@ impl Parameters {
         self.end.load(Ordering::SeqCst) == CANCELLED
     }
 
+    /// Whether the end was asked for, though it may have been too late to have it.
+    pub(crate) fn end_is_wished(&self) -> bool {
+        self.wished.load(Ordering::SeqCst)
+    }
+
     /// Whether the point of no return is behind.
     #[must_use]
     pub fn committed(&self) -> bool {

@@ -133,3 +133,22 @@ fn a_lease_that_cannot_be_read_is_waited_for_whatever_the_operator_says() {
     assert_eq!(world.running(), ["source"]);
     assert_eq!(lease.read().unwrap().unwrap().state, State::Owned);
 }
+
+/// Whoever ends the process, or cancels though it is too late, need not wait for a peer that is gone and a lease that nobody can read.
+#[test]
+fn a_wish_for_the_end_gives_an_undecided_hand_over_back_at_once() {
+    let world = World::new();
+    let (handover, mut source) = undecided(&world);
+    let (parameters, statistics) = (Parameters::new(), Statistics::new());
+    assert!(parameters.commit() && !parameters.cancel(), "too late");
+    let patience = Patience { settle: std::time::Duration::MAX, ..patience() };
+    let mut context = Context { lease: None, parameters: &parameters, statistics: &statistics, patience };
+    let outcome = handover.resolve(&mut source, &mut nobody, &mut context);
+    let Outcome::Unknown(handover) = outcome else { panic!("{outcome:?}") };
+    assert_eq!((world.running(), source.finished), (vec![], false), "it is still undecided");
+    // What the operator says counts all the same.
+    parameters.say(Word::Reclaim);
+    let outcome = handover.resolve(&mut source, &mut nobody, &mut context);
+    assert!(matches!(outcome, Outcome::Failed { paused: None, .. }), "{outcome:?}");
+    assert_eq!(world.running(), ["source"]);
+}
