@@ -356,15 +356,20 @@ impl Lease {
     /// # Errors
     /// [`Error::Moved`]: the record is not our `taken` of this session.
     pub fn give_back(&mut self, session: &Id) -> Result<(), Error> {
-        {
+        let moved = {
             let mut locked = self.locked()?;
             let record = locked.current("give the guest back")?;
-            let Some(change) = rules::give_back(&record, &self.owner.id, session) else {
-                return Err(locked.moved("give the guest back", record));
-            };
-            locked.write(record.lease, change.generation, change.state)?;
-        }
-        self.leave()
+            match rules::give_back(&record, &self.owner.id, session) {
+                Some(change) => {
+                    locked.write(record.lease, change.generation, change.state)?;
+                    None
+                }
+                None => Some(locked.moved("give the guest back", record)),
+            }
+        };
+        // Presence may have been shown before the record could not be written: whoever looks for its owner must not find us.
+        self.leave()?;
+        moved.map_or(Ok(()), Err)
     }
 
     /// Source: decides an attempt that ended without an answer. A record that is still our offer, that was returned to us, or

@@ -253,3 +253,16 @@ fn numbers_at_their_end_go_no_further() {
     assert_eq!(rules::take(&last, &SESSION, u64::MAX), None);
     assert_eq!(rules::settle(&last, &owner.id, true, &SESSION), rules::Settle::Gone);
 }
+
+#[test]
+fn a_destination_that_could_not_take_keeps_nobody_from_the_guest_of_a_source_that_died() {
+    let fixture = Fixture::new();
+    let (source, mut destination, _) = offered(&fixture);
+    // It had shown presence, and then the record could not be written.
+    assert!(destination.lock(libc::F_RDLCK, PRESENCE_RANGE).unwrap());
+    assert!(matches!(destination.give_back(&SESSION), Err(Error::Moved { .. })), "it was never its own");
+    drop(source);
+    let mut heir = fixture.process("heir");
+    heir.check_claim().unwrap();
+    heir.claim().unwrap();
+}
