@@ -12,6 +12,7 @@
 //! - Only the owner of the guest writes here. Who waits for a guest to arrive looks only, until the guest is its own.
 //! - An image is made before the state that names it is written, and removed after the state that does not name it is. What a crash
 //!   leaves between the two is removed by the next owner.
+//! - What is in here is the guest's: nobody else may read what this process makes.
 //! - No I/O command waits for this: it is written by admin commands, at reset and shutdown, and every [`keeper::INTERVAL`] by a thread
 //!   of its own.
 //!
@@ -24,8 +25,9 @@ mod state_file;
 #[cfg(test)]
 mod tests;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -36,7 +38,7 @@ use nvme::{Store, StoreError, SubsystemState};
 pub use keeper::Keeper;
 pub use region::Region;
 pub use state_file::{Error, Kept};
-use state_file::{NEW_STATE, failed, read, replace, sync_folder};
+use state_file::{NEW_STATE, failed, private, read, replace, sync_folder};
 
 /// Name of the file that is locked.
 const LOCK: &str = "lock";
@@ -52,6 +54,10 @@ pub struct Directory {
     /// The state comes, or came, with the guest; what lies here may be older.
     arrives: bool,
     held: AtomicBool,
+    /// After a loss of power the name of the state may lead to one that was taken back.
+    unsettled: AtomicBool,
+    /// Makes the name of the state stable; the tests have one that fails.
+    sync_names: fn(&Path) -> Result<(), Error>,
     /// What was read or written last. Held while something is written.
     kept: Mutex<Kept>,
 }
@@ -91,6 +97,8 @@ impl Directory {
             lock,
             arrives,
             held: AtomicBool::new(false),
+            unsettled: AtomicBool::new(false),
+            sync_names: sync_folder,
             kept: Mutex::new(kept),
         })
     }
@@ -251,7 +259,8 @@ impl Store for Directory {
     }
 
     fn remove(&self, uuid: &[u8; 16]) {
-        if self.is_held() {
+        // One that a state may name, though that was taken back, is left to the next owner, who sees what the power has left.
+        if self.is_held() && !self.unsettled.load(Ordering::Acquire) {
             self.remove_file(&self.image_path(uuid));
         }
     }
@@ -263,24 +272,33 @@ impl Store for Directory {
         }
         let next = Kept { sequence: kept.sequence + 1, state: state.clone(), ..kept.clone() };
         replace(&self.path, &next)?;
-        *kept = next;
-        Ok(())
+        let before = std::mem::replace(&mut *kept, next);
+        let synced = (self.sync_names)(&self.path);
+        self.unsettled.store(synced.is_err(), Ordering::Release);
+        let Err(error) = synced else { return Ok(()) };
+        // The name leads to the new state, and the guest is told that there is none.
+        let back = Kept { sequence: kept.sequence + 1, ..before };
+        if replace(&self.path, &back).is_ok() {
+            *kept = back;
+            self.unsettled.store((self.sync_names)(&self.path).is_err(), Ordering::Release);
+        }
+        Err(error.into())
     }
 }
 
 /// The folder with the file that is locked, if they are not there yet.
 fn make_folder(path: &Path) -> Result<(), Error> {
-    match fs::create_dir(path) {
+    match fs::DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         made => made.map_err(failed(path, "make the folder of a subsystem"))?,
     }
     let lock = path.join(LOCK);
-    let opened = File::options().create(true).append(true).open(&lock);
+    let opened = private().create(true).append(true).open(&lock);
     opened.map_err(failed(&lock, "make it")).map(drop)
 }
 
 fn make_image(folder: &Path, path: &Path, size_bytes: u64) -> Result<(), Error> {
-    let file = File::options().write(true).create_new(true).open(path).map_err(failed(path, "make it"))?;
+    let file = private().write(true).create_new(true).open(path).map_err(failed(path, "make it"))?;
     file.set_len(size_bytes).map_err(failed(path, "give it its size"))?;
     file.sync_all().map_err(failed(path, "make it stable"))?;
     sync_folder(folder)

@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::FallocateFlags;
 
-use super::state_file::{failed, sync_folder};
+use super::state_file::{failed, private, sync_folder};
 use super::{Directory, Error};
 use crate::memory::RamBlock;
 
@@ -148,7 +148,8 @@ impl Region {
         let mut name = path.as_os_str().to_owned();
         name.push(NEW_SUFFIX);
         let new = PathBuf::from(name);
-        let mut file = File::create(&new).map_err(failed(&new, "make it"))?;
+        let file = private().write(true).create(true).truncate(true).open(&new);
+        let mut file = file.map_err(failed(&new, "make it"))?;
         let mut piece = vec![0; PIECE_BYTES];
         for (offset, length) in pieces(self.block.length_bytes()) {
             self.block.read(offset, &mut piece[..length])?;

@@ -6,8 +6,9 @@
 //! A new state is written beside the old one, made stable, and renamed over it; then the folder is made stable. So whatever moment
 //! the power fails at, the name leads to the old state or to the new one, whole.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nvme::SubsystemState;
@@ -123,17 +124,24 @@ pub(super) fn read(folder: &Path) -> Result<Option<Kept>, Error> {
     decode(&bytes, &path).map(Some)
 }
 
-/// Replaces the state in `folder`. If this fails, it is as before.
+/// How files are made that only their owner may read.
+pub(super) fn private() -> OpenOptions {
+    let mut options = File::options();
+    options.mode(0o600);
+    options
+}
+
+/// Replaces the state in `folder`, which is stable when the [folder](sync_folder) is. If this fails, it is as before.
 pub(super) fn replace(folder: &Path, kept: &Kept) -> Result<(), Error> {
     let new = folder.join(NEW_STATE);
     let bytes = encode(kept, &folder.join(STATE))?;
-    let mut file = File::create(&new).map_err(failed(&new, "make it"))?;
+    let file = private().write(true).create(true).truncate(true).open(&new);
+    let mut file = file.map_err(failed(&new, "make it"))?;
     file.write_all(&bytes).map_err(failed(&new, "write it"))?;
     file.sync_all().map_err(failed(&new, "make it stable"))?;
     drop(file);
     let path = folder.join(STATE);
-    fs::rename(&new, &path).map_err(failed(&path, "replace it"))?;
-    sync_folder(folder)
+    fs::rename(&new, &path).map_err(failed(&path, "replace it"))
 }
 
 /// Makes the names in `folder` stable.

@@ -131,3 +131,55 @@ fn the_folder_of_another_subsystem_is_left_alone() {
     let error = waiting.acquire().unwrap_err().to_string();
     assert!(error.contains("is not what it was") && !waiting.is_held(), "{error}");
 }
+
+#[test]
+fn nobody_else_reads_what_the_guest_keeps() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("new");
+    let directory = Arc::new(open(&path));
+    directory.acquire().unwrap();
+    directory.create(&UUID, 4096, 512).unwrap();
+    directory.write(&naming(UUID)).unwrap();
+    let ram = crate::memory::GuestRam::with_buffers(4096, &[], &[("region".into(), 4096)]).unwrap();
+    let region = Region::new(ram.block("region").unwrap().clone(), Some(directory), 0).unwrap();
+    region.attach().unwrap();
+    let others = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o077;
+    assert_eq!(others(&path), 0, "the folder");
+    let files: Vec<PathBuf> = fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(files.len(), 4, "lock, state, image and region: {files:?}");
+    for file in files {
+        assert_eq!(others(&file), 0, "{}", file.display());
+    }
+}
+
+#[test]
+fn a_state_that_may_not_be_stable_is_taken_back_and_no_image_goes_that_it_may_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut directory = open(folder.path());
+    directory.acquire().unwrap();
+    directory.write(&SubsystemState::default()).unwrap();
+    let image = folder.path().join(image_name(&UUID));
+    // The new state is there, but who knows whether it is after a loss of power.
+    directory.sync_names = |path| Err(failed(path, "make its names stable")(io::Error::other("broken")));
+    directory.create(&UUID, 4096, 512).unwrap();
+    let error = directory.write(&naming(UUID)).unwrap_err().to_string();
+    assert!(error.contains("make its names stable"), "{error}");
+    directory.remove(&UUID);
+    assert!(image.exists(), "the power may bring back the state that names it");
+    assert_eq!(
+        read(folder.path()).unwrap().unwrap().state,
+        SubsystemState::default(),
+        "as the guest was told"
+    );
+    // The folder changes hands and comes back: it is the one that it was.
+    directory.release().unwrap();
+    directory.acquire().unwrap();
+    assert!(!image.exists(), "a leftover");
+    directory.sync_names = sync_folder;
+    directory.write(&SubsystemState::default()).unwrap();
+    directory.create(&[2; 16], 4096, 512).unwrap();
+    directory.remove(&[2; 16]);
+    assert!(!folder.path().join(image_name(&[2; 16])).exists(), "all is well again");
+}
