@@ -106,6 +106,8 @@ impl Controller {
         load_doorbell_buffers(pool, &mut admin, state)?;
         admin.phase = phase;
         admin.is_running = matches!(phase, Phase::Ready | Phase::Failed);
+        let (id, smart) = (pool.shared.controller_id, state.smart.clone());
+        pool.shared.subsystem.arrived(id, smart, admin.is_running);
         admin.paused_at = Some(now);
         pool.shared.active.store(phase == Phase::Ready, Ordering::SeqCst);
         Ok(())

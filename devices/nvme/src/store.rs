@@ -245,6 +245,15 @@ impl SubsystemState {
         });
     }
 
+    /// Notes the counters of controller `id`, and whether it has to be shut down.
+    pub(crate) fn note(&mut self, id: u16, smart: SmartState, is_running: bool) {
+        if let Some(record) = self.controller(id) {
+            let power_cycle = smart.power_cycles;
+            record.smart = smart;
+            record.running = is_running.then_some(ControllerRunningState { power_cycle });
+        }
+    }
+
     /// The record of controller `id`, which is made if there is none; the error says that there are too many.
     pub(crate) fn controller(&mut self, id: u16) -> Option<&mut ControllerRecord> {
         let place = match self.controllers.binary_search_by_key(&id, |record| record.id) {

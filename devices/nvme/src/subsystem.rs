@@ -42,9 +42,7 @@ use crate::restore::reservations::loaded_reservations;
 use crate::save::reservations::kept_reservations;
 use crate::shared::{Host, lock};
 use crate::state::SmartState;
-use crate::store::{
-    AllocationsState, ControllerRecord, ControllerRunningState, KeptReservationsState, Store, SubsystemState,
-};
+use crate::store::{AllocationsState, ControllerRecord, KeptReservationsState, Store, SubsystemState};
 
 /// Controller identifier of the only controller of a subsystem that is not shared.
 pub(crate) const FIRST_CONTROLLER_ID: u16 = 0;
@@ -433,13 +431,13 @@ impl Subsystem {
 
     /// Writes the state with the counters of controller `id`, and whether it has to be shut down, unless the store has it.
     pub(crate) fn persist(&self, id: u16, smart: SmartState, is_running: bool) -> Result<(), Error> {
-        self.update(|state| {
-            if let Some(record) = state.controller(id) {
-                let power_cycle = smart.power_cycles;
-                record.smart = smart;
-                record.running = is_running.then_some(ControllerRunningState { power_cycle });
-            }
-        })
+        self.update(|state| state.note(id, smart, is_running))
+    }
+
+    /// Controller `id` was not powered on here but came with these counters: whatever is written next has them.
+    pub(crate) fn arrived(&self, id: u16, smart: SmartState, is_running: bool) {
+        self.saved().note(id, smart, is_running);
+        self.unwritten.store(true, Ordering::Release);
     }
 
     /// Changes what is kept without power, and nothing that serves commands: the store has it when this returns.

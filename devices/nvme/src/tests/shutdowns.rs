@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use nvme_spec::log::SmartLog;
 use nvme_spec::opcode::admin;
-use nvme_spec::{SubmissionEntry, regs};
+use nvme_spec::{SubmissionEntry, feature, regs};
 
 use super::driver::{Guest, namespace};
 use super::store::{Memory, managed, migrate_managed};
@@ -58,4 +58,21 @@ fn a_loss_of_power_without_a_shutdown_is_unsafe() {
     assert_eq!(counted(&mut guest), (4, 2));
     drop(guest);
     assert_eq!(counted(&mut power_on(&store)), (5, 3));
+}
+
+#[test]
+fn where_a_guest_has_arrived_a_write_of_something_else_counts_no_loss_of_power() {
+    let store = Memory::new(1 << 20);
+    let mut guest = power_on(&store);
+    migrate_managed(&mut guest, &store).unwrap();
+    // What the folder said last was that the source's controller runs.
+    let save = SubmissionEntry {
+        opcode: admin::SET_FEATURES,
+        cdw10: u32::from(feature::TEMPERATURE_THRESHOLD) | feature::SAVE,
+        cdw11: 350,
+        ..SubmissionEntry::default()
+    };
+    guest.admin(save).unwrap();
+    drop(guest);
+    assert_eq!(counted(&mut power_on(&store)), (2, 1));
 }
