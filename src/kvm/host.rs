@@ -65,8 +65,8 @@ impl Host {
             libc::EACCES | libc::EPERM => Error::NoPermission(path.to_owned()),
             _ => Error::Open { path: path.to_owned(), source },
         })?;
-        // SAFETY: the descriptor was just opened and belongs to nobody else.
         #[allow(unsafe_code)]
+        // SAFETY: the descriptor was just opened and belongs to nobody else.
         let kvm = unsafe { Kvm::from_raw_fd(fd) };
         let found = kvm.get_api_version();
         if found != API_VERSION {

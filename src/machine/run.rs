@@ -185,10 +185,9 @@ impl Action {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const STATES: [RunState; 11] = [
+impl RunState {
+    /// Every state that there is.
+    pub const ALL: [RunState; 11] = [
         RunState::Prelaunch,
         RunState::InMigrate,
         RunState::Running,
@@ -201,6 +200,12 @@ mod tests {
         RunState::Shutdown,
         RunState::InternalError,
     ];
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
     const ACTIONS: [Action; 17] = [
         Action::Start,
         Action::Stop,
@@ -231,7 +236,7 @@ mod tests {
 
     #[test]
     fn only_the_protocol_makes_a_guest_run_that_is_not_owned() {
-        for state in STATES.into_iter().filter(|&state| !owned(state)) {
+        for state in RunState::ALL.into_iter().filter(|&state| !owned(state)) {
             for action in ACTIONS {
                 if state.next(action).is_ok_and(owned) {
                     let by_protocol = matches!(

@@ -101,21 +101,7 @@ pub(crate) fn reopen(store: Option<&dyn Store>, record: &AllocatedState) -> Resu
             return Err(Error::NamespaceImage { nsid: shape.nsid, source });
         }
     };
-    let namespace = Namespace {
-        nsid: shape.nsid,
-        block_shift: shape.block_shift,
-        blocks: shape.blocks,
-        metadata: format.metadata,
-        image_bytes: size_bytes,
-        read_only: false,
-        protection: WriteProtection::None,
-        refusal: None,
-        uncorrectable: Arc::default(),
-        occupied: Arc::default(),
-        shared: record.shared,
-        uuid: shape.uuid,
-        backend,
-    };
+    let namespace = Namespace::over(shape.nsid, &format, shape.blocks, record.shared, shape.uuid, backend);
     let attached = record.attached.iter().copied().collect();
     let mut allocated = Allocated { namespace, created: true, attached };
     allocated.protect_as(record)?;

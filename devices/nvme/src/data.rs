@@ -60,6 +60,7 @@ impl DataWalker {
             _ => Err(Status::INVALID_FIELD.do_not_retry()),
         }
     }
+
     /// The same for metadata in a buffer of their own (Base 4.1.1, MPTR).
     pub fn walk_metadata(
         &mut self,

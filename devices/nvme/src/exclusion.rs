@@ -164,26 +164,7 @@ impl Exclusion {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[derive(Default)]
-    struct Bells(Mutex<Vec<usize>>);
-
-    impl Host for Bells {
-        fn wake(&self, worker: usize) {
-            lock(&self.0).push(worker);
-        }
-        fn set_doorbell_event(&self, _bar_offset: u64, _worker: usize, _enabled: bool) {}
-        fn show_region(&self, _ready: bool) {}
-        fn flush_region(&self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-
-    impl Bells {
-        fn take(&self) -> Vec<usize> {
-            std::mem::take(&mut lock(&self.0))
-        }
-    }
+    use crate::tests::bells::Bells;
 
     fn range(first: u64, end: u64) -> ByteRange {
         ByteRange { nsid: 1, first, end }

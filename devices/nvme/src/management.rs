@@ -3,13 +3,12 @@
 //! Each change is all or nothing: it is checked, then on stable storage, then seen by commands.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 
 use nvme_spec::{NSID_BROADCAST, Status};
 
 use crate::allocated::Allocated;
 use crate::metadata::BlockFormat;
-use crate::namespace::{self, Namespace, WriteProtection};
+use crate::namespace::{self, Namespace};
 use crate::subsystem::Subsystem;
 use crate::{Error, store::AllocatedState};
 
@@ -43,7 +42,6 @@ impl Subsystem {
     /// Creates a namespace that is attached to no controller (Base 5.23); returns its identifier.
     pub(crate) fn create(&self, creation: &Creation) -> Result<u32, NotCreated> {
         let Some(store) = &self.store else { return Err(Status::INVALID_OPCODE.do_not_retry().into()) };
-        let BlockFormat { shift: block_shift, metadata } = creation.format;
         let size_bytes = creation.format.image_bytes(creation.blocks);
         let size_bytes = size_bytes.ok_or(NotCreated::InsufficientCapacity { needed_bytes: u64::MAX })?;
         let mut saved = self.saved();
@@ -56,26 +54,13 @@ impl Subsystem {
         let mut next = saved.clone();
         next.allocations.created_ever += 1;
         let uuid = namespace::uuid_of_created(&self.serial, nsid, next.allocations.created_ever);
-        let backend = store.create(&uuid, size_bytes, 1 << block_shift).map_err(|source| {
+        let backend = store.create(&uuid, size_bytes, 1 << creation.format.shift).map_err(|source| {
             let what = "make an image for a namespace";
             self.report(&Error::Store { serial: self.serial.clone(), what, source });
             Status::INTERNAL_ERROR
         })?;
-        let namespace = Namespace {
-            nsid,
-            block_shift,
-            blocks: creation.blocks,
-            metadata,
-            image_bytes: size_bytes,
-            read_only: false,
-            protection: WriteProtection::None,
-            refusal: None,
-            uncorrectable: Arc::default(),
-            occupied: Arc::default(),
-            shared: creation.shared,
-            uuid,
-            backend,
-        };
+        let namespace =
+            Namespace::over(nsid, &creation.format, creation.blocks, creation.shared, uuid, backend);
         let allocated = Allocated { namespace, created: true, attached: BTreeSet::new() };
         next.allocations.put(allocated.to_state());
         let changed = self.commit(&mut saved, next, |contents, _| {

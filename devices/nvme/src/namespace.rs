@@ -85,8 +85,7 @@ impl Namespace {
             4096 => 12,
             other => return refuse(format!("blocks of {other} bytes are not supported, only 512 and 4096")),
         };
-        let identity = config.backend.identity();
-        let image_bytes = identity.capacity_bytes;
+        let image_bytes = config.backend.identity().capacity_bytes;
         let format = match &config.metadata {
             None => BlockFormat { shift: block_shift, metadata: None },
             Some(metadata) => match metadata.format(block_shift) {
@@ -109,21 +108,36 @@ impl Namespace {
             None | Some(0) => return refuse(format!("an image of {image_bytes} bytes holds no block")),
             Some(blocks) => blocks,
         };
-        Ok(Self {
-            nsid: config.nsid,
-            block_shift,
+        let uuid = uuid(serial, config.nsid, 0);
+        let backend = Arc::clone(&config.backend);
+        Ok(Self::over(config.nsid, &format, blocks, shared, uuid, backend))
+    }
+
+    /// A namespace of `blocks` blocks over a backend that has as many bytes as the format needs for them, or more; nothing is done to it.
+    pub fn over(
+        nsid: u32,
+        format: &BlockFormat,
+        blocks: u64,
+        shared: bool,
+        uuid: [u8; 16],
+        backend: Arc<dyn Backend>,
+    ) -> Self {
+        let identity = backend.identity();
+        Self {
+            nsid,
+            block_shift: format.shift,
             blocks,
             metadata: format.metadata,
-            image_bytes,
+            image_bytes: identity.capacity_bytes,
             read_only: identity.read_only,
             protection: WriteProtection::None,
             refusal: None,
             shared,
-            uuid: uuid(serial, config.nsid, 0),
-            backend: Arc::clone(&config.backend),
+            uuid,
+            backend,
             uncorrectable: Arc::default(),
             occupied: Arc::default(),
-        })
+        }
     }
 
     /// Size of its image in bytes: what an operation on all of it goes over, metadata included.

@@ -5,6 +5,7 @@ use nvme_spec::Status;
 
 use crate::exclusion::ByteRange;
 use crate::metadata::NO_JOB;
+use crate::namespace::NamespaceTable;
 
 /// Whose command a slot holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +18,17 @@ pub(crate) enum Owner {
     Admin(u32),
     /// The queue is gone (reset); the end is noted and dropped.
     Orphan,
+}
+
+impl Owner {
+    /// The namespaces that its requests go to: operations of the controller go to those that are not attached, too.
+    pub fn reaches<'a>(
+        self,
+        attached: &'a NamespaceTable,
+        allocated: &'a NamespaceTable,
+    ) -> &'a NamespaceTable {
+        if matches!(self, Self::Admin(_)) { allocated } else { attached }
+    }
 }
 
 /// A backend request that a command still needs. Commands of several requests have one at a time in flight.

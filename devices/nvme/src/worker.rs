@@ -268,11 +268,9 @@ impl Worker {
     /// Starts the next step of a command. `false`: there is none.
     pub fn next_step(&mut self, slot_index: u32) -> bool {
         while let Some(step) = self.slots[slot_index as usize].steps.pop() {
-            let table = match self.slots[slot_index as usize].owner {
-                Owner::Admin(_) => &self.allocated,
-                _ => &self.namespaces,
-            };
-            let namespace = match namespace::find(table, step.nsid) {
+            let owner = self.slots[slot_index as usize].owner;
+            let namespace = match namespace::find(owner.reaches(&self.namespaces, &self.allocated), step.nsid)
+            {
                 Ok(namespace) => namespace,
                 // A namespace that is gone by now has nothing left to flush; of anything else the guest learns that it was not done.
                 Err(_) if self.slots[slot_index as usize].goes_on => continue,
@@ -354,8 +352,8 @@ impl Worker {
             return;
         }
         slot.copied += u32::from(matches!(running.operation, Operation::Copy { .. }));
-        let table = if matches!(slot.owner, Owner::Admin(_)) { &self.allocated } else { &self.namespaces };
-        if let Ok(namespace) = namespace::find(table, running.nsid)
+        if let Ok(namespace) =
+            namespace::find(slot.owner.reaches(&self.namespaces, &self.allocated), running.nsid)
             && let healed = namespace.heal(running.offset_bytes, running.length_bytes)
             && let Err(status) = keep_healed(shared, namespace, &healed)
         {

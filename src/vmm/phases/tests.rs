@@ -41,20 +41,6 @@ fn column(state: RunState) -> &'static str {
     }
 }
 
-const STATES: [RunState; 11] = [
-    RunState::Prelaunch,
-    RunState::InMigrate,
-    RunState::Running,
-    RunState::Paused,
-    RunState::FinishMigrate { was_running: true },
-    RunState::FinishMigrate { was_running: false },
-    RunState::HandoverUnknown { was_running: true },
-    RunState::HandoverUnknown { was_running: false },
-    RunState::PostMigrate,
-    RunState::Shutdown,
-    RunState::InternalError,
-];
-
 const ROWS: [(&str, Action); 13] = [
     ("cont", Action::Continue),
     ("stop", Action::Stop),
@@ -75,7 +61,7 @@ const ROWS: [(&str, Action); 13] = [
 fn run_states_move_as_the_table_says() {
     let table = table();
     for (row, action) in ROWS {
-        for state in STATES {
+        for state in RunState::ALL {
             let cell = table[&(row.to_owned(), column(state).to_owned())].as_str();
             let what = format!("{row} in {state:?}");
             match (cell, state.next(action)) {
@@ -139,7 +125,7 @@ fn the_process_refuses_what_the_table_refuses() {
     let table = table();
     let (vmm, _requests) = running();
     let client = vmm.operations();
-    for state in STATES {
+    for state in RunState::ALL {
         for row in COMMANDS {
             *lock(&vmm.run_state) = state;
             let (cell, what) =

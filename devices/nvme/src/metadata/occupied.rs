@@ -107,20 +107,7 @@ impl Occupied {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[derive(Default)]
-    struct Bells(Mutex<Vec<usize>>);
-
-    impl Host for Bells {
-        fn wake(&self, worker: usize) {
-            lock(&self.0).push(worker);
-        }
-        fn set_doorbell_event(&self, _bar_offset: u64, _worker: usize, _enabled: bool) {}
-        fn show_region(&self, _ready: bool) {}
-        fn flush_region(&self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
+    use crate::tests::bells::Bells;
 
     #[test]
     fn readers_share_and_a_writer_is_alone_in_the_order_of_their_coming() {
@@ -131,14 +118,14 @@ mod tests {
         let elsewhere = occupied.enter(12, 13, true);
         assert_eq!([a, b, writer, c, elsewhere].map(granted), [true, true, false, false, true]);
         occupied.leave(a);
-        assert_eq!(*lock(&bells.0), [writer as usize, c as usize], "those who wait are woken");
+        assert_eq!(bells.take(), [writer as usize, c as usize], "those who wait are woken");
         assert!(!granted(writer), "one reader is still there");
         occupied.leave(b);
         assert_eq!([writer, c].map(granted), [true, false]);
         occupied.leave(writer);
         assert!(granted(c));
-        lock(&bells.0).clear();
+        bells.take();
         occupied.leave(elsewhere);
-        assert!(lock(&bells.0).is_empty(), "nobody waits any more");
+        assert!(bells.take().is_empty(), "nobody waits any more");
     }
 }

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use block::{Backend, Failure, Fault, FaultControl, FaultImage, Operation, Target};
 use nvme_spec::identify::{IdentifyController, IdentifyNamespace, IdentifyNvmController, cns};
 use nvme_spec::opcode::{self, admin, nvm};
-use nvme_spec::{CompletionEntry, NSID_BROADCAST, Status, SubmissionEntry, feature, log};
+use nvme_spec::{CompletionEntry, NSID_BROADCAST, Status, SubmissionEntry, log};
 
 use super::driver::{Guest, memory_image, namespace, transfer};
 use super::io::Witness;
+use super::protection::protect;
 use crate::{ControllerConfig, NamespaceConfig};
 
 fn ready(namespaces: Vec<NamespaceConfig>) -> Guest {
@@ -291,15 +292,8 @@ fn a_protected_namespace_is_read_and_not_changed() {
     let page = fill(&mut guest);
     let list = guest.pages(1);
     witness.take();
-    let protect = |guest: &mut Guest, value| {
-        let entry = SubmissionEntry {
-            opcode: admin::SET_FEATURES,
-            nsid: 1,
-            cdw10: feature::NAMESPACE_WRITE_PROTECTION.into(),
-            cdw11: value,
-            ..SubmissionEntry::default()
-        };
-        guest.admin(entry).unwrap();
+    let set = |guest: &mut Guest, value| {
+        guest.admin(protect(1, value)).unwrap();
         witness.take();
     };
     let copy = copy(&guest, list, 0, &[(0, 1)], 9);
@@ -311,7 +305,7 @@ fn a_protected_namespace_is_read_and_not_changed() {
         copy,
         SubmissionEntry { cdw10: 0, ..dsm },
     ];
-    protect(&mut guest, 1);
+    set(&mut guest, 1);
     for write in writes {
         assert_eq!(guest.io(1, write), Err(Status::NAMESPACE_WRITE_PROTECTED), "{:#x}", write.opcode);
     }
@@ -320,7 +314,7 @@ fn a_protected_namespace_is_read_and_not_changed() {
         guest.io(1, transfer(opcode, 1, 0, 1, page)).unwrap();
     }
     assert_eq!(guest.identify(cns::NAMESPACE, 1).unwrap()[99], 1);
-    protect(&mut guest, 0);
+    set(&mut guest, 0);
     guest.io(1, writes[0]).unwrap();
     assert_eq!(guest.identify(cns::NAMESPACE, 1).unwrap()[99], 0);
 }

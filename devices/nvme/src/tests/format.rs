@@ -9,6 +9,7 @@ use nvme_spec::opcode::{self, admin, nvm};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, regs};
 
 use super::driver::{Guest, PATIENCE, memory_image, namespace, transfer};
+use super::protection::protect;
 use crate::maintenance::CHUNK_BYTES;
 use crate::{ControllerConfig, FormatSettingsState, NamespaceConfig, NvmeState, Subsystem};
 
@@ -278,13 +279,7 @@ fn a_namespace_is_not_protected_from_the_format_that_has_it() {
     let (control, backend) = held(IMAGE_BYTES);
     let mut guest =
         Guest::ready(config(), vec![NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }]);
-    let protect = SubmissionEntry {
-        opcode: admin::SET_FEATURES,
-        nsid: 1,
-        cdw10: feature::NAMESPACE_WRITE_PROTECTION.into(),
-        cdw11: feature::WRITE_PROTECT,
-        ..SubmissionEntry::default()
-    };
+    let protect = protect(1, feature::WRITE_PROTECT);
     control.inject(Target::Any, 1, 1, Fault::Hold);
     let (cid, answers) = begin(&mut guest, format(1, 0));
     assert_eq!(answers, 0);

@@ -4,6 +4,7 @@ mod admin;
 mod arbitration;
 mod attack;
 mod background;
+pub(crate) mod bells;
 mod bus_master;
 mod cmb;
 mod commands;

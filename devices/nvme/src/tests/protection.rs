@@ -14,7 +14,8 @@ fn config() -> ControllerConfig {
     ControllerConfig::new("PROTECT")
 }
 
-fn protect(nsid: u32, value: u32) -> SubmissionEntry {
+/// Set Features: the write protection of a namespace.
+pub(super) fn protect(nsid: u32, value: u32) -> SubmissionEntry {
     SubmissionEntry {
         opcode: admin::SET_FEATURES,
         nsid,

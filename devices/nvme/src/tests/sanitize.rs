@@ -10,6 +10,7 @@ use nvme_spec::opcode::{self, admin, nvm};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, regs};
 
 use super::driver::{Guest, PATIENCE, memory_image, namespace, transfer};
+use super::protection::protect;
 use crate::maintenance::CHUNK_BYTES;
 use crate::{ControllerConfig, NamespaceConfig, NvmeState};
 
@@ -164,16 +165,9 @@ fn commands_that_cannot_be_are_refused() {
     }
     guest.admin(sanitize(opcode::SANITIZE_EXIT_FAILURE_MODE, 0)).unwrap();
     assert_eq!(log(&mut guest).status, 0);
-    let protect = SubmissionEntry {
-        opcode: admin::SET_FEATURES,
-        nsid: 1,
-        cdw10: u32::from(feature::NAMESPACE_WRITE_PROTECTION),
-        cdw11: 1,
-        ..SubmissionEntry::default()
-    };
-    guest.admin(protect).unwrap();
+    guest.admin(protect(1, feature::WRITE_PROTECT)).unwrap();
     assert_eq!(guest.admin(sanitize(ERASE, 0)), Err(Status::NAMESPACE_WRITE_PROTECTED));
-    guest.admin(SubmissionEntry { cdw11: 0, ..protect }).unwrap();
+    guest.admin(protect(1, feature::NO_WRITE_PROTECT)).unwrap();
     // Firmware that waits for a reset.
     let commit =
         SubmissionEntry { opcode: admin::FIRMWARE_COMMIT, cdw10: 1 | 2 << 3, ..SubmissionEntry::default() };

@@ -6,9 +6,10 @@ use std::sync::atomic::Ordering;
 use block::{Fault, FaultControl, FaultImage, Target};
 use bus::GuestMapping;
 use nvme_spec::opcode::{self, admin, management, nvm};
-use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, regs};
+use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, regs};
 
 use super::driver::{Guest, guest_memory, memory_image, namespace, transfer};
+use super::protection::protect;
 use super::shared::{admin_of, end_of};
 use super::store::Memory;
 use crate::admin::{Admin, Answer, Pool};
@@ -64,16 +65,6 @@ fn sanitize(command: u32) -> SubmissionEntry {
     }
 }
 
-fn protect(value: u32) -> SubmissionEntry {
-    SubmissionEntry {
-        opcode: admin::SET_FEATURES,
-        nsid: 1,
-        cdw10: feature::NAMESPACE_WRITE_PROTECTION.into(),
-        cdw11: value,
-        ..SubmissionEntry::default()
-    }
-}
-
 /// What a controller does with a command that it has begun to execute when the other one acts: its thread has not looked since.
 fn at_the_same_moment(
     guest: &Guest,
@@ -110,7 +101,7 @@ fn of_two_operations_on_a_namespace_one_is_begun() {
             admin.start_sanitize(pool, &sanitize(opcode::SANITIZE_BLOCK_ERASE))
         });
         assert_eq!(second, Err(refused));
-        let second = at_the_same_moment(&guests[1], |admin, pool| admin.set_features(pool, &protect(1)));
+        let second = at_the_same_moment(&guests[1], |admin, pool| admin.set_features(pool, &protect(1, 1)));
         assert_eq!(second, Err(refused));
         // What was refused has taken nothing: the first one ends, and the namespace is there again.
         let subsystem = Arc::clone(guests[0].controller.subsystem());
@@ -134,7 +125,7 @@ fn no_operation_is_begun_on_a_namespace_that_was_just_protected_and_no_protectio
     let control = Arc::new(FaultControl::default());
     let mut guests = two(&control);
     let until_power_cycle = 2;
-    guests[0].admin(protect(until_power_cycle)).unwrap();
+    guests[0].admin(protect(1, until_power_cycle)).unwrap();
     let written = control.seen();
     let refused = Err(Status::NAMESPACE_WRITE_PROTECTED);
     let second = at_the_same_moment(&guests[1], |admin, pool| admin.format_nvm(pool, &format(1)));
@@ -143,7 +134,7 @@ fn no_operation_is_begun_on_a_namespace_that_was_just_protected_and_no_protectio
         admin.start_sanitize(pool, &sanitize(opcode::SANITIZE_BLOCK_ERASE))
     });
     assert_eq!(second, refused);
-    let second = at_the_same_moment(&guests[1], |admin, pool| admin.set_features(pool, &protect(1)));
+    let second = at_the_same_moment(&guests[1], |admin, pool| admin.set_features(pool, &protect(1, 1)));
     assert_eq!(second, Err(Status::FEATURE_NOT_CHANGEABLE));
     guests.iter().for_each(Guest::run);
     assert_eq!(control.seen(), written, "nothing was begun");

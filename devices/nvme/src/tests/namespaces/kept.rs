@@ -14,6 +14,7 @@ use super::{
 };
 use crate::Subsystem;
 use crate::tests::driver::PATIENCE;
+use crate::tests::protection::protect;
 
 #[test]
 fn without_power_a_namespace_keeps_its_format_and_none_has_that_of_one_before_it() {
@@ -21,13 +22,7 @@ fn without_power_a_namespace_keeps_its_format_and_none_has_that_of_one_before_it
     let mut guest = ready(&store);
     let format =
         |nsid| SubmissionEntry { opcode: admin::FORMAT_NVM, nsid, cdw10: 1, ..SubmissionEntry::default() };
-    let protect = SubmissionEntry {
-        opcode: admin::SET_FEATURES,
-        nsid: 1,
-        cdw10: feature::NAMESPACE_WRITE_PROTECTION.into(),
-        cdw11: feature::WRITE_PROTECT,
-        ..SubmissionEntry::default()
-    };
+    let protect = protect(1, feature::WRITE_PROTECT);
     assert_eq!(create(&mut guest, 64, 0), Ok(1));
     attach(&mut guest, 1, &[0]).unwrap();
     for nsid in [1, 2] {
