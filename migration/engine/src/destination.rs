@@ -18,7 +18,7 @@ use crate::ram::Receiver;
 use crate::reception::{Reception, Visit};
 use crate::{
     DestinationFactory, DestinationMachine, Error, PAGE_BYTES, Parameters, Patience, RunState, Statistics,
-    Status,
+    Status, features,
 };
 
 /// How often a waiting destination looks whether it is to end.
@@ -257,8 +257,8 @@ impl<'a> Destination<'a> {
         let machine = factory.build(&source).map_err(|source| Error::Refused {
             reasons: vec![Error::Machine { doing: "build the machine", source }.chain()],
         })?;
-        // What the source asked for beyond version 1.0 is not granted: no features, one channel.
-        let agree = Agree { instance: self.instance, features: 0, channels: 1 };
+        let features = features::granted(hello.features);
+        let agree = Agree { instance: self.instance, features, channels: 1 };
         link.send(&Message::Agree(agree), self.handshake("agreeing"))?;
         Ok(machine)
     }

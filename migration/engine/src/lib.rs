@@ -39,6 +39,7 @@ mod converge;
 mod description;
 mod destination;
 mod error;
+pub mod features;
 mod file;
 mod handover;
 pub mod lease;

@@ -123,7 +123,7 @@ impl Reasons {
 pub struct Hello {
     /// Of this attempt.
     pub session: Id,
-    /// Bits of what the source can do beyond version 1.0; none is defined.
+    /// What the source can do beyond version 1.0: bits of [`features`](crate::features).
     pub features: u64,
     /// How many data channels the source would like.
     pub channels: u16,
@@ -231,7 +231,7 @@ impl From<&Properties> for Description {
 pub struct Agree {
     /// Names the destination process: only it can answer for its sessions.
     pub instance: Id,
-    /// Features that both have.
+    /// Those of them that both use.
     pub features: u64,
     /// Data channels to use.
     pub channels: u16,

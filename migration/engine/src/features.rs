@@ -1,0 +1,26 @@
+//! What two processes can do beyond version 1.0, as bits of the hello and of the answer to it.
+//!
+//! The source offers what it can and is asked to use; the destination grants what it can as well. Both then do exactly what
+//! was granted, so that a process of an older version is still a peer.
+
+/// Guest memory goes over channels of its own, one or more.
+pub const CHANNELS: u64 = 1 << 0;
+/// Guest memory and images go as descriptors to a process of the same host.
+pub const LOCAL: u64 = 1 << 1;
+/// Guest memory may follow after the guest.
+pub const POSTCOPY: u64 = 1 << 2;
+/// Images go with the guest.
+pub const STORAGE: u64 = 1 << 3;
+/// Channels compress with LZ4.
+pub const LZ4: u64 = 1 << 4;
+/// Channels compress with Zstandard.
+pub const ZSTD: u64 = 1 << 5;
+
+/// What this build can do as a destination.
+pub const SUPPORTED: u64 = 0;
+
+/// What is granted to a source that offers `features`.
+#[must_use]
+pub fn granted(features: u64) -> u64 {
+    features & SUPPORTED
+}
