@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use transport::{Connection, Listener};
 
-use crate::lease::{self, Id, Lease, random_id};
+use crate::lease::{self, Id, Lease, NotTaken, random_id};
 use crate::link::{Link, Step};
 use crate::ownership::Answer;
 use crate::ownership::destination::{Action, Destination as Ownership, Event};
@@ -368,21 +368,29 @@ impl<'a> Destination<'a> {
                 Action::Take { session, generation } => {
                     match self.take_under_lock(machine, &session, generation) {
                         Ok(()) => Event::Taken,
-                        Err(failure) => {
-                            reason = failure;
+                        Err(NotTaken::Refused(error)) => {
+                            machine.release_images();
+                            reason = Error::from(error).chain();
                             Event::NotTaken
+                        }
+                        Err(NotTaken::Unknown(error)) => {
+                            // If the source settles meanwhile, it needs them.
+                            machine.release_images();
+                            let failure = Error::from(error).chain();
+                            if reason != failure {
+                                log::error!(
+                                    "whether the guest is ours is tried until it is known: {failure}"
+                                );
+                                reason = failure;
+                            }
+                            self.again_or_end()
                         }
                     }
                 }
-                Action::GiveBack { session } => match self.give_back(machine, &session) {
+                Action::GiveBack { session } => match self.give_back(&session) {
                     Ok(()) => Event::GivenBack,
-                    // The source waits as long for an answer.
-                    Err(error) if start.elapsed() >= self.patience.answer => {
-                        log::error!("{}", error.chain());
-                        Event::GivenBack
-                    }
-                    Err(_) => {
-                        std::thread::sleep(self.patience.retry);
+                    Err(error) => {
+                        log::error!("the guest may be lost with this process: {}", error.chain());
                         Event::NotGivenBack
                     }
                 },
@@ -399,12 +407,20 @@ impl<'a> Destination<'a> {
                 Action::Answer { answer: Answer::Running, .. } => {
                     return Ok((state, error, self.statistics.snapshot().downtime.resume));
                 }
-                Action::Answer { answer: Answer::Never, .. } | Action::Go | Action::Refuse => {
-                    return Err(Error::Never { reason });
-                }
+                Action::Answer { answer: Answer::Never, .. } => return Err(Error::Never { reason }),
+                Action::Go | Action::Refuse => return Err(Error::Unsure { reason }),
             };
             action = self.ownership.on(event);
         }
+    }
+
+    /// After a try to take the guest that left it open: a moment later, unless this process is to end.
+    fn again_or_end(&self) -> Event {
+        if self.parameters.end_is_wished() {
+            return Event::Failed;
+        }
+        std::thread::sleep(self.patience.retry);
+        Event::NotKnown
     }
 
     /// Images and lease, in this order and under the record lock: what can fail fails while the guest is still the source's,
@@ -414,26 +430,21 @@ impl<'a> Destination<'a> {
         machine: &mut dyn DestinationMachine,
         session: &Id,
         generation: u64,
-    ) -> Result<(), String> {
-        let images = |machine: &mut dyn DestinationMachine| {
+    ) -> Result<(), NotTaken> {
+        let mut images = || {
             let locked = machine.take_image_locks().map_err(Error::machine("take the image locks"));
             let opened =
                 locked.and_then(|()| machine.open_images().map_err(Error::machine("open the images")));
             opened.map_err(|error| error.chain())
         };
         match &mut self.lease {
-            Some(lease) => lease
-                .take(session, generation, || images(machine))
-                .map(drop)
-                .map_err(|error| Error::from(error).chain()),
-            None => images(machine),
+            Some(lease) => lease.take(session, generation, &mut images).map(drop),
+            None => images().map_err(|reason| NotTaken::Refused(lease::Error::Condition { reason })),
         }
     }
 
-    /// Lets go of what [`take_under_lock`](Self::take_under_lock) left. The record says `taken` only if its writing failed
-    /// after it had reached the disk.
-    fn give_back(&mut self, machine: &mut dyn DestinationMachine, session: &Id) -> Result<(), Error> {
-        machine.release_images();
+    /// Lets the source have it back, though the record may say `taken`. The images are released already.
+    fn give_back(&mut self, session: &Id) -> Result<(), Error> {
         match self.lease.as_mut().map(|lease| lease.give_back(session)) {
             // It was never ours.
             None | Some(Ok(()) | Err(lease::Error::Moved { .. })) => Ok(()),
@@ -486,7 +497,8 @@ impl<'a> Destination<'a> {
     fn farewell(&self, mut link: Link, error: Error, session: Id) -> Error {
         let patience = self.patience.last_words;
         let message = match &error {
-            Error::Peer { .. } => return error,
+            // Nothing that could be said is known to be true.
+            Error::Peer { .. } | Error::Unsure { .. } => return error,
             Error::Refused { reasons } => Message::Refuse(Reasons::new(reasons)),
             Error::Never { reason } => Message::Never(Never { session, reason: reason.as_str().into() }),
             error => Message::Reject(Reasons::new(&[error.chain()])),

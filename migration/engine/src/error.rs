@@ -31,6 +31,12 @@ pub enum Error {
         /// In its words.
         reason: String,
     },
+    /// The process was told to end before it was known whose the guest is.
+    #[error("told to quit before the lease said whether the guest is ours: {reason}")]
+    Unsure {
+        /// Why it is not known.
+        reason: String,
+    },
     /// The user ended it.
     #[error("migration cancelled")]
     Cancelled,

@@ -125,6 +125,15 @@ pub enum Settlement {
     },
 }
 
+/// Why a guest was not taken.
+#[derive(Debug)]
+pub enum NotTaken {
+    /// It is not ours, and the record does not say that it is.
+    Refused(Error),
+    /// The record may say that it is ours: it could not be written, or not be read after that.
+    Unknown(Error),
+}
+
 /// A process's handle on the lease file.
 #[derive(Debug)]
 pub struct Lease {
@@ -132,6 +141,8 @@ pub struct Lease {
     path: PathBuf,
     owner: Owner,
     present: bool,
+    /// The session of a `taken` that was written and may not be there.
+    unsure: Option<Id>,
 }
 
 /// The record lock; dropping it releases it.
@@ -179,7 +190,7 @@ impl Lease {
         if !file.metadata().map_err(failed("look at it"))?.is_file() {
             return Err(Error::NotALease { path: path.to_owned() });
         }
-        let lease = Self { file, path: path.to_owned(), owner, present: false };
+        let lease = Self { file, path: path.to_owned(), owner, present: false, unsure: None };
         lease.locked()?;
         Ok(lease)
     }
@@ -322,7 +333,8 @@ impl Lease {
     }
 
     /// Destination: makes us the owner, if the record offers us exactly this. `under_lock` runs between the check and the
-    /// write (it takes the image locks and opens the images); if it fails the record stays. Returns the new generation.
+    /// write (it takes the image locks and opens the images); if it fails the record stays. Returns the new generation. What is
+    /// [not known](NotTaken::Unknown) becomes known by calling it again.
     ///
     /// # Errors
     /// [`Error::Moved`]: the source has settled otherwise. [`Error::Condition`]: `under_lock` failed.
@@ -331,24 +343,46 @@ impl Lease {
         session: &Id,
         generation: u64,
         under_lock: impl FnOnce() -> Result<(), String>,
-    ) -> Result<u64, Error> {
-        let taken = {
-            let mut locked = self.locked()?;
-            let action = format!("take generation {generation} in session {}", show_id(session));
-            let record = locked.current(&action)?;
-            let Some(change) = rules::take(&record, session, generation) else {
-                return Err(locked.moved(&action, record));
-            };
-            under_lock().map_err(|reason| Error::Condition { reason })?;
-            if !self.lock(libc::F_RDLCK, PRESENCE_RANGE)? {
-                // Only `claim` takes presence alone, and it holds the record lock while it does.
-                return Err(self.io("show presence on it", Errno::EAGAIN.into()));
-            }
-            locked.write(record.lease, change.generation, change.state)?;
-            change.generation
+    ) -> Result<u64, NotTaken> {
+        let taken = self.try_to_take(session, generation, under_lock);
+        self.unsure = match &taken {
+            Err(NotTaken::Unknown(_)) => Some(*session),
+            Ok(_) | Err(NotTaken::Refused(_)) => None,
         };
-        self.present = true;
-        Ok(taken)
+        match &taken {
+            Ok(_) => self.present = true,
+            // Whoever looks for the owner must not find us.
+            Err(NotTaken::Refused(_)) => self.leave().map_err(NotTaken::Unknown)?,
+            Err(NotTaken::Unknown(_)) => {}
+        }
+        taken
+    }
+
+    fn try_to_take(
+        &self,
+        session: &Id,
+        generation: u64,
+        under_lock: impl FnOnce() -> Result<(), String>,
+    ) -> Result<u64, NotTaken> {
+        let failed = |may_be_ours: bool| {
+            move |error| if may_be_ours { NotTaken::Unknown(error) } else { NotTaken::Refused(error) }
+        };
+        let wrote_before = self.unsure == Some(*session);
+        let mut locked = self.locked().map_err(failed(wrote_before))?;
+        let action = format!("take generation {generation} in session {}", show_id(session));
+        let record = locked.current(&action).map_err(failed(wrote_before))?;
+        let Some(change) = rules::take(&record, &self.owner.id, session, generation) else {
+            return Err(NotTaken::Refused(locked.moved(&action, record)));
+        };
+        let is_ours = rules::is_taken(&record, &self.owner.id, session);
+        under_lock().map_err(|reason| failed(is_ours)(Error::Condition { reason }))?;
+        if !self.lock(libc::F_RDLCK, PRESENCE_RANGE).map_err(failed(is_ours))? {
+            // Only `claim` takes presence alone, and it holds the record lock while it does.
+            return Err(failed(is_ours)(self.io("show presence on it", Errno::EAGAIN.into())));
+        }
+        // What fails from here on may have reached the disk.
+        locked.write(record.lease, change.generation, change.state).map_err(NotTaken::Unknown)?;
+        Ok(change.generation)
     }
 
     /// Destination: it was taken, but nothing ran and nothing ever will. The source may have it back.

@@ -32,19 +32,25 @@ pub(crate) fn offer(record: &Record, me: &Id, session: &Id, peer: &str) -> Optio
     holds(record, me).then_some(Change { generation: record.generation, state })
 }
 
-/// The destination of `session` takes what COMMIT offered it.
-pub(crate) fn take(record: &Record, session: &Id, generation: u64) -> Option<Change> {
+/// The destination `me` of `session` takes what COMMIT offered it; again, if it did so and could not tell.
+pub(crate) fn take(record: &Record, me: &Id, session: &Id, generation: u64) -> Option<Change> {
     let offered = matches!(&record.state, State::Offered { session: s, .. } if s == session);
     // A record at the last generation can never move again.
     let next = generation.checked_add(1)?;
-    (offered && record.generation == generation)
+    ((offered && record.generation == generation)
+        || (is_taken(record, me, session) && record.generation == next))
         .then_some(Change { generation: next, state: State::Taken { session: *session } })
+}
+
+/// Whether the record says that `me` took the guest in `session`.
+pub(crate) fn is_taken(record: &Record, me: &Id, session: &Id) -> bool {
+    record.state == State::Taken { session: *session } && record.owner.id == *me
 }
 
 /// The destination `me` took the guest, and neither ran it nor ever will.
 pub(crate) fn give_back(record: &Record, me: &Id, session: &Id) -> Option<Change> {
-    let taken = record.state == State::Taken { session: *session } && record.owner.id == *me;
-    taken.then_some(Change { generation: record.generation, state: State::Returned { session: *session } })
+    is_taken(record, me, session)
+        .then_some(Change { generation: record.generation, state: State::Returned { session: *session } })
 }
 
 /// The source `me` asks whose the guest is after `session`. `present`: it shows that it lives.

@@ -83,24 +83,70 @@ fn after_settling_a_late_commit_finds_another_generation() {
     let (mut source, mut destination, generation) = offered(&fixture);
     assert_eq!(source.settle(&SESSION).unwrap(), Settlement::Ours { generation: generation + 1 });
     let never = || -> Result<(), String> { panic!("image locks of a guest that is not ours") };
-    assert!(matches!(destination.take(&SESSION, generation, never), Err(Error::Moved { .. })));
+    assert!(is_moved(destination.take(&SESSION, generation, never)));
     assert_eq!(source.settle(&SESSION).unwrap(), Settlement::Ours { generation: generation + 1 });
     // Offered again, in another session: the old COMMIT still finds nothing.
     source.offer(&[2; 16], "unix:/d").unwrap();
     for late in [generation, generation + 1] {
-        assert!(matches!(destination.take(&SESSION, late, never), Err(Error::Moved { .. })));
+        assert!(is_moved(destination.take(&SESSION, late, never)));
     }
-    assert!(matches!(destination.take(&[2; 16], generation, never), Err(Error::Moved { .. })));
+    assert!(is_moved(destination.take(&[2; 16], generation, never)));
+}
+
+fn is_moved(taken: Result<u64, NotTaken>) -> bool {
+    matches!(taken, Err(NotTaken::Refused(Error::Moved { .. })))
 }
 
 #[test]
 fn a_failed_condition_leaves_the_offer() {
     let fixture = Fixture::new();
     let (mut source, mut destination, generation) = offered(&fixture);
-    let error =
-        destination.take(&SESSION, generation, || Err("disk.img is locked by pid 7".into())).unwrap_err();
-    assert_eq!(error.to_string(), "disk.img is locked by pid 7");
+    let locked = destination.take(&SESSION, generation, || Err("disk.img is locked by pid 7".into()));
+    match locked {
+        Err(NotTaken::Refused(error)) => assert_eq!(error.to_string(), "disk.img is locked by pid 7"),
+        other => panic!("{other:?}"),
+    }
     assert_eq!(source.settle(&SESSION).unwrap(), Settlement::Ours { generation: generation + 1 });
+}
+
+/// A handle that cannot write stands for a disk that fails.
+#[test]
+fn a_take_that_could_not_be_written_is_tried_until_it_is_known() {
+    let fixture = Fixture::new();
+    let (mut source, mut destination, generation) = offered(&fixture);
+    let fail = |lease: &mut Lease| {
+        let readable = File::open(&fixture.path).unwrap();
+        std::mem::replace(&mut lease.file, readable)
+    };
+    let repair = |lease: &mut Lease, file: File| lease.file = file;
+
+    // A lock needs a handle that can write: not even begun, so the guest is not ours for certain.
+    let whole = fail(&mut destination);
+    assert!(matches!(destination.take(&SESSION, generation, || Ok(())), Err(NotTaken::Refused(_))));
+    repair(&mut destination, whole);
+
+    // Written, and the sync failed: nobody can tell now, and the next try can.
+    destination.take(&SESSION, generation, || Ok(())).unwrap();
+    destination.unsure = Some(SESSION);
+    destination.present = false;
+    let whole = fail(&mut destination);
+    assert!(matches!(destination.take(&SESSION, generation, || Ok(())), Err(NotTaken::Unknown(_))));
+    repair(&mut destination, whole);
+    let busy = destination.take(&SESSION, generation, || Err("disk.img is locked by pid 7".into()));
+    assert!(matches!(busy, Err(NotTaken::Unknown(_))), "the record says taken: {busy:?}");
+    assert_eq!(destination.take(&SESSION, generation, || Ok(())).unwrap(), generation + 1);
+    assert!(matches!(source.settle(&SESSION).unwrap(), Settlement::Theirs { .. }));
+}
+
+#[test]
+fn a_source_that_settles_before_a_doubtful_take_has_its_guest() {
+    let fixture = Fixture::new();
+    let (mut source, mut destination, generation) = offered(&fixture);
+    // The write was lost.
+    destination.unsure = Some(SESSION);
+    assert_eq!(source.settle(&SESSION).unwrap(), Settlement::Ours { generation: generation + 1 });
+    assert!(is_moved(destination.take(&SESSION, generation, || Ok(()))));
+    assert_eq!(destination.unsure, None);
 }
 
 #[test]
@@ -250,7 +296,7 @@ fn numbers_at_their_end_go_no_further() {
     }
     let state = State::Offered { session: SESSION, peer: String::new() };
     let last = Record { state, ..record(u64::MAX) };
-    assert_eq!(rules::take(&last, &SESSION, u64::MAX), None);
+    assert_eq!(rules::take(&last, &owner.id, &SESSION, u64::MAX), None);
     assert_eq!(rules::settle(&last, &owner.id, true, &SESSION), rules::Settle::Gone);
 }
 

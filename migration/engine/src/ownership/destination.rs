@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! Listening --admit--> Receiving --loaded--> Loaded --COMMIT--> Taking --taken--> Starting --started--> Owner
-//!     ^                    |                   |                  |
-//!     |   fenced: failed, cut, told to quit,   |                not taken --> GivingBack
-//!     +------------------- another COMMIT, QUERY <--- NEVER ------------------------+
+//!     ^                    |                   |                  |   ^ |
+//!     |   fenced: failed, cut, told to quit,   |                  |   +-+ not known: again
+//!     +------------------- another COMMIT, QUERY <--- NEVER ------+   told to quit --> GivingBack
 //! ```
 //!
-//! A fence is what makes NEVER true: a session that has ended here is never admitted again and never taken.
+//! A fence is what makes NEVER true: a session that has ended here is never admitted again and never taken. While a record that
+//! could not be written may say `taken` all the same, NEVER would be no truth: a source that read `taken` has let go of its guest.
+//! So it is tried until the record tells, which it does with the next write or read that succeeds.
 
 use super::Answer;
 use crate::lease::Id;
@@ -28,7 +30,7 @@ enum Phase {
     Listening,
     Receiving { session: Id },
     Loaded { session: Id },
-    Taking { session: Id },
+    Taking { session: Id, generation: u64 },
     GivingBack { session: Id },
     Starting { session: Id },
     Owner { session: Id },
@@ -44,7 +46,8 @@ pub(crate) enum Event {
     },
     /// RAM and devices are here and checked, and nothing of them runs.
     Loaded,
-    /// The attempt failed, the link is lost, the time is over, or the process is to end.
+    /// The attempt failed, the link is lost, the time is over, or the process is to end; of the last alone a guest hears that
+    /// is being taken.
     Failed,
     /// COMMIT came.
     Commit {
@@ -55,9 +58,11 @@ pub(crate) enum Event {
     },
     /// Image locks and images are ours, and the lease says `taken` on stable storage.
     Taken,
-    /// Something of that failed; what of it was done is not known.
+    /// Something of that failed, and the record does not say `taken`.
     NotTaken,
-    /// It was undone, or will not be.
+    /// Something of that failed, and the record may say `taken`.
+    NotKnown,
+    /// The record does not say `taken` any more.
     GivenBack,
     /// The lease could not be read or written: it may still say that we took the guest.
     NotGivenBack,
@@ -123,19 +128,22 @@ impl Destination {
 
             (Phase::Loaded { session }, Event::Commit { session: of, generation }) => {
                 if of == session {
-                    self.go(Phase::Taking { session }, Action::Take { session, generation })
+                    self.go(Phase::Taking { session, generation }, Action::Take { session, generation })
                 } else {
                     self.never(session)
                 }
             }
-            (Phase::Taking { session }, Event::Taken) => {
+            (Phase::Taking { session, .. }, Event::Taken) => {
                 self.go(Phase::Starting { session }, Action::Start { session })
             }
-            (Phase::Taking { session }, Event::NotTaken) => {
+            (Phase::Taking { session, .. }, Event::NotTaken) => self.never(session),
+            (Phase::Taking { session, generation }, Event::NotKnown) => Action::Take { session, generation },
+            (Phase::Taking { session, .. }, Event::Failed) => {
                 self.go(Phase::GivingBack { session }, Action::GiveBack { session })
             }
             (Phase::GivingBack { session }, Event::GivenBack) => self.never(session),
-            (Phase::GivingBack { session }, Event::NotGivenBack) => Action::GiveBack { session },
+            // The process ends, and what it knows with it.
+            (Phase::GivingBack { .. }, Event::NotGivenBack) => Action::Go,
             (Phase::Starting { session }, Event::Started) => {
                 self.go(Phase::Owner { session }, Action::Answer { session, answer: Answer::Running })
             }
@@ -148,7 +156,7 @@ impl Destination {
             (_, Event::Query { to_us: false, .. }) => Action::Refuse,
             // It is not decided, and the source asks again.
             (
-                Phase::Taking { session } | Phase::GivingBack { session } | Phase::Starting { session },
+                Phase::Taking { session, .. } | Phase::GivingBack { session } | Phase::Starting { session },
                 Event::Query { session: of, .. },
             ) if of == session => Action::Go,
             (Phase::Receiving { session } | Phase::Loaded { session }, Event::Query { session: of, .. })

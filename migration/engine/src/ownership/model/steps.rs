@@ -60,10 +60,7 @@ impl Model for World {
             "the guest runs at the source after it ran at the destination"
         } else if destination.runs && source.alive && !state.released {
             "the guest runs at the destination while the source may write its images"
-        } else if source.runs
-            && !self.lease_fails
-            && state.lease().is_some_and(|lease| !lease.is_owned_by_source())
-        {
+        } else if source.runs && state.lease().is_some_and(|lease| !lease.is_owned_by_source()) {
             "the guest runs at the source and the lease does not say so"
         } else {
             return None;
@@ -73,10 +70,6 @@ impl Model for World {
 
     fn is_settled(&self, state: &State) -> bool {
         let State { source, destination, .. } = state;
-        if self.lease_fails {
-            // Who can no longer read or write the lease has none in common: then safety is all that is promised.
-            return true;
-        }
         match (source.alive, destination.alive) {
             (true, true) => source.runs != destination.runs && (source.runs || state.gone),
             // The guest may have died with its owner, and the source knows it; or nobody is left to tell, and there is no lease.
@@ -261,15 +254,17 @@ impl Steps<'_> {
                     None => Ruling::Refused,
                 };
                 self.lease(Side::Destination, rule, |s, done| {
-                    let over = if done == Done::Failed { Event::NotGivenBack } else { Event::GivenBack };
-                    s.destination_hears(over);
-                });
-                if self.world.lease_fails {
-                    self.fault("the destination tries no longer", |s| {
-                        s.unlock(Side::Destination, true);
+                    if done == Done::Failed {
+                        s.destination_hears(Event::NotGivenBack);
+                        s.is_killed(Side::Destination, true);
+                    } else {
                         s.destination_hears(Event::GivenBack);
-                    });
-                }
+                    }
+                    if s.gone {
+                        // It dies with the process that is told to end, as a guest does that runs.
+                        s.is_killed(Side::Destination, true);
+                    }
+                });
             }
             Action::Start { session } => self.step("the destination runs the guest", |s| {
                 s.destination_runs(session[0]);
@@ -277,9 +272,9 @@ impl Steps<'_> {
             }),
             Action::Answer { session, answer } => {
                 let session = session[0];
-                let (forgets, lease_fails) = (self.is(Mutation::NoFence), self.world.lease_fails);
+                let forgets = self.is(Mutation::NoFence);
                 let sent = |s: &mut State, arrives| {
-                    if answer == Answer::Never && s.taken && session == s.session && !lease_fails {
+                    if answer == Answer::Never && s.taken && session == s.session {
                         s.violation = Some("NEVER is said of a guest that is the destination's");
                     }
                     s.answer(session, answer, arrives);
@@ -330,13 +325,23 @@ impl Steps<'_> {
         }
         let late = self.is(Mutation::OpenAfterTaking);
         if self.from.destination.begun == late {
+            let me = Side::Destination.id();
+            let is_taken =
+                self.from.lease().is_some_and(|lease| rules::is_taken(&lease.record(), &me, &id(session)));
             self.fault("the destination cannot have the images", |s| {
                 s.unlock(Side::Destination, true);
-                s.destination_hears(Event::NotTaken);
+                s.destination_hears(if is_taken && !late { Event::NotKnown } else { Event::NotTaken });
+            });
+        }
+        if self.from.unsure {
+            self.fault("the destination is told to quit", |s| {
+                s.unlock(Side::Destination, true);
+                s.destination_hears(Event::Failed);
             });
         }
         let unchecked = self.is(Mutation::RunUnoffered);
-        let rule = |record: &Record| match rules::take(record, &id(session), generation) {
+        let me = Side::Destination.id();
+        let rule = |record: &Record| match rules::take(record, &me, &id(session), generation) {
             Some(change) => Ruling::Write(change),
             None if unchecked => {
                 let state = crate::lease::State::Taken { session: id(session) };
@@ -344,8 +349,15 @@ impl Steps<'_> {
             }
             None => Ruling::Refused,
         };
+        let never_again = self.is(Mutation::NeverWhenUnsure);
         self.lease(Side::Destination, rule, |s, done| {
-            s.destination_hears(if done == Done::Yes { Event::Taken } else { Event::NotTaken });
+            s.unsure = done == Done::Failed && (s.destination.begun || s.unsure);
+            let unknown = s.unsure && !never_again;
+            s.destination_hears(match done {
+                Done::Yes => Event::Taken,
+                Done::Failed if unknown => Event::NotKnown,
+                Done::Failed | Done::Refused => Event::NotTaken,
+            });
         });
     }
 

@@ -5,6 +5,8 @@ use super::world::{Mutation, World};
 
 /// Two processes, one lease, two attempts.
 const LEASED: World = World { leased: true, lease_fails: false, operator: true, attempts: 2, mutation: None };
+/// The lease cannot be read or written for a while, at any time.
+const FAILING: World = World { lease_fails: true, ..LEASED };
 /// Two processes that have nothing in common but their link.
 const UNLEASED: World = World { leased: false, ..LEASED };
 
@@ -21,8 +23,8 @@ fn with_a_lease_exactly_one_runs_in_the_end_whatever_the_operator_says() {
 }
 
 #[test]
-fn with_a_lease_that_fails_at_any_write_never_two_run() {
-    is_sound("with a lease that fails", &World { lease_fails: true, ..LEASED });
+fn with_a_lease_that_fails_at_any_write_exactly_one_runs_once_it_works_again() {
+    is_sound("with a lease that fails", &FAILING);
 }
 
 #[test]
@@ -91,7 +93,14 @@ fn a_source_that_settles_without_writing_is_found() {
 
 #[test]
 fn a_destination_that_finds_a_reason_after_it_took_the_guest_is_found() {
-    assert_eq!(finds(Mutation::OpenAfterTaking, LEASED), "it never settles");
+    let reason = finds(Mutation::OpenAfterTaking, LEASED);
+    assert_eq!(reason, "NEVER is said of a guest that is the destination's");
+}
+
+#[test]
+fn a_destination_that_says_never_without_knowing_is_found() {
+    let reason = finds(Mutation::NeverWhenUnsure, FAILING);
+    assert_eq!(reason, "NEVER is said of a guest that is the destination's");
 }
 
 #[test]

@@ -46,6 +46,8 @@ pub enum Mutation {
     NoQuery,
     /// The operator's word counts, whatever the lease says.
     WordBeforeLease,
+    /// NEVER is said although the record may say `taken`.
+    NeverWhenUnsure,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -165,6 +167,8 @@ pub struct State {
     pub ran: bool,
     /// Sessions of which NEVER was said.
     pub never: BTreeSet<Session>,
+    /// The destination wrote `taken`, and does not know whether it is there.
+    pub unsure: bool,
     pub violation: Option<&'static str>,
 }
 
@@ -194,6 +198,7 @@ impl State {
             taken: false,
             ran: false,
             never: BTreeSet::new(),
+            unsure: false,
             violation: None,
         }
     }
@@ -234,7 +239,8 @@ impl State {
             }
             match lease.state {
                 Entry::Taken(_) => self.taken = true,
-                Entry::Returned(_) => self.taken = false,
+                // To a source that has let go it returns no more.
+                Entry::Returned(_) => self.taken = self.gone,
                 Entry::Owned | Entry::Offered(_) => {}
             }
             disk.stable = lease;
