@@ -9,7 +9,7 @@
 //! ```text
 //! source.rs       hello --------------------------> destination.rs   checks, builds
 //!                       <-------------------------- agree
-//!                 rounds of RAM (ram/send, sink) -> (ram/receive)    places
+//!                 rounds (ram/send, sink) --------> (ram/receive)    places
 //!                 stop, last pages, devices ------> loads
 //!                 PREPARE ------------------------>
 //!                       <-------------------------- PREPARED
@@ -51,6 +51,7 @@ mod patience;
 pub mod protocol;
 mod ram;
 mod reception;
+mod rounds;
 mod sink;
 mod source;
 mod speed;
