@@ -102,7 +102,6 @@ impl Sanitize {
                     | log::id::ERROR_INFORMATION
                     | log::id::SMART
                     | log::id::CHANGED_NAMESPACES
-                    | log::id::COMMANDS_SUPPORTED
                     | log::id::ANA
                     | log::id::FEATURES_SUPPORTED
                     | log::id::RESERVATION_NOTIFICATION

@@ -137,9 +137,11 @@ fn meanwhile_only_what_is_allowed_is_processed() {
             SubmissionEntry { opcode, nsid: 1, cdw10: ERASE, prp1: page, ..SubmissionEntry::default() };
         assert_eq!(guest.admin(entry), refused, "{opcode:#x}");
     }
-    let firmware = SubmissionEntry { cdw10: 3 | 127 << 16, prp1: page, ..log_page(false) };
-    assert_eq!(guest.admin(firmware), refused);
-    for page in [0u8, 1, 2, 4, 5, 0x12, 0x81] {
+    for log in [3u8, 5, 6, 0xd] {
+        let entry = SubmissionEntry { cdw10: u32::from(log) | 127 << 16, prp1: page, ..log_page(false) };
+        assert_eq!(guest.admin(entry), refused, "log page {log:#x}");
+    }
+    for page in [0u8, 1, 2, 4, 0x12, 0x81] {
         guest
             .admin_data::<8>(SubmissionEntry { cdw10: u32::from(page) | 1 << 16, ..log_page(false) })
             .unwrap();
