@@ -401,17 +401,24 @@ impl Admin {
         registers.csts = registers.csts.with_rdy(1).with_cfs(0).with_shst(0);
         drop(registers);
         self.phase = Phase::Ready;
-        if !std::mem::replace(&mut self.is_running, true) && pool.shared.subsystem.is_managed() {
-            // From here on a loss of power is an unsafe shutdown. What cannot be written now is written from time to time.
-            let smart = smart_state(pool, self, Instant::now());
-            let _unwritten = pool.shared.subsystem.persist(pool.shared.controller_id, smart, true);
-        }
+        // From here on a loss of power is an unsafe shutdown.
+        self.set_running(pool, true);
         if !self.persistent.knows_begin {
             let activated = std::mem::take(&mut self.activated);
             self.log_power_on_or_reset(pool, activated);
             self.keep();
         }
         pool.shared.active.store(true, Ordering::SeqCst);
+    }
+
+    /// Has the store know whether the controller is to be shut down. What cannot be written now goes with whatever is written next.
+    fn set_running(&mut self, pool: &Pool, is_running: bool) {
+        if std::mem::replace(&mut self.is_running, is_running) != is_running
+            && pool.shared.subsystem.is_managed()
+        {
+            let smart = smart_state(pool, self, Instant::now());
+            let _unwritten = pool.shared.subsystem.persist(pool.shared.controller_id, smart, is_running);
+        }
     }
 
     /// Makes the admin queues that AQA describes where ASQ and ACQ were translated to, and sets the memory page size. The error names
@@ -490,6 +497,8 @@ impl Admin {
         match job {
             Job::Shutdown => {
                 pool.shared.flush_region();
+                // "Shutdown processing complete": power may go now, and that is no unsafe shutdown.
+                self.set_running(pool, false);
                 let mut registers = pool.shared.registers();
                 if !status.is_success() {
                     // Said once: a guest can shut down as often as it likes.
@@ -500,7 +509,6 @@ impl Admin {
                     registers.csts = registers.csts.with_cfs(1);
                 }
                 registers.csts = registers.csts.with_shst(regs::SHST_COMPLETE);
-                self.is_running = false;
                 // A shutdown is possible while CC.EN is 0, and then an enable may follow.
                 self.phase = if registers.cc.en() == 1 { Phase::Stopped } else { Phase::Disabled };
             }

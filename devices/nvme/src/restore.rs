@@ -107,7 +107,8 @@ impl Controller {
         admin.phase = phase;
         admin.is_running = matches!(phase, Phase::Ready | Phase::Failed);
         let (id, smart) = (pool.shared.controller_id, state.smart.clone());
-        pool.shared.subsystem.arrived(id, smart, admin.is_running);
+        // It was not powered on here.
+        pool.shared.subsystem.note(id, smart, admin.is_running);
         admin.paused_at = Some(now);
         pool.shared.active.store(phase == Phase::Ready, Ordering::SeqCst);
         Ok(())

@@ -430,14 +430,20 @@ impl Subsystem {
     }
 
     /// Writes the state with the counters of controller `id`, and whether it has to be shut down, unless the store has it.
+    ///
+    /// # Errors
+    /// [`Error::Store`]: it goes with whatever is written next.
     pub(crate) fn persist(&self, id: u16, smart: SmartState, is_running: bool) -> Result<(), Error> {
-        self.update(|state| state.note(id, smart, is_running))
+        self.note(id, smart, is_running);
+        self.update(|_| ())
     }
 
-    /// Controller `id` was not powered on here but came with these counters: whatever is written next has them.
-    pub(crate) fn arrived(&self, id: u16, smart: SmartState, is_running: bool) {
-        self.saved().note(id, smart, is_running);
-        self.unwritten.store(true, Ordering::Release);
+    /// Whatever is written next has these counters of controller `id`, and whether it has to be shut down.
+    pub(crate) fn note(&self, id: u16, smart: SmartState, is_running: bool) {
+        let mut saved = self.saved();
+        let before = saved.clone();
+        saved.note(id, smart, is_running);
+        self.unwritten.fetch_or(*saved != before, Ordering::AcqRel);
     }
 
     /// Changes what is kept without power, and nothing that serves commands: the store has it when this returns.

@@ -1,6 +1,7 @@
 //! What the SMART log says of how a controller lost its power.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nvme_spec::log::SmartLog;
 use nvme_spec::opcode::admin;
@@ -26,8 +27,16 @@ fn shut_down(guest: &Guest) {
     guest.write32(regs::CC, 0x0046_0001 | regs::SHN_NORMAL << 14);
     guest.run();
     assert_eq!(guest.read32(regs::CSTS) >> 2 & 3, regs::SHST_COMPLETE);
-    // As the process does when the guest has switched the machine off.
-    guest.controller.persist().unwrap();
+}
+
+/// What has the store written.
+fn save_threshold() -> SubmissionEntry {
+    SubmissionEntry {
+        opcode: admin::SET_FEATURES,
+        cdw10: u32::from(feature::TEMPERATURE_THRESHOLD) | feature::SAVE,
+        cdw11: 350,
+        ..SubmissionEntry::default()
+    }
 }
 
 #[test]
@@ -66,13 +75,31 @@ fn where_a_guest_has_arrived_a_write_of_something_else_counts_no_loss_of_power()
     let mut guest = power_on(&store);
     migrate_managed(&mut guest, &store).unwrap();
     // What the folder said last was that the source's controller runs.
-    let save = SubmissionEntry {
-        opcode: admin::SET_FEATURES,
-        cdw10: u32::from(feature::TEMPERATURE_THRESHOLD) | feature::SAVE,
-        cdw11: 350,
-        ..SubmissionEntry::default()
-    };
-    guest.admin(save).unwrap();
+    guest.admin(save_threshold()).unwrap();
+    drop(guest);
+    assert_eq!(counted(&mut power_on(&store)), (2, 1));
+}
+
+#[test]
+fn a_shutdown_is_no_loss_of_power_from_the_moment_that_it_is_complete() {
+    let store = Memory::new(1 << 20);
+    let guest = power_on(&store);
+    shut_down(&guest);
+    let at_once = store.state();
+    drop(guest);
+    // The power goes before anything else is written.
+    store.put(at_once);
+    assert_eq!(counted(&mut power_on(&store)), (2, 0));
+}
+
+#[test]
+fn that_a_controller_runs_is_written_with_the_first_write_that_succeeds() {
+    let store = Memory::new(1 << 20);
+    store.breaks.store(true, Ordering::SeqCst);
+    let mut guest = power_on(&store);
+    assert_eq!(store.state(), None);
+    store.breaks.store(false, Ordering::SeqCst);
+    guest.admin(save_threshold()).unwrap();
     drop(guest);
     assert_eq!(counted(&mut power_on(&store)), (2, 1));
 }
