@@ -8,6 +8,7 @@ use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 
+use nvme_spec::Status;
 use vmstate::VmState;
 
 use crate::Error;
@@ -111,11 +112,17 @@ impl Controller {
 impl Admin {
     /// Keeps what is to be kept, where there is a place. A failure is the host's and is logged, once.
     pub fn keep(&mut self) {
-        let Some(place) = &self.non_volatile else { return };
-        if let Err(error) = place.keep(&save::kept_state(self))
-            && !std::mem::replace(&mut self.keep_failure_reported, true)
-        {
-            log::error!("what an NVMe controller is to keep cannot be written: {error}");
-        }
+        let _logged = self.try_keep();
+    }
+
+    /// As [`Admin::keep`], for a command that is no success if nothing was kept.
+    pub fn try_keep(&mut self) -> Result<(), Status> {
+        let Some(place) = &self.non_volatile else { return Ok(()) };
+        place.keep(&save::kept_state(self)).map_err(|error| {
+            if !std::mem::replace(&mut self.keep_failure_reported, true) {
+                log::error!("what an NVMe controller is to keep cannot be written: {error}");
+            }
+            Status::INTERNAL_ERROR
+        })
     }
 }

@@ -149,10 +149,11 @@ impl Admin {
         };
         self.log_event(pool, kind::FORMAT_COMPLETION, &event.to_bytes());
         self.change_namespaces(pool, format.sweep.scope, |namespace| namespace.refusal = None);
+        // A host that was told of success finds the format after a loss of power too.
+        let kept = self.try_keep();
         if let Some(cid) = format.cid {
-            self.end(cid, 0, status);
+            self.end(cid, 0, if status.is_success() { kept.err().unwrap_or(status) } else { status });
         }
-        self.keep();
     }
 
     /// Identify Namespace FPI, without bit 7: percents that remain, rounded up.

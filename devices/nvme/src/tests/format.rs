@@ -1,6 +1,7 @@
 //! Format NVM: what it erases, what it refuses meanwhile, and that it goes on whatever happens.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use block::{Backend, Failure, Fault, FaultControl, FaultImage, Target};
 use nvme_spec::event::Event;
@@ -10,6 +11,7 @@ use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, regs};
 
 use super::driver::{Guest, PATIENCE, memory_image, namespace, transfer};
 use super::protection::protect;
+use super::store::{Memory, managed};
 use crate::maintenance::CHUNK_BYTES;
 use crate::{ControllerConfig, FormatSettingsState, NamespaceConfig, NvmeState, Subsystem};
 
@@ -229,6 +231,32 @@ fn a_format_that_fails_says_so_and_changes_no_format() {
     assert_eq!(shape(&mut guest, 1), (IMAGE_BYTES as u64 / 512, 0, 0x80));
     guest.io(1, transfer(nvm::READ, 1, 0, 1, page)).unwrap();
     guest.admin(format(1, 1)).unwrap();
+}
+
+#[test]
+fn a_format_that_cannot_be_kept_is_no_success() {
+    let (control, backend) = held(IMAGE_BYTES);
+    let store = Memory::new(0);
+    let namespaces = [NamespaceConfig { nsid: 1, block_bytes: 512, metadata: None, backend }];
+    let mut guest = managed(&config(), &namespaces, &store);
+    control.inject(Target::Write, 1, 1, Fault::Hold);
+    let (cid, answers) = begin(&mut guest, format(1, 1));
+    assert_eq!((answers, control.held()), (0, 1));
+    let before = store.state();
+    store.breaks.store(true, Ordering::SeqCst);
+    control.release_held();
+    let mut answered = Vec::new();
+    guest.run_until("the end of the format", |guest| {
+        answered.extend(guest.reap(0));
+        !answered.is_empty()
+    });
+    assert_eq!((answered[0].cid, answered[0].status()), (cid, Status::INTERNAL_ERROR));
+    assert!(store.state() == before, "nothing of it was kept");
+    store.breaks.store(false, Ordering::SeqCst);
+    guest.controller.persist().unwrap();
+    assert_eq!(store.state().unwrap().allocations.namespaces[0].shape.block_shift, 12, "all of it was");
+    guest.admin(format(1, 0)).unwrap();
+    assert_eq!(store.state().unwrap().allocations.namespaces[0].shape.block_shift, 9);
 }
 
 #[test]
