@@ -268,12 +268,12 @@ impl Drop for Controller {
         shared.subsystem.reservations.leave(shared.controller_id, &shared.gate);
         shared.subsystem.access.leave(shared.controller_id, &shared.gate);
         let smart = smart_state(&self.pool, &lock(&self.admin), Instant::now());
-        // One that was succeeded has nothing there any more.
-        if shared.subsystem.leave(shared.controller_id, self.ticket, smart) {
+        let Self { pool: Pool { workers, .. }, ticket, .. } = self;
+        shared.subsystem.leave(shared.controller_id, *ticket, smart, || {
             shared.subsystem.regions.leave(shared.controller_id);
-            for worker in 0..self.pool.workers.len() {
+            for worker in 0..workers.len() {
                 shared.subsystem.exclusion.leave((shared.controller_id, worker));
             }
-        }
+        });
     }
 }

@@ -48,7 +48,7 @@ use crate::store::{AllocationsState, ControllerRecord, KeptReservationsState, St
 pub(crate) const FIRST_CONTROLLER_ID: u16 = 0;
 
 /// See the module's text. `saved` is locked before `contents`; both after admin and workers, and while they are held only the locks of
-/// reservations, of what the controllers have in common, and of the store.
+/// reservations, of regions, of claims, of what the controllers have in common, and of the store.
 pub struct Subsystem {
     /// Serial number that identifiers are made from.
     pub(crate) serial: String,
@@ -277,28 +277,25 @@ impl Subsystem {
         Ok((ticket, record))
     }
 
-    /// Removes controller `id`, which is dropped; `smart` is what it has counted. Its namespaces stay attached to its identifier.
-    /// `false`: it has been succeeded.
-    pub(crate) fn leave(&self, id: u16, ticket: u64, smart: SmartState) -> bool {
-        let has_successor = |member: &Member| member.ticket != ticket;
-        if self.contents().controllers.get(&id).is_none_or(has_successor) {
-            return false;
-        }
-        if let Some(record) = lock(&self.saved).controller(id) {
-            record.smart = smart;
-            self.unwritten.store(true, Ordering::Release);
-        }
+    /// Removes controller `id`, which is dropped; `smart` is what it has counted, and `forget` takes away what else is here of it. Its
+    /// namespaces stay attached to its identifier. Nothing is done for one that has been succeeded, and no successor comes meanwhile.
+    pub(crate) fn leave(&self, id: u16, ticket: u64, smart: SmartState, forget: impl FnOnce()) {
         {
+            let mut saved = self.saved();
             let mut contents = self.contents();
-            // It may have been succeeded since.
-            if contents.controllers.get(&id).is_none_or(has_successor) {
-                return false;
+            if contents.controllers.get(&id).is_none_or(|member| member.ticket != ticket) {
+                return;
             }
             contents.controllers.remove(&id);
+            drop(contents);
+            if let Some(record) = saved.controller(id) {
+                record.smart = smart;
+                self.unwritten.store(true, Ordering::Release);
+            }
+            forget();
+            self.common.give_up(id);
         }
-        self.common.give_up(id);
         self.complete();
-        true
     }
 
     /// The format that controller `id` has to go on with: nobody waits for its answer any more.

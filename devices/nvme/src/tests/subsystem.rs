@@ -1,6 +1,6 @@
 //! Several controllers of one subsystem, each with a host that does not know of the others.
 
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use std::time::Instant;
 
 use nvme_spec::event::Event;
@@ -9,8 +9,9 @@ use nvme_spec::log::{AnaGroup, AnaLogHeader, id as log_id};
 use nvme_spec::opcode::{admin, nvm};
 use nvme_spec::{Status, SubmissionEntry, feature, regs};
 
-use super::driver::{Guest, PATIENCE, namespace, transfer};
-use crate::{AccessState, ControllerConfig, NamespaceConfig, NvmeState, Subsystem};
+use super::driver::{Guest, PATIENCE, Process, namespace, transfer};
+use crate::exclusion::{ByteRange, View};
+use crate::{AccessState, ControllerConfig, Host, NamespaceConfig, NvmeState, Subsystem};
 
 const NAMESPACES: [u32; 3] = [1, 2, 17];
 
@@ -249,4 +250,48 @@ fn access_moves_with_its_controller() {
     let alone = Subsystem::new("SHARED", &namespaces, false).unwrap();
     let error = guests[0].successor(&alone, 0).controller.load(&states[0]).unwrap_err().to_string();
     assert!(error.contains("shared: true there, false here"), "{error}");
+}
+
+/// Workers that have to be clear of a claimed range before it is granted.
+fn is_waited_for(subsystem: &Subsystem, worker: (u16, usize)) -> bool {
+    let claimer = (100, 0);
+    subsystem.exclusion.claim(claimer, ByteRange { nsid: 1, first: 0, end: 1 });
+    let granted = subsystem.exclusion.is_granted(claimer);
+    subsystem.exclusion.look(worker, &mut View::default(), |_| true);
+    let granted_then = subsystem.exclusion.is_granted(claimer);
+    subsystem.exclusion.release(claimer);
+    !granted && granted_then
+}
+
+#[test]
+fn a_controller_that_goes_takes_nothing_of_its_successor_along() {
+    let subsystem = Subsystem::new("SHARED", &namespaces(), true).unwrap();
+    let worker = (0, 0);
+    // One after the other, and at the same time: whoever is first, the successor is here afterwards.
+    for round in 0..200 {
+        let predecessor = Guest::member(&subsystem, 0, config(0)).controller;
+        let host: Arc<dyn Host> = Arc::new(Process::default());
+        let comes = || {
+            subsystem.join(worker.0, Arc::clone(&host)).unwrap();
+            subsystem.exclusion.join(worker, Arc::clone(&host));
+        };
+        if round == 0 {
+            comes();
+            subsystem.exclusion.leave((0, 1));
+            drop(predecessor);
+        } else {
+            let together = Barrier::new(2);
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    together.wait();
+                    drop(predecessor);
+                });
+                together.wait();
+                comes();
+            });
+            subsystem.exclusion.leave((0, 1));
+        }
+        assert_eq!(subsystem.controllers(), [0], "round {round}");
+        assert!(is_waited_for(&subsystem, worker), "round {round}");
+    }
 }
