@@ -2,7 +2,7 @@
 
 use super::super::store::Memory;
 use super::*;
-use crate::Controller;
+use crate::{Controller, Progress};
 
 #[test]
 fn reservations_move_with_their_controllers_in_any_order() {
@@ -91,6 +91,28 @@ fn a_namespace_takes_its_reservation_along() {
     guests[1].io(1, transfer(nvm::READ, 1, 0, 1, page)).unwrap();
     assert_eq!(report(&mut guests[1]).0, ReportHeader::default());
     assert_eq!(mask(&mut guests[1], admin::GET_FEATURES, 1, 0), Ok(0));
+}
+
+#[test]
+fn a_reservation_that_is_made_while_its_namespace_goes_goes_with_it() {
+    let mut guests = hosts(&[namespace(1, 64)], 2);
+    let subsystem = Arc::clone(guests[0].controller.subsystem());
+    let late = &mut guests[1];
+    // Of a worker that does not serve the admin queue as well: it hears of the removal from the one that does.
+    let doorbells = |guest: &Guest, queue| guest.controller.pool.shared.doorbells.sq_worker(queue);
+    late.create_pair(2, 8);
+    let queue = [1, 2].into_iter().find(|&queue| doorbells(late, queue) == Some(1)).unwrap();
+    assert!(!subsystem.remove(1, std::time::Duration::ZERO).unwrap(), "nobody has heard of it");
+    let registration = command(late, nvm::RESERVATION_REGISTER, spec::REGISTER, [0, KEYS[1]]);
+    late.push(queue, registration);
+    late.ring(queue);
+    while late.controller.process(1) == Progress::More {}
+    let registered = late.reap(queue);
+    assert!(registered.len() == 1 && registered[0].status().is_success(), "{registered:?}");
+    guests.iter().for_each(Guest::run);
+    subsystem.add(&namespace(1, 64)).unwrap();
+    guests.iter().for_each(Guest::run);
+    assert_eq!(report(&mut guests[0]), (ReportHeader::default(), vec![]));
 }
 
 /// A change of a saved state, and the field that refuses it.
