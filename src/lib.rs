@@ -22,7 +22,7 @@
 //!
 //! - vCPUs run in one run state only, and [`RunState::next`](machine::RunState::next) is the only way into it.
 //! - A process that may have given its guest away never runs it again, unless the lease says so.
-//! - Only this package knows KVM; only [`kvm`] and [`memory`] hold `unsafe` code.
+//! - Only this package knows KVM; only [`kvm`], [`memory`] and [`userfault`] hold `unsafe` code.
 //!
 //! # Absent
 //!
@@ -49,5 +49,6 @@ pub mod machine;
 pub mod memory;
 pub mod migrate;
 pub mod subsystem;
+pub mod userfault;
 pub mod vcpu;
 pub mod vmm;
