@@ -3,12 +3,14 @@
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rustix::net::sockopt;
 
 use crate::Error;
+use crate::descriptors::{self, Received};
 
 /// Bytes that the kernel may hold in each direction: enough that a sender and a receiver on two CPUs do not wait for
 /// each other at every message. The kernel may grant less.
@@ -39,10 +41,36 @@ pub trait Link: Read + Write + Send {
     /// # Errors
     /// The stream is gone already.
     fn shutdown(&self, how: Shutdown) -> io::Result<()>;
+
+    /// Whether descriptors can go along with what is written. Whether they arrive is another matter: someone may stand between the
+    /// two ends.
+    fn passes_descriptors(&self) -> bool {
+        false
+    }
+
+    /// Writes as [`Write::write`] does, and `descriptors` go along with the first byte.
+    ///
+    /// # Errors
+    /// As there, or the link passes none.
+    fn write_with(&mut self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
+        match descriptors {
+            [] => self.write(bytes),
+            _ => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    /// Reads as [`Read::read`] does, and takes the descriptors that come along; over a link that passes none, none come.
+    ///
+    /// # Errors
+    /// As there, or more came than may.
+    fn read_with(&mut self, buffer: &mut [u8], received: &mut Received) -> io::Result<usize> {
+        let _none_come = received;
+        self.read(buffer)
+    }
 }
 
 macro_rules! impl_link {
-    ($stream:ty) => {
+    ($stream:ty { $($more:item)* }) => {
         impl Link for $stream {
             fn try_clone(&self) -> io::Result<Box<dyn Link>> {
                 Ok(Box::new(self.try_clone()?))
@@ -56,12 +84,23 @@ macro_rules! impl_link {
             fn shutdown(&self, how: Shutdown) -> io::Result<()> {
                 self.shutdown(how)
             }
+            $($more)*
         }
     };
 }
 
-impl_link!(TcpStream);
-impl_link!(UnixStream);
+impl_link!(TcpStream {});
+impl_link!(UnixStream {
+    fn passes_descriptors(&self) -> bool {
+        true
+    }
+    fn write_with(&mut self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
+        descriptors::write_with(self, bytes, descriptors)
+    }
+    fn read_with(&mut self, buffer: &mut [u8], received: &mut Received) -> io::Result<usize> {
+        descriptors::read_with(self, buffer, received)
+    }
+});
 
 /// A [`Link`] that knows the name of its peer.
 pub struct Connection {
@@ -140,6 +179,28 @@ impl Connection {
     /// As there.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         self.link.shutdown(how)
+    }
+
+    /// See [`Link::passes_descriptors`].
+    #[must_use]
+    pub fn passes_descriptors(&self) -> bool {
+        self.link.passes_descriptors()
+    }
+
+    /// See [`Link::write_with`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn write_with(&mut self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
+        self.link.write_with(bytes, descriptors)
+    }
+
+    /// See [`Link::read_with`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn read_with(&mut self, buffer: &mut [u8], received: &mut Received) -> io::Result<usize> {
+        self.link.read_with(buffer, received)
     }
 }
 

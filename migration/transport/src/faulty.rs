@@ -5,13 +5,14 @@
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::{Connection, Link};
+use crate::{Connection, Link, Received};
 
 /// What happens to the chosen message. Messages before it pass unharmed.
 #[derive(Debug)]
@@ -117,11 +118,14 @@ impl Faulty {
     }
 
     /// All of it, whatever the timeouts: half a message would be another fault.
-    fn write_whole(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+    fn write_whole(&mut self, mut bytes: &[u8], mut descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         let patience = Instant::now() + PATIENCE;
         while !bytes.is_empty() {
-            match self.inner.write(bytes) {
-                Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
+            match self.inner.write_with(bytes, descriptors) {
+                Ok(count) => {
+                    bytes = bytes.get(count..).unwrap_or_default();
+                    descriptors = &[];
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock && Instant::now() < patience => {}
                 Err(error) => return Err(error),
@@ -133,22 +137,20 @@ impl Faulty {
     fn cut(&self) {
         let _cut_already = self.inner.shutdown(Shutdown::Both);
     }
-}
 
-impl Read for Faulty {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+    /// Reads, unless this end hears nothing any more.
+    fn hear(&mut self, mut read: impl FnMut(&mut Connection) -> io::Result<usize>) -> io::Result<usize> {
         loop {
-            let length = self.inner.read(buffer)?;
+            let length = read(&mut self.inner)?;
             if length > 0 && self.struck() && matches!(self.plan.fault, Fault::Deafen) {
                 continue;
             }
             return Ok(length);
         }
     }
-}
 
-impl Write for Faulty {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+    /// A message, with what goes along.
+    fn message(&mut self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
         let index = self.plan.written.fetch_add(1, Ordering::SeqCst);
         let struck = index == self.plan.at;
         if struck {
@@ -161,18 +163,18 @@ impl Write for Faulty {
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             Fault::CutMiddle if struck => {
-                self.write_whole(bytes.get(..bytes.len() / 2).unwrap_or_default())?;
+                self.write_whole(bytes.get(..bytes.len() / 2).unwrap_or_default(), descriptors)?;
                 self.cut();
                 return Err(io::ErrorKind::BrokenPipe.into());
             }
             Fault::CutAfter if struck => {
-                self.write_whole(bytes)?;
+                self.write_whole(bytes, descriptors)?;
                 self.cut();
                 return Ok(bytes.len());
             }
             Fault::KillBefore if struck => std::panic::resume_unwind(Box::new("killed")),
             Fault::KillAfter if struck => {
-                self.write_whole(bytes)?;
+                self.write_whole(bytes, descriptors)?;
                 std::panic::resume_unwind(Box::new("killed"));
             }
             Fault::Swallow if index >= self.plan.at => return Ok(bytes.len()),
@@ -183,8 +185,20 @@ impl Write for Faulty {
             }
             _ => {}
         }
-        self.write_whole(bytes)?;
+        self.write_whole(bytes, descriptors)?;
         Ok(bytes.len())
+    }
+}
+
+impl Read for Faulty {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.hear(|inner| inner.read(buffer))
+    }
+}
+
+impl Write for Faulty {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_with(bytes, &[])
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -204,6 +218,15 @@ impl Link for Faulty {
     }
     fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         self.inner.shutdown(how)
+    }
+    fn passes_descriptors(&self) -> bool {
+        self.inner.passes_descriptors()
+    }
+    fn write_with(&mut self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
+        self.message(bytes, descriptors)
+    }
+    fn read_with(&mut self, buffer: &mut [u8], received: &mut Received) -> io::Result<usize> {
+        self.hear(|inner| inner.read_with(buffer, received))
     }
 }
 

@@ -9,14 +9,18 @@
 //! from its first instant, and its file goes away with the [`Listener`]; a socket file of a dead process is replaced,
 //! one of a living process never.
 //!
+//! Over a Unix socket descriptors can go along with bytes ([`Connection::write_with`], [`Connection::read_with`]); whoever reads does so
+//! with a bound, or gets none.
+//!
 //! [`Connection::pair`] gives both ends of a link inside one process, and [`faulty`] damages a link at a chosen
 //! message, for tests of the layers above.
 //!
-//! Absent: TLS, descriptor passing, several channels, zero-copy sends. A file is only named here: reading and writing
+//! Absent: TLS, several channels, zero-copy sends. A file is only named here: reading and writing
 //! it is the engine's business.
 #![forbid(unsafe_code)]
 
 mod connection;
+mod descriptors;
 mod error;
 pub mod faulty;
 mod listener;
@@ -24,6 +28,7 @@ mod private_socket;
 mod uri;
 
 pub use connection::{Connection, Link};
+pub use descriptors::{DESCRIPTORS_MAX, Received};
 pub use error::Error;
 pub use listener::Listener;
 pub use private_socket::PrivateSocket;
