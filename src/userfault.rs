@@ -84,13 +84,20 @@ struct ZeroPage {
     zeroed_bytes: i64,
 }
 
-ioctl_io_nr!(USERFAULTFD_IOC_NEW, UFFDIO, 0x00);
-ioctl_iowr_nr!(UFFDIO_API, UFFDIO, 0x3f, Api);
-ioctl_iowr_nr!(UFFDIO_REGISTER, UFFDIO, 0x00, Register);
-ioctl_ior_nr!(UFFDIO_UNREGISTER, UFFDIO, 0x01, Range);
-ioctl_ior_nr!(UFFDIO_WAKE, UFFDIO, 0x02, Range);
-ioctl_iowr_nr!(UFFDIO_COPY, UFFDIO, 0x03, Copy);
-ioctl_iowr_nr!(UFFDIO_ZEROPAGE, UFFDIO, 0x04, ZeroPage);
+/// The numbers of the calls.
+#[allow(missing_docs, reason = "the macro makes functions without")]
+mod calls {
+    use super::*;
+
+    ioctl_io_nr!(USERFAULTFD_IOC_NEW, UFFDIO, 0x00);
+    ioctl_iowr_nr!(UFFDIO_API, UFFDIO, 0x3f, Api);
+    ioctl_iowr_nr!(UFFDIO_REGISTER, UFFDIO, 0x00, Register);
+    ioctl_ior_nr!(UFFDIO_UNREGISTER, UFFDIO, 0x01, Range);
+    ioctl_ior_nr!(UFFDIO_WAKE, UFFDIO, 0x02, Range);
+    ioctl_iowr_nr!(UFFDIO_COPY, UFFDIO, 0x03, Copy);
+    ioctl_iowr_nr!(UFFDIO_ZEROPAGE, UFFDIO, 0x04, ZeroPage);
+}
+use calls::*;
 
 /// Why missing pages cannot be brought.
 #[derive(Debug, thiserror::Error)]
@@ -412,7 +419,7 @@ mod tests {
             assert_eq!(one.join().unwrap(), 0x0101_0101);
         });
         assert_eq!([4, 6].map(|page| word(low, page * PAGE)), [0x0101_0101; 2], "they came with it");
-        assert_eq!(low.populated_ranges().unwrap(), [4 * PAGE..7 * PAGE]);
+        assert_eq!(low.populated_ranges().unwrap(), std::slice::from_ref(&(4 * PAGE..7 * PAGE)));
         assert_eq!(low.mapping.bitmap().get_and_reset(), [0; 4], "nobody has written");
     }
 
