@@ -350,14 +350,15 @@ impl Vmm {
     /// machine back; a disk that does not finish its commands is waited for, with the guest stopped. Returns why the machine
     /// has ended, if it has.
     fn serve_guest_event(self: &Arc<Self>) -> anyhow::Result<Option<ShutdownCause>> {
-        if self.migrations.cancel() {
-            return Ok(None);
-        }
-        // It stays noted until it is served: no migration begins with a machine that is to go.
+        // It stays noted until it is served: no migration begins with a machine that is to go. Without one a migration that has begun
+        // since the last ended is nobody's to cancel.
         let asks_for_reset = match &*lock(&self.pending) {
             None => return Ok(None),
             Some(event) => matches!(event, GuestEvent::Reset),
         };
+        if self.migrations.cancel() {
+            return Ok(None);
+        }
         if let Some(GuestEvent::Failed(error)) =
             lock(&self.pending).take_if(|event| matches!(event, GuestEvent::Failed(_)))
         {

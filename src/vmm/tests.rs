@@ -51,6 +51,22 @@ fn no_migration_begins_with_a_machine_that_is_to_be_replaced() {
     assert_eq!(vmm.run_state(), RunState::Running);
 }
 
+/// What the end of a migration asks for is looked at later, when the next may have begun.
+#[test]
+fn the_end_of_a_migration_does_not_cancel_the_next() {
+    let (vmm, requests) = running();
+    let client = vmm.operations();
+    let folder = tempfile::tempdir().unwrap();
+    let uri = format!("unix:{}", folder.path().join("silent").display());
+    let silent = transport::Listener::bind(&uri.parse().unwrap()).unwrap();
+    client.migrate(&uri).unwrap();
+    assert!(vmm.serve_guest_event().unwrap().is_none());
+    drop(silent);
+    assert!(matches!(requests.recv(), Ok(Request::MigrationEnded)));
+    assert_eq!(client.migration().unwrap().status, crate::control::MigrationStatus::Failed);
+    assert_eq!(vmm.run_state(), RunState::Running);
+}
+
 #[test]
 fn a_device_that_cannot_move_is_told_of_before_a_migration_and_refuses_it() {
     let namespace = |nsid| format!("controller=a,nsid={nsid},backend=null,size=4096");
