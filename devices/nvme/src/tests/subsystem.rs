@@ -1,6 +1,6 @@
 //! Several controllers of one subsystem, each with a host that does not know of the others.
 
-use std::sync::{Arc, Barrier};
+use std::sync::Arc;
 use std::time::Instant;
 
 use nvme_spec::event::Event;
@@ -252,46 +252,41 @@ fn access_moves_with_its_controller() {
     assert!(error.contains("shared: true there, false here"), "{error}");
 }
 
-/// Workers that have to be clear of a claimed range before it is granted.
+/// Whether who claims a range waits for `worker`, and for nobody else.
 fn is_waited_for(subsystem: &Subsystem, worker: (u16, usize)) -> bool {
     let claimer = (100, 0);
     subsystem.exclusion.claim(claimer, ByteRange { nsid: 1, first: 0, end: 1 });
-    let granted = subsystem.exclusion.is_granted(claimer);
+    let before = subsystem.exclusion.is_granted(claimer);
     subsystem.exclusion.look(worker, &mut View::default(), |_| true);
-    let granted_then = subsystem.exclusion.is_granted(claimer);
+    let after = subsystem.exclusion.is_granted(claimer);
     subsystem.exclusion.release(claimer);
-    !granted && granted_then
+    !before && after
 }
 
 #[test]
 fn a_controller_that_goes_takes_nothing_of_its_successor_along() {
-    let subsystem = Subsystem::new("SHARED", &namespaces(), true).unwrap();
     let worker = (0, 0);
-    // One after the other, and at the same time: whoever is first, the successor is here afterwards.
-    for round in 0..200 {
-        let predecessor = Guest::member(&subsystem, 0, config(0)).controller;
+    let comes = move |subsystem: &Subsystem| {
         let host: Arc<dyn Host> = Arc::new(Process::default());
-        let comes = || {
-            subsystem.join(worker.0, Arc::clone(&host)).unwrap();
-            subsystem.exclusion.join(worker, Arc::clone(&host));
-        };
-        if round == 0 {
-            comes();
-            subsystem.exclusion.leave((0, 1));
-            drop(predecessor);
-        } else {
-            let together = Barrier::new(2);
-            std::thread::scope(|scope| {
-                scope.spawn(|| {
-                    together.wait();
-                    drop(predecessor);
-                });
-                together.wait();
-                comes();
-            });
-            subsystem.exclusion.leave((0, 1));
-        }
-        assert_eq!(subsystem.controllers(), [0], "round {round}");
-        assert!(is_waited_for(&subsystem, worker), "round {round}");
-    }
+        subsystem.join(worker.0, Arc::clone(&host)).unwrap();
+        subsystem.exclusion.join(worker, host);
+    };
+    // It is here already.
+    let subsystem = Subsystem::new("SHARED", &namespaces(), true).unwrap();
+    let predecessor = Guest::member(&subsystem, 0, config(0)).controller;
+    comes(&subsystem);
+    subsystem.exclusion.leave((0, 1));
+    drop(predecessor);
+    assert_eq!(subsystem.controllers(), [0]);
+    assert!(is_waited_for(&subsystem, worker));
+    // It comes as soon as it can: another controller is told then that the predecessor has gone.
+    let other = Arc::new(Process::default());
+    subsystem.join(7, Arc::clone(&other) as _).unwrap();
+    let predecessor = Guest::member(&subsystem, 0, config(0)).controller;
+    let successor = Arc::clone(&subsystem);
+    *other.at_wake.lock().unwrap() = Some((0, Box::new(move || comes(&successor))));
+    drop(predecessor);
+    assert!(other.at_wake.lock().unwrap().is_none());
+    assert_eq!(subsystem.controllers(), [0, 7]);
+    assert!(is_waited_for(&subsystem, worker));
 }
