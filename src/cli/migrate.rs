@@ -1,7 +1,7 @@
 //! `ferry migrate`: asks a machine to move, and shows how it goes.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -28,6 +28,7 @@ const LINE_INTERVAL: Duration = Duration::from_secs(1);
 Examples:
   ferry migrate --api vm.sock unix:/run/move.sock
   ferry migrate --api vm.sock --downtime-limit 20 --max-bandwidth 200M tcp:127.0.0.1:4444
+  ferry migrate --api vm.sock --tls-dir /etc/ferry tcp:node2.example:4444
   ferry migrate --api vm.sock file:suspended.ferry,layout=stream")]
 pub struct MigrateArguments {
     /// Control socket of the machine (its --api).
@@ -40,6 +41,14 @@ pub struct MigrateArguments {
     /// limit].
     #[arg(long, value_name = "SIZE", value_parser = config::parse_size)]
     pub max_bandwidth: Option<u64>,
+    /// Go by TLS 1.3, with ca.pem, cert.pem and key.pem of this folder, which the machine's process reads: the destination is
+    /// believed if its certificate is signed by an authority of ca.pem and valid for the HOST of the address (for localhost with
+    /// unix:PATH), and has to believe ours.
+    #[arg(long, value_name = "DIR", conflicts_with = "insecure")]
+    pub tls_dir: Option<PathBuf>,
+    /// Go to another host without TLS: whoever is on the network can read and change the guest.
+    #[arg(long)]
+    pub insecure: bool,
     /// Print the report in JSON.
     #[arg(long)]
     pub json: bool,
@@ -60,6 +69,8 @@ impl MigrateArguments {
             uri: uri.clone(),
             downtime_limit: self.downtime_limit,
             max_bandwidth: self.max_bandwidth,
+            tls_dir: self.tls_dir.as_deref().map(whole).transpose()?,
+            insecure: self.insecure,
         };
         let mut display = Display::new();
         let finished = client.migrate(&request, &*cancelled_by_interrupt()?, |info| display.show(info));
@@ -94,8 +105,11 @@ fn cancelled_by_interrupt() -> anyhow::Result<Arc<AtomicBool>> {
 }
 
 /// The machine may have another working directory.
+fn whole(path: &Path) -> anyhow::Result<PathBuf> {
+    std::path::absolute(path).with_context(|| format!("{}", path.display()))
+}
+
 fn absolute(uri: &Uri) -> anyhow::Result<Uri> {
-    let whole = |path: &PathBuf| std::path::absolute(path).with_context(|| format!("{}", path.display()));
     Ok(match uri {
         Uri::Unix(path) => Uri::Unix(whole(path)?),
         Uri::File { path, layout } => Uri::File { path: whole(path)?, layout: *layout },

@@ -20,6 +20,10 @@ Examples:
       --incoming unix:/run/move.sock       # then, elsewhere:
   ferry migrate --api vm.sock unix:/run/move.sock
 
+  # From another host; each side proves with its files in /etc/ferry who it is (ca.pem, cert.pem, key.pem):
+  ferry run --memory 512M --api new.sock --incoming tcp:0.0.0.0:4444 --tls-dir /etc/ferry
+  ferry migrate --api vm.sock --tls-dir /etc/ferry tcp:node2.example:4444       # there
+
   # A guest that may create namespaces (nvme create-ns) of 10G in all; what it did is there again after a power cycle:
   ferry run --kernel vmlinux --nvme serial=c0,subsystem=/var/lib/c0,capacity=10G
 
@@ -97,6 +101,14 @@ pub struct RunArguments {
     /// Wait for a guest to arrive: unix:PATH, tcp:HOST:PORT, or file:PATH to restore a suspended one.
     #[arg(long, value_name = "URI")]
     pub incoming: Option<transport::Uri>,
+    /// Wait by TLS 1.3, with ca.pem, cert.pem and key.pem of this folder: a guest comes only from who has a certificate that an
+    /// authority of ca.pem has signed. cert.pem has to be valid for the host (name or address) by which the source finds this one,
+    /// and for localhost with unix:PATH.
+    #[arg(long, value_name = "DIR", requires = "incoming", conflicts_with = "insecure")]
+    pub tls_dir: Option<PathBuf>,
+    /// Wait for a guest from another host without TLS: whoever is on the network can read and change it, or send one.
+    #[arg(long, requires = "incoming")]
+    pub insecure: bool,
     /// Start the guest anew though it lies suspended in a file, which can then not be restored any more.
     #[arg(long, conflicts_with = "incoming")]
     pub discard_suspended: bool,

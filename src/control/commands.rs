@@ -1,11 +1,13 @@
 //! The commands: each takes its arguments apart, asks the machine, and puts the answer into QEMU's shape.
 
+use std::path::PathBuf;
+
 use engine::Word;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::event::EventBus;
-use super::operations::{MigrationInfo, MigrationParameters, Operations, RunState};
+use super::operations::{MigrationInfo, MigrationParameters, MigrationTarget, Operations, RunState};
 use super::protocol::{Arguments, QmpError, version};
 use super::{access, namespaces};
 
@@ -115,8 +117,11 @@ fn migrate(context: &Context, mut arguments: Arguments) -> Result<Value, QmpErro
     if arguments.optional_bool("resume")? == Some(true) {
         return Err(QmpError::generic("Parameter 'resume': there is no postcopy migration to resume"));
     }
+    // QEMU has objects for credentials, made before; here they are a folder, read each time.
+    let tls_dir = arguments.optional_string("x-ferry-tls-dir")?.map(PathBuf::from);
+    let insecure = arguments.optional_bool("x-ferry-insecure")?.unwrap_or(false);
     arguments.finish()?;
-    context.operations.migrate(&uri)?;
+    context.operations.migrate(&MigrationTarget { uri, tls_dir, insecure })?;
     nothing()
 }
 

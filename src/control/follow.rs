@@ -1,5 +1,6 @@
 //! A migration from a client's side: begin it, watch it, know how it ended.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use super::{Client, Error, FerryMigration, FerryStatus, MigrationInfo, Migration
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What to migrate where. Limits that are `None` stay as they are.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct MigrateRequest {
     /// The destination.
     pub uri: String,
@@ -20,6 +21,10 @@ pub struct MigrateRequest {
     pub downtime_limit: Option<u64>,
     /// Bytes a second; 0: no limit.
     pub max_bandwidth: Option<u64>,
+    /// The folder with the machine's credentials, as it is seen by its process.
+    pub tls_dir: Option<PathBuf>,
+    /// Whether the link may lead to another host without TLS.
+    pub insecure: bool,
 }
 
 /// How a migration ended.
@@ -54,7 +59,10 @@ impl Client {
         if !limits.is_empty() {
             self.execute("migrate-set-parameters", limits.into())?;
         }
-        self.execute("migrate", json!({ "uri": request.uri }))?;
+        let mut target = serde_json::Map::from_iter([("uri".to_owned(), json!(request.uri))]);
+        target.extend(request.tls_dir.as_ref().map(|folder| ("x-ferry-tls-dir".to_owned(), json!(folder))));
+        target.extend(request.insecure.then(|| ("x-ferry-insecure".to_owned(), json!(true))));
+        self.execute("migrate", target.into())?;
 
         let mut asked_to_cancel = false;
         self.follow(|client, seen| {

@@ -43,8 +43,8 @@ pub use event::{Event, EventBus, NamespaceChange, ShutdownCause};
 pub use follow::{Finished, MigrateRequest};
 pub use operations::{
     AccessScope, AccessState, FerryAccess, FerryDisk, FerryDowntime, FerryLease, FerryMember, FerryMigration,
-    FerryOwnership, FerryStatus, MigrationInfo, MigrationParameters, MigrationStatus, Operations, RamStats,
-    Refusal, RunState,
+    FerryOwnership, FerryStatus, MigrationInfo, MigrationParameters, MigrationStatus, MigrationTarget,
+    Operations, RamStats, Refusal, RunState,
 };
 pub use server::Server;
 

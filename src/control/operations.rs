@@ -3,6 +3,8 @@
 //! The names and units in JSON are those of QEMU's QAPI schema (`run-state.json`, `migration.json`); types whose names
 //! start with `Ferry`, and what they hold, are this project's own and only seen through `x-ferry-status`.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::config::NamespaceOption;
@@ -27,7 +29,7 @@ pub trait Operations: Send + Sync {
     fn quit(&self);
 
     /// Begins a migration; returns once it has begun. Its progress is seen through [`Operations::migration`] and events.
-    fn migrate(&self, uri: &str) -> Result<(), Refusal>;
+    fn migrate(&self, target: &MigrationTarget) -> Result<(), Refusal>;
 
     /// Asks a migration to end with the guest running here. Nothing happens without a migration, or after COMMIT.
     fn migrate_cancel(&self) -> Result<(), Refusal>;
@@ -62,6 +64,23 @@ pub trait Operations: Send + Sync {
 
     /// Sets how a controller gives access to a group of namespaces, which its guest is told; returns the group.
     fn set_access(&self, controller: &str, scope: AccessScope, state: AccessState) -> Result<u32, Refusal>;
+}
+
+/// Where a guest is to go, as a client says it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MigrationTarget {
+    /// The address.
+    pub uri: String,
+    /// The folder with this end's credentials, for TLS.
+    pub tls_dir: Option<PathBuf>,
+    /// The link may lead to another host without TLS.
+    pub insecure: bool,
+}
+
+impl From<&str> for MigrationTarget {
+    fn from(uri: &str) -> Self {
+        Self { uri: uri.to_owned(), ..Self::default() }
+    }
 }
 
 /// Which namespaces a change of access is about.

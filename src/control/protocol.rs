@@ -119,6 +119,11 @@ impl Arguments {
         }
     }
 
+    /// A string that may be there.
+    pub fn optional_string(&mut self, name: &str) -> Result<Option<String>, QmpError> {
+        if self.0.contains_key(name) { self.string(name).map(Some) } else { Ok(None) }
+    }
+
     /// A flag that may be there.
     pub fn optional_bool(&mut self, name: &str) -> Result<Option<bool>, QmpError> {
         match self.0.remove(name) {

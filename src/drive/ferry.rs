@@ -137,11 +137,8 @@ impl Ferry {
         destination: &mut Self,
         progress: impl FnMut(&MigrationInfo),
     ) -> anyhow::Result<Finished> {
-        let request = MigrateRequest {
-            uri: destination.listens_at()?.to_owned(),
-            downtime_limit: None,
-            max_bandwidth: None,
-        };
+        let request =
+            MigrateRequest { uri: destination.listens_at()?.to_owned(), ..MigrateRequest::default() };
         let finished = self
             .try_migrate(&request, progress)
             .map_err(|error| destination.blame("the destination was", &error))?;

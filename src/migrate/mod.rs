@@ -19,9 +19,9 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
 use engine::{Context, Destination, Outcome, Parameters, Patience, RamBlock, Statistics, Status, Word};
-use transport::{Listener, Uri};
+use transport::{Endpoint, Listener, Security, Uri};
 
-use crate::control::{Event, MigrationParameters, MigrationStatus};
+use crate::control::{Event, MigrationParameters, MigrationStatus, MigrationTarget};
 use crate::kvm::GuestTime;
 use crate::machine::Action;
 use crate::memory::GuestRam;
@@ -106,12 +106,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Migrations {
-    /// Begins to move the guest to `uri`; returns when the migration thread runs.
+    /// Begins to move the guest to `target`; returns when the migration thread runs.
     ///
     /// # Errors
-    /// The address is none, the guest is not here, or a migration runs already.
-    pub fn start(&self, vmm: &Arc<Vmm>, uri: &str) -> anyhow::Result<()> {
-        let uri = Uri::from_str(uri)?;
+    /// The address is none, its credentials cannot be used, the guest is not here, or a migration runs already.
+    pub fn start(&self, vmm: &Arc<Vmm>, target: &MigrationTarget) -> anyhow::Result<()> {
+        let uri = Uri::from_str(&target.uri)?;
+        let security = Security::chosen(target.tls_dir.as_deref(), target.insecure)?;
+        let endpoint = Endpoint { uri, security };
         let mut current = lock(&self.current);
         loop {
             ensure!(!self.closed.load(Ordering::SeqCst), "cannot migrate: the process is ending");
@@ -147,12 +149,12 @@ impl Migrations {
         let in_flight_at_stop = Arc::new(AtomicU32::new(0));
         let mut source = Source::new(vmm, machine, Arc::clone(&in_flight_at_stop));
         let statistics = statistics(vmm);
-        let peer = uri.to_string();
+        let peer = endpoint.uri.to_string();
         let ended = Arc::new(Waiting::default());
         let thread = std::thread::Builder::new().name("migration".to_owned()).spawn({
             let (vmm, statistics, ended) = (Arc::clone(vmm), Arc::clone(&statistics), Arc::clone(&ended));
             move || {
-                vmm.migrations.send(&vmm, &mut source, &uri, &statistics);
+                vmm.migrations.send(&vmm, &mut source, &endpoint, &statistics);
                 drop(source);
                 ended.end();
                 vmm.request(Request::MigrationEnded);
@@ -164,13 +166,13 @@ impl Migrations {
     }
 
     /// The migration thread of a source.
-    fn send(&self, vmm: &Vmm, source: &mut Source, uri: &Uri, statistics: &Statistics) {
+    fn send(&self, vmm: &Vmm, source: &mut Source, endpoint: &Endpoint, statistics: &Statistics) {
         let mut lease = vmm.take_lease();
         let patience = Patience::default();
         let mut context =
             Context { lease: lease.as_mut(), parameters: &self.parameters, statistics, patience };
-        let mut dial = || Ok(uri.connect(patience.connect)?);
-        let mut outcome = match uri {
+        let mut dial = || Ok(endpoint.connect(patience.connect)?);
+        let mut outcome = match &endpoint.uri {
             Uri::File { path, .. } => engine::suspend_to_file(source, path, &mut context),
             Uri::Unix(_) | Uri::Tcp { .. } => engine::migrate(source, &mut dial, &mut context),
         };
@@ -183,14 +185,15 @@ impl Migrations {
         vmm.return_lease(lease);
     }
 
-    /// Begins to wait for a guest from `uri`.
+    /// Begins to wait for a guest from `endpoint`.
     ///
     /// # Errors
     /// Nobody can listen there.
-    pub fn expect(&self, vmm: &Arc<Vmm>, uri: &Uri) -> anyhow::Result<()> {
+    pub fn expect(&self, vmm: &Arc<Vmm>, endpoint: &Endpoint) -> anyhow::Result<()> {
+        let uri = &endpoint.uri;
         let listener = match uri {
             Uri::File { .. } => None,
-            Uri::Unix(_) | Uri::Tcp { .. } => Some(Listener::bind(uri)?),
+            Uri::Unix(_) | Uri::Tcp { .. } => Some(Listener::bind_endpoint(endpoint)?),
         };
         let statistics = statistics(vmm);
         let peer = listener.as_ref().map_or(uri, Listener::uri).to_string();

@@ -24,6 +24,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use engine::lease::Lease;
+use transport::{Endpoint, Security};
 
 use crate::cli::RunArguments;
 use crate::config::MachineSpec;
@@ -102,7 +103,8 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
         None => vmm.boot_first(arguments.discard_suspended)?,
         Some(uri) => {
             vmm.return_lease(ownership::open_existing_lease(&vmm.spec)?);
-            vmm.migrations.expect(&vmm, uri)?;
+            let security = Security::chosen(arguments.tls_dir.as_deref(), arguments.insecure)?;
+            vmm.migrations.expect(&vmm, &Endpoint { uri: uri.clone(), security })?;
         }
     }
     let result = vmm.serve(&requests);

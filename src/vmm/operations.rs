@@ -8,7 +8,7 @@ use super::{Request, Vmm, ownership};
 use crate::config::NamespaceOption;
 use crate::control::{
     AccessScope, AccessState, Event, FerryLease, FerryOwnership, FerryStatus, MigrationInfo,
-    MigrationParameters, NamespaceChange, Operations, Refusal, RunState as QmpRunState,
+    MigrationParameters, MigrationTarget, NamespaceChange, Operations, Refusal, RunState as QmpRunState,
 };
 use crate::machine::{Action, Machine, RunState};
 
@@ -110,8 +110,8 @@ impl Operations for Control {
         self.0.request(Request::Quit);
     }
 
-    fn migrate(&self, uri: &str) -> Result<(), Refusal> {
-        self.0.migrations.start(&self.0, uri).map_err(|error| refusal(&error))
+    fn migrate(&self, target: &MigrationTarget) -> Result<(), Refusal> {
+        self.0.migrations.start(&self.0, target).map_err(|error| refusal(&error))
     }
 
     fn migrate_cancel(&self) -> Result<(), Refusal> {

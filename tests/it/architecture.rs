@@ -8,7 +8,7 @@ use std::process::Command;
 use serde_json::Value;
 
 /// For every crate of the workspace, the crates of ours that it may depend on.
-const MAY_KNOW: [(&str, &[&str]); 16] = [
+const MAY_KNOW: [(&str, &[&str]); 17] = [
     ("nvme-spec", &[]),
     ("vmstate-derive", &[]),
     ("vmstate", &["vmstate-derive"]),
@@ -22,6 +22,7 @@ const MAY_KNOW: [(&str, &[&str]); 16] = [
     ("transport", &[]),
     ("engine", &["stream", "transport", "vmstate"]),
     ("exerciser", &["nvme-spec"]),
+    ("certificates", &[]),
     (
         "ferry",
         &[
@@ -52,6 +53,7 @@ const MAY_KNOW: [(&str, &[&str]); 16] = [
             "nvme-spec",
             "pci",
             "stream",
+            "transport",
             "virtio",
             "vmstate",
         ],

@@ -5,7 +5,7 @@
 
 use exerciser::report::Counters;
 use ferry::control::FerryOwnership;
-use serde_json::json;
+use serde_json::{Value, json};
 use support::Vm;
 
 /// Verified reads that a migration test needs on either side.
@@ -31,10 +31,15 @@ pub fn sends(source: &mut Vm, uri: &str, since: &Counters) -> Counters {
 /// Sends the guest of `source` to `uri` and returns when two rounds have had pages to send that it dirtied during the round before,
 /// for which a link of `bytes_per_second` gives it time.
 pub fn two_rounds(source: &mut Vm, uri: &str, bytes_per_second: u64) {
+    two_rounds_with(source, json!({ "uri": uri }), bytes_per_second);
+}
+
+/// The same with the arguments of `migrate`.
+pub fn two_rounds_with(source: &mut Vm, target: Value, bytes_per_second: u64) {
     // No downtime is short enough. A third round begins only if the second left it something.
     source
         .execute("migrate-set-parameters", json!({ "downtime-limit": 0, "max-bandwidth": bytes_per_second }));
-    source.migrate(uri);
+    source.migrate_with(target);
     let info = source.wait_for_migration("two rounds of dirty pages", |info| {
         info.status.is_final() || info.ram.as_ref().is_some_and(|ram| ram.dirty_sync_count >= 3)
     });

@@ -21,6 +21,7 @@ mod multipath;
 mod protected;
 mod qmp;
 mod refused;
+mod secure;
 mod signals;
 mod suspend;
 mod tools;

@@ -123,6 +123,14 @@ impl Error {
         move |source| Self::Machine { doing, source }
     }
 
+    /// A link that failed. One that was not secure comes out again.
+    pub(crate) fn lost(doing: &'static str, source: io::Error) -> Self {
+        match source.downcast::<transport::Error>() {
+            Ok(error) => Self::Transport(error),
+            Err(source) => Self::Lost { doing, source },
+        }
+    }
+
     /// A failure of the stream; one of the link or of the user below it comes out again.
     pub(crate) fn stream(doing: &'static str) -> impl Fn(stream::Error) -> Self {
         move |error| match error {

@@ -27,9 +27,10 @@
 //! there on the source runs again only if the lease says that it may (or, without a lease, the destination swore never
 //! to, or the operator says so), and the destination runs only if the lease offered it exactly this session and generation. Every step has a
 //! deadline. What the peer or a file says is believed only after it was checked, and costs no more memory than its stated
-//! maximum. Both sides report the same cause.
+//! maximum. Both sides report the same cause. Who may be a peer at all is decided below (crate `transport`): with TLS no
+//! message is read or written before both ends have proven who they are, on this link and on every later one.
 //!
-//! Absent: postcopy, several channels, compression, TLS, storage migration, handover of descriptors. The hello has room for
+//! Absent: postcopy, several channels, compression, storage migration, handover of descriptors. The hello has room for
 //! them.
 #![forbid(unsafe_code)]
 

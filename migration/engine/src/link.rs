@@ -18,6 +18,9 @@ const PIECE_BYTES: usize = 256 << 10;
 /// Flag of a hello's frame: the hello goes on in the next frame. No other message is longer than a frame may be.
 const MORE: u16 = 1;
 
+/// What a record of TLS begins with (RFC 8446, 5.1), and no preamble of ours.
+const TLS_RECORDS: std::ops::RangeInclusive<u8> = 20..=24;
+
 /// How often a waiting read or write looks at its deadline and at the user's wish.
 const SLICE: Duration = Duration::from_millis(20);
 
@@ -74,9 +77,15 @@ impl Link {
     /// Says who we are, and hears that the other side speaks our language.
     pub fn greet(&mut self, step: Step<'_>) -> Result<(), Error> {
         self.write(&frame::encode_preamble(), step)?;
-        let mut theirs = [0; HEADER_BYTES];
-        self.read(&mut theirs, step, Instant::now(), true)?;
+        let (mut theirs, since) = ([0; HEADER_BYTES], Instant::now());
         let wrong = |reason| Err(Error::Protocol { doing: step.doing, reason });
+        // The first byte alone: who speaks TLS and hears plain words says no more than an alert, which is shorter.
+        let (first, rest) = theirs.split_at_mut(1);
+        self.read(first, step, since, true)?;
+        if first.iter().all(|byte| TLS_RECORDS.contains(byte)) {
+            return wrong("the other side speaks TLS, and this one was given no --tls-dir".to_owned());
+        }
+        self.read(rest, step, since, false)?;
         match frame::decode_preamble(theirs) {
             Ok((frame::MAJOR, _)) => Ok(()),
             Ok((major, _)) => wrong(format!(
@@ -228,7 +237,7 @@ impl Link {
                     }
                 }
                 Err(error) if is_pause(&error) => step.patient(since)?,
-                Err(source) => return Err(Error::Lost { doing: step.doing, source }),
+                Err(source) => return Err(Error::lost(step.doing, source)),
             }
         }
         Ok(())
@@ -262,7 +271,7 @@ impl Link {
                     }
                 }
                 Err(error) if is_pause(&error) => step.patient(since)?,
-                Err(source) => return Err(Error::Lost { doing: step.doing, source }),
+                Err(source) => return Err(Error::lost(step.doing, source)),
             }
         }
         Ok(())

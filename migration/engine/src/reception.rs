@@ -25,9 +25,13 @@ pub(crate) struct Visit {
 }
 
 impl Visit {
-    /// Hears the first words of a peer; nothing if it is none of ours.
-    pub fn of(connection: Connection, patience: Duration) -> Option<Self> {
+    /// Hears the first words of a peer; nothing if it is none of ours, or is not believed to be who it says it is.
+    pub fn of(mut connection: Connection, patience: Duration) -> Option<Self> {
         let peer = connection.peer().to_owned();
+        if let Err(error) = connection.establish(patience) {
+            log::warn!("a peer was turned away: {}", Error::from(error).chain());
+            return None;
+        }
         let step = Step { doing: "hearing who is there", patience, cancel: None, until: None };
         let greeted = Link::new(connection).and_then(|mut link| link.greet(step).map(|()| link));
         match greeted {
@@ -36,7 +40,7 @@ impl Visit {
                 Some(Self { peer, link, said })
             }
             Err(error) => {
-                log::info!("{peer}: {}", error.chain());
+                log::warn!("{peer}: {}", error.chain());
                 None
             }
         }

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use rustix::net::sockopt;
 
-use crate::Error;
 use crate::descriptors::{self, Received};
+use crate::{Error, Identity};
 
 /// Bytes that the kernel may hold in each direction: enough that a sender and a receiver on two CPUs do not wait for
 /// each other at every message. The kernel may grant less.
@@ -66,6 +66,20 @@ pub trait Link: Read + Write + Send {
     fn read_with(&mut self, buffer: &mut [u8], received: &mut Received) -> io::Result<usize> {
         let _none_come = received;
         self.read(buffer)
+    }
+
+    /// Does what comes before the first byte, and gives up after `timeout`. Where there is nothing to prove it is done.
+    ///
+    /// # Errors
+    /// The peer cannot or does not prove who it is, or is not believed.
+    fn establish(&mut self, timeout: Duration) -> Result<(), Error> {
+        let _nothing_waits = timeout;
+        Ok(())
+    }
+
+    /// Who the peer has proven to be, if this kind of stream asks for that.
+    fn identity(&self) -> Option<Identity> {
+        None
     }
 }
 
@@ -141,6 +155,27 @@ impl Connection {
         sockopt::set_socket_send_buffer_size(stream, SOCKET_BUFFER_BYTES)?;
         sockopt::set_socket_recv_buffer_size(stream, SOCKET_BUFFER_BYTES)?;
         Ok(())
+    }
+
+    pub(crate) fn into_parts(self) -> (Box<dyn Link>, String) {
+        (self.link, self.peer)
+    }
+
+    /// Lets both ends prove who they are, where the listener or the endpoint asks for that, and gives up after `timeout`.
+    /// Whoever accepts a connection calls this before the first byte, on a thread that may wait for the peer; one that was
+    /// [connected](crate::Endpoint::connect) is established.
+    ///
+    /// # Errors
+    /// The peer is not believed or does not believe us, or the time is up. It has been told why, and the link is shut down.
+    pub fn establish(&mut self, timeout: Duration) -> Result<(), Error> {
+        self.link.establish(timeout)
+    }
+
+    /// Who the peer has proven to be; nothing without TLS. All connections of one session must come from the same peer: what is
+    /// bound to a session by a secret is compared by this too.
+    #[must_use]
+    pub fn identity(&self) -> Option<Identity> {
+        self.link.identity()
     }
 
     /// The other end, for messages.

@@ -1,6 +1,7 @@
 //! What can go wrong before a link exists.
 
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Why an address was not understood, or no link came about.
@@ -16,7 +17,7 @@ pub enum Error {
     },
     /// TCP to or from another host.
     #[error(
-        "address {text:?} reaches beyond this host (it resolves to {resolved}); that needs TLS, which this build does not have"
+        "address {text:?} reaches beyond this host (it resolves to {resolved}); that needs TLS (--tls-dir), or --insecure to do without"
     )]
     BeyondLoopback {
         /// What the user wrote.
@@ -59,6 +60,22 @@ pub enum Error {
         uri: String,
         /// How long it was tried.
         timeout: Duration,
+    },
+    /// A file of a folder with credentials.
+    #[error("cannot use {path}: {reason}", path = path.display())]
+    Credentials {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The two ends do not trust each other.
+    #[error("no secure connection with {peer}: {reason}")]
+    Tls {
+        /// The other end.
+        peer: String,
+        /// What is wrong, of the other end.
+        reason: String,
     },
     /// A connection that was being set up failed.
     #[error("cannot set up the connection with {peer}")]

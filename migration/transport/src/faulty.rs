@@ -12,7 +12,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::{Connection, Link, Received};
+use crate::{Connection, Error, Identity, Link, Received};
 
 /// What happens to the chosen message. Messages before it pass unharmed.
 #[derive(Debug)]
@@ -227,6 +227,12 @@ impl Link for Faulty {
     }
     fn read_with(&mut self, buffer: &mut [u8], received: &mut Received) -> io::Result<usize> {
         self.hear(|inner| inner.read_with(buffer, received))
+    }
+    fn establish(&mut self, timeout: Duration) -> Result<(), Error> {
+        self.inner.establish(timeout)
+    }
+    fn identity(&self) -> Option<Identity> {
+        self.inner.identity()
     }
 }
 

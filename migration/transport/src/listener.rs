@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::{Connection, Error, PrivateSocket, Uri};
+use crate::{Connection, Endpoint, Error, PrivateSocket, Security, Uri};
 
 #[derive(Debug)]
 enum Socket {
@@ -20,33 +20,44 @@ enum Socket {
 pub struct Listener {
     socket: Socket,
     uri: Uri,
+    security: Security,
 }
 
 impl Listener {
-    /// Listens at `uri`. A socket file that a dead process left behind is replaced.
+    /// Listens at `uri` for peers of this host. A socket file that a dead process left behind is replaced.
     ///
     /// # Errors
     /// A living process listens there, the path is something else than a socket, the address lies beyond this host, or
     /// it is a file.
     pub fn bind(uri: &Uri) -> Result<Self, Error> {
+        Self::bind_endpoint(&Endpoint { uri: uri.clone(), security: Security::ThisHost })
+    }
+
+    /// Listens at an endpoint, for whom its security lets in.
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind); an address beyond this host is one only where nothing protects it.
+    pub fn bind_endpoint(endpoint: &Endpoint) -> Result<Self, Error> {
+        let Endpoint { uri, security } = endpoint;
         let failed = |source| Error::Listen { uri: uri.to_string(), source };
         match uri {
             Uri::Unix(path) => {
                 let socket = PrivateSocket::bind(path)?;
                 socket.set_nonblocking(true).map_err(failed)?;
-                Ok(Self { socket: Socket::Unix(socket), uri: uri.clone() })
+                Ok(Self { socket: Socket::Unix(socket), uri: uri.clone(), security: security.clone() })
             }
             Uri::Tcp { host, .. } => {
+                let addresses = uri.addresses(security.goes_beyond())?;
                 let listener =
-                    TcpListener::bind(uri.loopback_addresses()?.as_slice()).map_err(|source| match source
-                        .kind()
-                    {
+                    TcpListener::bind(addresses.as_slice()).map_err(|source| match source.kind() {
                         io::ErrorKind::AddrInUse => Error::InUse { uri: uri.to_string() },
                         _ => failed(source),
                     })?;
                 listener.set_nonblocking(true).map_err(failed)?;
                 let port = listener.local_addr().map_err(failed)?.port();
-                Ok(Self { socket: Socket::Tcp(listener), uri: Uri::Tcp { host: host.clone(), port } })
+                security.warn(uri);
+                let uri = Uri::Tcp { host: host.clone(), port };
+                Ok(Self { socket: Socket::Tcp(listener), uri, security: security.clone() })
             }
             Uri::File { .. } => Err(uri.not_a_link()),
         }
@@ -58,10 +69,10 @@ impl Listener {
         &self.uri
     }
 
-    /// The next peer, or `None` if none came within `timeout`.
+    /// The next peer, or `None` if none came within `timeout`. It is to be [established](Connection::establish).
     ///
     /// # Errors
-    /// The listening socket is broken. A peer that went away again is not an error of the listener.
+    /// The listening socket is broken, or no descriptor is left. A peer that went away again is not an error of the listener.
     pub fn accept(&self, timeout: Duration) -> Result<Option<Connection>, Error> {
         let failed = |source| Error::Listen { uri: self.uri.to_string(), source };
         let time = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: i32::MAX.into(), tv_nsec: 0 });
@@ -82,7 +93,10 @@ impl Listener {
             }),
         };
         match accepted {
-            Ok(connection) => connection.map(Some),
+            Ok(connection) => match &self.security {
+                Security::ThisHost | Security::Insecure => connection.map(Some),
+                Security::Tls(credentials) => connection?.with_tls(|peer| credentials.server(peer)).map(Some),
+            },
             Err(error) => match error.kind() {
                 io::ErrorKind::WouldBlock
                 | io::ErrorKind::ConnectionAborted
@@ -144,6 +158,26 @@ mod tests {
         assert!(matches!(Listener::bind(listener.uri()), Err(Error::InUse { .. })));
         let beyond = "tcp:0.0.0.0:0".parse().unwrap();
         assert!(matches!(Listener::bind(&beyond), Err(Error::BeyondLoopback { .. })));
+    }
+
+    /// The address of all interfaces is none of loopback, and yet reaches this host.
+    #[test]
+    fn other_hosts_are_heard_and_reached_only_where_the_user_says_so() {
+        let anywhere = |security| Endpoint { uri: "tcp:0.0.0.0:0".parse().unwrap(), security };
+        let refused = Listener::bind_endpoint(&anywhere(Security::ThisHost)).unwrap_err();
+        assert!(
+            refused.to_string().ends_with("needs TLS (--tls-dir), or --insecure to do without"),
+            "{refused}"
+        );
+        let listener = Listener::bind_endpoint(&anywhere(Security::Insecure)).unwrap();
+        let uri = listener.uri().clone();
+        assert!(matches!(uri.connect(SOON), Err(Error::BeyondLoopback { .. })));
+        let mut client = Endpoint { uri, security: Security::Insecure }.connect(SOON).unwrap();
+        client.write_all(b"x").unwrap();
+        let mut server = listener.accept(SOON).unwrap().unwrap();
+        server.establish(SOON).unwrap();
+        server.read_exact(&mut [0; 1]).unwrap();
+        assert_eq!((client.identity(), server.identity()), (None, None));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::private_socket::connect_unix;
-use crate::{Connection, Error};
+use crate::{Connection, Error, LOCAL_NAME};
 
 /// `sun_path` holds 108 bytes, the last of them NUL.
 const UNIX_PATH_MAX_BYTES: usize = 107;
@@ -25,7 +25,7 @@ pub enum Layout {
 pub enum Uri {
     /// A Unix socket.
     Unix(PathBuf),
-    /// TCP to a port of this host; an IPv6 address is written in brackets.
+    /// TCP; an IPv6 address is written in brackets. Another host is reached through an [`Endpoint`](crate::Endpoint) only.
     Tcp {
         /// Name or address, without brackets.
         host: String,
@@ -107,6 +107,11 @@ impl Uri {
     /// # Errors
     /// Nobody listens, the address cannot be resolved or lies beyond this host, or it is a file.
     pub fn connect(&self, timeout: Duration) -> Result<Connection, Error> {
+        self.connect_beyond(false, timeout)
+    }
+
+    /// The same; with `beyond` another host may be meant.
+    pub(crate) fn connect_beyond(&self, beyond: bool, timeout: Duration) -> Result<Connection, Error> {
         let failed = |source| Error::Connect { uri: self.to_string(), source };
         match self {
             Self::Unix(path) => {
@@ -118,7 +123,7 @@ impl Uri {
             }
             Self::Tcp { .. } => {
                 let mut last = None;
-                for address in self.loopback_addresses()? {
+                for address in self.addresses(beyond)? {
                     match TcpStream::connect_timeout(&address, timeout) {
                         Ok(stream) => return Connection::from_tcp(stream, self.to_string()),
                         Err(error) => last = Some(error),
@@ -136,18 +141,31 @@ impl Uri {
         }
     }
 
-    /// What the host name stands for; every address must be on this host.
-    pub(crate) fn loopback_addresses(&self) -> Result<Vec<SocketAddr>, Error> {
+    /// What the host name stands for; every address must be on this host, unless `beyond` says otherwise.
+    pub(crate) fn addresses(&self, beyond: bool) -> Result<Vec<SocketAddr>, Error> {
         let Self::Tcp { host, port } = self else { return Err(self.not_a_link()) };
         let addresses: Vec<_> = (host.as_str(), *port)
             .to_socket_addrs()
             .map_err(|source| Error::Connect { uri: self.to_string(), source })?
             .collect();
         match addresses.iter().find(|address| !address.ip().to_canonical().is_loopback()) {
-            Some(beyond) => {
-                Err(Error::BeyondLoopback { text: self.to_string(), resolved: beyond.ip().to_string() })
+            Some(far) if !beyond => {
+                Err(Error::BeyondLoopback { text: self.to_string(), resolved: far.ip().to_string() })
             }
-            None => Ok(addresses),
+            _ => Ok(addresses),
+        }
+    }
+
+    /// Whether bytes on the way there leave this host.
+    pub(crate) fn leaves_this_host(&self) -> bool {
+        matches!(self.addresses(false), Err(Error::BeyondLoopback { .. }))
+    }
+
+    /// The name that a certificate of the peer has to be valid for.
+    pub(crate) fn host(&self) -> &str {
+        match self {
+            Self::Tcp { host, .. } => host,
+            Self::Unix(_) | Self::File { .. } => LOCAL_NAME,
         }
     }
 
@@ -200,7 +218,7 @@ mod tests {
                 "{text}"
             );
         }
-        assert!("tcp:127.0.0.1:9".parse::<Uri>().unwrap().loopback_addresses().is_ok());
+        assert!("tcp:127.0.0.1:9".parse::<Uri>().unwrap().addresses(false).is_ok());
         let file: Uri = "file:/tmp/x".parse().unwrap();
         assert!(file.connect(Duration::from_secs(1)).unwrap_err().to_string().contains("no link"));
     }

@@ -7,7 +7,12 @@ use std::thread;
 use super::*;
 
 fn request() -> MigrateRequest {
-    MigrateRequest { uri: "unix:/there".to_owned(), downtime_limit: Some(20), max_bandwidth: None }
+    MigrateRequest {
+        uri: "unix:/there".to_owned(),
+        downtime_limit: Some(20),
+        tls_dir: Some("/keys".into()),
+        ..MigrateRequest::default()
+    }
 }
 
 /// Migrates while `scenario` sees each report and changes the machine.
@@ -40,7 +45,7 @@ fn a_migration_is_followed_to_its_end() {
     assert_eq!(finished.info.downtime, Some(9));
     use MigrationStatus::{Active, Completed, Device, Setup as Begun};
     assert_eq!(seen, [Begun, Active, Device, Completed]);
-    assert_eq!(setup.machine.asked(), ["migrate unix:/there"]);
+    assert_eq!(setup.machine.asked(), ["migrate unix:/there with /keys"]);
     // What was not asked for stays.
     assert_eq!(
         setup.machine.migration_parameters(),
@@ -68,7 +73,7 @@ fn cancelling_is_asked_for_once() {
     let cancel = AtomicBool::new(false);
     let finished = migrate(&setup, &cancel, |_| cancel.store(true, Ordering::Relaxed));
     assert_eq!(finished.info.status, MigrationStatus::Cancelled);
-    assert_eq!(setup.machine.asked(), ["migrate unix:/there", "migrate_cancel"]);
+    assert_eq!(setup.machine.asked(), ["migrate unix:/there with /keys", "migrate_cancel"]);
 }
 
 /// Answers each request with the next of `answers`, then goes away.

@@ -83,10 +83,14 @@ impl Operations for Machine {
         self.did("quit", RunState::Shutdown, event).unwrap();
     }
 
-    fn migrate(&self, uri: &str) -> Result<(), Refusal> {
+    fn migrate(&self, target: &MigrationTarget) -> Result<(), Refusal> {
+        let MigrationTarget { uri, tls_dir, insecure } = target;
+        let folder = tls_dir.as_ref().map(|folder| format!(" with {}", folder.display()));
+        let what: String =
+            [uri.as_str(), &*folder.unwrap_or_default(), if *insecure { " insecurely" } else { "" }].concat();
         let status = MigrationStatus::Setup;
         self.set(|state| state.migration = Some(MigrationInfo::new(status)));
-        self.did(&format!("migrate {uri}"), RunState::Running, Event::Migration { status })
+        self.did(&format!("migrate {what}"), RunState::Running, Event::Migration { status })
     }
 
     fn migrate_cancel(&self) -> Result<(), Refusal> {

@@ -85,9 +85,14 @@ impl Vm {
 
     /// Begins to migrate to `uri`.
     pub fn migrate(&mut self, uri: &str) {
+        self.migrate_with(json!({ "uri": uri }));
+    }
+
+    /// Begins to migrate as the arguments of `migrate` say.
+    pub fn migrate_with(&mut self, target: Value) {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         self.execute("migrate-set-capabilities", events);
-        self.execute("migrate", json!({ "uri": uri }));
+        self.execute("migrate", target);
     }
 
     /// Waits until the migration has ended.

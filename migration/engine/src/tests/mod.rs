@@ -6,6 +6,7 @@ mod link;
 mod migrate;
 mod mock;
 mod operator;
+mod secure;
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
