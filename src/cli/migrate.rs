@@ -19,6 +19,9 @@ use crate::control::{Client, Finished, MigrateRequest, MigrationInfo, MigrationS
 /// Exit status after a second Ctrl-C: the shell's for SIGINT.
 const INTERRUPTED: i32 = 130;
 
+/// How the machine calls a socket that it is given.
+const GIVEN: &str = "ferry-migrate";
+
 /// How often a line is written where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -52,7 +55,8 @@ pub struct MigrateArguments {
     /// Print the report in JSON.
     #[arg(long)]
     pub json: bool,
-    /// Where to: unix:PATH, tcp:HOST:PORT, or file:PATH[,layout=stream] to suspend the guest into a new file.
+    /// Where to: unix:PATH, tcp:HOST:PORT, fd:N (a connected socket that this command inherits as descriptor N and gives to the
+    /// machine), or file:PATH[,layout=stream] to suspend the guest into a new file.
     #[arg(value_name = "URI")]
     pub uri: Uri,
 }
@@ -63,10 +67,15 @@ impl MigrateArguments {
     /// # Errors
     /// No machine answers, or it refused, or the guest did not move; the reason is the machine's.
     pub fn execute(&self) -> anyhow::Result<()> {
+        // First: nothing of ours may have its number.
+        let given = self.uri.descriptor_number().map(transport::inherit).transpose()?;
         let uri = absolute(&self.uri)?.to_string();
         let mut client = Client::connect(&self.api)?;
+        if let Some(descriptor) = given {
+            client.give(&descriptor, GIVEN)?;
+        }
         let request = MigrateRequest {
-            uri: uri.clone(),
+            uri: if self.uri.descriptor_number().is_some() { format!("fd:{GIVEN}") } else { uri.clone() },
             downtime_limit: self.downtime_limit,
             max_bandwidth: self.max_bandwidth,
             tls_dir: self.tls_dir.as_deref().map(whole).transpose()?,
@@ -113,7 +122,7 @@ fn absolute(uri: &Uri) -> anyhow::Result<Uri> {
     Ok(match uri {
         Uri::Unix(path) => Uri::Unix(whole(path)?),
         Uri::File { path, layout } => Uri::File { path: whole(path)?, layout: *layout },
-        Uri::Tcp { .. } => uri.clone(),
+        Uri::Tcp { .. } | Uri::Fd(_) => uri.clone(),
     })
 }
 

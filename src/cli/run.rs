@@ -98,7 +98,8 @@ pub struct RunArguments {
     /// The lease record that decides who owns the guest [default: the first writable image's path + .ferry-lease].
     #[arg(long, value_name = "PATH")]
     pub lease: Option<PathBuf>,
-    /// Wait for a guest to arrive: unix:PATH, tcp:HOST:PORT, or file:PATH to restore a suspended one.
+    /// Wait for a guest to arrive: unix:PATH, tcp:HOST:PORT, fd:N (a socket, listening or connected, that this process inherits as
+    /// descriptor N), or file:PATH to restore a suspended one.
     #[arg(long, value_name = "URI")]
     pub incoming: Option<transport::Uri>,
     /// Wait by TLS 1.3, with ca.pem, cert.pem and key.pem of this folder: a guest comes only from who has a certificate that an

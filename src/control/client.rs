@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -65,6 +66,17 @@ impl Client {
                 let description = message["error"]["desc"].as_str().unwrap_or("no reason given").to_owned();
                 return Err(Error::Refused { command: command.to_owned(), description });
             }
+        }
+    }
+
+    /// Gives the machine a descriptor, which it calls `name` for as long as this connection lives.
+    pub fn give(&mut self, descriptor: impl AsFd, name: &str) -> Result<(), Error> {
+        // It travels with a blank, which means nothing, and belongs to the next request.
+        let sent = transport::write_with(self.stream.get_ref(), b" ", &[descriptor.as_fd()]);
+        match sent {
+            Ok(1) => self.execute("getfd", json!({ "fdname": name })).map(drop),
+            Ok(_) => Err(self.lost(io::ErrorKind::WriteZero.into())),
+            Err(error) => Err(self.lost(error)),
         }
     }
 

@@ -6,6 +6,7 @@ use engine::Word;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::descriptors::{self, Descriptors};
 use super::event::EventBus;
 use super::operations::{MigrationInfo, MigrationParameters, MigrationTarget, Operations, RunState};
 use super::protocol::{Arguments, QmpError, version};
@@ -18,12 +19,14 @@ const MAX_DOWNTIME_LIMIT: u64 = 2_000_000;
 pub(super) struct Context<'a> {
     pub operations: &'a dyn Operations,
     pub events: &'a EventBus,
+    /// What this client has given.
+    pub descriptors: Descriptors,
 }
 
 type Command = fn(&Context, Arguments) -> Result<Value, QmpError>;
 
 /// Every command but `qmp_capabilities`, which belongs to the session.
-const COMMANDS: [(&str, Command); 21] = [
+const COMMANDS: [(&str, Command); 23] = [
     ("query-version", query_version),
     ("query-commands", query_commands),
     ("query-status", query_status),
@@ -32,6 +35,8 @@ const COMMANDS: [(&str, Command); 21] = [
     ("system_reset", system_reset),
     ("quit", quit),
     ("migrate", migrate),
+    ("getfd", descriptors::get),
+    ("closefd", descriptors::close),
     ("migrate_cancel", migrate_cancel),
     ("query-migrate", query_migrate),
     ("migrate-set-parameters", set_parameters),
@@ -121,7 +126,8 @@ fn migrate(context: &Context, mut arguments: Arguments) -> Result<Value, QmpErro
     let tls_dir = arguments.optional_string("x-ferry-tls-dir")?.map(PathBuf::from);
     let insecure = arguments.optional_bool("x-ferry-insecure")?.unwrap_or(false);
     arguments.finish()?;
-    context.operations.migrate(&MigrationTarget { uri, tls_dir, insecure })?;
+    let descriptor = uri.strip_prefix("fd:").map(|name| context.descriptors.take(name)).transpose()?;
+    context.operations.migrate(MigrationTarget { uri, tls_dir, insecure, descriptor })?;
     nothing()
 }
 

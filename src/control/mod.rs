@@ -19,12 +19,13 @@
 //! - The socket is its owner's alone (mode 0600 from its first moment) and its file goes away with the server.
 //! - Which command is legal when is decided by the machine behind [`Operations`], not here.
 //!
-//! Absent: out-of-band execution, TCP, descriptors passed with requests, QEMU's extension of JSON by single quotes, and
+//! Absent: out-of-band execution, TCP, QEMU's extension of JSON by single quotes, and
 //! the many commands of QEMU that have no meaning here.
 
 mod access;
 pub mod client;
 mod commands;
+mod descriptors;
 pub mod event;
 mod follow;
 mod framing;

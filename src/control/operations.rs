@@ -3,6 +3,7 @@
 //! The names and units in JSON are those of QEMU's QAPI schema (`run-state.json`, `migration.json`); types whose names
 //! start with `Ferry`, and what they hold, are this project's own and only seen through `x-ferry-status`.
 
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -29,7 +30,7 @@ pub trait Operations: Send + Sync {
     fn quit(&self);
 
     /// Begins a migration; returns once it has begun. Its progress is seen through [`Operations::migration`] and events.
-    fn migrate(&self, target: &MigrationTarget) -> Result<(), Refusal>;
+    fn migrate(&self, target: MigrationTarget) -> Result<(), Refusal>;
 
     /// Asks a migration to end with the guest running here. Nothing happens without a migration, or after COMMIT.
     fn migrate_cancel(&self) -> Result<(), Refusal>;
@@ -67,7 +68,7 @@ pub trait Operations: Send + Sync {
 }
 
 /// Where a guest is to go, as a client says it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct MigrationTarget {
     /// The address.
     pub uri: String,
@@ -75,6 +76,8 @@ pub struct MigrationTarget {
     pub tls_dir: Option<PathBuf>,
     /// The link may lead to another host without TLS.
     pub insecure: bool,
+    /// The socket that the address names, with `fd:`.
+    pub descriptor: Option<OwnedFd>,
 }
 
 impl From<&str> for MigrationTarget {

@@ -12,6 +12,7 @@ use std::time::Duration;
 use transport::PrivateSocket;
 
 use super::commands::Context;
+use super::descriptors::Descriptors;
 use super::event::EventBus;
 use super::operations::Operations;
 use super::{Error, session};
@@ -140,7 +141,8 @@ impl Shared {
                 log::warn!("control: a client is turned away: {error}");
                 return;
             }
-            let context = Context { operations: &*self.operations, events: &self.events };
+            let descriptors = Descriptors::default();
+            let context = Context { operations: &*self.operations, events: &self.events, descriptors };
             if let Err(error) = session::serve(&context, stream, lines) {
                 log::debug!("control: a client left: {error}");
             }

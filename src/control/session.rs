@@ -1,6 +1,6 @@
 //! One client: its handshake, its requests in order, and its queue of lines to write.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
@@ -36,7 +36,7 @@ pub(super) fn serve(
     let mut framer = Framer::default();
     let mut bytes = [0; 4096];
     loop {
-        let read = match (&**stream).read(&mut bytes) {
+        let read = match context.descriptors.read(stream, &mut bytes) {
             Ok(0) => return Ok(()),
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,

@@ -11,6 +11,7 @@ mod destination;
 mod report;
 mod source;
 
+use std::os::fd::OwnedFd;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -110,10 +111,11 @@ impl Migrations {
     ///
     /// # Errors
     /// The address is none, its credentials cannot be used, the guest is not here, or a migration runs already.
-    pub fn start(&self, vmm: &Arc<Vmm>, target: &MigrationTarget) -> anyhow::Result<()> {
+    pub fn start(&self, vmm: &Arc<Vmm>, target: MigrationTarget) -> anyhow::Result<()> {
         let uri = Uri::from_str(&target.uri)?;
         let security = Security::chosen(target.tls_dir.as_deref(), target.insecure)?;
         let endpoint = Endpoint { uri, security };
+        let descriptor = target.descriptor;
         let mut current = lock(&self.current);
         loop {
             ensure!(!self.closed.load(Ordering::SeqCst), "cannot migrate: the process is ending");
@@ -154,7 +156,7 @@ impl Migrations {
         let thread = std::thread::Builder::new().name("migration".to_owned()).spawn({
             let (vmm, statistics, ended) = (Arc::clone(vmm), Arc::clone(&statistics), Arc::clone(&ended));
             move || {
-                vmm.migrations.send(&vmm, &mut source, &endpoint, &statistics);
+                vmm.migrations.send(&vmm, &mut source, &endpoint, descriptor, &statistics);
                 drop(source);
                 ended.end();
                 vmm.request(Request::MigrationEnded);
@@ -166,15 +168,27 @@ impl Migrations {
     }
 
     /// The migration thread of a source.
-    fn send(&self, vmm: &Vmm, source: &mut Source, endpoint: &Endpoint, statistics: &Statistics) {
+    fn send(
+        &self,
+        vmm: &Vmm,
+        source: &mut Source,
+        endpoint: &Endpoint,
+        mut descriptor: Option<OwnedFd>,
+        statistics: &Statistics,
+    ) {
         let mut lease = vmm.take_lease();
         let patience = Patience::default();
         let mut context =
             Context { lease: lease.as_mut(), parameters: &self.parameters, statistics, patience };
-        let mut dial = || Ok(endpoint.connect(patience.connect)?);
+        let mut dial = || {
+            Ok(match descriptor.take() {
+                Some(descriptor) => endpoint.connect_over(descriptor, patience.connect)?,
+                None => endpoint.connect(patience.connect)?,
+            })
+        };
         let mut outcome = match &endpoint.uri {
             Uri::File { path, .. } => engine::suspend_to_file(source, path, &mut context),
-            Uri::Unix(_) | Uri::Tcp { .. } => engine::migrate(source, &mut dial, &mut context),
+            Uri::Unix(_) | Uri::Tcp { .. } | Uri::Fd(_) => engine::migrate(source, &mut dial, &mut context),
         };
         while let Outcome::Unknown(handover) = outcome {
             if self.waiting.pause(SETTLE_INTERVAL) {
@@ -185,15 +199,21 @@ impl Migrations {
         vmm.return_lease(lease);
     }
 
-    /// Begins to wait for a guest from `endpoint`.
+    /// Begins to wait for a guest from `endpoint`, which may be the socket `descriptor`.
     ///
     /// # Errors
     /// Nobody can listen there.
-    pub fn expect(&self, vmm: &Arc<Vmm>, endpoint: &Endpoint) -> anyhow::Result<()> {
+    pub fn expect(
+        &self,
+        vmm: &Arc<Vmm>,
+        endpoint: &Endpoint,
+        descriptor: Option<OwnedFd>,
+    ) -> anyhow::Result<()> {
         let uri = &endpoint.uri;
-        let listener = match uri {
-            Uri::File { .. } => None,
-            Uri::Unix(_) | Uri::Tcp { .. } => Some(Listener::bind_endpoint(endpoint)?),
+        let listener = match (uri, descriptor) {
+            (Uri::File { .. }, _) => None,
+            (_, Some(descriptor)) => Some(Listener::over(descriptor, endpoint)?),
+            (_, None) => Some(Listener::bind_endpoint(endpoint)?),
         };
         let statistics = statistics(vmm);
         let peer = listener.as_ref().map_or(uri, Listener::uri).to_string();

@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use engine::lease::Lease;
-use transport::{Endpoint, Security};
+use transport::{Endpoint, Security, Uri, inherit};
 
 use crate::cli::RunArguments;
 use crate::config::MachineSpec;
@@ -83,6 +83,16 @@ pub struct Vmm {
 /// # Errors
 /// It cannot be built, a vCPU cannot go on, or no guest arrives.
 pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
+    // First: nothing of ours may have its number.
+    let inherited = match &arguments.incoming {
+        Some(uri @ Uri::Fd(name)) => {
+            let number = uri.descriptor_number();
+            Some(inherit(
+                number.with_context(|| format!("--incoming fd:{name}: not the number of a descriptor"))?,
+            )?)
+        }
+        _ => None,
+    };
     if arguments.exit_with_parent {
         signals::end_with_parent()?;
     }
@@ -104,7 +114,7 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
         Some(uri) => {
             vmm.return_lease(ownership::open_existing_lease(&vmm.spec)?);
             let security = Security::chosen(arguments.tls_dir.as_deref(), arguments.insecure)?;
-            vmm.migrations.expect(&vmm, &Endpoint { uri: uri.clone(), security })?;
+            vmm.migrations.expect(&vmm, &Endpoint { uri: uri.clone(), security }, inherited)?;
         }
     }
     let result = vmm.serve(&requests);

@@ -110,7 +110,7 @@ impl Operations for Control {
         self.0.request(Request::Quit);
     }
 
-    fn migrate(&self, target: &MigrationTarget) -> Result<(), Refusal> {
+    fn migrate(&self, target: MigrationTarget) -> Result<(), Refusal> {
         self.0.migrations.start(&self.0, target).map_err(|error| refusal(&error))
     }
 

@@ -33,7 +33,7 @@ fn nothing_makes_a_guest_run_that_was_given_up() {
     vmm.end().unwrap();
     let client = vmm.operations();
     assert!(client.cont().unwrap_err().0.contains("powered off"));
-    assert!(client.migrate(&"unix:/nowhere".into()).unwrap_err().0.contains("the process is ending"));
+    assert!(client.migrate("unix:/nowhere".into()).unwrap_err().0.contains("the process is ending"));
     assert_eq!(vmm.run_state(), RunState::Shutdown);
 }
 
@@ -42,9 +42,9 @@ fn no_migration_begins_with_a_machine_that_is_to_be_replaced() {
     let (vmm, requests) = running();
     let client = vmm.operations();
     *lock(&vmm.pending) = Some(GuestEvent::Reset);
-    assert!(client.migrate(&"unix:/nowhere".into()).unwrap_err().0.contains("the guest is to be reset"));
+    assert!(client.migrate("unix:/nowhere".into()).unwrap_err().0.contains("the guest is to be reset"));
     *lock(&vmm.pending) = None;
-    client.migrate(&"unix:/nowhere".into()).unwrap();
+    client.migrate("unix:/nowhere".into()).unwrap();
     assert!(matches!(requests.recv(), Ok(Request::MigrationEnded)));
     // Said to have ended, it no longer stands in the way of what the guest asks for.
     assert!(!vmm.migrations.cancel());
@@ -82,7 +82,7 @@ fn a_device_that_cannot_move_is_told_of_before_a_migration_and_refuses_it() {
     assert_eq!(client.migration_blockers(), reasons);
     assert_eq!(client.ferry_status().blocked_reasons, reasons);
     for uri in ["unix:/nowhere", "file:/nowhere/at/all"] {
-        let refusal = client.migrate(&uri.into()).unwrap_err().0;
+        let refusal = client.migrate(uri.into()).unwrap_err().0;
         assert_eq!(refusal, format!("this machine cannot move: {}", reasons.join("; ")));
     }
     assert_eq!(client.migration(), None, "nothing has begun");

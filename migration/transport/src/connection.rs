@@ -5,6 +5,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use rustix::net::sockopt;
@@ -120,13 +121,15 @@ impl_link!(UnixStream {
 pub struct Connection {
     link: Box<dyn Link>,
     peer: String,
+    /// Shared by all handles on a link that nobody can make again.
+    only: Option<Arc<()>>,
 }
 
 impl Connection {
     /// A connection over any link.
     #[must_use]
     pub fn new(link: Box<dyn Link>, peer: impl Into<String>) -> Self {
-        Self { link, peer: peer.into() }
+        Self { link, peer: peer.into(), only: None }
     }
 
     pub(crate) fn from_unix(stream: UnixStream, peer: String) -> Result<Self, Error> {
@@ -157,8 +160,18 @@ impl Connection {
         Ok(())
     }
 
-    pub(crate) fn into_parts(self) -> (Box<dyn Link>, String) {
-        (self.link, self.peer)
+    /// The same with another link on top.
+    pub(crate) fn try_map(
+        self,
+        change: impl FnOnce(Box<dyn Link>, &str) -> Result<Box<dyn Link>, Error>,
+    ) -> Result<Self, Error> {
+        let Self { link, peer, only } = self;
+        Ok(Self { link: change(link, &peer)?, peer, only })
+    }
+
+    /// Something that lives as long as a handle on this link does.
+    pub(crate) fn lives(&mut self) -> Weak<()> {
+        Arc::downgrade(self.only.get_or_insert_default())
     }
 
     /// Lets both ends prove who they are, where the listener or the endpoint asks for that, and gives up after `timeout`.
@@ -189,7 +202,7 @@ impl Connection {
     /// # Errors
     /// No descriptor is left.
     pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self { link: self.link.try_clone()?, peer: self.peer.clone() })
+        Ok(Self { link: self.link.try_clone()?, peer: self.peer.clone(), only: self.only.clone() })
     }
 
     /// See [`Link::set_read_timeout`].

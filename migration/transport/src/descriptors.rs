@@ -39,11 +39,10 @@ impl Received {
 }
 
 /// Writes, and `descriptors` go along with the first byte.
-pub(crate) fn write_with(
-    stream: &UnixStream,
-    bytes: &[u8],
-    descriptors: &[BorrowedFd<'_>],
-) -> io::Result<usize> {
+///
+/// # Errors
+/// The socket is broken, takes nothing in time, or takes no descriptors.
+pub fn write_with(stream: &UnixStream, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
     if descriptors.is_empty() {
         return (&*stream).write(bytes);
     }
@@ -56,11 +55,10 @@ pub(crate) fn write_with(
 }
 
 /// Reads, and takes the descriptors that come along. They close with this process's programs (`O_CLOEXEC`).
-pub(crate) fn read_with(
-    stream: &UnixStream,
-    buffer: &mut [u8],
-    received: &mut Received,
-) -> io::Result<usize> {
+///
+/// # Errors
+/// The socket is broken, nothing comes in time, or more descriptors came than may.
+pub fn read_with(stream: &UnixStream, buffer: &mut [u8], received: &mut Received) -> io::Result<usize> {
     // Room for one more than may come shows what is too much, whatever the padding holds.
     let mut space = vec![MaybeUninit::uninit(); cmsg_space!(ScmRights(received.room + 1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);

@@ -17,15 +17,20 @@
 //! [`Connection::pair`] gives both ends of a link inside one process, and [`faulty`] damages a link at a chosen
 //! message, for tests of the layers above.
 //!
+//! A socket may also come from outside (`fd:`): [`inherit`] takes over what whoever started this process left open, and both
+//! [`Endpoint`] and [`Listener`] take sockets that are there already.
+//!
 //! Absent: several channels, zero-copy sends, descriptors that go along with TLS, lists of revoked certificates (a short validity
 //! does their work). A file is only named here: reading and writing it is the engine's business.
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod connection;
 mod credentials;
 mod descriptors;
 mod error;
 pub mod faulty;
+#[allow(unsafe_code, reason = "a number becomes a descriptor that has an owner")]
+mod given;
 mod listener;
 mod private_socket;
 mod security;
@@ -35,8 +40,9 @@ mod uri;
 
 pub use connection::{Connection, Link};
 pub use credentials::{Credentials, LOCAL_NAME};
-pub use descriptors::{DESCRIPTORS_MAX, Received};
+pub use descriptors::{DESCRIPTORS_MAX, Received, read_with, write_with};
 pub use error::Error;
+pub use given::inherit;
 pub use listener::Listener;
 pub use private_socket::PrivateSocket;
 pub use security::{Endpoint, Security};

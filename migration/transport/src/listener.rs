@@ -2,17 +2,24 @@
 
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::{Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::given::Given;
 use crate::{Connection, Endpoint, Error, PrivateSocket, Security, Uri};
 
 #[derive(Debug)]
 enum Socket {
     Unix(PrivateSocket),
     Tcp(TcpListener),
+    /// One that someone else made, and whose file is theirs.
+    GivenUnix(UnixListener),
+    /// No listener at all: the one peer that there will be, and whether it is there.
+    Connected(Mutex<(Option<Connection>, Weak<()>)>),
 }
 
 /// A listening address. Dropping it removes the file of a Unix socket.
@@ -59,8 +66,33 @@ impl Listener {
                 let uri = Uri::Tcp { host: host.clone(), port };
                 Ok(Self { socket: Socket::Tcp(listener), uri, security: security.clone() })
             }
-            Uri::File { .. } => Err(uri.not_a_link()),
+            Uri::Fd(_) | Uri::File { .. } => Err(uri.not_a_link()),
         }
+    }
+
+    /// Listens at a socket that this process was given, or hears the one peer that it is connected with.
+    ///
+    /// # Errors
+    /// It is no such socket, or leads beyond this host where nothing protects it.
+    pub fn over(descriptor: OwnedFd, endpoint: &Endpoint) -> Result<Self, Error> {
+        let Endpoint { uri, security } = endpoint;
+        let failed = |source| Error::Listen { uri: uri.to_string(), source };
+        let socket = match Given::new(descriptor, uri, security)? {
+            Given::UnixListener(listener) => {
+                listener.set_nonblocking(true).map_err(failed)?;
+                Socket::GivenUnix(listener)
+            }
+            Given::TcpListener(listener) => {
+                listener.set_nonblocking(true).map_err(failed)?;
+                Socket::Tcp(listener)
+            }
+            connected => {
+                let mut connection = connected.connection(uri)?;
+                let lives = connection.lives();
+                Socket::Connected(Mutex::new((Some(connection), lives)))
+            }
+        };
+        Ok(Self { socket, uri: uri.clone(), security: security.clone() })
     }
 
     /// Where it listens; a port that the system chose is filled in.
@@ -76,7 +108,12 @@ impl Listener {
     pub fn accept(&self, timeout: Duration) -> Result<Option<Connection>, Error> {
         let failed = |source| Error::Listen { uri: self.uri.to_string(), source };
         let time = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: i32::MAX.into(), tv_nsec: 0 });
-        let fd = self.as_fd();
+        let fd = match &self.socket {
+            Socket::Unix(listener) => listener.as_fd(),
+            Socket::GivenUnix(listener) => listener.as_fd(),
+            Socket::Tcp(listener) => listener.as_fd(),
+            Socket::Connected(peer) => return self.only_peer(peer, &time),
+        };
         match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&time)) {
             Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(None),
             Ok(_) => {}
@@ -87,16 +124,18 @@ impl Listener {
                 stream.set_nonblocking(false)?;
                 Ok(Connection::from_unix(stream, self.uri.to_string()))
             }),
+            Socket::GivenUnix(listener) => listener.accept().and_then(|(stream, _)| {
+                stream.set_nonblocking(false)?;
+                Ok(Connection::from_unix(stream, self.uri.to_string()))
+            }),
+            Socket::Connected(_) => return Ok(None),
             Socket::Tcp(listener) => listener.accept().and_then(|(stream, peer)| {
                 stream.set_nonblocking(false)?;
                 Ok(Connection::from_tcp(stream, format!("tcp:{peer}")))
             }),
         };
         match accepted {
-            Ok(connection) => match &self.security {
-                Security::ThisHost | Security::Insecure => connection.map(Some),
-                Security::Tls(credentials) => connection?.with_tls(|peer| credentials.server(peer)).map(Some),
-            },
+            Ok(connection) => self.secure(connection?).map(Some),
             Err(error) => match error.kind() {
                 io::ErrorKind::WouldBlock
                 | io::ErrorKind::ConnectionAborted
@@ -106,15 +145,31 @@ impl Listener {
             },
         }
     }
-}
 
-impl AsFd for Listener {
-    /// Readable when a peer waits, for a caller with an event loop of its own.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match &self.socket {
-            Socket::Unix(listener) => listener.as_fd(),
-            Socket::Tcp(listener) => listener.as_fd(),
+    fn secure(&self, connection: Connection) -> Result<Connection, Error> {
+        match &self.security {
+            Security::ThisHost | Security::Insecure => Ok(connection),
+            Security::Tls(credentials) => connection.with_tls(|peer| credentials.server(peer)),
         }
+    }
+
+    /// The one peer of a connected socket; an error once it has been heard and nobody can come any more.
+    fn only_peer(
+        &self,
+        peer: &Mutex<(Option<Connection>, Weak<()>)>,
+        time: &Timespec,
+    ) -> Result<Option<Connection>, Error> {
+        let (waiting, lives) = &mut *peer.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(connection) = waiting.take() {
+            return self.secure(connection).map(Some);
+        }
+        if lives.strong_count() == 0 {
+            let reason = "the one peer of this socket has gone".to_owned();
+            return Err(Error::Address { text: self.uri.to_string(), reason });
+        }
+        // As long as it is heard there is nothing to wait for but the time.
+        let _interrupted = poll(&mut [], Some(time));
+        Ok(None)
     }
 }
 
@@ -123,7 +178,7 @@ mod tests {
     use std::fs;
     use std::io::{Read, Write};
     use std::os::unix::fs::PermissionsExt;
-    use std::os::unix::net::UnixListener;
+    use std::os::unix::net::{UnixDatagram, UnixStream};
 
     use super::*;
 
@@ -217,6 +272,48 @@ mod tests {
         assert!(matches!(error, Error::TimedOut { .. }), "{error}");
         assert!(matches!(Listener::bind(&uri), Err(Error::InUse { .. })));
         drop(listener);
+    }
+
+    #[test]
+    fn a_socket_that_was_given_is_heard_if_it_listens_and_once_if_it_is_connected() {
+        let endpoint = |security| Endpoint { uri: "fd:given".parse().unwrap(), security };
+        let here = endpoint(Security::ThisHost);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let unix = Listener::over(UnixListener::bind(&path).unwrap().into(), &here).unwrap();
+        for _ in 0..2 {
+            let _client = Uri::Unix(path.clone()).connect(SOON).unwrap();
+            assert!(unix.accept(SOON).unwrap().is_some());
+        }
+        drop(unix);
+        assert!(path.exists(), "its file is not ours");
+
+        let (one, other) = UnixStream::pair().unwrap();
+        let connected = Listener::over(one.into(), &here).unwrap();
+        let mut client = here.connect_over(other.into(), SOON).unwrap();
+        client.write_all(b"x").unwrap();
+        let mut server = connected.accept(SOON).unwrap().unwrap();
+        server.read_exact(&mut [0; 1]).unwrap();
+        let handle = server.try_clone().unwrap();
+        drop(server);
+        assert!(connected.accept(Duration::ZERO).unwrap().is_none(), "it is still there");
+        drop(handle);
+        let error = connected.accept(SOON).unwrap_err().to_string();
+        assert!(error.contains("the one peer of this socket has gone"), "{error}");
+        assert!(here.connect(SOON).unwrap_err().to_string().contains("leads to its peer once"));
+
+        let anywhere = || OwnedFd::from(TcpListener::bind("0.0.0.0:0").unwrap());
+        assert!(matches!(Listener::over(anywhere(), &here), Err(Error::BeyondLoopback { .. })));
+        Listener::over(anywhere(), &endpoint(Security::Insecure)).unwrap();
+        let error = here.connect_over(anywhere(), SOON).unwrap_err().to_string();
+        assert!(error.contains("needs TLS"), "{error}");
+        let listening = OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
+        let error = here.connect_over(listening, SOON).unwrap_err().to_string();
+        assert!(error.contains("a source needs a connected one"), "{error}");
+        let file = OwnedFd::from(fs::File::open("/dev/null").unwrap());
+        assert!(Listener::over(file, &here).unwrap_err().to_string().contains("it is no socket"));
+        let datagrams = OwnedFd::from(UnixDatagram::unbound().unwrap());
+        assert!(Listener::over(datagrams, &here).unwrap_err().to_string().contains("not a stream socket"));
     }
 
     #[test]

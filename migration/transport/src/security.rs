@@ -1,9 +1,11 @@
 //! How a link is protected, and where it may lead.
 
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::given::Given;
 use crate::{Connection, Credentials, Error, Uri};
 
 /// What protects a link.
@@ -37,18 +39,24 @@ impl Endpoint {
     pub fn connect(&self, timeout: Duration) -> Result<Connection, Error> {
         let Self { uri, security } = self;
         let connection = uri.connect_beyond(security.goes_beyond(), timeout)?;
-        match security {
-            Security::ThisHost => Ok(connection),
-            Security::Insecure => {
-                security.warn(uri);
-                Ok(connection)
-            }
-            Security::Tls(credentials) => {
-                let mut connection = connection.with_tls(|peer| credentials.client(uri.host(), peer))?;
-                connection.establish(timeout)?;
-                Ok(connection)
-            }
-        }
+        security.warn(uri);
+        self.secure(connection, timeout)
+    }
+
+    /// The same over a connected socket that this process was given.
+    ///
+    /// # Errors
+    /// It is none, or as [`connect`](Self::connect).
+    pub fn connect_over(&self, descriptor: OwnedFd, timeout: Duration) -> Result<Connection, Error> {
+        let connection = Given::new(descriptor, &self.uri, &self.security)?.connection(&self.uri)?;
+        self.secure(connection, timeout)
+    }
+
+    fn secure(&self, connection: Connection, timeout: Duration) -> Result<Connection, Error> {
+        let Security::Tls(credentials) = &self.security else { return Ok(connection) };
+        let mut connection = connection.with_tls(|peer| credentials.client(self.uri.host(), peer))?;
+        connection.establish(timeout)?;
+        Ok(connection)
     }
 }
 
@@ -77,6 +85,13 @@ impl Security {
     /// Says what it means that a link leads to another host without protection.
     pub(crate) fn warn(&self, uri: &Uri) {
         if matches!(self, Self::Insecure) && uri.leaves_this_host() {
+            self.warn_beyond(uri);
+        }
+    }
+
+    /// The same where it is known that it does.
+    pub(crate) fn warn_beyond(&self, uri: &Uri) {
+        if matches!(self, Self::Insecure) {
             log::warn!(
                 "{uri} is not secure: whoever is on the network can read and change the guest, or send another one"
             );

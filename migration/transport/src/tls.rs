@@ -417,10 +417,10 @@ impl Connection {
         self,
         session: impl FnOnce(&str) -> Result<rustls::Connection, Error>,
     ) -> Result<Self, Error> {
-        let (link, peer) = self.into_parts();
-        let setup = |source| Error::Setup { peer: peer.clone(), source };
-        let tls = Tls::new(session(&peer)?, link, &peer).map_err(setup)?;
-        Ok(Self::new(Box::new(tls), peer))
+        self.try_map(|link, peer| {
+            let setup = |source| Error::Setup { peer: peer.to_owned(), source };
+            Ok(Box::new(Tls::new(session(peer)?, link, peer).map_err(setup)?))
+        })
     }
 }
 

@@ -20,7 +20,7 @@ pub enum Layout {
     Stream,
 }
 
-/// Where a migration goes to or comes from: `unix:PATH`, `tcp:HOST:PORT` or `file:PATH[,layout=stream]`.
+/// Where a migration goes to or comes from: `unix:PATH`, `tcp:HOST:PORT`, `fd:N` or `file:PATH[,layout=stream]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Uri {
     /// A Unix socket.
@@ -32,6 +32,8 @@ pub enum Uri {
         /// Port; 0 lets the system choose when listening.
         port: u16,
     },
+    /// A socket that is there already: the number of one that this process inherited, or the name under which a client gave it.
+    Fd(String),
     /// A file.
     File {
         /// Its path.
@@ -48,7 +50,7 @@ impl FromStr for Uri {
         let fail = |reason: &str| Error::Address { text: text.to_owned(), reason: reason.to_owned() };
         let (scheme, rest) = text
             .split_once(':')
-            .ok_or_else(|| fail("expected unix:PATH, tcp:HOST:PORT or file:PATH[,layout=stream]"))?;
+            .ok_or_else(|| fail("expected unix:PATH, tcp:HOST:PORT, fd:N or file:PATH[,layout=stream]"))?;
         match scheme {
             "unix" if rest.is_empty() => Err(fail("the path is empty")),
             "unix" if rest.len() > UNIX_PATH_MAX_BYTES => {
@@ -85,7 +87,9 @@ impl FromStr for Uri {
                 }
                 Ok(Self::File { path: PathBuf::from(path), layout })
             }
-            _ => Err(fail("the scheme is none of unix, tcp and file")),
+            "fd" if rest.is_empty() => Err(fail("the number or name of a descriptor is missing")),
+            "fd" => Ok(Self::Fd(rest.to_owned())),
+            _ => Err(fail("the scheme is none of unix, tcp, fd and file")),
         }
     }
 }
@@ -96,6 +100,7 @@ impl fmt::Display for Uri {
             Self::Unix(path) => write!(f, "unix:{}", path.display()),
             Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Self::Fd(name) => write!(f, "fd:{name}"),
             Self::File { path, layout: Layout::Stream } => write!(f, "file:{},layout=stream", path.display()),
         }
     }
@@ -137,7 +142,21 @@ impl Uri {
                     None => Err(failed(std::io::ErrorKind::AddrNotAvailable.into())),
                 }
             }
+            // Whoever has it says so; here it has been used.
+            Self::Fd(_) => Err(Error::Address {
+                text: self.to_string(),
+                reason: "a socket that was passed leads to its peer once".to_owned(),
+            }),
             Self::File { .. } => Err(self.not_a_link()),
+        }
+    }
+
+    /// The number of an inherited descriptor, if that is what is meant.
+    #[must_use]
+    pub fn descriptor_number(&self) -> Option<i32> {
+        match self {
+            Self::Fd(name) => name.parse().ok(),
+            _ => None,
         }
     }
 
@@ -165,7 +184,7 @@ impl Uri {
     pub(crate) fn host(&self) -> &str {
         match self {
             Self::Tcp { host, .. } => host,
-            Self::Unix(_) | Self::File { .. } => LOCAL_NAME,
+            Self::Unix(_) | Self::Fd(_) | Self::File { .. } => LOCAL_NAME,
         }
     }
 
@@ -180,7 +199,14 @@ mod tests {
 
     #[test]
     fn addresses_are_read_and_written_alike() {
-        for text in ["unix:/run/a,b:c", "tcp:localhost:4444", "tcp:[::1]:0", "file:/tmp/x:y,layout=stream"] {
+        for text in [
+            "unix:/run/a,b:c",
+            "tcp:localhost:4444",
+            "tcp:[::1]:0",
+            "fd:7",
+            "fd:name",
+            "file:/tmp/x:y,layout=stream",
+        ] {
             assert_eq!(text.parse::<Uri>().unwrap().to_string(), text);
         }
         let file = Uri::File { path: "/a,b".into(), layout: Layout::Stream };
@@ -201,8 +227,9 @@ mod tests {
             ("tcp:[::1:4444", "not closed"),
             ("tcp:localhost:70000", "not a number from 0 to 65535"),
             ("file:", "the path is empty"),
+            ("fd:", "the number or name"),
             ("file:/a,layout=mapped", "only layout"),
-            ("exec:rm", "none of unix, tcp and file"),
+            ("exec:rm", "none of unix, tcp, fd and file"),
         ] {
             let error = text.parse::<Uri>().unwrap_err().to_string();
             assert!(error.contains(reason), "{text}: {error}");

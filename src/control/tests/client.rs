@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixListener;
 use std::thread;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
 
@@ -55,4 +55,39 @@ fn a_server_that_is_none_is_named() {
         server.join().unwrap();
         assert!(matches!(&error, Error::NotQmp { detail: found, .. } if found.contains(detail)), "{error}");
     }
+}
+
+/// QEMU's `getfd`: what came with a request is a name's for the connection that it came on, once.
+#[test]
+fn a_descriptor_that_is_given_can_be_used_once_and_by_its_giver_only() {
+    let setup = Setup::new();
+    let mut client = Client::connect(&setup.path).unwrap();
+    let refused = |client: &mut Client, command: &str, arguments: Value| {
+        client.execute(command, arguments).unwrap_err().to_string()
+    };
+    let name = json!({ "fdname": "way" });
+    assert!(refused(&mut client, "getfd", name.clone()).contains("No file descriptor supplied"));
+    let (mut far, near) = std::os::unix::net::UnixStream::pair().unwrap();
+    client.give(&near, "way").unwrap();
+    drop(near);
+    let target = json!({ "uri": "fd:way" });
+    let mut other = Client::connect(&setup.path).unwrap();
+    assert!(refused(&mut other, "migrate", target.clone()).contains("'way' not found"));
+    std::io::Write::write_all(&mut far, b"steps").unwrap();
+    far.shutdown(std::net::Shutdown::Write).unwrap();
+    client.execute("migrate", target.clone()).unwrap();
+    assert_eq!(setup.machine.asked(), ["migrate fd:way where one hears steps"]);
+    assert!(refused(&mut client, "migrate", target).contains("'way' not found"));
+
+    client.give(&far, "way").unwrap();
+    client.execute("closefd", name.clone()).unwrap();
+    assert!(refused(&mut client, "closefd", name).contains("'way' not found"));
+    let error = client.give(&far, "7th").unwrap_err().to_string();
+    assert!(error.contains("a name not starting with a digit"), "{error}");
+    for number in 0..16 {
+        client.give(&far, &format!("n{number}")).unwrap();
+    }
+    let error = client.give(&far, "one-more").unwrap_err().to_string();
+    assert!(error.contains("16 file descriptors are there already"), "{error}");
+    client.give(&far, "n3").unwrap();
 }
