@@ -59,7 +59,7 @@ fn the_end_of_a_migration_does_not_cancel_the_next() {
     let folder = tempfile::tempdir().unwrap();
     let uri = format!("unix:{}", folder.path().join("silent").display());
     let silent = transport::Listener::bind(&uri.parse().unwrap()).unwrap();
-    client.migrate(&uri).unwrap();
+    client.migrate(uri.as_str().into()).unwrap();
     assert!(vmm.serve_guest_event().unwrap().is_none());
     drop(silent);
     assert!(matches!(requests.recv(), Ok(Request::MigrationEnded)));
