@@ -148,6 +148,7 @@ impl fmt::Display for Report {
             ownership,
             lease,
             blocked_reasons,
+            cpu,
             vcpu_exits,
             disks,
             migration,
@@ -162,6 +163,20 @@ impl fmt::Display for Report {
         }
         for reason in blocked_reasons {
             writeln!(f, "  cannot migrate: {reason}")?;
+        }
+        if let Some(cpu) = cpu {
+            let model = cpu.model.as_deref().unwrap_or("as the guest came with it");
+            writeln!(f, "  processor: {model}")?;
+            if !cpu.unmasked.is_empty() {
+                writeln!(
+                    f,
+                    "  this host does not hold CPUID masks: the guest also sees {}",
+                    cpu.unmasked.join(", ")
+                )?;
+            }
+            if !cpu.user_features.is_empty() {
+                writeln!(f, "  programs of the guest also see {}", cpu.user_features.join(", "))?;
+            }
         }
         writeln!(f, "  vCPUs left the guest {vcpu_exits} times")?;
         for disk in disks {

@@ -6,7 +6,7 @@ use clap::Args;
 
 use crate::config::{Config, MachineSpec, NamespaceOption, NvmeOption, SerialOutput, Tables};
 use crate::io_poll::IoPoll;
-use crate::vcpu::BootProtocol;
+use crate::vcpu::{BootProtocol, CpuModel};
 
 /// The machine to run. Its help stands at [`super::Command::Run`].
 #[derive(Clone, Debug, Args)]
@@ -23,6 +23,9 @@ Examples:
   # From another host; each side proves with its files in /etc/ferry who it is (ca.pem, cert.pem, key.pem):
   ferry run --memory 512M --api new.sock --incoming tcp:0.0.0.0:4444 --tls-dir /etc/ferry
   ferry migrate --api vm.sock --tls-dir /etc/ferry tcp:node2.example:4444       # there
+
+  # A guest that can move between all hosts that have SSE4.2, also to those with more:
+  ferry run --cpu x86-64-v2 --kernel vmlinux --nvme path=disk.raw,serial=disk0 --api vm.sock
 
   # A guest that may create namespaces (nvme create-ns) of 10G in all; what it did is there again after a power cycle:
   ferry run --kernel vmlinux --nvme serial=c0,subsystem=/var/lib/c0,capacity=10G
@@ -47,6 +50,11 @@ pub struct RunArguments {
     /// Number of vCPUs, 1 to 64.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub cpus: u8,
+    /// Which processor the guest sees when it starts. host has all that this host offers; a baseline has the features of its level of
+    /// the x86-64 psABI and what kernels need besides, is the same on all hosts of a vendor, and is refused, with all that is missing,
+    /// where the host lacks some. A guest that arrives keeps the processor it has seen, whatever is said here: the host must offer it.
+    #[arg(long, value_enum, default_value_t, value_name = "MODEL")]
+    pub cpu: CpuModel,
     /// RAM, for example 512M or 4G.
     #[arg(long, default_value = "256M", value_name = "SIZE")]
     pub memory: String,
@@ -130,6 +138,7 @@ impl RunArguments {
         MachineSpec::try_from(Config {
             name: self.name.clone(),
             cpus: self.cpus,
+            cpu: self.cpu,
             memory: self.memory.clone(),
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),

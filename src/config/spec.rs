@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::io_poll::IoPoll;
-use crate::vcpu::BootProtocol;
+use crate::vcpu::{BootProtocol, CpuModel};
 
 use super::{ControllerSpec, Error, NamespaceOption, NvmeOption, parse_size};
 
@@ -66,6 +66,8 @@ pub struct Config {
     pub name: String,
     /// vCPUs.
     pub cpus: u8,
+    /// Which processor they are.
+    pub cpu: CpuModel,
     /// RAM, as written.
     pub memory: String,
     /// ELF or bzImage; none only with an incoming migration.
@@ -101,6 +103,8 @@ pub struct MachineSpec {
     pub name: String,
     /// vCPUs, from 1.
     pub cpus: u8,
+    /// Which processor they are, for a guest that starts.
+    pub cpu: CpuModel,
     /// RAM in bytes, a multiple of 2 MiB.
     pub memory_bytes: u64,
     /// ELF or bzImage.
@@ -156,6 +160,7 @@ impl TryFrom<Config> for MachineSpec {
         Ok(Self {
             name: config.name,
             cpus: config.cpus,
+            cpu: config.cpu,
             memory_bytes,
             kernel: config.kernel,
             initrd: config.initrd,
@@ -263,6 +268,7 @@ mod tests {
         Config {
             name: "test".into(),
             cpus: 1,
+            cpu: CpuModel::Host,
             memory: "128M".into(),
             kernel: Some("vmlinux".into()),
             initrd: None,

@@ -25,6 +25,7 @@
 mod access;
 pub mod client;
 mod commands;
+mod cpu;
 mod descriptors;
 pub mod event;
 mod follow;
@@ -40,6 +41,7 @@ mod tests;
 pub use client::Client;
 #[cfg(test)]
 pub(crate) use commands::names as command_names;
+pub use cpu::FerryCpu;
 pub use event::{Event, EventBus, NamespaceChange, ShutdownCause};
 pub use follow::{Finished, MigrateRequest};
 pub use operations::{

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::FerryCpu;
 use crate::config::NamespaceOption;
 
 /// A machine as its operator sees it. Every method may be called from any thread at any time, and none waits for a
@@ -286,6 +287,9 @@ pub struct FerryStatus {
     /// Why the machine cannot migrate; none if it can.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub blocked_reasons: Vec<String>,
+    /// Which processor the guest sees, where there is a machine.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub cpu: Option<FerryCpu>,
     /// Times that a vCPU came back from KVM to this process.
     #[serde(default)]
     pub vcpu_exits: u64,

@@ -53,6 +53,14 @@ pub enum Error {
         /// How many are possible.
         limit: u32,
     },
+    /// A model of processor that this host cannot be.
+    #[error("--cpu {model}: this host's KVM lacks {lacking}")]
+    CpuModel {
+        /// The model.
+        model: String,
+        /// All that it lacks.
+        lacking: String,
+    },
     /// All interrupt numbers are in use.
     #[error("{asked} more MSI vectors asked for; KVM's interrupt table of {limit} entries has {free} left")]
     OutOfRoutes {

@@ -32,6 +32,17 @@ const REQUIRED: [(u32, &str); 18] = [
     (kvm::KVM_CAP_GET_TSC_KHZ, "KVM_CAP_GET_TSC_KHZ"),
 ];
 
+/// What saved state depends on where it is there, besides what must be.
+const STATE: [(u32, &str); 7] = [
+    (kvm::KVM_CAP_INTR_SHADOW, "KVM_CAP_INTR_SHADOW"),
+    (kvm::KVM_CAP_VCPU_ATTRIBUTES, "KVM_CAP_VCPU_ATTRIBUTES"),
+    (kvm::KVM_CAP_TSC_DEADLINE_TIMER, "KVM_CAP_TSC_DEADLINE_TIMER"),
+    (kvm::KVM_CAP_KVMCLOCK_CTRL, "KVM_CAP_KVMCLOCK_CTRL"),
+    (kvm::KVM_CAP_GET_MSR_FEATURES, "KVM_CAP_GET_MSR_FEATURES"),
+    (kvm::KVM_CAP_XSAVE2, "KVM_CAP_XSAVE2"),
+    (kvm::KVM_CAP_REINJECT_CONTROL, "KVM_CAP_REINJECT_CONTROL"),
+];
+
 /// The version of the KVM interface since Linux 2.6.22.
 const API_VERSION: i32 = 12;
 
@@ -93,6 +104,13 @@ impl Host {
     #[must_use]
     pub fn is_paravirtual(&self) -> bool {
         self.paravirtual
+    }
+
+    /// What saved state depends on here, by name, besides what every host must have.
+    #[must_use]
+    pub fn state_capabilities(&self) -> Vec<String> {
+        let offered = STATE.iter().filter(|(number, _)| self.kvm.check_extension_raw((*number).into()) > 0);
+        offered.map(|(_, name)| (*name).to_owned()).collect()
     }
 
     /// How many vCPUs a VM may have.

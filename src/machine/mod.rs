@@ -27,12 +27,12 @@ use engine::Description;
 use crate::boot::{self, BootSpec, Kernel};
 use crate::config::{BackendSpec, MachineSpec, NamespaceSpec};
 use crate::console::Console;
-use crate::control::{AccessScope, AccessState, FerryDisk};
+use crate::control::{AccessScope, AccessState, FerryCpu, FerryDisk};
 use crate::io_thread::IoThread;
 use crate::kvm::{Host, MsiRouter, Vm, pci_pins};
 use crate::layout;
 use crate::subsystem::{Keeper, keeper};
-use crate::vcpu::{CpuidLeaf, EventHandler, VcpuEvent, VcpuManager};
+use crate::vcpu::{CpuidLeaf, EventHandler, Offer, Processors, Requirements, VcpuEvent, VcpuManager};
 use chipset::Chipset;
 use devices::Devices;
 use disk::Disk;
@@ -146,7 +146,9 @@ impl Machine {
             disk.serve(&io_threads, spec.io_poll)?;
         }
         entropy.serve(io_threads.first().context("a machine has an I/O thread")?)?;
-        let vcpus = VcpuManager::new(host, &vm, spec.cpus.into(), &chipset.buses, &on_vcpu_event)?;
+        let processors =
+            Processors { count: spec.cpus.into(), model: spec.cpu, seen: resources.seen_cpuid() };
+        let vcpus = VcpuManager::new(host, &vm, &processors, &chipset.buses, &on_vcpu_event)?;
         let devices = Devices::of(spec, &resources);
         let kept = disks.iter().filter_map(|disk| {
             disk.directory().map(|directory| (Arc::clone(disk.controller()), Arc::clone(directory)))
@@ -246,20 +248,44 @@ impl Machine {
         Ok(in_flight)
     }
 
-    /// What a destination must have too, apart from memory.
+    /// What the vCPUs need of another host that the guest may go to.
+    ///
+    /// # Errors
+    /// KVM does not tell.
+    pub fn requirements(&self) -> anyhow::Result<Requirements> {
+        Ok(self.vcpus.requirements()?)
+    }
+
+    /// What this host offers a guest's vCPUs.
+    #[must_use]
+    pub fn offer(&self) -> &Offer {
+        self.vcpus.offer()
+    }
+
+    /// Which processor the guest sees.
+    #[must_use]
+    pub fn processor(&self) -> FerryCpu {
+        let seen = self.resources.seen_cpuid();
+        self.vcpus.processor(seen.as_ref().and_then(|tables| tables.first()).map(Vec::as_slice))
+    }
+
+    /// Gives the vCPUs, which have not run, the CPUID of a guest that is to come, which keeps it over resets too.
+    ///
+    /// # Errors
+    /// It is of another number of vCPUs, or KVM does not take it.
+    pub fn adopt(&self, tables: &[Vec<CpuidLeaf>]) -> anyhow::Result<()> {
+        self.vcpus.adopt(tables).context("cannot give the vCPUs the CPUID that the guest has seen")?;
+        self.resources.keep_cpuid(self.vcpus.cpuid()?);
+        Ok(())
+    }
+
+    /// What a destination must have too, apart from memory and processors.
     ///
     /// # Errors
     /// KVM does not tell.
     pub fn describe(&self, description: &mut Description) -> anyhow::Result<()> {
         description.set("cpus", self.vcpus.count());
         description.set(TSC_KHZ, self.vcpus.tsc_khz()?);
-        for (vcpu, leaves) in self.vcpus.cpuid().iter().enumerate() {
-            for leaf in leaves {
-                let CpuidLeaf { function, index, eax, ebx, ecx, edx, .. } = leaf;
-                let registers = format!("eax={eax:08x} ebx={ebx:08x} ecx={ecx:08x} edx={edx:08x}");
-                description.set(format!("cpu.{vcpu}.cpuid.{function:08x}.{index:x}"), registers);
-            }
-        }
         for (slot, disk) in (FIRST_DISK_SLOT..).zip(&self.disks) {
             disk.describe(slot, description);
         }

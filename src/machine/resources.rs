@@ -1,8 +1,8 @@
-//! What a virtual machine keeps over a reset of its guest: memory and images.
+//! What a virtual machine keeps over a reset of its guest: memory, images, and the processor that a guest came with.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -12,6 +12,7 @@ use nvme::{MetadataConfig, NamespaceConfig, Subsystem};
 use crate::config::{BackendSpec, ControllerSpec, MachineSpec, NamespaceSpec, SubsystemSpec};
 use crate::memory::{GuestRam, RamBlock};
 use crate::subsystem::{Directory, Region};
+use crate::vcpu::CpuidLeaf;
 
 /// Between two tries at an image that is locked.
 const LOCK_RETRY: Duration = Duration::from_millis(1);
@@ -28,6 +29,8 @@ pub struct Resources {
     buffers: Vec<Option<String>>,
     /// Persistent memory regions, by controller.
     regions: Vec<Option<Arc<Region>>>,
+    /// What CPUID says on each vCPU of a guest that came from elsewhere.
+    seen_cpuid: Mutex<Option<Vec<Vec<CpuidLeaf>>>>,
 }
 
 /// What a controller keeps over a reset of the guest.
@@ -112,7 +115,18 @@ impl Resources {
         };
         let regions = regions.into_iter().zip(&disks).map(region).collect::<anyhow::Result<_>>()?;
         let buffers = buffers.into_iter().map(|buffer| buffer.map(|(name, _)| name)).collect();
-        Ok(Self { ram, disks, buffers, regions })
+        Ok(Self { ram, disks, buffers, regions, seen_cpuid: Mutex::default() })
+    }
+
+    /// What CPUID says on each vCPU, if the guest came from elsewhere with it.
+    #[must_use]
+    pub fn seen_cpuid(&self) -> Option<Vec<Vec<CpuidLeaf>>> {
+        self.seen_cpuid.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Keeps what CPUID says on each vCPU of a guest that came.
+    pub fn keep_cpuid(&self, tables: Vec<Vec<CpuidLeaf>>) {
+        *self.seen_cpuid.lock().unwrap_or_else(PoisonError::into_inner) = Some(tables);
     }
 
     /// The memory.

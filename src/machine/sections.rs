@@ -152,6 +152,11 @@ impl Machine {
         let plan = clock.plan(&HostTime::now()?, time)?;
         self.vm.restore_clock(&plan)?;
         self.vcpus.restore_states(&vcpus, plan.tsc_shift)?;
+        // A live guest's was known before; one out of a file brings it only now.
+        let seen = self.resources.seen_cpuid().unwrap_or_default();
+        if !seen.iter().eq(vcpus.iter().map(|vcpu| &vcpu.cpuid)) {
+            self.resources.keep_cpuid(self.vcpus.cpuid()?);
+        }
         Ok(())
     }
 }

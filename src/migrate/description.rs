@@ -2,10 +2,11 @@
 
 use engine::Description;
 
-use super::ram_blocks;
+use super::{processor, ram_blocks};
 use crate::kvm::is_same_tsc_frequency;
 use crate::machine::{Machine, TSC_KHZ, schema_hashes};
 use crate::memory::GuestRam;
+use crate::vcpu::Offer;
 
 /// The machine model; it changes when two machines of the same configuration are no longer alike.
 const MACHINE_TYPE: &str = "ferry-1";
@@ -19,27 +20,36 @@ pub fn describe(machine: &Machine) -> anyhow::Result<Description> {
     description.set("machine", MACHINE_TYPE);
     describe_ram(&mut description, machine.resources().ram());
     machine.describe(&mut description)?;
+    processor::describe(&mut description, &machine.requirements()?);
     for (section, hash) in schema_hashes() {
         description.set(format!("state.{section}"), format!("{hash:016x}"));
     }
     Ok(description)
 }
 
-/// Every reason why a guest of `source` cannot run on `own`, this host's machine.
+/// Every reason why a guest of `source` cannot run on `own`, this host's machine, whose host has `offer` for its vCPUs: those of
+/// the processor first, then all others.
 #[must_use]
-pub fn differences(source: &Description, own: &Description) -> Vec<String> {
+pub fn differences(source: &Description, own: &Description, offer: &Offer) -> Vec<String> {
     let tsc_khz = |description: &Description| description.get(TSC_KHZ).and_then(|khz| khz.parse().ok());
-    let mut source = source.clone();
-    if let (Some(theirs), Some(ours)) = (tsc_khz(&source), tsc_khz(own))
+    let (mut source, mut own) = (source.clone(), own.clone());
+    let mut reasons = processor::differences(&mut source, &mut own, offer);
+    if let (Some(theirs), Some(ours)) = (tsc_khz(&source), tsc_khz(&own))
         && is_same_tsc_frequency(theirs, ours)
     {
         source.set(TSC_KHZ, ours);
     }
-    source.differences(own)
+    reasons.extend(source.differences(&own));
+    reasons
 }
 
 fn describe_ram(description: &mut Description, ram: &GuestRam) {
     description.add_ram(&ram_blocks(ram));
+    for block in ram.blocks() {
+        if let Some(start) = block.guest_base {
+            description.set(format!("ram.{}.start", block.name), format!("{start:#x}"));
+        }
+    }
 }
 
 #[cfg(test)]
@@ -56,10 +66,10 @@ mod tests {
         };
         let own = machine("2000000", 2);
         for close in ["2000000", "2000003", "1999990"] {
-            assert!(differences(&machine(close, 2), &own).is_empty(), "{close}");
+            assert!(differences(&machine(close, 2), &own, &Offer::default()).is_empty(), "{close}");
         }
         for (other, cpus, reasons) in [("2100000", 2, 1), ("2000003", 1, 1), ("fast", 1, 2)] {
-            let found = differences(&machine(other, cpus), &own);
+            let found = differences(&machine(other, cpus), &own, &Offer::default());
             assert_eq!(found.len(), reasons, "{found:?}");
         }
     }

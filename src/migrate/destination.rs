@@ -5,7 +5,7 @@ use std::sync::Arc;
 use engine::{Description, DestinationFactory, DestinationMachine, MachineResult, RamBlock, RunState};
 use stream::{Expected, SectionSet};
 
-use super::{description, ram_blocks};
+use super::{description, processor, ram_blocks};
 use crate::kvm::GuestTime;
 use crate::machine::{Action, Machine, Resources};
 use crate::vmm::Vmm;
@@ -58,11 +58,16 @@ impl DestinationFactory for Factory {
     }
 
     fn differences(&mut self, source: &Description, own: &Description) -> Vec<String> {
-        description::differences(source, own)
+        let offer = self.machine.as_ref().map(|machine| machine.offer().clone()).unwrap_or_default();
+        description::differences(source, own, &offer)
     }
 
-    fn build(&mut self, _: &Description) -> MachineResult<Arrival> {
+    fn build(&mut self, source: &Description) -> MachineResult<Arrival> {
         let machine = self.prepare()?;
+        // What comes out of a file is known only with the vCPUs' state, which then has it too.
+        if let Some(tables) = processor::tables(source) {
+            machine.adopt(&tables)?;
+        }
         Ok(Arrival { vmm: Arc::clone(&self.vmm), time: self.time, machine: Some(machine) })
     }
 }

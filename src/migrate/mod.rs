@@ -8,6 +8,7 @@
 
 mod description;
 mod destination;
+mod processor;
 mod report;
 mod source;
 

@@ -1,5 +1,6 @@
 //! All vCPUs of a machine.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -8,9 +9,10 @@ use std::time::Duration;
 
 use vmm_sys_util::signal::Killable;
 
-use super::state::{CpuidLeaf, VcpuState};
+use super::state::{CpuidLeaf, Msr, VcpuState};
 use super::thread::{Command, Parts, Vcpu};
-use super::{BootRegisters, Buses, EventHandler, cpuid, msr};
+use super::{BootRegisters, Buses, CpuModel, EventHandler, Offer, Requirements, cpuid, msr};
+use crate::control::FerryCpu;
 use crate::kvm::{Error, Host, Vm, run};
 
 /// How long a vCPU may take to leave the guest. It takes microseconds; only a hung kernel or device takes longer.
@@ -19,9 +21,24 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// The vCPUs of a machine, each on its thread. They begin paused. Dropping it ends the threads.
 pub struct VcpuManager {
     threads: Vec<Thread>,
-    cpuid: Vec<Vec<CpuidLeaf>>,
+    offer: Offer,
+    /// What programs see that run without KVM's help.
+    user: Vec<CpuidLeaf>,
+    /// What the guest sees until one comes that has seen something else.
+    processor: FerryCpu,
     /// Of all vCPUs together.
     exits: Arc<AtomicU64>,
+}
+
+/// Which vCPUs a machine has.
+#[derive(Clone, Debug, Default)]
+pub struct Processors {
+    /// How many.
+    pub count: u32,
+    /// What they are, for a guest that starts.
+    pub model: CpuModel,
+    /// What CPUID says on each, for a guest that has seen it already.
+    pub seen: Option<Vec<Vec<CpuidLeaf>>>,
 }
 
 struct Thread {
@@ -33,31 +50,84 @@ struct Thread {
 }
 
 impl VcpuManager {
-    /// Creates `count` vCPUs in `vm`, with their CPUID, as they are after power-on: the first will run from the reset
+    /// Creates vCPUs in `vm`, with their CPUID, as they are after power-on: the first will run from the reset
     /// vector unless [`Self::boot`] says otherwise, the others wait for its start-up message.
     ///
     /// # Errors
-    /// [`Error::VcpuCount`], [`Error::Call`], [`Error::Spawn`]; threads that were started have ended.
+    /// [`Error::VcpuCount`], [`Error::CpuModel`], [`Error::Call`], [`Error::Spawn`]; threads that were started have ended.
     pub fn new(
         host: &Host,
         vm: &Arc<Vm>,
-        count: u32,
+        processors: &Processors,
         buses: &Buses,
         on_event: &EventHandler,
     ) -> Result<Self, Error> {
+        let count = processors.count;
         if !(1..=vm.max_vcpus()).contains(&count) {
             return Err(Error::VcpuCount { asked: count, limit: vm.max_vcpus() });
         }
         run::install_kick_handler()?;
-        let mut manager = Self { threads: Vec::new(), cpuid: Vec::new(), exits: Arc::default() };
+        let mut vcpus = (0..count).map(|index| vm.create_vcpu(index)).collect::<Result<VecDeque<_>, _>>()?;
+        let supported = cpuid::supported(host)?;
+        // What KVM puts back it puts back into whatever it is given.
+        let put_back = match vcpus.front() {
+            Some(first) if host.is_paravirtual() => cpuid::set(first, 0, &supported)?,
+            _ => Vec::new(),
+        };
+        let mut tables = match &processors.seen {
+            Some(seen) if seen.len() == count as usize => seen.clone(),
+            Some(seen) => {
+                return Err(Error::StateCount {
+                    saved: u32::try_from(seen.len()).unwrap_or(u32::MAX),
+                    here: count,
+                });
+            }
+            None => cpuid::of_all(processors.model, &supported, &put_back, count, host.is_paravirtual())?,
+        };
+        let user = if host.is_paravirtual() { cpuid::of_this_processor() } else { Vec::new() };
+        let mut manager = Self {
+            threads: Vec::new(),
+            offer: Offer::default(),
+            user,
+            processor: FerryCpu::default(),
+            exits: Arc::default(),
+        };
         let mut msrs = Vec::new();
-        for (index, cpuid) in (0..count).zip(cpuid::of_all(host, count)?) {
-            let fd = vm.create_vcpu(index)?;
-            fd.set_cpuid2(&cpuid).map_err(Error::call(format!("set the CPUID of vCPU {index}")))?;
+        for (index, table) in (0..count).zip(&mut tables) {
+            let Some(fd) = vcpus.pop_front() else { return Err(Error::ThreadGone(index)) };
+            let cpuid = cpuid::set(&fd, index, table)?;
+            if processors.model != CpuModel::Host {
+                // No guest of a baseline can read it, and it would differ from host to host.
+                msr::write(&fd, index, &[Msr { index: msr::ARCH_CAPABILITIES, value: 0 }])?;
+            }
             if index == 0 {
                 msrs = msr::list(host, &fd)?;
+                let unmasked = cpuid::lacking(&cpuid, table);
+                if !unmasked.is_empty() {
+                    log::warn!(
+                        "KVM on this host does not hold CPUID masks: the guest sees {} although it was told otherwise, and a \
+                         destination must have that",
+                        cpuid::listed(&unmasked)
+                    );
+                }
+                manager.processor = FerryCpu {
+                    model: processors.seen.is_none().then(|| processors.model.to_string()),
+                    features: cpuid::names(&cpuid),
+                    unmasked,
+                    user_features: cpuid::names(&manager.beyond(&cpuid)),
+                };
+                let cpuid = cpuid::offered(&supported, &put_back, host.is_paravirtual());
+                let mut usable = cpuid.clone();
+                cpuid::add(&mut usable, &manager.user);
+                manager.offer = Offer {
+                    cpuid,
+                    user: usable,
+                    msrs: msrs.clone(),
+                    arch_capabilities: msr::host_capabilities(host)?,
+                    xsave_bytes: u32::try_from(vm.xsave_bytes()).unwrap_or(u32::MAX),
+                    capabilities: host.state_capabilities(),
+                };
             }
-            manager.cpuid.push(cpuid::leaves(&cpuid));
             let parts = Parts {
                 index,
                 fd,
@@ -82,7 +152,7 @@ impl VcpuManager {
     /// How many vCPUs there are.
     #[must_use]
     pub fn count(&self) -> u32 {
-        self.cpuid.len() as u32
+        self.threads.len() as u32
     }
 
     /// How often a vCPU came back from KVM, to serve an access or a command. Exits that KVM serves itself are not among them.
@@ -91,16 +161,73 @@ impl VcpuManager {
         self.exits.load(Ordering::Relaxed)
     }
 
-    /// What CPUID tells the guest on each vCPU.
-    #[must_use]
-    pub fn cpuid(&self) -> &[Vec<CpuidLeaf>] {
-        &self.cpuid
+    /// What these vCPUs need of another host that they may go to.
+    ///
+    /// # Errors
+    /// [`Error::Call`], [`Error::ThreadGone`], [`Error::Unresponsive`].
+    pub fn requirements(&self) -> Result<Requirements, Error> {
+        let cpuid = self.ask_all(|_| |vcpu: &mut Vcpu| vcpu.cpuid())?;
+        let Some(first) = self.threads.first() else { return Err(Error::ThreadGone(0)) };
+        let msrs = first.answer(&first.ask(|vcpu| vcpu.read_msrs())?)??;
+        let told = cpuid.first().is_some_and(|table| cpuid::tells_arch_capabilities(table));
+        let capabilities = msrs.iter().find(|msr| told && msr.index == msr::ARCH_CAPABILITIES);
+        Ok(Requirements {
+            user: self.beyond(cpuid.first().map_or(&[], Vec::as_slice)),
+            cpuid,
+            arch_capabilities: capabilities.map_or(0, |msr| msr.value),
+            msrs: msrs.iter().map(|msr| msr.index).collect(),
+            xsave_bytes: self.offer.xsave_bytes,
+            capabilities: self.offer.capabilities.clone(),
+        })
     }
 
-    /// Every difference between the CPUID of a saved guest and the one it would see here, one sentence each.
+    /// What programs see beyond `table`.
+    fn beyond(&self, table: &[CpuidLeaf]) -> Vec<CpuidLeaf> {
+        cpuid::only_lacking(&self.user, table)
+    }
+
+    /// Which processor the guest sees, or one that came with the CPUID `seen`.
     #[must_use]
-    pub fn cpuid_differences(seen: &[CpuidLeaf], here: &[CpuidLeaf]) -> Vec<String> {
-        cpuid::differences(seen, here)
+    pub fn processor(&self, seen: Option<&[CpuidLeaf]>) -> FerryCpu {
+        seen.map_or_else(
+            || self.processor.clone(),
+            |seen| FerryCpu {
+                features: cpuid::names(seen),
+                user_features: cpuid::names(&self.beyond(seen)),
+                ..FerryCpu::default()
+            },
+        )
+    }
+
+    /// What this host offers a guest.
+    #[must_use]
+    pub fn offer(&self) -> &Offer {
+        &self.offer
+    }
+
+    /// What CPUID says on each vCPU.
+    ///
+    /// # Errors
+    /// [`Error::ThreadGone`], [`Error::Unresponsive`].
+    pub fn cpuid(&self) -> Result<Vec<Vec<CpuidLeaf>>, Error> {
+        self.ask_all(|_| |vcpu: &mut Vcpu| vcpu.cpuid())
+    }
+
+    /// Gives the vCPUs, which have not run, the CPUID of a guest that is to come, one table for each.
+    ///
+    /// # Errors
+    /// [`Error::StateCount`], [`Error::VcpuState`], [`Error::Call`].
+    pub fn adopt(&self, tables: &[Vec<CpuidLeaf>]) -> Result<(), Error> {
+        if tables.len() != self.threads.len() {
+            let saved = u32::try_from(tables.len()).unwrap_or(u32::MAX);
+            return Err(Error::StateCount { saved, here: self.count() });
+        }
+        let mut tables = tables.iter().cloned();
+        let adopted = self.ask_all(|_| {
+            let table = tables.next().unwrap_or_default();
+            move |vcpu: &mut Vcpu| vcpu.adopt(&table)
+        })?;
+        adopted.into_iter().collect()
     }
 
     /// What the guest's time stamp counters count in a millisecond.

@@ -5,8 +5,9 @@
 //! on the buses, on that thread. A kick (signal) makes it look at its commands; pausing completes the access that was
 //! in progress, so that no half-done instruction is saved.
 //!
-//! [`VcpuState`] is all that a vCPU is, apart from its CPUID, which both sides of a migration make themselves and
-//! compare.
+//! [`VcpuState`] is all that a vCPU is. Its CPUID goes with the guest, which so keeps the processor that it has seen; what a
+//! host must have for that is in [`Requirements`] and [`Offer`], compared before any RAM moves. Which processor a guest sees
+//! first is a [`CpuModel`].
 //!
 //! Absent: hotplug, SMM, nested virtualisation, throttling.
 
@@ -14,13 +15,16 @@ mod boot;
 mod cpuid;
 mod manager;
 mod msr;
+mod requirements;
 mod state;
 #[cfg(test)]
 pub(crate) mod tests;
 mod thread;
 
 pub use boot::{BootProtocol, BootRegisters};
-pub use manager::VcpuManager;
+pub use cpuid::{CpuModel, names as feature_names};
+pub use manager::{Processors, VcpuManager};
+pub use requirements::{Offer, Requirements};
 pub use state::{
     CpuidLeaf, DebugRegisters, DescriptorTable, EventState, ExtendedControl, Msr, Registers, Segment,
     SystemRegisters, VcpuState,

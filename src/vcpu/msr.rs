@@ -10,6 +10,8 @@ use crate::kvm::{Error, Host};
 const TSC: u32 = 0x10;
 /// Arms the local APIC's timer at a TSC value: set last, after the TSC and the APIC.
 pub(super) const TSC_DEADLINE: u32 = 0x6e0;
+/// `IA32_ARCH_CAPABILITIES`: what the processor says of itself that CPUID does not.
+pub(super) const ARCH_CAPABILITIES: u32 = 0x10a;
 /// `MTRRcap`: tells how many variable MTRRs there are; read-only.
 const MTRR_CAP: u32 = 0xfe;
 const MTRR_VARIABLE_FIRST: u32 = 0x200;
@@ -21,7 +23,7 @@ const MTRR_FIXED: [u32; 12] =
 /// Registers that a kernel may refuse to set although it lists them, with the reason why that is no loss. A refusal of
 /// any other is an error.
 const MAY_BE_REFUSED: [(u32, &str); 4] = [
-    (0x10a, "IA32_ARCH_CAPABILITIES describes the processor; CPUID is compared"),
+    (ARCH_CAPABILITIES, "IA32_ARCH_CAPABILITIES describes the processor; what a guest has read is compared"),
     (0x345, "IA32_PERF_CAPABILITIES describes the processor; CPUID is compared"),
     (0xce, "MSR_PLATFORM_INFO describes the processor"),
     (0x140, "MSR_MISC_FEATURES_ENABLES may only repeat what the platform offers"),
@@ -39,6 +41,16 @@ pub(super) fn list(host: &Host, vcpu: &VcpuFd) -> Result<Vec<u32>, Error> {
     indices.sort_unstable();
     indices.dedup();
     Ok(indices)
+}
+
+/// What a guest on this host may read in `IA32_ARCH_CAPABILITIES`; 0 where KVM knows no such register.
+pub(super) fn host_capabilities(host: &Host) -> Result<u64, Error> {
+    let mut msrs = as_kvm([Msr { index: ARCH_CAPABILITIES, value: 0 }].into_iter());
+    // KVM tells how many it could read, and fails where that is none.
+    Ok(match host.fd().get_msrs(&mut msrs) {
+        Ok(1) => msrs.as_slice().first().map_or(0, |msr| msr.data),
+        _ => 0,
+    })
 }
 
 /// Reads those of `indices` that this vCPU has (its CPUID decides), in order.

@@ -209,6 +209,40 @@ pub struct CpuidLeaf {
     pub edx: u32,
 }
 
+impl CpuidLeaf {
+    /// In one line: the leaf and its subleaf, then its registers, all in hexadecimal.
+    #[must_use]
+    pub fn to_text(&self) -> String {
+        let Self { function, index, .. } = self;
+        format!("{function:08x}.{index:x} {}", self.registers())
+    }
+
+    /// Its registers in words.
+    #[must_use]
+    pub fn registers(&self) -> String {
+        let Self { eax, ebx, ecx, edx, .. } = self;
+        format!("eax={eax:08x} ebx={ebx:08x} ecx={ecx:08x} edx={edx:08x}")
+    }
+
+    /// From [`Self::to_text`].
+    #[must_use]
+    pub fn from_text(text: &str) -> Option<Self> {
+        let number = |digits: &str| u32::from_str_radix(digits, 16).ok();
+        let mut words = text.split(' ');
+        let (function, index) = words.next()?.split_once('.')?;
+        let mut register = |name| number(words.next()?.strip_prefix(name)?.strip_prefix('=')?);
+        let leaf = Self {
+            function: number(function)?,
+            index: number(index)?,
+            eax: register("eax")?,
+            ebx: register("ebx")?,
+            ecx: register("ecx")?,
+            edx: register("edx")?,
+        };
+        words.next().is_none().then_some(leaf)
+    }
+}
+
 /// Copies fields of the same names from one struct into another.
 macro_rules! copied {
     ($from:expr => $into:ident { $($field:ident),* $(,)? } $(, $($rest:tt)*)?) => {

@@ -5,10 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 
 use bus::Bus;
-use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
 
-use super::state::{self, DebugRegisters, EventState, Registers, SystemRegisters, VcpuState};
+use super::state::{self, CpuidLeaf, DebugRegisters, EventState, Msr, Registers, SystemRegisters, VcpuState};
 use super::{BootRegisters, cpuid, msr};
 use crate::kvm::run::{Exit, Kickable};
 use crate::kvm::{Error, is_same_tsc_frequency, tsc_offset, xsave};
@@ -17,6 +16,9 @@ use crate::kvm::{Error, is_same_tsc_frequency, tsc_offset, xsave};
 const LVT_LINT1: usize = 0x360;
 /// Delivers an NMI, unmasked.
 const LVT_DELIVERY_NMI: u32 = 0x400;
+
+/// Bytes of an XSAVE area that has no component beyond SSE: the fixed part and the header.
+const XSAVE_BYTES_MIN: usize = 576;
 
 /// Where a vCPU's accesses go.
 #[derive(Clone)]
@@ -53,7 +55,8 @@ pub(super) struct Vcpu {
     exits: Arc<AtomicU64>,
     buses: Buses,
     on_event: EventHandler,
-    cpuid: CpuId,
+    /// As it was read back.
+    cpuid: Vec<CpuidLeaf>,
     msrs: Vec<u32>,
     xsave_bytes: usize,
 }
@@ -66,7 +69,7 @@ pub(super) struct Parts {
     pub(super) exits: Arc<AtomicU64>,
     pub(super) buses: Buses,
     pub(super) on_event: EventHandler,
-    pub(super) cpuid: CpuId,
+    pub(super) cpuid: Vec<CpuidLeaf>,
     pub(super) msrs: Vec<u32>,
     pub(super) xsave_bytes: usize,
 }
@@ -196,7 +199,7 @@ impl Vcpu {
         let debug = DebugRegisters::from_kvm(&fd.get_debug_regs().map_err(read("debug registers"))?);
         let tsc_khz = fd.get_tsc_khz().map_err(read("TSC frequency"))?;
         let tsc_offset = tsc_offset::read(fd)?;
-        let cpuid = cpuid::leaves(&self.cpuid);
+        let cpuid = self.cpuid.clone();
         Ok(VcpuState {
             index,
             registers,
@@ -220,7 +223,7 @@ impl Vcpu {
 
     /// Checks `saved` and then sets everything, in this order, because each needs what comes before it:
     ///
-    /// 1. CPUID (set when the vCPU was made; here compared): decides which registers exist.
+    /// 1. CPUID (set before, where it was known who comes): decides which registers exist.
     /// 2. XCR0 and the like: decide which extended state is legal; then the extended state.
     /// 3. System registers with the APIC base, general registers.
     /// 4. TSC offset, then MSRs without the TSC deadline.
@@ -230,13 +233,17 @@ impl Vcpu {
         self.paused("restore it")?;
         let index = self.index;
         self.check(saved).map_err(|why| Error::VcpuState { vcpu: index, why })?;
+        self.take_cpuid(&saved.cpuid)?;
         let set = |what| Error::call(format!("set the {what} of vCPU {index}"));
         let fd = self.fd();
         if !saved.extended_controls.is_empty() {
             let controls = state::kvm_extended_controls(&saved.extended_controls);
             fd.set_xcrs(&controls).map_err(set("extended control registers"))?;
         }
-        xsave::restore(fd, &saved.xsave)?;
+        // A host that has more components has them behind those of the guest, and all of them in their first state.
+        let mut extended_state = saved.xsave.clone();
+        extended_state.resize(self.xsave_bytes, 0);
+        xsave::restore(fd, &extended_state)?;
         fd.set_sregs(&saved.system.to_kvm()).map_err(set("system registers"))?;
         fd.set_regs(&saved.registers.to_kvm()).map_err(set("registers"))?;
         let tsc_offset = saved.tsc_offset.wrapping_add(tsc_shift);
@@ -262,19 +269,54 @@ impl Vcpu {
             return Err(format!("it is of vCPU {}", saved.index));
         }
         saved.check()?;
-        if saved.xsave.len() != self.xsave_bytes {
+        if !(XSAVE_BYTES_MIN..=self.xsave_bytes).contains(&saved.xsave.len()) {
             let (theirs, ours) = (saved.xsave.len(), self.xsave_bytes);
             return Err(format!("its extended state has {theirs} bytes, this host's {ours}"));
         }
-        let differences = cpuid::differences(&saved.cpuid, &cpuid::leaves(&self.cpuid));
-        if !differences.is_empty() {
-            return Err(differences.join("; "));
+        if saved.cpuid != self.cpuid {
+            cpuid::check(&saved.cpuid, self.index)?;
         }
         let tsc_khz = self.fd().get_tsc_khz().map_err(|e| format!("cannot read the TSC frequency: {e}"))?;
         if !is_same_tsc_frequency(saved.tsc_khz, tsc_khz) {
             return Err(format!("its TSC runs at {} kHz, this host's at {tsc_khz} kHz", saved.tsc_khz));
         }
         Ok(())
+    }
+
+    /// Becomes the processor that a guest has seen, before it comes: from now on a reset keeps it too.
+    pub(super) fn adopt(&mut self, cpuid: &[CpuidLeaf]) -> Result<(), Error> {
+        self.paused("give it another CPUID")?;
+        self.take_cpuid(cpuid)?;
+        // Which registers there are has changed with it.
+        self.power_on = Some(self.save()?);
+        Ok(())
+    }
+
+    /// Has CPUID say `wanted`, unless it does. KVM takes that only before the vCPU has run.
+    fn take_cpuid(&mut self, wanted: &[CpuidLeaf]) -> Result<(), Error> {
+        if wanted == self.cpuid {
+            return Ok(());
+        }
+        let index = self.index;
+        cpuid::check(wanted, index).map_err(|why| Error::VcpuState { vcpu: index, why })?;
+        let real = cpuid::set(self.fd(), index, wanted)?;
+        let lost = cpuid::lacking(wanted, &real);
+        self.cpuid = real;
+        if lost.is_empty() {
+            return Ok(());
+        }
+        let why = format!("KVM on this host does not let it have {}", cpuid::listed(&lost));
+        Err(Error::VcpuState { vcpu: index, why })
+    }
+
+    /// What CPUID says.
+    pub(super) fn cpuid(&self) -> Vec<CpuidLeaf> {
+        self.cpuid.clone()
+    }
+
+    /// The MSRs that are saved, with their values now.
+    pub(super) fn read_msrs(&self) -> Result<Vec<Msr>, Error> {
+        msr::read(self.fd(), &self.msrs)
     }
 
     pub(super) fn tsc_khz(&self) -> Result<u32, Error> {

@@ -180,6 +180,7 @@ impl Operations for Control {
             ownership: who_owns(state),
             lease,
             blocked_reasons: self.0.migration_blockers(),
+            cpu: self.0.machine().map(|machine| machine.processor()),
             vcpu_exits: self.0.machine().map(|machine| machine.vcpu_exits()).unwrap_or_default(),
             disks: self.0.machine().map(|machine| machine.disk_counters()).unwrap_or_default(),
             migration: self.0.migrations.detail(),

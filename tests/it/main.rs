@@ -18,6 +18,7 @@ mod load;
 mod migrate;
 mod mistakes;
 mod multipath;
+mod processor;
 mod protected;
 mod qmp;
 mod refused;

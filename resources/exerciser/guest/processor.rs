@@ -1,7 +1,7 @@
 //! Instructions: ports, the time stamp counter, and the gate to ring 0.
 
 use core::arch::asm;
-use core::arch::x86_64::_rdtsc;
+use core::arch::x86_64::{__cpuid_count, _rdtsc, CpuidResult};
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use exerciser::machine::Machine;
@@ -102,6 +102,11 @@ impl Machine for Processor {
 
     fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4] {
         ask(GATE_CPUID, [leaf.into(), 0, subleaf.into(), 0]).map(|register| register as u32)
+    }
+
+    fn user_cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        let CpuidResult { eax, ebx, ecx, edx } = __cpuid_count(leaf, subleaf);
+        [eax, ebx, ecx, edx]
     }
 
     fn write_msr(&mut self, register: u32, value: u64) {

@@ -21,6 +21,8 @@ pub trait Machine {
     fn tsc(&self) -> u64;
     /// CPUID as ring 0 sees it: eax, ebx, ecx, edx.
     fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4];
+    /// CPUID as ring 3 sees it, which some KVM cannot mask.
+    fn user_cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4];
     /// Writes a model-specific register.
     fn write_msr(&mut self, register: u32, value: u64);
     /// How many times the interrupt `vector` has arrived.

@@ -113,6 +113,8 @@ pub struct Options {
     pub timer_hz: u32,
     /// Frequency of the time stamp counter; 0 to find it out.
     pub tsc_khz: u64,
+    /// Print what CPUID says.
+    pub show_cpuid: bool,
     /// Start of the pseudo-random choices.
     pub seed: u64,
     /// How the machine ends.
@@ -144,6 +146,7 @@ impl Default for Options {
             stall_milliseconds: 10_000,
             timer_hz: 0,
             tsc_khz: 0,
+            show_cpuid: false,
             seed: 1,
             exit: Exit::Off,
         }
@@ -197,6 +200,7 @@ pub const WORDS: &[Word] = &[
     word("stall", "10000", "milliseconds of running without a completion that are an error"),
     word("timer", "0", "local APIC timer interrupts each second"),
     word("tsc_khz", "0", "frequency of the time stamp counter, 0: find out"),
+    word("cpuid", "off|show", "print features that CPUID tells ring 0 and ring 3"),
     word("seed", "1", "start of the pseudo-random choices"),
     word("exit", "off|reset|halt", "how the machine ends"),
     word("help", "", "print these words and end"),
@@ -274,6 +278,7 @@ impl Options {
             "stall" => self.stall_milliseconds = ranged(value, 1, 1_000_000)?,
             "timer" => self.timer_hz = ranged(value, 0, 10_000)? as u32,
             "tsc_khz" => self.tsc_khz = ranged(value, 0, 100_000_000)?,
+            "cpuid" => self.show_cpuid = choice(value, &[("off", false), ("show", true)])?,
             "seed" => self.seed = ranged(value, 0, u64::MAX)?,
             "exit" => {
                 self.exit =

@@ -285,6 +285,9 @@ mod tests {
         fn cpuid(&mut self, _leaf: u32, _subleaf: u32) -> [u32; 4] {
             [0; 4]
         }
+        fn user_cpuid(&mut self, _leaf: u32, _subleaf: u32) -> [u32; 4] {
+            unreachable!()
+        }
         fn write_msr(&mut self, _register: u32, _value: u64) {}
         fn interrupts(&self, _vector: u8) -> u64 {
             0

@@ -87,6 +87,8 @@ macro_rules! counters {
 
 /// Kind of the line with the counters so far.
 pub const PROGRESS: &str = "progress";
+/// The kind of a line with a leaf of CPUID.
+pub const CPUID: &str = "cpuid";
 /// Kind of the line with the counters at the end.
 pub const DONE: &str = "done";
 /// Kind of the lines that report a failure. A run without one, that ends with a `done` line, is good.

@@ -57,6 +57,9 @@ fn exercise(machine: &mut dyn Machine, console: &mut Console, options: &Options)
         return console.line(machine, format_args!("{} {error}", report::ERROR));
     };
     console.line(machine, format_args!("clock tsc_khz={tsc_khz} source={source}"));
+    if options.show_cpuid {
+        show_cpuid(machine, console);
+    }
 
     let mut counters = Counters::default();
     let outcome = Run::prepare(machine, console, options, tsc_khz, clock)
@@ -67,6 +70,25 @@ fn exercise(machine: &mut dyn Machine, console: &mut Console, options: &Options)
     }
     counters.tsc = machine.tsc();
     console.line(machine, format_args!("{} {counters}", report::DONE));
+}
+
+/// Leaves that tell features, with their subleaves.
+const FEATURE_LEAVES: [(u32, u32); 6] = [(0x1, 0), (0x7, 0), (0x7, 1), (0xd, 0), (0xd, 1), (0x8000_0001, 0)];
+
+fn show_cpuid(machine: &mut dyn Machine, console: &mut Console) {
+    for ring in [0, 3] {
+        for (leaf, subleaf) in FEATURE_LEAVES {
+            let [eax, ebx, ecx, edx] =
+                if ring == 0 { machine.cpuid(leaf, subleaf) } else { machine.user_cpuid(leaf, subleaf) };
+            console.line(
+                machine,
+                format_args!(
+                    "{} ring={ring} leaf={leaf:#x} subleaf={subleaf:#x} eax={eax:#x} ebx={ebx:#x} ecx={ecx:#x} edx={edx:#x}",
+                    report::CPUID
+                ),
+            );
+        }
+    }
 }
 
 /// Everything that works at the same time.

@@ -56,6 +56,17 @@ fn a_good_controller_passes() {
 }
 
 #[test]
+fn cpuid_is_printed_where_it_is_asked_for() {
+    let lines = run("ios=10 cpuid=show", Fault::None);
+    let leaves: Vec<_> =
+        lines.iter().map(|line| Line::parse(line)).filter(|line| line.kind == "cpuid").collect();
+    let rings: Vec<_> = leaves.iter().map(|line| (line.number("ring"), line.number("eax"))).collect();
+    assert_eq!(rings.len(), 12, "{lines:#?}");
+    assert_eq!((rings[0], rings[6]), ((Some(0), Some(0)), (Some(3), Some(1))), "ring 3 has its own");
+    assert!(!run("ios=10", Fault::None).iter().any(|line| line.starts_with("cpuid")));
+}
+
+#[test]
 fn wrong_data_is_noticed() {
     assert_eq!(error("ios=500", Fault::FlipBit), "block");
     assert_eq!(error("ios=500", Fault::LoseWrite), "block");

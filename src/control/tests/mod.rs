@@ -162,6 +162,7 @@ impl Operations for Machine {
             ownership: FerryOwnership::Owned,
             lease: None,
             blocked_reasons: self.migration_blockers(),
+            cpu: None,
             vcpu_exits: 0,
             disks: Vec::new(),
             migration: None,

@@ -8,7 +8,7 @@ use bus::{Bus, BusDevice};
 
 use crate::kvm::{Host, Vm};
 use crate::memory::{GuestRam, RAM_LOW, RamBlock};
-use crate::vcpu::{BootProtocol, BootRegisters, Buses, VcpuEvent, VcpuManager};
+use crate::vcpu::{BootProtocol, BootRegisters, Buses, Processors, VcpuEvent, VcpuManager};
 
 /// Where code is loaded and entered, in 32-bit protected mode without paging.
 pub(crate) const CODE: u32 = 0x1000;
@@ -81,7 +81,9 @@ impl TestGuest {
         let on_event: crate::vcpu::EventHandler = Arc::new(move |vcpu, event| {
             let _ = event_sender.send((vcpu, event));
         });
-        let vcpus = VcpuManager::new(&host, &vm, count, &buses, &on_event).unwrap();
+        let vcpus =
+            VcpuManager::new(&host, &vm, &Processors { count, ..Default::default() }, &buses, &on_event)
+                .unwrap();
         let guest = Self { vcpus, vm, ram, events, ports, mmio, mmio_device };
         guest.low().write(CODE.into(), code).unwrap();
         guest.boot();

@@ -173,8 +173,14 @@ fn the_number_of_vcpus_has_limits() {
     let vm = crate::kvm::Vm::new(&host).unwrap();
     let buses = crate::vcpu::Buses { ports: Default::default(), mmio: Default::default() };
     for count in [0, host.max_vcpus() + 1] {
-        let error =
-            crate::vcpu::VcpuManager::new(&host, &vm, count, &buses, &(std::sync::Arc::new(|_, _| {}) as _));
+        let processors = crate::vcpu::Processors { count, ..Default::default() };
+        let error = crate::vcpu::VcpuManager::new(
+            &host,
+            &vm,
+            &processors,
+            &buses,
+            &(std::sync::Arc::new(|_, _| {}) as _),
+        );
         assert!(matches!(error.unwrap_err(), Error::VcpuCount { asked, .. } if asked == count));
     }
 }

@@ -209,6 +209,10 @@ impl Machine for Model {
         }
     }
 
+    fn user_cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        [leaf, subleaf, 3, 0]
+    }
+
     fn write_msr(&mut self, register: u32, value: u64) {
         panic!("no register {register:#x} for {value:#x}");
     }
