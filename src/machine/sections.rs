@@ -10,6 +10,7 @@ use super::devices::Devices;
 use super::{Machine, Resources};
 use crate::config::MachineSpec;
 use crate::kvm::{GuestTime, HostTime, is_same_tsc_frequency};
+use crate::vcpu::Requirements;
 
 /// Name and description of every kind of section, for the hello: a hash each.
 #[must_use]
@@ -134,6 +135,18 @@ impl Machine {
             "the guest's time stamp counter runs at {} kHz, but at {tsc_khz} kHz here",
             clock.tsc_khz
         );
+        // A live guest's was compared before it came, and set; one out of a file brings it only now.
+        let seen = self.resources.seen_cpuid().unwrap_or_default();
+        let brings_cpuid = !seen.iter().eq(vcpus.iter().map(|vcpu| &vcpu.cpuid));
+        if brings_cpuid {
+            let cpuid = vcpus.iter().map(|vcpu| vcpu.cpuid.clone()).collect();
+            let unmet = Requirements { cpuid, ..Default::default() }.unmet(self.offer());
+            ensure!(
+                unmet.is_empty(),
+                "the guest has seen a processor that this host cannot be: {}",
+                unmet.join("; ")
+            );
+        }
 
         let routes = self.router.hold();
         for (disk, state) in self.disks.iter().zip(&disks) {
@@ -152,9 +165,7 @@ impl Machine {
         let plan = clock.plan(&HostTime::now()?, time)?;
         self.vm.restore_clock(&plan)?;
         self.vcpus.restore_states(&vcpus, plan.tsc_shift)?;
-        // A live guest's was known before; one out of a file brings it only now.
-        let seen = self.resources.seen_cpuid().unwrap_or_default();
-        if !seen.iter().eq(vcpus.iter().map(|vcpu| &vcpu.cpuid)) {
+        if brings_cpuid {
             self.resources.keep_cpuid(self.vcpus.cpuid()?);
         }
         Ok(())

@@ -55,6 +55,52 @@ fn describe_ram(description: &mut Description, ram: &GuestRam) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vcpu::{CpuidLeaf, Requirements};
+
+    /// A guest with AVX-512 on a host that has everything but, in a machine that differs in all else too.
+    #[test]
+    fn every_reason_comes_at_once() {
+        let machine = |ebx, msrs: &[u32], other: &[(&str, &str)]| {
+            let mut description = Description::new();
+            let leaf = CpuidLeaf { function: 7, ebx, ..Default::default() };
+            let requirements =
+                Requirements { cpuid: vec![vec![leaf]], msrs: msrs.to_vec(), ..Default::default() };
+            processor::describe(&mut description, &requirements);
+            other.iter().for_each(|(name, value)| description.set(*name, value));
+            description
+        };
+        let source = machine(
+            1 << 16 | 1 << 5,
+            &[0x48, 0x277],
+            &[("cpus", "1"), (TSC_KHZ, "3000000"), ("nvme.a.queues", "8"), ("ram.ram-low.length_bytes", "9")],
+        );
+        let own = machine(
+            1 << 5 | 1 << 8,
+            &[0x277],
+            &[("cpus", "1"), (TSC_KHZ, "2000000"), ("nvme.a.queues", "4"), ("ram.ram-low.length_bytes", "5")],
+        );
+        let leaf = CpuidLeaf { function: 7, ebx: 1 << 5 | 1 << 8, ..Default::default() };
+        let offer = Offer { cpuid: vec![leaf], msrs: vec![0x277], ..Default::default() };
+        assert_eq!(
+            differences(&source, &own, &offer),
+            [
+                "CPU: the source's guest has avx512f, which the destination's host lacks",
+                "CPU: the source's guest has the MSRs IA32_SPEC_CTRL (0x48), which KVM at the destination has not",
+                "tsc_khz: the source has 3000000, the destination 2000000",
+                "nvme.a.queues: the source has 8, the destination 4",
+                "ram.ram-low.length_bytes: the source has 9, the destination 5",
+            ]
+        );
+        let more =
+            Offer { cpuid: vec![CpuidLeaf { function: 7, ebx: u32::MAX, ..Default::default() }], ..offer };
+        let same = machine(1 << 16, &[0x277], &[("cpus", "1")]);
+        let other = machine(0, &[], &[("cpus", "1")]);
+        assert_eq!(
+            differences(&same, &other, &more),
+            Vec::<String>::new(),
+            "a host that has more is good enough"
+        );
+    }
 
     #[test]
     fn time_stamp_counters_are_compared_as_exactly_as_they_are_known() {

@@ -8,6 +8,7 @@ use stream::{Expected, SectionSet};
 use super::{description, processor, ram_blocks};
 use crate::kvm::GuestTime;
 use crate::machine::{Action, Machine, Resources};
+use crate::vcpu::Offer;
 use crate::vmm::Vmm;
 
 /// Builds the configured machine for whoever comes.
@@ -16,6 +17,8 @@ pub struct Factory {
     time: GuestTime,
     /// The machine that was described, to be the one that is built.
     machine: Option<Machine>,
+    /// What the host offers its vCPUs: a file is compared when the machine has been built.
+    offer: Offer,
     /// Its memory.
     blocks: Vec<stream::RamBlock>,
 }
@@ -24,7 +27,7 @@ impl Factory {
     /// For guests that come over a link or out of a file, which decides how their clocks go on.
     #[must_use]
     pub fn new(vmm: &Arc<Vmm>, time: GuestTime) -> Self {
-        Self { vmm: Arc::clone(vmm), time, machine: None, blocks: Vec::new() }
+        Self { vmm: Arc::clone(vmm), time, machine: None, offer: Offer::default(), blocks: Vec::new() }
     }
 
     fn prepare(&mut self) -> anyhow::Result<Machine> {
@@ -53,13 +56,13 @@ impl DestinationFactory for Factory {
         // It is made now and kept: it costs nothing until memory arrives, and the guest finds it ready.
         let machine = self.prepare()?;
         let description = description::describe(&machine)?;
+        self.offer = machine.offer().clone();
         self.machine = Some(machine);
         Ok(description)
     }
 
     fn differences(&mut self, source: &Description, own: &Description) -> Vec<String> {
-        let offer = self.machine.as_ref().map(|machine| machine.offer().clone()).unwrap_or_default();
-        description::differences(source, own, &offer)
+        description::differences(source, own, &self.offer)
     }
 
     fn build(&mut self, source: &Description) -> MachineResult<Arrival> {

@@ -102,7 +102,9 @@ impl VcpuManager {
             }
             if index == 0 {
                 msrs = msr::list(host, &fd)?;
-                let unmasked = cpuid::lacking(&cpuid, table);
+                // The host's own processor is not masked.
+                let masked = processors.model != CpuModel::Host;
+                let unmasked = if masked { cpuid::lacking(&cpuid, table) } else { Vec::new() };
                 if !unmasked.is_empty() {
                     log::warn!(
                         "KVM on this host does not hold CPUID masks: the guest sees {} although it was told otherwise, and a \
