@@ -1,10 +1,13 @@
 //! Links that are secure, links that are not, and peers that do not trust each other.
 
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
 use certificates::{Authority, Validity};
 use exerciser::report::Counters;
 use ferry::control::FerryOwnership;
+use rustix::io::{FdFlags, fcntl_setfd};
 use serde_json::{Value, json};
 use support::{TestBed, Vm, WATCHDOG};
 
@@ -142,4 +145,41 @@ fn another_host_is_reached_in_plain_text_only_if_the_user_says_so() {
     says(&source, "is not secure");
     arrives(&mut destination, &before);
     destination.finish();
+}
+
+/// A socket that outlives the execve(2) of the next process; its number there.
+fn pass(socket: &impl AsFd) -> String {
+    fcntl_setfd(socket, FdFlags::empty()).expect("it is ours");
+    format!("fd:{}", socket.as_fd().as_raw_fd())
+}
+
+#[test]
+fn a_guest_moves_over_sockets_that_were_passed() {
+    let bed = bed();
+    let machine = one_disk(&bed);
+    let mut source = machine.boot(&bed, "source", EXERCISER, BUSY);
+    let mut done = works(&mut source, &Counters::default());
+
+    // A connected pair: one end is inherited, the other passed by a client.
+    let (near, far) = UnixStream::pair().expect("a pair of sockets");
+    let mut second = machine.expect(&bed, "second", &pass(&far));
+    drop(far);
+    source.client().give(&near, "way").expect("it takes a socket");
+    drop(near);
+    source.migrate("fd:way");
+    source.migrated();
+    done = arrives(&mut second, &done);
+
+    // A listening one, and one that `ferry migrate` inherits and passes on.
+    let path = bed.path("listens");
+    let listener = UnixListener::bind(&path).expect("a listening socket");
+    let mut third = machine.expect(&bed, "third", &pass(&listener));
+    drop(listener);
+    let connected = UnixStream::connect(&path).expect("it listens");
+    let api = bed.path("second.api").display().to_string();
+    let mut client = bed.ferry("client", &["migrate", "--api", &api, &pass(&connected)].map(str::to_owned));
+    drop(connected);
+    assert_eq!(client.wait(WATCHDOG).expect("it ends").code(), Some(0));
+    arrives(&mut third, &done);
+    third.finish();
 }

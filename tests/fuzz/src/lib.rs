@@ -6,6 +6,7 @@
 //!
 //! - [`streams`], [`mapped`]: what crate `stream` reads.
 //! - [`states`]: the sections of our machine, and what two migrating processes say to each other.
+//! - [`reception`]: a destination that hears a whole peer.
 //! - [`inspect`]: any files, printed and compared. [`qemu`]: the controller of another VMM.
 //! - [`lease`]: the record that says who owns a guest.
 //! - [`guest`]: a running NVMe controller, whose guest is the attacker.
@@ -23,6 +24,7 @@ pub mod lease;
 pub mod mapped;
 pub mod mutate;
 pub mod qemu;
+pub mod reception;
 pub mod seeds;
 pub mod states;
 pub mod streams;
@@ -51,6 +53,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "qemu_nvme", run: qemu::nvme, seeds: qemu::nvme_seeds },
     Target { name: "devices", run: states::devices, seeds: states::device_seeds },
     Target { name: "messages", run: states::messages, seeds: states::message_seeds },
+    Target { name: "reception", run: reception::reception, seeds: reception::seeds },
     Target { name: "lease", run: lease::lease, seeds: lease::seeds },
     Target { name: "guest_registers", run: guest::registers, seeds: guest::register_seeds },
     Target { name: "guest_queues", run: guest::queues, seeds: guest::queue_seeds },
