@@ -48,6 +48,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod migrate;
+pub mod startup;
 pub mod subsystem;
 pub mod userfault;
 pub mod vcpu;

@@ -6,6 +6,7 @@ use clap::Parser;
 use ferry::cli::Arguments;
 
 fn main() -> ExitCode {
+    ferry::startup::begin();
     env_logger::Builder::from_env(env_logger::Env::new().filter_or("FERRY_LOG", "warn")).init();
     match Arguments::parse().command.execute() {
         Ok(()) => ExitCode::SUCCESS,

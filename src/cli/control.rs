@@ -8,7 +8,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use crate::control::{
-    Client, FerryAccess, FerryMember, FerryStatus, MigrationInfo, MigrationStatus, RunState,
+    Client, FerryAccess, FerryMember, FerryStart, FerryStatus, MigrationInfo, MigrationStatus, RunState,
 };
 
 /// Which machine is meant.
@@ -152,6 +152,7 @@ impl fmt::Display for Report {
             vcpu_exits,
             disks,
             migration,
+            start,
         } = &self.status;
         writeln!(f, "{name} (process {process_id}): {}, {}", word(status), word(ownership))?;
         if let Some(lease) = lease {
@@ -159,6 +160,14 @@ impl fmt::Display for Report {
                 f,
                 "  lease {}: {}, generation {}, {}",
                 lease.path, lease.state, lease.generation, lease.owner
+            )?;
+        }
+        if let Some(FerryStart { total, first_memory_slot }) = start {
+            let milliseconds = |microseconds: u64| microseconds as f64 / 1e3;
+            let (total, slot) = (milliseconds(*total), milliseconds(*first_memory_slot));
+            writeln!(
+                f,
+                "  ran {total:.1} ms after the start of the process, {slot:.1} ms of that for KVM's first memory slot"
             )?;
         }
         for reason in blocked_reasons {

@@ -32,7 +32,7 @@ Examples:
   ferry migrate --api vm.sock unix:/run/move.sock
   ferry migrate --api vm.sock --downtime-limit 20 --max-bandwidth 200M tcp:127.0.0.1:4444
   ferry migrate --api vm.sock --tls-dir /etc/ferry tcp:node2.example:4444
-  ferry migrate --api vm.sock file:suspended.ferry,layout=stream")]
+  ferry migrate --api vm.sock file:suspended.ferry")]
 pub struct MigrateArguments {
     /// Control socket of the machine (its --api).
     #[arg(long, value_name = "PATH")]
@@ -56,7 +56,8 @@ pub struct MigrateArguments {
     #[arg(long)]
     pub json: bool,
     /// Where to: unix:PATH, tcp:HOST:PORT, fd:N (a connected socket that this command inherits as descriptor N and gives to the
-    /// machine), or file:PATH[,layout=stream] to suspend the guest into a new file.
+    /// machine), or file:PATH[,layout=stream] to suspend the guest into a new file, whose pages lie at fixed places unless the layout
+    /// is that of a stream.
     #[arg(value_name = "URI")]
     pub uri: Uri,
 }

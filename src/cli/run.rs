@@ -118,6 +118,9 @@ pub struct RunArguments {
     /// Wait for a guest from another host without TLS: whoever is on the network can read and change it, or send one.
     #[arg(long, requires = "incoming")]
     pub insecure: bool,
+    /// Read and verify all of the file of --incoming file:PATH before the guest runs, instead of what it touches while it runs.
+    #[arg(long, requires = "incoming")]
+    pub verify: bool,
     /// Start the guest anew though it lies suspended in a file, which can then not be restored any more.
     #[arg(long, conflicts_with = "incoming")]
     pub discard_suspended: bool,

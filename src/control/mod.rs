@@ -46,8 +46,8 @@ pub use event::{Event, EventBus, NamespaceChange, ShutdownCause};
 pub use follow::{Finished, MigrateRequest};
 pub use operations::{
     AccessScope, AccessState, FerryAccess, FerryDisk, FerryDowntime, FerryLease, FerryMember, FerryMigration,
-    FerryOwnership, FerryStatus, MigrationInfo, MigrationParameters, MigrationStatus, MigrationTarget,
-    Operations, RamStats, Refusal, RunState,
+    FerryOwnership, FerryStart, FerryStatus, MigrationInfo, MigrationParameters, MigrationStatus,
+    MigrationTarget, Operations, RamStats, Refusal, RunState,
 };
 pub use server::Server;
 

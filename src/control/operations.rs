@@ -299,6 +299,19 @@ pub struct FerryStatus {
     /// The latest migration, outgoing or incoming, if there was one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration: Option<FerryMigration>,
+    /// How long this process took until its guest ran, if it has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start: Option<FerryStart>,
+}
+
+/// How long a process took until its guest ran for the first time, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FerryStart {
+    /// From `main` to the first `KVM_RUN`.
+    pub total: u64,
+    /// What of that KVM took for the first memory slot, whatever its size.
+    pub first_memory_slot: u64,
 }
 
 /// Counters of one controller and of the threads that serve it.

@@ -1,6 +1,7 @@
 //! One virtual machine.
 
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use bus::GuestMapping;
 use kvm_bindings as kvm;
@@ -11,8 +12,8 @@ use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Error, Host};
-use crate::layout;
 use crate::memory::{GuestRam, RamBlock};
+use crate::{layout, startup};
 
 /// A KVM virtual machine with its interrupt controllers and timer, before and while vCPUs run in it.
 ///
@@ -107,7 +108,9 @@ impl Vm {
                 memory_size: block.length_bytes(),
                 userspace_addr: block.mapping.as_ptr() as u64,
             };
+            let begun = Instant::now();
             self.set_region(region)?;
+            startup::memory_slot(begun.elapsed());
             self.slots().list.push(Slot { region, _mapping: Arc::clone(&block.mapping) });
         }
         Ok(())

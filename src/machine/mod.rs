@@ -235,6 +235,15 @@ impl Machine {
         Ok(in_flight.max(self.pause_devices()?))
     }
 
+    /// Has the vCPUs leave the guest, which is at its end, and waits for nobody: those that wait for memory that never comes do not
+    /// come back.
+    ///
+    /// # Errors
+    /// A vCPU thread is gone.
+    pub fn kick_out(&self) -> anyhow::Result<()> {
+        Ok(self.vcpus.kick_out()?)
+    }
+
     fn pause_devices(&self) -> anyhow::Result<u32> {
         self.entropy.device().pause();
         let deadline = Instant::now() + PAUSE_PATIENCE;

@@ -153,6 +153,12 @@ impl Resources {
         self.regions.get(index)?.as_ref()
     }
 
+    /// Whether the block is a persistent memory region.
+    #[must_use]
+    pub fn is_region(&self, block: &RamBlock) -> bool {
+        self.regions.iter().flatten().any(|region| region.block().name == block.name)
+    }
+
     /// Makes the memory of every region its file: done before the guest runs, which is ours. Harmless if it is done.
     ///
     /// # Errors

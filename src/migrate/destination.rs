@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
-use engine::{Description, DestinationFactory, DestinationMachine, MachineResult, RamBlock, RunState};
+use engine::{
+    Description, DestinationFactory, DestinationMachine, MachineResult, MissingPages, RamBlock, RunState,
+};
 use stream::{Expected, SectionSet};
 
+use super::paging::Paging;
 use super::{description, processor, ram_blocks};
 use crate::kvm::GuestTime;
 use crate::machine::{Action, Machine, Resources};
@@ -92,6 +95,16 @@ impl Arrival {
 impl DestinationMachine for Arrival {
     fn ram_blocks(&self) -> Vec<RamBlock> {
         self.machine.as_ref().map(|machine| ram_blocks(machine.resources().ram())).unwrap_or_default()
+    }
+
+    fn missing_pages(&mut self) -> Option<Arc<dyn MissingPages>> {
+        match Paging::begin(&self.vmm, self.machine.as_ref()?.resources()) {
+            Ok(paging) => Some(Arc::new(paging)),
+            Err(error) => {
+                log::warn!("{error}; so the guest runs when all of its memory has been read");
+                None
+            }
+        }
     }
 
     fn load_devices(&mut self, sections: SectionSet) -> MachineResult<()> {

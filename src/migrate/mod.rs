@@ -8,6 +8,7 @@
 
 mod description;
 mod destination;
+mod paging;
 mod processor;
 mod report;
 mod source;
@@ -188,7 +189,7 @@ impl Migrations {
             })
         };
         let mut outcome = match &endpoint.uri {
-            Uri::File { path, .. } => engine::suspend_to_file(source, path, &mut context),
+            Uri::File { path, layout } => engine::suspend_to_file(source, path, *layout, &mut context),
             Uri::Unix(_) | Uri::Tcp { .. } | Uri::Fd(_) => engine::migrate(source, &mut dial, &mut context),
         };
         while let Outcome::Unknown(handover) = outcome {
@@ -251,13 +252,20 @@ impl Migrations {
     ) -> anyhow::Result<()> {
         if let Uri::File { path, .. } = uri {
             let mut factory = Factory::new(vmm, GuestTime::File);
+            let reading = vmm.reading();
             let restored =
-                engine::restore_from_file(&mut factory, path, lease, &self.parameters, statistics)?;
+                engine::restore_from_file(&mut factory, path, reading, lease, &self.parameters, statistics)?;
             if let Some(error) = restored.error {
                 log::error!(
                     "the guest is restored but could not be started, and is paused: {}",
                     error.chain()
                 );
+            }
+            // The guest runs; a migration of it waits for the end of this thread.
+            if let Some(fill) = &restored.fill
+                && fill.run(&self.parameters, statistics)
+            {
+                log::info!("all memory of the guest is here");
             }
             return Ok(());
         }

@@ -268,6 +268,14 @@ impl VcpuManager {
         self.end_pause(&self.begin_pause()?)
     }
 
+    /// Has every vCPU pause, and waits for none.
+    ///
+    /// # Errors
+    /// [`Error::ThreadGone`].
+    pub fn kick_out(&self) -> Result<(), Error> {
+        self.begin_pause().map(drop)
+    }
+
     /// When this returns, every vCPU has been kicked.
     pub(super) fn begin_pause(&self) -> Result<Vec<Receiver<()>>, Error> {
         self.threads.iter().map(|thread| thread.ask(Vcpu::pause)).collect()

@@ -11,6 +11,7 @@ use super::state::{self, CpuidLeaf, DebugRegisters, EventState, Msr, Registers, 
 use super::{BootRegisters, cpuid, msr};
 use crate::kvm::run::{Exit, Kickable};
 use crate::kvm::{Error, is_same_tsc_frequency, tsc_offset, xsave};
+use crate::startup;
 
 /// Offset of the LINT1 entry in a local APIC's registers.
 const LVT_LINT1: usize = 0x360;
@@ -141,6 +142,7 @@ impl Vcpu {
             log::warn!("vCPU {}: cannot announce the pause to the guest: {error}", self.index);
         }
         self.running = true;
+        startup::vcpu_runs();
     }
 
     /// Stops and completes the access that was in progress: with `immediate_exit` KVM does no more than that. (A string

@@ -23,6 +23,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
+use engine::Reading;
 use engine::lease::Lease;
 use transport::{Endpoint, Security, Uri, inherit};
 
@@ -51,6 +52,8 @@ pub enum Request {
     Quit,
     /// A migration away has ended, well or not.
     MigrationEnded,
+    /// Some memory of the guest that runs cannot be had; why.
+    MemoryLost(anyhow::Error),
     /// The wait for an incoming guest has ended without one.
     IncomingFailed(anyhow::Error),
 }
@@ -76,6 +79,8 @@ pub struct Vmm {
     run_state: Mutex<RunState>,
     machine: Mutex<Option<Arc<Machine>>>,
     exit_when_migrated: bool,
+    /// When the memory of a guest that comes out of a file is read.
+    reading: Reading,
 }
 
 /// Runs the virtual machine of `arguments` until it ends.
@@ -146,6 +151,7 @@ impl Vmm {
             run_state: Mutex::new(run_state),
             machine: Mutex::default(),
             exit_when_migrated: arguments.exit_when_migrated,
+            reading: if arguments.verify { Reading::First } else { Reading::OnDemand },
         });
         Ok((vmm, receiver))
     }
@@ -238,6 +244,12 @@ impl Vmm {
     #[must_use]
     pub fn machine(&self) -> Option<Arc<Machine>> {
         lock(&self.machine).clone()
+    }
+
+    /// When the memory of a guest that comes out of a file is read.
+    #[must_use]
+    pub fn reading(&self) -> Reading {
+        self.reading
     }
 
     /// Why the machine cannot migrate: all the reasons, none if it can.
@@ -352,6 +364,7 @@ impl Vmm {
                         return self.shut_down(reason);
                     }
                 }
+                Request::MemoryLost(error) => return self.give_up(error),
                 Request::IncomingFailed(error) => return Err(error),
             }
         }
@@ -412,6 +425,19 @@ impl Vmm {
         }
         *lock(&self.machine) = Some(Arc::new(machine));
         Ok(())
+    }
+
+    /// Some of the guest's memory cannot be had. Threads of its devices may wait for it for ever, so nothing waits for them: the vCPUs
+    /// stop, and the process ends as if it were killed, with the sentence that says why. What the guest has written is in its images.
+    fn give_up(&self, error: anyhow::Error) -> anyhow::Result<()> {
+        let failed = self.act(Action::Fail, Machine::kick_out);
+        if let Err(error) = failed {
+            log::error!("the guest cannot be stopped: {error:#}");
+        }
+        self.events.emit(Event::Shutdown { reason: ShutdownCause::HostError });
+        // There is nothing more to be done with it, and its threads are not to be joined.
+        std::mem::forget(lock(&self.machine).take());
+        Err(error.context("the guest cannot go on"))
     }
 
     fn shut_down(&self, reason: ShutdownCause) -> anyhow::Result<()> {

@@ -1,16 +1,18 @@
 //! What control clients may ask, answered by the process.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use engine::Word;
 
 use super::{Request, Vmm, ownership};
 use crate::config::NamespaceOption;
 use crate::control::{
-    AccessScope, AccessState, Event, FerryLease, FerryOwnership, FerryStatus, MigrationInfo,
+    AccessScope, AccessState, Event, FerryLease, FerryOwnership, FerryStart, FerryStatus, MigrationInfo,
     MigrationParameters, MigrationTarget, NamespaceChange, Operations, Refusal, RunState as QmpRunState,
 };
 use crate::machine::{Action, Machine, RunState};
+use crate::startup;
 
 impl Vmm {
     /// The process as the control socket sees it.
@@ -44,6 +46,10 @@ impl Control {
 /// The whole chain in one sentence.
 fn refusal(error: &anyhow::Error) -> Refusal {
     Refusal(format!("{error:#}"))
+}
+
+fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn qmp_run_state(state: RunState) -> QmpRunState {
@@ -184,6 +190,10 @@ impl Operations for Control {
             vcpu_exits: self.0.machine().map(|machine| machine.vcpu_exits()).unwrap_or_default(),
             disks: self.0.machine().map(|machine| machine.disk_counters()).unwrap_or_default(),
             migration: self.0.migrations.detail(),
+            start: startup::report().map(|report| FerryStart {
+                total: microseconds(report.total),
+                first_memory_slot: microseconds(report.first_memory_slot),
+            }),
         }
     }
 }

@@ -102,6 +102,18 @@ pub enum Error {
         /// Why.
         source: Box<dyn StdError + Send + Sync>,
     },
+    /// A piece of guest memory cannot be had from its file.
+    #[error("cannot restore the memory at {offset:#x} of block {block:?} from {path}")]
+    Memory {
+        /// The file.
+        path: String,
+        /// Of the machine.
+        block: String,
+        /// In the block, in bytes.
+        offset: u64,
+        /// Why.
+        source: Box<stream::Error>,
+    },
     /// The stream is refused, or could not be written.
     #[error("cannot {doing}")]
     Stream {

@@ -4,7 +4,8 @@
 //! process answers for its machine through [`SourceMachine`] on one side, [`DestinationFactory`] and [`DestinationMachine`]
 //! on the other. [`migrate`] and [`Destination::receive`] run on the caller's migration thread, and other threads watch
 //! [`Statistics`] and turn [`Parameters`]. The engine makes few threads of its own: one that keeps the link alive while the
-//! source writes back its images, and one for each peer that has not said yet what it wants.
+//! source writes back its images, one for each peer that has not said yet what it wants, and one that brings memory out of a file
+//! when it is touched.
 //!
 //! ```text
 //! source.rs       hello --------------------------> destination.rs   checks, builds
@@ -63,11 +64,14 @@ pub use converge::{Decision, Situation, converge};
 pub use description::Description;
 pub use destination::{Arrived, Destination};
 pub use error::Error;
-pub use file::{FileState, Restored, expect_file, file_schema, restore_from_file, suspend_to_file};
+pub use file::{
+    FileState, Fill, Reading, Restored, expect_file, file_schema, restore_from_file, suspend_to_file,
+};
 pub use handover::Handover;
 pub use link::Dial;
 pub use machine::{
-    DestinationFactory, DestinationMachine, MachineResult, RamBlock, RunState, SaveFor, SourceMachine,
+    DestinationFactory, DestinationMachine, MachineResult, MissingPages, RamBlock, RunState, SaveFor,
+    SourceMachine,
 };
 pub use ownership::source::Word;
 pub use parameters::Parameters;

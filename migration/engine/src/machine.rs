@@ -11,7 +11,7 @@ use stream::{DeviceSection, Expected, SectionSet};
 use vm_memory::MmapRegion;
 use vm_memory::bitmap::AtomicBitmap;
 
-use crate::{Description, PageBitmap};
+use crate::{Description, Error as EngineError, PageBitmap};
 
 /// A machine's own failure. Its chain of sources is shown to the user on both sides.
 pub type MachineResult<T> = Result<T, Box<dyn Error + Send + Sync>>;
@@ -174,10 +174,52 @@ pub trait DestinationFactory {
     fn build(&mut self, source: &Description) -> MachineResult<Self::Machine>;
 }
 
+/// Guest memory that is placed when it is touched, by whichever vCPU, device model or request. Blocks have the numbers that they have in
+/// [`DestinationMachine::ram_blocks`]. Several threads place.
+pub trait MissingPages: Send + Sync {
+    /// Whether who touches a missing page of the block waits for it. Pages of other blocks are never missing.
+    fn has(&self, block: usize) -> bool;
+
+    /// Waits until somebody touches missing pages, and adds block and offset of each; adds nothing once [`release`](Self::release)
+    /// was called.
+    ///
+    /// # Errors
+    /// The host does not tell.
+    fn faults(&self, faults: &mut Vec<(usize, u64)>) -> MachineResult<()>;
+
+    /// Places whole pages, as this process's own writes are *not*: nobody has changed them. Pages that are there stay as they are;
+    /// whoever waits for one goes on.
+    ///
+    /// # Errors
+    /// There is no memory.
+    fn place(&self, block: usize, offset: u64, pages: &[u8]) -> MachineResult<()>;
+
+    /// As [`place`](Self::place), of zeros.
+    ///
+    /// # Errors
+    /// There is no memory.
+    fn place_zeros(&self, block: usize, offset: u64, length_bytes: u64) -> MachineResult<()>;
+
+    /// No page is missing any more: those that were not placed are zeros, and nobody waits. Harmless when it was done.
+    ///
+    /// # Errors
+    /// The host goes on to have them waited for.
+    fn release(&self) -> MachineResult<()>;
+
+    /// The guest runs, and some of its memory cannot be had: it must not go on. Whoever waits goes on waiting.
+    fn lost(&self, error: &EngineError);
+}
+
 /// The machine that arrives. Dropping it before [`start`](Self::start) releases everything.
 pub trait DestinationMachine {
     /// All guest memory.
     fn ram_blocks(&self) -> Vec<RamBlock>;
+
+    /// Has those who touch missing pages of memory wait for them from now on. `None`: the host cannot do that, and all memory is there
+    /// before it is touched.
+    fn missing_pages(&mut self) -> Option<Arc<dyn MissingPages>> {
+        None
+    }
 
     /// Checks the contents of every section and builds the devices from them; takes all of the sections out of the set.
     /// All that were [expected](DestinationFactory::expected) are there, each once, and RAM is complete. Nothing runs yet,

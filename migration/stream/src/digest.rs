@@ -62,6 +62,17 @@ impl RamDigests {
         (0..self.count).map(|index| self.chunk(index))
     }
 
+    /// Takes a page out of the sum of its chunk. The caller has put it in.
+    fn forget(&mut self, block: usize, offset: u64, digest_of_page: u64) {
+        let index = self.blocks[block].0 + (offset / CHUNK_BYTES) as usize;
+        let term = xxh3_64(&link(offset, digest_of_page));
+        let digest = match self.current.0 == index {
+            true => &mut self.current.1,
+            false => self.chunks.entry(index).or_default(),
+        };
+        *digest = digest.wrapping_sub(term);
+    }
+
     /// Extends the digest of a page's chunk. The caller has checked block and offset.
     fn record(&mut self, block: usize, offset: u64, digest_of_page: u64) {
         let index = self.blocks[block].0 + (offset / CHUNK_BYTES) as usize;
@@ -192,8 +203,16 @@ impl Digests {
         sections.chain(self.commands.map(|digest| (COMMANDS_ID, "commands", digest)))
     }
 
-    pub(crate) fn ram_page(&mut self, block: usize, offset: u64, page: &[u8]) {
-        self.ram.record(block, offset, xxh3_64(page));
+    /// Returns the digest of the page alone.
+    pub(crate) fn ram_page(&mut self, block: usize, offset: u64, page: &[u8]) -> u64 {
+        let digest = xxh3_64(page);
+        self.ram.record(block, offset, digest);
+        digest
+    }
+
+    /// A page of the mapped layout is not what it was when its digest was this.
+    pub(crate) fn forget_ram_page(&mut self, block: usize, offset: u64, digest: u64) {
+        self.ram.forget(block, offset, digest);
     }
 
     pub(crate) fn ram_zero(&mut self, block: usize, offset: u64) {

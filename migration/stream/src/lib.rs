@@ -96,8 +96,6 @@
 //!   refused by name; files do not have them.
 //! - RAM records with compressed pages or differences of pages (XBZRLE) are refused by name.
 //! - Commands and the return path are a codec: nobody here answers a ping or runs a postcopy.
-//! - A page of a mapped file is written once. A writer that follows a running guest would have to take the digest of the old page out
-//!   of its chunk's.
 //! - A section without a length is measured again when as much of it has come as it was known to lack. What is known grows with what
 //!   has come, so the bytes of a large section, fed one by one, are looked at some hundred times, not once for each of its elements.
 //!   Lists carry no length: each element of one is another look.

@@ -23,6 +23,8 @@ pub struct MappedRamWriter {
     places: Vec<MappedBlock>,
     /// The pages that were written.
     present: Vec<Bitmap>,
+    /// Of pages that may be written again, the digest of each that was written. Empty if they may not.
+    digests: Vec<Vec<u64>>,
 }
 
 impl<W: Write + Seek> StreamWriter<W> {
@@ -55,7 +57,13 @@ impl<W: Write + Seek> StreamWriter<W> {
         save_footer(id, &mut piece);
         self.write_at(offset, &piece)?;
         let present = blocks.iter().map(|block| Bitmap::new(ram::pages(block.length_bytes) as usize));
-        Ok(MappedRamWriter { id, blocks: blocks.to_vec(), places, present: present.collect() })
+        Ok(MappedRamWriter {
+            id,
+            blocks: blocks.to_vec(),
+            places,
+            present: present.collect(),
+            digests: Vec::new(),
+        })
     }
 
     fn write_at(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
@@ -65,12 +73,20 @@ impl<W: Write + Seek> StreamWriter<W> {
 }
 
 impl MappedRamWriter {
+    /// Lets pages be written more than once, as one must who follows a guest that runs: the last time counts. Costs 8 bytes a page.
+    pub fn following(mut self) -> Self {
+        let pages = |place: &MappedBlock| vec![0; ram::pages(place.block.length_bytes) as usize];
+        self.digests = self.places.iter().map(pages).collect();
+        self
+    }
+
     /// Where the blocks are in the file.
     pub fn blocks(&self) -> &[MappedBlock] {
         &self.places
     }
 
-    /// Writes whole pages that follow each other, from `offset` of block number `block` on, each page once.
+    /// Writes whole pages that follow each other, from `offset` of block number `block` on, each page once unless this is
+    /// [`following`](Self::following) a guest.
     ///
     /// # Errors
     ///
@@ -86,7 +102,14 @@ impl MappedRamWriter {
         let (place, present) = (&self.places[block], &mut self.present[block]); // one for each block
         let first = ram::pages(offset) as usize;
         let count = pages.len() / PAGE_BYTES;
-        if let Some(page) = (first..first + count).find(|page| present.get(*page)) {
+        let mut written = (first..first + count).filter(|page| present.get(*page));
+        if let Some(digests) = self.digests.get(block) {
+            let written: Vec<_> = written.collect();
+            for page in written {
+                stream.digests.forget_ram_page(block, (page * PAGE_BYTES) as u64, digests[page]);
+                present.set(page, false);
+            }
+        } else if let Some(page) = written.next() {
             let name = &place.block.name;
             return Err(Error::Ram(format!("page {page:#x} of block {name:?} is written a second time")));
         }
@@ -96,8 +119,11 @@ impl MappedRamWriter {
             stream.write_at(place.pages_offset + offset + run.start as u64, bytes)?;
             for (index, page) in bytes.chunks(PAGE_BYTES).enumerate() {
                 let at = offset + (run.start + index * PAGE_BYTES) as u64;
-                stream.digests.ram_page(block, at, page);
+                let digest = stream.digests.ram_page(block, at, page);
                 present.set(ram::pages(at) as usize, true);
+                if let Some(digests) = self.digests.get_mut(block) {
+                    digests[ram::pages(at) as usize] = digest; // one for each page
+                }
             }
         }
         stream.out.seek(SeekFrom::Start(resume)).map_err(Error::write("RAM"))?;

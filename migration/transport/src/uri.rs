@@ -15,12 +15,14 @@ const UNIX_PATH_MAX_BYTES: usize = 107;
 /// How a file holds RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Layout {
-    /// Plain RAM sections in the stream, readable by every version of QEMU's `analyze-migration.py`.
+    /// Pages at fixed places, so that they can be read when they are needed.
     #[default]
+    Mapped,
+    /// Plain RAM sections in the stream, readable by every version of QEMU's `analyze-migration.py`.
     Stream,
 }
 
-/// Where a migration goes to or comes from: `unix:PATH`, `tcp:HOST:PORT`, `fd:N` or `file:PATH[,layout=stream]`.
+/// Where a migration goes to or comes from: `unix:PATH`, `tcp:HOST:PORT`, `fd:N` or `file:PATH[,layout=mapped|stream]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Uri {
     /// A Unix socket.
@@ -48,9 +50,9 @@ impl FromStr for Uri {
 
     fn from_str(text: &str) -> Result<Self, Error> {
         let fail = |reason: &str| Error::Address { text: text.to_owned(), reason: reason.to_owned() };
-        let (scheme, rest) = text
-            .split_once(':')
-            .ok_or_else(|| fail("expected unix:PATH, tcp:HOST:PORT, fd:N or file:PATH[,layout=stream]"))?;
+        let (scheme, rest) = text.split_once(':').ok_or_else(|| {
+            fail("expected unix:PATH, tcp:HOST:PORT, fd:N or file:PATH[,layout=mapped|stream]")
+        })?;
         match scheme {
             "unix" if rest.is_empty() => Err(fail("the path is empty")),
             "unix" if rest.len() > UNIX_PATH_MAX_BYTES => {
@@ -76,9 +78,10 @@ impl FromStr for Uri {
             }
             "file" => {
                 let (path, layout) = match rest.rsplit_once(',') {
+                    Some((path, "layout=mapped")) => (path, Layout::Mapped),
                     Some((path, "layout=stream")) => (path, Layout::Stream),
                     Some((_, option)) if option.starts_with("layout=") => {
-                        return Err(fail("the only layout of this build is layout=stream"));
+                        return Err(fail("the layout is layout=mapped or layout=stream"));
                     }
                     _ => (rest, Layout::default()),
                 };
@@ -101,6 +104,7 @@ impl fmt::Display for Uri {
             Self::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
             Self::Fd(name) => write!(f, "fd:{name}"),
+            Self::File { path, layout: Layout::Mapped } => write!(f, "file:{},layout=mapped", path.display()),
             Self::File { path, layout: Layout::Stream } => write!(f, "file:{},layout=stream", path.display()),
         }
     }
@@ -205,13 +209,14 @@ mod tests {
             "tcp:[::1]:0",
             "fd:7",
             "fd:name",
-            "file:/tmp/x:y,layout=stream",
+            "file:/x:y,layout=stream",
+            "file:/x,layout=mapped",
         ] {
             assert_eq!(text.parse::<Uri>().unwrap().to_string(), text);
         }
-        let file = Uri::File { path: "/a,b".into(), layout: Layout::Stream };
-        assert_eq!("file:/a,b".parse::<Uri>().unwrap(), file);
-        assert_eq!("file:/a,b,layout=stream".parse::<Uri>().unwrap(), file);
+        let file = |layout| Uri::File { path: "/a,b".into(), layout };
+        assert_eq!("file:/a,b".parse::<Uri>().unwrap(), file(Layout::Mapped));
+        assert_eq!("file:/a,b,layout=stream".parse::<Uri>().unwrap(), file(Layout::Stream));
     }
 
     #[test]
@@ -228,7 +233,7 @@ mod tests {
             ("tcp:localhost:70000", "not a number from 0 to 65535"),
             ("file:", "the path is empty"),
             ("fd:", "the number or name"),
-            ("file:/a,layout=mapped", "only layout"),
+            ("file:/a,layout=other", "layout=mapped or layout=stream"),
             ("exec:rm", "none of unix, tcp, fd and file"),
         ] {
             let error = text.parse::<Uri>().unwrap_err().to_string();

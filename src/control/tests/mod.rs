@@ -166,6 +166,7 @@ impl Operations for Machine {
             vcpu_exits: 0,
             disks: Vec::new(),
             migration: None,
+            start: None,
         }
     }
 }

@@ -7,7 +7,7 @@
 mod receive;
 mod send;
 
-pub(crate) use receive::Receiver;
+pub(crate) use receive::{Receiver, match_blocks};
 pub(crate) use send::Sender;
 
 /// [`PAGE_BYTES`](crate::PAGE_BYTES) as lengths of buffers want it.

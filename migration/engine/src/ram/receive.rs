@@ -131,7 +131,7 @@ fn place<'a>(
 }
 
 /// Finds each of the stream's blocks among ours: all of them, by name and length.
-fn match_blocks(theirs: &[stream::RamBlock], ours: &[RamBlock]) -> Result<Vec<usize>, String> {
+pub(crate) fn match_blocks(theirs: &[stream::RamBlock], ours: &[RamBlock]) -> Result<Vec<usize>, String> {
     if theirs.len() != ours.len() {
         return Err(format!("{} blocks of RAM came, this machine has {}", theirs.len(), ours.len()));
     }

@@ -2,6 +2,7 @@
 
 mod faults;
 mod file;
+mod fill;
 mod link;
 mod migrate;
 mod mock;

@@ -1,0 +1,370 @@
+//! Memory that comes out of a mapped file while its guest runs.
+//!
+//! Two threads bring it, a [chunk](CHUNK_BYTES) at a time, each chunk by one of them: the *server* those that somebody waits for, and
+//! [`Fill::run`] all others in order. A chunk is compared with its digest before any of it is placed. Pages that are not in the file
+//! are zeros, which cost nothing until they are touched.
+//!
+//! A chunk that cannot be had is the end: before the guest has run, of the restore; afterwards of the guest
+//! ([`MissingPages::lost`]), which would otherwise go on with a memory that never was.
+
+use std::fmt;
+use std::fs::File;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use stream::{CHUNK_BYTES, MappedRam};
+use vm_memory::VolatileMemory;
+
+use crate::machine::MissingPages;
+use crate::ram::match_blocks;
+use crate::{Error, PAGE_BYTES, Parameters, RamBlock, Statistics};
+
+/// The memory in a file, by the numbers that its blocks have in the machine.
+pub(super) struct Memory {
+    ram: MappedRam<File>,
+    blocks: Vec<RamBlock>,
+    /// For each of them its number in the file.
+    numbers: Vec<usize>,
+    /// Of the file, for errors.
+    path: String,
+}
+
+impl Memory {
+    /// `blocks` are those of the machine.
+    pub fn new(ram: MappedRam<File>, blocks: Vec<RamBlock>, path: String) -> Result<Self, Error> {
+        let theirs: Vec<_> = ram.blocks().map(|place| place.block.clone()).collect();
+        let order = match_blocks(&theirs, &blocks)
+            .map_err(|reason| Error::Protocol { doing: "restore RAM and devices", reason })?;
+        let mut numbers = vec![0; blocks.len()];
+        for (number, block) in order.into_iter().enumerate() {
+            if let Some(place) = numbers.get_mut(block) {
+                *place = number;
+            }
+        }
+        Ok(Self { ram, blocks, numbers, path })
+    }
+
+    fn number(&self, block: usize) -> usize {
+        self.numbers.get(block).copied().unwrap_or(usize::MAX)
+    }
+
+    /// Reads a chunk and has `place` take each run of pages that are in the file, with its offset in the block.
+    fn bring(
+        &self,
+        block: usize,
+        chunk: u64,
+        buffer: &mut [u8],
+        mut place: impl FnMut(u64, &[u8]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let number = self.number(block);
+        let start = chunk * CHUNK_BYTES;
+        let length = self.ram.read_chunk(number, chunk, buffer).map_err(|source| Error::Memory {
+            path: self.path.clone(),
+            block: self.blocks.get(block).map(|block| block.name.clone()).unwrap_or_default(),
+            offset: start,
+            source: Box::new(source),
+        })?;
+        let pages = buffer.get(..length).unwrap_or_default().chunks(PAGE_BYTES as usize).enumerate();
+        let present = |page: usize| self.ram.is_present(number, start + page as u64 * PAGE_BYTES);
+        let pages: Vec<_> = pages.map(|(page, _)| page).collect();
+        for run in pages.chunk_by(|one, other| present(*one) == present(*other)) {
+            let Some(first) = run.first().copied().filter(|first| present(*first)) else { continue };
+            let bytes = first * PAGE_BYTES as usize..(first + run.len()) * PAGE_BYTES as usize;
+            let offset = start + bytes.start as u64;
+            place(offset, buffer.get(bytes).unwrap_or_default())?;
+        }
+        Ok(())
+    }
+
+    /// Reads the whole of a block, which nobody uses yet.
+    pub fn read(&self, block: usize, parameters: &Parameters, statistics: &Statistics) -> Result<(), Error> {
+        let mut buffer = vec![0; CHUNK_BYTES as usize];
+        let Some(own) = self.blocks.get(block) else { return Ok(()) };
+        for chunk in self.chunks(block) {
+            if parameters.cancelled() {
+                return Err(Error::Cancelled);
+            }
+            self.bring(block, chunk, &mut buffer, |offset, bytes| {
+                let slice = own.mapping.get_slice(offset as usize, bytes.len());
+                let slice = slice.map_err(|source| Error::Machine {
+                    doing: "place guest memory",
+                    source: source.into(),
+                })?;
+                slice.copy_from(bytes);
+                statistics.update(|s| {
+                    s.transferred_bytes += bytes.len() as u64;
+                    s.normal_pages += bytes.len() as u64 / PAGE_BYTES;
+                });
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The chunks of a block that have pages in the file, in order.
+    fn chunks(&self, block: usize) -> impl Iterator<Item = u64> {
+        let mut next = 0;
+        let chunks = |extent: Range<u64>| extent.start / CHUNK_BYTES..extent.end.div_ceil(CHUNK_BYTES);
+        self.ram.extents(self.number(block)).flat_map(move |extent| {
+            let chunks = chunks(extent);
+            let new = chunks.start.max(next)..chunks.end;
+            next = new.end.max(next);
+            new
+        })
+    }
+}
+
+/// Nobody has brought it.
+const MISSING: u8 = 0;
+/// Somebody is about to.
+const TAKEN: u8 = 1;
+/// All of its pages are there.
+const PLACED: u8 = 2;
+
+/// The memory of a guest that runs before all of it is there.
+///
+/// Dropped before the guest [runs](Self::guest_runs) it ends, and memory that is missing is zeros. Dropped afterwards and before all
+/// is there, it goes on to bring what is touched for as long as the process lives: a guest must not see zeros in the place of its memory.
+#[derive(Debug)]
+pub struct Fill {
+    shared: Arc<Shared>,
+    server: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    memory: Memory,
+    pages: Arc<dyn MissingPages>,
+    /// For each block, and each of its chunks.
+    chunks: Vec<Vec<AtomicU8>>,
+    progress: Mutex<Progress>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Progress {
+    /// Chunks that are not placed.
+    missing: u64,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// Devices may look at memory.
+    Loading,
+    /// So may the guest.
+    Running,
+    /// A chunk could not be had; why, until somebody was told.
+    Failed(Option<Error>),
+    /// Nothing is missing, or nobody wants it any more.
+    Over,
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared").field("progress", &self.progress).finish_non_exhaustive()
+    }
+}
+
+impl Fill {
+    /// Brings pages of the blocks that `pages` [has](MissingPages::has) from now on, when they are touched.
+    pub(super) fn begin(memory: Memory, pages: Arc<dyn MissingPages>) -> Result<Self, Error> {
+        let (mut chunks, mut missing) = (Vec::new(), 0);
+        for (block, own) in memory.blocks.iter().enumerate() {
+            let count = own.length_bytes().div_ceil(CHUNK_BYTES);
+            let states: Vec<_> = (0..count).map(|_| AtomicU8::new(PLACED)).collect();
+            for chunk in memory.chunks(block).filter(|_| pages.has(block)) {
+                if let Some(state) = states.get(chunk as usize) {
+                    state.store(MISSING, Ordering::Relaxed);
+                    missing += 1;
+                }
+            }
+            chunks.push(states);
+        }
+        let progress = Mutex::new(Progress { missing, phase: Phase::Loading });
+        let shared = Arc::new(Shared { memory, pages, chunks, progress, changed: Condvar::new() });
+        let server = thread::Builder::new().name("fill".to_owned()).spawn({
+            let shared = Arc::clone(&shared);
+            move || shared.serve()
+        });
+        let server = server.map_err(|source| Error::Machine {
+            doing: "start the thread that brings guest memory",
+            source: source.into(),
+        })?;
+        Ok(Self { shared, server: Some(server) })
+    }
+
+    /// The guest is about to run: from here on memory that cannot be had is its end.
+    ///
+    /// # Errors
+    /// Some could not be had already.
+    pub(super) fn guest_runs(&self) -> Result<(), Error> {
+        let mut progress = self.shared.progress();
+        match &mut progress.phase {
+            Phase::Failed(error) => Err(error.take().unwrap_or(Error::Cancelled)),
+            phase => {
+                *phase = Phase::Running;
+                Ok(())
+            }
+        }
+    }
+
+    /// The guest will not run after all.
+    pub(super) fn give_up(&self) {
+        self.shared.finish();
+    }
+
+    /// Bytes that are not there yet, in whole chunks.
+    #[must_use]
+    pub fn missing_bytes(&self) -> u64 {
+        self.shared.progress().missing * CHUNK_BYTES
+    }
+
+    /// Brings all that is missing, and ends when all is there, or some cannot be had, or the end is wished. Returns whether all is
+    /// there.
+    pub fn run(&self, parameters: &Parameters, statistics: &Statistics) -> bool {
+        let shared = &self.shared;
+        let mut buffer = vec![0; CHUNK_BYTES as usize];
+        for (block, states) in shared.chunks.iter().enumerate() {
+            for chunk in 0..states.len() as u64 {
+                if parameters.end_is_wished() || shared.has_failed() {
+                    return false;
+                }
+                if shared.claim(block, chunk)
+                    && let Err(error) = shared.place(block, chunk, &mut buffer)
+                {
+                    shared.fail(error);
+                    return false;
+                }
+                let missing = self.missing_bytes();
+                statistics.update(|s| s.remaining_bytes = missing);
+            }
+        }
+        let goes_on =
+            |progress: &mut Progress| progress.missing > 0 && matches!(progress.phase, Phase::Running);
+        let progress = shared.changed.wait_while(shared.progress(), goes_on);
+        let progress = progress.unwrap_or_else(PoisonError::into_inner);
+        if progress.missing > 0 {
+            return false;
+        }
+        drop(progress);
+        shared.finish();
+        true
+    }
+}
+
+impl Drop for Fill {
+    fn drop(&mut self) {
+        let runs = matches!(self.shared.progress().phase, Phase::Running | Phase::Failed(None));
+        if runs {
+            return;
+        }
+        self.shared.finish();
+        if let Some(server) = self.server.take() {
+            // It ends with an error only if it panicked, which has been printed.
+            let _ = server.join();
+        }
+    }
+}
+
+impl Shared {
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn has_failed(&self) -> bool {
+        matches!(self.progress().phase, Phase::Failed(_))
+    }
+
+    /// Until nothing is missing.
+    fn serve(&self) {
+        let mut buffer = vec![0; CHUNK_BYTES as usize];
+        let mut faults = Vec::new();
+        loop {
+            faults.clear();
+            let served = self.pages.faults(&mut faults).map_err(Error::machine("hear who waits for memory"));
+            let served = served.and_then(|()| {
+                faults.iter().try_for_each(|(block, offset)| self.answer(*block, *offset, &mut buffer))
+            });
+            if let Err(error) = served {
+                return self.fail(error);
+            }
+            if faults.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Brings the page that somebody waits for.
+    fn answer(&self, block: usize, offset: u64, buffer: &mut [u8]) -> Result<(), Error> {
+        let failed = Error::machine("place guest memory");
+        if !self.memory.ram.is_present(self.memory.number(block), offset) {
+            return self.pages.place_zeros(block, offset, PAGE_BYTES).map_err(failed);
+        }
+        let chunk = offset / CHUNK_BYTES;
+        if self.claim(block, chunk) {
+            return self.place(block, chunk, buffer);
+        }
+        // Whoever has taken it places the page, or has placed it since, and lets go on who waits.
+        Ok(())
+    }
+
+    /// Whether the chunk is ours to bring.
+    fn claim(&self, block: usize, chunk: u64) -> bool {
+        let state = self.chunks.get(block).and_then(|states| states.get(usize::try_from(chunk).ok()?));
+        let taken = |state: &AtomicU8| {
+            state.compare_exchange(MISSING, TAKEN, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        };
+        state.is_some_and(taken)
+    }
+
+    /// Brings a chunk that is ours.
+    fn place(&self, block: usize, chunk: u64, buffer: &mut [u8]) -> Result<(), Error> {
+        self.memory.bring(block, chunk, buffer, |offset, bytes| {
+            self.pages.place(block, offset, bytes).map_err(Error::machine("place guest memory"))
+        })?;
+        if let Some(state) = self.chunks.get(block).and_then(|states| states.get(chunk as usize)) {
+            state.store(PLACED, Ordering::Release);
+        }
+        let mut progress = self.progress();
+        progress.missing -= 1;
+        if progress.missing == 0 {
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// Some memory cannot be had. Whoever waits for it goes on only where nothing comes of it.
+    fn fail(&self, error: Error) {
+        let mut progress = self.progress();
+        match progress.phase {
+            Phase::Loading => {
+                progress.phase = Phase::Failed(Some(error));
+                drop(progress);
+                self.release();
+            }
+            Phase::Running => {
+                progress.phase = Phase::Failed(None);
+                drop(progress);
+                self.changed.notify_all();
+                self.pages.lost(&error);
+            }
+            Phase::Failed(_) | Phase::Over => {}
+        }
+    }
+
+    /// Nothing is missing, or nobody wants it.
+    fn finish(&self) {
+        let phase = std::mem::replace(&mut self.progress().phase, Phase::Over);
+        if !matches!(phase, Phase::Over) {
+            self.release();
+        }
+    }
+
+    fn release(&self) {
+        if let Err(error) = self.pages.release() {
+            log::error!("guest memory cannot be let alone: {error}");
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! A guest in a file: suspended into it, restored from it.
+//!
+//! The file is a stream as crate `stream` writes it, with QEMU's layout, digests and trailer. The section `ferry`, before those of
+//! the devices, says what machine it was and which generation of the lease it belongs to. The lease ties the file to the disks: it
+//! says `in-file` with the digest of exactly this file, until somebody takes the guest out, once.
+//!
+//! - `suspend`: the story of a guest that goes into a file; `write` knows the two layouts of its memory, `draft` has it appear under
+//!   its name only when it is whole.
+//! - `restore`: the story of one that comes out. Of the mapped layout everything but the pages is read and verified first; the guest
+//!   then runs, and `fill` brings each piece of its memory when it is touched, and the rest meanwhile.
+
+mod draft;
+mod fill;
+mod restore;
+mod suspend;
+mod write;
+
+use stream::Expected;
+use vmstate::VmState;
+
+use crate::Error;
+use crate::protocol::{DESCRIPTION_BYTES_MAX, Properties};
+
+pub(crate) use draft::Published;
+pub use fill::Fill;
+pub use restore::{Reading, Restored, restore_from_file};
+pub use suspend::suspend_to_file;
+
+const SECTION: &str = "ferry";
+/// [`Properties`] of every machine: the list has a mark at its end.
+const DESCRIPTION_MAX_BYTES: usize = DESCRIPTION_BYTES_MAX + 1;
+/// Bytes that are written or read at a time.
+const PIECE_BYTES: usize = 1 << 20;
+
+/// The first section of a file: which machine is in it, and which generation of the lease it belongs to. As foreign as the file.
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "ferry", version = 1)]
+pub struct FileState {
+    /// Whether the guest was running.
+    running: bool,
+    has_lease: bool,
+    lease: [u8; 16],
+    /// Of the lease, when the guest went into the file.
+    generation: u64,
+    description_length: u32,
+    /// [`Properties`], saved.
+    #[vmstate(len = "description_length", max = DESCRIPTION_MAX_BYTES)]
+    description: Vec<u8>,
+}
+
+/// The schema of the section that says which machine is in a file.
+#[must_use]
+pub fn file_schema() -> vmstate::Schema {
+    vmstate::schema::<FileState>()
+}
+
+/// Expects that section beside those of the devices.
+#[must_use]
+pub fn expect_file(expected: Expected) -> Expected {
+    expected.section::<FileState>(SECTION, 0)
+}
+
+fn properties(first: &FileState) -> Result<Properties, Error> {
+    vmstate::from_bytes(&first.description, 1).map_err(|error| Error::Protocol {
+        doing: "reading the description of the machine in the file",
+        reason: error.to_string(),
+    })
+}

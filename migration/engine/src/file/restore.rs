@@ -1,0 +1,282 @@
+//! The story of a guest that comes out of a file.
+
+use std::fs::File;
+use std::io::{self, Read, Seek};
+use std::path::Path;
+use std::time::Instant;
+
+use stream::{DeviceSection, Event, Expected, MappedReader, SectionSet};
+use transport::Layout;
+
+use super::fill::Memory;
+use super::{FileState, Fill, PIECE_BYTES, SECTION, expect_file, properties};
+use crate::lease::Lease;
+use crate::ram::Receiver;
+use crate::{
+    Description, DestinationFactory, DestinationMachine, Error, Parameters, RamBlock, RunState, Statistics,
+    Status,
+};
+
+/// What is done, in errors.
+const DOING: &str = "restore RAM and devices";
+
+/// When the memory of a mapped file is read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reading {
+    /// When the guest touches it, and the rest while it runs, where the machine can do so.
+    #[default]
+    OnDemand,
+    /// All of it before the guest runs, so that a file that is damaged anywhere is refused.
+    First,
+}
+
+/// A guest that came out of a file. It is ours.
+#[derive(Debug)]
+pub struct Restored<M> {
+    /// It.
+    pub machine: M,
+    /// What it does: as it was, or paused if it could not be started.
+    pub state: RunState,
+    /// Why it could not be started.
+    pub error: Option<Error>,
+    /// The memory that is still in the file. It is to be [run](Fill::run).
+    pub fill: Option<Fill>,
+}
+
+/// Builds the machine of a file and starts the guest: after everything was read and verified (but pages of a mapped file that are read
+/// [on demand](Reading)), and only if the lease says that the guest is in exactly this file. `lease` is opened, not claimed.
+///
+/// # Errors
+/// The file is damaged, of another machine, or its guest has been somewhere else since. Nothing has run, and the file and
+/// the lease are as before.
+pub fn restore_from_file<F: DestinationFactory>(
+    factory: &mut F,
+    path: &Path,
+    reading: Reading,
+    lease: Option<&mut Lease>,
+    parameters: &Parameters,
+    statistics: &Statistics,
+) -> Result<Restored<F::Machine>, Error> {
+    statistics.start();
+    let result = restore(factory, path, reading, lease, parameters, statistics);
+    match &result {
+        Ok(_) => statistics.set_status(Status::Completed),
+        Err(error) => statistics.fail(&error.chain()),
+    }
+    result
+}
+
+fn restore<F: DestinationFactory>(
+    factory: &mut F,
+    path: &Path,
+    reading: Reading,
+    lease: Option<&mut Lease>,
+    parameters: &Parameters,
+    statistics: &Statistics,
+) -> Result<Restored<F::Machine>, Error> {
+    let failed = |doing| {
+        let path = path.display().to_string();
+        move |source: io::Error| Error::File { doing, path, source: source.into() }
+    };
+    let mut file = File::open(path).map_err(failed("open"))?;
+    let layout = layout_of(&file)?;
+    let own = factory.description().map_err(Error::machine("describe this machine"))?;
+    let expected = expect_file(factory.expected());
+    let mut machine = factory.build(&own).map_err(Error::machine("build the machine"))?;
+    statistics.set_status(Status::Active);
+    let blocks = machine.ram_blocks();
+    statistics.update(|s| s.total_bytes = blocks.iter().map(|block| block.length_bytes()).sum());
+
+    let mut first = None;
+    let mut inspect = |section: &DeviceSection| {
+        if section.name == SECTION {
+            let state: FileState = section.load().map_err(Error::stream("read the file"))?;
+            check_machine(factory, &state, &own)?;
+            first = Some(state);
+        }
+        Ok(())
+    };
+    let mut contents = match layout {
+        Layout::Stream => {
+            file.rewind().map_err(failed("read"))?;
+            plain(file, expected, blocks, parameters, &mut inspect).map_err(|error| match error {
+                Error::File { source, .. } => {
+                    Error::File { doing: "read", path: path.display().to_string(), source }
+                }
+                error => error,
+            })?
+        }
+        Layout::Mapped => {
+            let (contents, memory) = mapped(file, expected, blocks, path, &mut inspect)?;
+            Contents { fill: begin(memory, &mut machine, reading, parameters, statistics)?, ..contents }
+        }
+    };
+    let first = first.ok_or_else(|| Error::Protocol {
+        doing: "reading the file",
+        reason: format!("it has no section {SECTION:?}"),
+    })?;
+    // The devices take the rest.
+    let _the_first: FileState = contents.sections.take(SECTION, 0).map_err(Error::stream("read the file"))?;
+    let start = Instant::now();
+    machine.load_devices(contents.sections).map_err(Error::machine("load the devices"))?;
+    statistics.update(|s| s.downtime.load = start.elapsed());
+
+    if !parameters.commit() {
+        return Err(Error::Cancelled);
+    }
+    let fill = contents.fill;
+    // What the devices looked at may have been damaged.
+    fill.as_ref().map_or(Ok(()), Fill::guest_runs)?;
+    if let Err(error) = take(&mut machine, lease, &first, contents.digest) {
+        machine.release_images();
+        fill.iter().for_each(Fill::give_up);
+        return Err(error);
+    }
+    let state = RunState::from(first.running);
+    Ok(match machine.start(state) {
+        Ok(()) => Restored { machine, state, error: None, fill },
+        Err(source) => {
+            let error = Error::Machine { doing: "start the guest", source };
+            Restored { machine, state: RunState::Paused, error: Some(error), fill }
+        }
+    })
+}
+
+/// What is in a file beside memory, verified; and the memory that is yet to come.
+struct Contents {
+    sections: SectionSet,
+    digest: u64,
+    fill: Option<Fill>,
+}
+
+/// Looks at each section as soon as it is there.
+type Inspect<'a> = dyn FnMut(&DeviceSection) -> Result<(), Error> + 'a;
+
+fn layout_of(file: &File) -> Result<Layout, Error> {
+    let failed = Error::stream("read the file");
+    let mut reader = MappedReader::open(file, Expected::new(Vec::new())).map_err(&failed)?;
+    Ok(match reader.next_event().map_err(&failed)? {
+        Event::Configuration(configuration) if configuration.is_mapped() => Layout::Mapped,
+        _ => Layout::Stream,
+    })
+}
+
+/// Reads all of a file in the layout of a stream.
+fn plain(
+    mut file: File,
+    expected: Expected,
+    blocks: Vec<RamBlock>,
+    parameters: &Parameters,
+    inspect: &mut Inspect<'_>,
+) -> Result<Contents, Error> {
+    let mut receiver = Receiver::file(expected, blocks, Box::new(inspect));
+    let mut piece = vec![0; PIECE_BYTES];
+    loop {
+        if parameters.cancelled() {
+            return Err(Error::Cancelled);
+        }
+        match file.read(&mut piece) {
+            Ok(0) => break,
+            Ok(count) => receiver.feed(piece.get(..count).unwrap_or_default())?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(source) => {
+                return Err(Error::File { doing: "read", path: String::new(), source: source.into() });
+            }
+        }
+    }
+    let received = receiver.finish()?;
+    Ok(Contents { sections: received.sections, digest: received.digest, fill: None })
+}
+
+/// Reads and verifies everything of a mapped file but the pages of its memory.
+fn mapped(
+    file: File,
+    expected: Expected,
+    blocks: Vec<RamBlock>,
+    path: &Path,
+    inspect: &mut Inspect<'_>,
+) -> Result<(Contents, Memory), Error> {
+    let failed = Error::stream(DOING);
+    let mut reader = MappedReader::open(file, expected).map_err(&failed)?;
+    let mut sections = SectionSet::default();
+    loop {
+        match reader.next_event().map_err(&failed)? {
+            Event::Device(section) => {
+                inspect(&section)?;
+                sections.insert(section).map_err(&failed)?;
+            }
+            Event::Command(command) => {
+                let reason = format!("the command {:?} is not ours", command.name());
+                return Err(Error::Protocol { doing: DOING, reason });
+            }
+            Event::End => break,
+            Event::Configuration(_)
+            | Event::RamBlocks(_)
+            | Event::RamPage { .. }
+            | Event::RamZero { .. }
+            | Event::RamRound { .. }
+            | Event::Trailer(_) => {}
+        }
+    }
+    let digest = reader.digest();
+    let ram = reader.into_ram().map_err(&failed)?;
+    let memory = Memory::new(ram, blocks, path.display().to_string())?;
+    Ok((Contents { sections, digest, fill: None }, memory))
+}
+
+/// Reads the memory that the machine cannot wait for, and begins to bring the rest on demand.
+fn begin(
+    memory: Memory,
+    machine: &mut dyn DestinationMachine,
+    reading: Reading,
+    parameters: &Parameters,
+    statistics: &Statistics,
+) -> Result<Option<Fill>, Error> {
+    let pages = match reading {
+        Reading::First => None,
+        Reading::OnDemand => machine.missing_pages(),
+    };
+    for block in 0..machine.ram_blocks().len() {
+        if pages.as_ref().is_none_or(|pages| !pages.has(block)) {
+            memory.read(block, parameters, statistics)?;
+        }
+    }
+    pages.map(|pages| Fill::begin(memory, pages)).transpose()
+}
+
+/// Every reason why the guest of the file cannot run here.
+fn check_machine<F: DestinationFactory>(
+    factory: &mut F,
+    first: &FileState,
+    own: &Description,
+) -> Result<(), Error> {
+    let reasons = factory.differences(&Description::from(&properties(first)?), own);
+    if reasons.is_empty() { Ok(()) } else { Err(Error::Refused { reasons }) }
+}
+
+/// Makes the guest ours. The lease comes last: once it has moved on, the file is worth nothing.
+fn take(
+    machine: &mut dyn DestinationMachine,
+    lease: Option<&mut Lease>,
+    first: &FileState,
+    digest: u64,
+) -> Result<(), Error> {
+    machine.take_image_locks().map_err(Error::machine("take the image locks"))?;
+    machine.open_images().map_err(Error::machine("open the images"))?;
+    match (lease, first.has_lease) {
+        (Some(lease), true) => {
+            lease.claim_file(&first.lease, first.generation, digest)?;
+            Ok(())
+        }
+        (None, false) => Ok(()),
+        (Some(lease), false) => Err(Error::Refused {
+            reasons: vec![format!(
+                "lease: this machine has {}, the file was written without one",
+                lease.path().display()
+            )],
+        }),
+        (None, true) => Err(Error::Refused {
+            reasons: vec!["lease: the file belongs to one, this machine was started without".to_owned()],
+        }),
+    }
+}

@@ -1,0 +1,77 @@
+//! Guest memory that is placed when it is touched, as the migration engine sees it.
+
+use std::sync::{Arc, Weak};
+
+use engine::{MachineResult, MissingPages};
+
+use crate::machine::Resources;
+use crate::memory::RamBlock;
+use crate::userfault::{Error, Userfault};
+use crate::vmm::{Request, Vmm};
+
+/// The memory of one machine, but for persistent memory regions: those become files before the guest runs, and are read first.
+pub struct Paging {
+    userfault: Userfault,
+    /// For each of `userfault`'s blocks its number in the machine.
+    numbers: Vec<usize>,
+    vmm: Weak<Vmm>,
+}
+
+impl Paging {
+    /// From here on whoever touches missing memory waits for it.
+    ///
+    /// # Errors
+    /// The host cannot do that, or does not let us.
+    pub fn begin(vmm: &Arc<Vmm>, resources: &Resources) -> Result<Self, Error> {
+        let (numbers, blocks): (Vec<_>, Vec<RamBlock>) = resources
+            .ram()
+            .blocks()
+            .iter()
+            .cloned()
+            .enumerate()
+            .filter(|(_, block)| !resources.is_region(block))
+            .unzip();
+        Ok(Self { userfault: Userfault::register(&blocks)?, numbers, vmm: Arc::downgrade(vmm) })
+    }
+
+    /// What `userfault` calls the machine's block.
+    fn place_of(&self, block: usize) -> MachineResult<usize> {
+        let place = self.numbers.iter().position(|number| *number == block);
+        place.ok_or_else(|| format!("nobody waits for pages of block number {block}").into())
+    }
+}
+
+impl MissingPages for Paging {
+    fn has(&self, block: usize) -> bool {
+        self.numbers.contains(&block)
+    }
+
+    fn faults(&self, faults: &mut Vec<(usize, u64)>) -> MachineResult<()> {
+        let mut found = Vec::new();
+        self.userfault.faults(&mut found)?;
+        let in_machine =
+            |fault: crate::userfault::Fault| Some((*self.numbers.get(fault.block)?, fault.offset));
+        faults.extend(found.into_iter().filter_map(in_machine));
+        Ok(())
+    }
+
+    fn place(&self, block: usize, offset: u64, pages: &[u8]) -> MachineResult<()> {
+        Ok(self.userfault.place(self.place_of(block)?, offset, pages)?)
+    }
+
+    fn place_zeros(&self, block: usize, offset: u64, length_bytes: u64) -> MachineResult<()> {
+        Ok(self.userfault.place_zeros(self.place_of(block)?, offset, length_bytes)?)
+    }
+
+    fn release(&self) -> MachineResult<()> {
+        self.userfault.end();
+        Ok((0..self.numbers.len()).try_for_each(|block| self.userfault.unregister(block))?)
+    }
+
+    fn lost(&self, error: &engine::Error) {
+        // Without the process there is no guest.
+        if let Some(vmm) = self.vmm.upgrade() {
+            vmm.request(Request::MemoryLost(anyhow::anyhow!("{}", error.chain())));
+        }
+    }
+}
