@@ -8,6 +8,7 @@ mod inspect;
 mod migrate;
 mod namespace;
 mod run;
+mod snapshot;
 
 use clap::{Parser, Subcommand};
 
@@ -19,6 +20,7 @@ pub use inspect::InspectArguments;
 pub use migrate::MigrateArguments;
 pub use namespace::NamespaceArguments;
 pub use run::RunArguments;
+pub use snapshot::SnapshotArguments;
 
 /// ferry: a minimal KVM virtual machine monitor whose NVMe disks migrate.
 #[derive(Debug, Parser)]
@@ -41,6 +43,12 @@ pub enum Command {
     ///
     /// Ctrl-C cancels: the guest then goes on where it is. A second Ctrl-C only stops watching.
     Migrate(MigrateArguments),
+    /// Keep what a guest is now in a file, with copies of its disks, and let it go on.
+    ///
+    /// Memory is written while the guest runs; it stands still for the last pages and for the copies of its images, which share their
+    /// blocks with the images where the file system can. File and copies are restored together, once:
+    /// `ferry run --incoming file:PATH`, with the copies in the place of the images.
+    Snapshot(SnapshotArguments),
     /// Say what a machine does and who owns its guest.
     ///
     /// Example: ferry status --api vm.sock
@@ -106,6 +114,7 @@ impl Command {
         match self {
             Self::Run(arguments) => arguments.execute(),
             Self::Migrate(arguments) => arguments.execute(),
+            Self::Snapshot(arguments) => arguments.execute(),
             Self::Status(arguments) => arguments.status(),
             Self::Stop(arguments) => arguments.stop(),
             Self::Cont(arguments) => arguments.cont(),

@@ -1,6 +1,6 @@
 //! The commands: each takes its arguments apart, asks the machine, and puts the answer into QEMU's shape.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use engine::Word;
 use serde::Serialize;
@@ -26,7 +26,7 @@ pub(super) struct Context<'a> {
 type Command = fn(&Context, Arguments) -> Result<Value, QmpError>;
 
 /// Every command but `qmp_capabilities`, which belongs to the session.
-const COMMANDS: [(&str, Command); 23] = [
+const COMMANDS: [(&str, Command); 24] = [
     ("query-version", query_version),
     ("query-commands", query_commands),
     ("query-status", query_status),
@@ -44,6 +44,7 @@ const COMMANDS: [(&str, Command); 23] = [
     ("migrate-set-capabilities", set_capabilities),
     ("query-migrate-capabilities", query_capabilities),
     ("x-ferry-status", ferry_status),
+    ("x-ferry-snapshot", snapshot),
     ("x-ferry-confirm", confirm),
     ("x-ferry-reclaim", reclaim),
     ("x-ferry-namespace-add", namespaces::add),
@@ -128,6 +129,14 @@ fn migrate(context: &Context, mut arguments: Arguments) -> Result<Value, QmpErro
     arguments.finish()?;
     let descriptor = uri.strip_prefix("fd:").map(|name| context.descriptors.take(name)).transpose()?;
     context.operations.migrate(MigrationTarget { uri, tls_dir, insecure, descriptor })?;
+    nothing()
+}
+
+fn snapshot(context: &Context, mut arguments: Arguments) -> Result<Value, QmpError> {
+    let path = arguments.string("path")?;
+    let copy_disks = arguments.optional_bool("copy-disks")?.unwrap_or(false);
+    arguments.finish()?;
+    context.operations.snapshot(Path::new(&path), copy_disks)?;
     nothing()
 }
 

@@ -1,6 +1,6 @@
 //! A migration from a client's side: begin it, watch it, know how it ended.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -49,7 +49,7 @@ impl Client {
         &mut self,
         request: &MigrateRequest,
         cancel: &AtomicBool,
-        mut progress: impl FnMut(&MigrationInfo),
+        progress: impl FnMut(&MigrationInfo),
     ) -> Result<Finished, Error> {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         self.execute("migrate-set-capabilities", events)?;
@@ -63,7 +63,32 @@ impl Client {
         target.extend(request.tls_dir.as_ref().map(|folder| ("x-ferry-tls-dir".to_owned(), json!(folder))));
         target.extend(request.insecure.then(|| ("x-ferry-insecure".to_owned(), json!(true))));
         self.execute("migrate", target.into())?;
+        self.follow_unless_cancelled(cancel, progress)
+    }
 
+    /// Takes a snapshot into the file `path`, and returns when it is there or is not; `progress` sees each report on the way.
+    ///
+    /// # Errors
+    /// As [`Self::migrate`].
+    pub fn snapshot(
+        &mut self,
+        path: &Path,
+        copy_disks: bool,
+        cancel: &AtomicBool,
+        progress: impl FnMut(&MigrationInfo),
+    ) -> Result<Finished, Error> {
+        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+        self.execute("migrate-set-capabilities", events)?;
+        self.execute("x-ferry-snapshot", json!({ "path": path, "copy-disks": copy_disks }))?;
+        self.follow_unless_cancelled(cancel, progress)
+    }
+
+    /// Looks until it is over, and asks once for the end when that is wished.
+    fn follow_unless_cancelled(
+        &mut self,
+        cancel: &AtomicBool,
+        mut progress: impl FnMut(&MigrationInfo),
+    ) -> Result<Finished, Error> {
         let mut asked_to_cancel = false;
         self.follow(|client, seen| {
             progress(seen);

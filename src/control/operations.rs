@@ -4,7 +4,7 @@
 //! start with `Ferry`, and what they hold, are this project's own and only seen through `x-ferry-status`.
 
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,10 @@ pub trait Operations: Send + Sync {
 
     /// Begins a migration; returns once it has begun. Its progress is seen through [`Operations::migration`] and events.
     fn migrate(&self, target: MigrationTarget) -> Result<(), Refusal>;
+
+    /// Begins to write what the guest is into the file `path`, with copies of its images, which are byte by byte if `copy_disks`; it goes
+    /// on. Seen as a migration is.
+    fn snapshot(&self, path: &Path, copy_disks: bool) -> Result<(), Refusal>;
 
     /// Asks a migration to end with the guest running here. Nothing happens without a migration, or after COMMIT.
     fn migrate_cancel(&self) -> Result<(), Refusal>;

@@ -8,6 +8,8 @@
 
 mod description;
 mod destination;
+mod images;
+mod job;
 mod paging;
 mod processor;
 mod report;
@@ -30,6 +32,7 @@ use crate::machine::Action;
 use crate::memory::GuestRam;
 use crate::vmm::{Request, Vmm};
 use destination::Factory;
+pub use job::Job;
 use source::Source;
 
 /// Between two rounds of attempts to settle a hand-over whose outcome is unknown.
@@ -116,8 +119,14 @@ impl Migrations {
     pub fn start(&self, vmm: &Arc<Vmm>, target: MigrationTarget) -> anyhow::Result<()> {
         let uri = Uri::from_str(&target.uri)?;
         let security = Security::chosen(target.tls_dir.as_deref(), target.insecure)?;
-        let endpoint = Endpoint { uri, security };
-        let descriptor = target.descriptor;
+        self.begin(vmm, Job::Move { endpoint: Endpoint { uri, security }, descriptor: target.descriptor })
+    }
+
+    /// Begins to move the guest, or to write it into a file; returns when the migration thread runs.
+    ///
+    /// # Errors
+    /// The guest is not here, or a migration runs already.
+    pub fn begin(&self, vmm: &Arc<Vmm>, job: Job) -> anyhow::Result<()> {
         let mut current = lock(&self.current);
         loop {
             ensure!(!self.closed.load(Ordering::SeqCst), "cannot migrate: the process is ending");
@@ -153,12 +162,12 @@ impl Migrations {
         let in_flight_at_stop = Arc::new(AtomicU32::new(0));
         let mut source = Source::new(vmm, machine, Arc::clone(&in_flight_at_stop));
         let statistics = statistics(vmm);
-        let peer = endpoint.uri.to_string();
+        let peer = job.to_string();
         let ended = Arc::new(Waiting::default());
         let thread = std::thread::Builder::new().name("migration".to_owned()).spawn({
             let (vmm, statistics, ended) = (Arc::clone(vmm), Arc::clone(&statistics), Arc::clone(&ended));
             move || {
-                vmm.migrations.send(&vmm, &mut source, &endpoint, descriptor, &statistics);
+                vmm.migrations.send(&vmm, &mut source, job, &statistics);
                 drop(source);
                 ended.end();
                 vmm.request(Request::MigrationEnded);
@@ -170,18 +179,21 @@ impl Migrations {
     }
 
     /// The migration thread of a source.
-    fn send(
-        &self,
-        vmm: &Vmm,
-        source: &mut Source,
-        endpoint: &Endpoint,
-        mut descriptor: Option<OwnedFd>,
-        statistics: &Statistics,
-    ) {
+    fn send(&self, vmm: &Vmm, source: &mut Source, job: Job, statistics: &Statistics) {
         let mut lease = vmm.take_lease();
         let patience = Patience::default();
         let mut context =
             Context { lease: lease.as_mut(), parameters: &self.parameters, statistics, patience };
+        let (endpoint, mut descriptor) = match job {
+            Job::Move { endpoint, descriptor } => (endpoint, descriptor),
+            Job::Snapshot { path, how } => {
+                if let Err(failed) = engine::snapshot_to_file(source, &path, how, &mut context) {
+                    log::warn!("there is no snapshot {}: {}", path.display(), failed.error.chain());
+                }
+                vmm.return_lease(lease);
+                return;
+            }
+        };
         let mut dial = || {
             Ok(match descriptor.take() {
                 Some(descriptor) => endpoint.connect_over(descriptor, patience.connect)?,

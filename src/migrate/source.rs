@@ -1,15 +1,18 @@
 //! The machine that leaves, as the migration engine sees it.
 
+use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use engine::{Description, MachineResult, PageBitmap, RamBlock, RunState, SaveFor, SourceMachine};
+use engine::{
+    Description, Image, ImageCopy, MachineResult, PageBitmap, RamBlock, RunState, SaveFor, SourceMachine,
+};
 use stream::{DeviceSection, Expected};
 
-use super::{description, ram_blocks};
+use super::{description, images, ram_blocks};
 use crate::dirty::DirtyTracker;
 use crate::machine::{Action, Machine, RunState as State};
 use crate::vmm::Vmm;
@@ -110,6 +113,14 @@ impl SourceMachine for Source {
         let blocks = self.machine.resources().ram().blocks().iter();
         let blocks = blocks.map(|block| stream::RamBlock::new(&block.name, block.length_bytes()));
         Machine::expected(&self.vmm.spec, blocks.collect())
+    }
+
+    fn images(&mut self) -> MachineResult<Vec<Image>> {
+        Ok(images::of(&self.vmm.spec, &self.machine)?)
+    }
+
+    fn copy_image(&mut self, image: &Image, into: &File, how: ImageCopy) -> MachineResult<()> {
+        Ok(images::copy(&image.path, into, how)?)
     }
 
     fn quiesce_disks(&mut self) -> MachineResult<()> {

@@ -1,9 +1,10 @@
 //! What control clients may ask, answered by the process.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::Word;
+use engine::{ImageCopy, Word};
 
 use super::{Request, Vmm, ownership};
 use crate::config::NamespaceOption;
@@ -12,6 +13,7 @@ use crate::control::{
     MigrationParameters, MigrationTarget, NamespaceChange, Operations, Refusal, RunState as QmpRunState,
 };
 use crate::machine::{Action, Machine, RunState};
+use crate::migrate::Job;
 use crate::startup;
 
 impl Vmm {
@@ -118,6 +120,12 @@ impl Operations for Control {
 
     fn migrate(&self, target: MigrationTarget) -> Result<(), Refusal> {
         self.0.migrations.start(&self.0, target).map_err(|error| refusal(&error))
+    }
+
+    fn snapshot(&self, path: &Path, copy_disks: bool) -> Result<(), Refusal> {
+        let how = if copy_disks { ImageCopy::Bytes } else { ImageCopy::Reflink };
+        let job = Job::Snapshot { path: path.to_owned(), how };
+        self.0.migrations.begin(&self.0, job).map_err(|error| refusal(&error))
     }
 
     fn migrate_cancel(&self) -> Result<(), Refusal> {

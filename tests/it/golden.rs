@@ -282,7 +282,7 @@ fn write_machine() {
     let mut vm = machine.boot(&bed, "golden", EXERCISER, options);
     vm.verifies(0, 500);
     let file = bed.path("golden.ferry");
-    vm.migrate(&format!("file:{}", file.display()));
+    vm.migrate(&format!("file:{},layout=stream", file.display()));
     vm.migrated();
     vm.execute("quit", json!({}));
     vm.exit();

@@ -71,7 +71,7 @@ fn a_suspended_guest_is_printed_verified_and_compared() {
     let mut vm = machine.boot(&bed, "before", EXERCISER, options);
     vm.verifies(0, 500);
     let file = bed.path("first.ferry");
-    vm.migrate(&format!("file:{}", file.display()));
+    vm.migrate(&format!("file:{},layout=stream", file.display()));
     vm.migrated();
     vm.execute("quit", json!({}));
     vm.exit();
@@ -116,7 +116,7 @@ fn a_suspended_guest_is_printed_verified_and_compared() {
     let arrived = vm.progress("the guest that was restored", |_| true).verified;
     vm.verifies(arrived, 500);
     let later = bed.path("later.ferry");
-    vm.migrate(&format!("file:{}", later.display()));
+    vm.migrate(&format!("file:{},layout=stream", later.display()));
     vm.migrated();
     vm.execute("quit", json!({}));
     vm.exit();

@@ -22,7 +22,7 @@
 //! - `ownership`: what either side does about it, as state machines without I/O; `handover` and `destination` do it.
 //! - [`converge()`]: when to stop, a pure function.
 //! - [`protocol`]: the messages; `link` gives each a deadline.
-//! - [`suspend_to_file`] and [`restore_from_file`]: the same guest in a file.
+//! - [`suspend_to_file`] and [`restore_from_file`]: the same guest in a file; [`snapshot_to_file`]: it goes on, and is there as well.
 //!
 //! Invariants: before the first byte of COMMIT any failure leaves the source running as if nothing had happened; from
 //! there on the source runs again only if the lease says that it may (or, without a lease, the destination swore never
@@ -65,13 +65,14 @@ pub use description::Description;
 pub use destination::{Arrived, Destination};
 pub use error::Error;
 pub use file::{
-    FileState, Fill, Reading, Restored, expect_file, file_schema, restore_from_file, suspend_to_file,
+    FileState, Fill, Reading, Restored, SnapshotFailed, expect_file, file_schema, restore_from_file,
+    snapshot_to_file, suspend_to_file,
 };
 pub use handover::Handover;
 pub use link::Dial;
 pub use machine::{
-    DestinationFactory, DestinationMachine, MachineResult, MissingPages, RamBlock, RunState, SaveFor,
-    SourceMachine,
+    DestinationFactory, DestinationMachine, Image, ImageCopy, MachineResult, MissingPages, RamBlock,
+    RunState, SaveFor, SourceMachine,
 };
 pub use ownership::source::Word;
 pub use parameters::Parameters;

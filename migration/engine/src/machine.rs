@@ -3,8 +3,10 @@
 //! The engine calls a machine from one thread, the migration thread, which owns the handle while it works.
 
 use std::error::Error;
-use std::fmt::Debug;
+use std::fmt::{self, Debug};
+use std::fs::File;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use stream::{DeviceSection, Expected, SectionSet};
@@ -49,6 +51,34 @@ pub enum SaveFor {
     Connection,
     /// Into a file that says it: [`DeviceSection::save`].
     File,
+}
+
+/// An image that the guest may write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// Unique, for the name of its copy: `disk0-1.raw`, say.
+    pub name: String,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+/// How images are copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ImageCopy {
+    /// By the file system, which shares the blocks until one of the two is written: at once, whatever the size.
+    #[default]
+    Reflink,
+    /// Byte by byte, with holes kept, while the guest stands still.
+    Bytes,
+}
+
+impl fmt::Display for ImageCopy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Reflink => "reflink",
+            Self::Bytes => "copy",
+        })
+    }
 }
 
 /// The machine that leaves.
@@ -113,6 +143,22 @@ pub trait SourceMachine {
     /// The device sections and the RAM that a restore of this machine will look for: what
     /// [`save_devices`](Self::save_devices) gives is read back by these rules before a file becomes the guest's only copy.
     fn expected(&self) -> Expected;
+
+    /// The images that belong to a snapshot: those that the guest may write.
+    ///
+    /// # Errors
+    /// Not everything that it may write is an image of its own.
+    fn images(&mut self) -> MachineResult<Vec<Image>> {
+        Ok(Vec::new())
+    }
+
+    /// Makes the empty file `into` what the image is, of which all acknowledged writes are stable.
+    ///
+    /// # Errors
+    /// It cannot be copied so.
+    fn copy_image(&mut self, image: &Image, _into: &File, _how: ImageCopy) -> MachineResult<()> {
+        Err(format!("{} cannot be copied", image.path.display()).into())
+    }
 
     /// Makes every acknowledged write to the images stable and closes their writers. The locks stay. Called while the
     /// destination loads.

@@ -96,6 +96,11 @@ impl Operations for Machine {
         self.did(&format!("migrate {what}"), RunState::Running, Event::Migration { status })
     }
 
+    fn snapshot(&self, path: &std::path::Path, copy_disks: bool) -> Result<(), Refusal> {
+        self.set(|state| state.asked.push(format!("snapshot {} {copy_disks}", path.display())));
+        Ok(())
+    }
+
     fn migrate_cancel(&self) -> Result<(), Refusal> {
         let status = MigrationStatus::Cancelled;
         self.set(|state| state.migration = Some(MigrationInfo::new(status)));

@@ -71,6 +71,11 @@ impl Draft {
         Ok(Self { file, name: Some(name), path: path.to_owned() })
     }
 
+    /// The name that it will have.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Whatever is wrong, it shows again when a file with a name is made.
     fn nameless(folder: &Path) -> Option<File> {
         let mut options = OpenOptions::new();

@@ -6,12 +6,14 @@
 //!
 //! - `suspend`: the story of a guest that goes into a file; `write` knows the two layouts of its memory, `draft` has it appear under
 //!   its name only when it is whole.
+//! - `snapshot`: the same of a guest that goes on, with copies of its images.
 //! - `restore`: the story of one that comes out. Of the mapped layout everything but the pages is read and verified first; the guest
 //!   then runs, and `fill` brings each piece of its memory when it is touched, and the rest meanwhile.
 
 mod draft;
 mod fill;
 mod restore;
+mod snapshot;
 mod suspend;
 mod write;
 
@@ -24,6 +26,7 @@ use crate::protocol::{DESCRIPTION_BYTES_MAX, Properties};
 pub(crate) use draft::Published;
 pub use fill::Fill;
 pub use restore::{Reading, Restored, restore_from_file};
+pub use snapshot::{SnapshotFailed, snapshot_to_file};
 pub use suspend::suspend_to_file;
 
 const SECTION: &str = "ferry";
@@ -34,7 +37,7 @@ const PIECE_BYTES: usize = 1 << 20;
 
 /// The first section of a file: which machine is in it, and which generation of the lease it belongs to. As foreign as the file.
 #[derive(Clone, Debug, PartialEq, Eq, VmState)]
-#[vmstate(name = "ferry", version = 1)]
+#[vmstate(name = "ferry", version = 2, oldest = 1)]
 pub struct FileState {
     /// Whether the guest was running.
     running: bool,
@@ -46,6 +49,19 @@ pub struct FileState {
     /// [`Properties`], saved.
     #[vmstate(len = "description_length", max = DESCRIPTION_MAX_BYTES)]
     description: Vec<u8>,
+    /// Of a snapshot, whose guest went on.
+    #[vmstate(subsection)]
+    images: Option<FileImages>,
+}
+
+/// The copies of images that belong to a file.
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "ferry/images", version = 1)]
+struct FileImages {
+    length: u32,
+    /// [`Properties`], saved.
+    #[vmstate(len = "length", max = DESCRIPTION_MAX_BYTES)]
+    copies: Vec<u8>,
 }
 
 /// The schema of the section that says which machine is in a file.

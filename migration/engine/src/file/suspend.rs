@@ -104,6 +104,7 @@ fn suspend(
         generation,
         description_length: 0,
         description: vmstate::to_bytes(&description),
+        images: None,
     };
     read_back(machine, &first, &sections, statistics)?;
     let contents = Sections { first: &first, devices: &sections };
@@ -124,7 +125,7 @@ fn suspend(
 
 /// Makes sure that a restore will accept everything of the file except its pages, which any file can hold: nothing else would
 /// be left of the guest if it did not.
-fn read_back(
+pub(super) fn read_back(
     machine: &mut dyn SourceMachine,
     first: &FileState,
     sections: &[DeviceSection],

@@ -2,7 +2,7 @@
 
 use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 
-use stream::{Configuration, DeviceSection, StreamWriter};
+use stream::{Configuration, DeviceSection, MappedRamWriter, StreamWriter};
 use transport::Layout;
 use vm_memory::VolatileMemory;
 
@@ -30,13 +30,7 @@ pub(super) fn contents(
     context: &Context<'_>,
 ) -> Result<u64, Error> {
     let blocks = machine.ram_blocks();
-    let mut pages = Vec::with_capacity(blocks.len());
-    for block in &blocks {
-        let ranges = machine.populated(block).map_err(Error::machine("find the holes of guest memory"))?;
-        let mut bitmap = PageBitmap::for_bytes(block.length_bytes());
-        ranges.into_iter().for_each(|range| bitmap.set_bytes(range));
-        pages.push(bitmap);
-    }
+    let pages = populated(machine, &blocks)?;
     let statistics = context.statistics;
     statistics.update(|s| {
         s.rounds = 1;
@@ -52,7 +46,22 @@ pub(super) fn contents(
     Ok(digest)
 }
 
-/// Pages at fixed places, then the sections. What is digested is what is written: a copy that stays in the cache.
+/// The pages that hold something.
+pub(super) fn populated(
+    machine: &mut dyn SourceMachine,
+    blocks: &[RamBlock],
+) -> Result<Vec<PageBitmap>, Error> {
+    let mut pages = Vec::with_capacity(blocks.len());
+    for block in blocks {
+        let ranges = machine.populated(block).map_err(Error::machine("find the holes of guest memory"))?;
+        let mut bitmap = PageBitmap::for_bytes(block.length_bytes());
+        ranges.into_iter().for_each(|range| bitmap.set_bytes(range));
+        pages.push(bitmap);
+    }
+    Ok(pages)
+}
+
+/// Pages at fixed places, then the sections.
 fn mapped(
     out: FileSink<'_>,
     blocks: &[RamBlock],
@@ -65,6 +74,25 @@ fn mapped(
     let list: Vec<_> =
         blocks.iter().map(|block| stream::RamBlock::new(&block.name, block.length_bytes())).collect();
     let mut ram = writer.start_mapped_ram(&list).map_err(&failed)?;
+    copy_pages(blocks, pages, &mut writer, &mut ram, DOING, statistics)?;
+    ram.finish(&mut writer).map_err(&failed)?;
+    writer.device(&DeviceSection::save(SECTION, 0, sections.first)).map_err(&failed)?;
+    sections.devices.iter().try_for_each(|section| writer.device(section)).map_err(&failed)?;
+    let digest = writer.digest();
+    writer.finish_file().map_err(&failed)?;
+    Ok(digest)
+}
+
+/// Writes pages to their places. What is digested is what is written: a copy that stays in the cache.
+pub(super) fn copy_pages(
+    blocks: &[RamBlock],
+    pages: &[PageBitmap],
+    writer: &mut StreamWriter<FileSink<'_>>,
+    ram: &mut MappedRamWriter,
+    doing: &'static str,
+    statistics: &Statistics,
+) -> Result<(), Error> {
+    let failed = Error::stream(doing);
     let mut piece = vec![0; PIECE_BYTES];
     for (index, (block, bitmap)) in blocks.iter().zip(pages).enumerate() {
         for run in bitmap.runs() {
@@ -76,7 +104,7 @@ fn mapped(
                 let slice = slice
                     .map_err(|source| Error::Machine { doing: "read guest memory", source: source.into() })?;
                 slice.copy_to(piece);
-                ram.pages(&mut writer, index, offset, piece).map_err(&failed)?;
+                ram.pages(writer, index, offset, piece).map_err(&failed)?;
                 statistics.update(|s| {
                     s.remaining_bytes = s.remaining_bytes.saturating_sub(length as u64);
                     s.normal_pages += length as u64 / PAGE_BYTES;
@@ -84,12 +112,7 @@ fn mapped(
             }
         }
     }
-    ram.finish(&mut writer).map_err(&failed)?;
-    writer.device(&DeviceSection::save(SECTION, 0, sections.first)).map_err(&failed)?;
-    sections.devices.iter().try_for_each(|section| writer.device(section)).map_err(&failed)?;
-    let digest = writer.digest();
-    writer.finish_file().map_err(&failed)?;
-    Ok(digest)
+    Ok(())
 }
 
 /// Pages in records of the stream, between the beginning of the memory and the sections.
@@ -111,10 +134,10 @@ fn stream(
 }
 
 /// Counts what goes into the file, and hears the user's wish.
-struct FileSink<'a> {
-    draft: &'a mut Draft,
-    parameters: &'a Parameters,
-    statistics: &'a Statistics,
+pub(super) struct FileSink<'a> {
+    pub draft: &'a mut Draft,
+    pub parameters: &'a Parameters,
+    pub statistics: &'a Statistics,
 }
 
 impl Write for FileSink<'_> {

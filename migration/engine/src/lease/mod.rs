@@ -17,6 +17,7 @@
 //! What may follow on what the record says is in `rules`, without I/O. Absent: when to write what; `ownership` and `file`
 //! know that.
 
+mod copy;
 mod record;
 pub(crate) mod rules;
 
@@ -30,6 +31,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
+pub use copy::Kept;
 use record::{FILE_BYTES, SLOT_BYTES, SLOT_STRIDE_BYTES};
 pub use record::{Id, Owner, Record, State, random_id, show_id};
 

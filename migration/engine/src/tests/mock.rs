@@ -1,5 +1,7 @@
 //! A world with a guest, an image and a lease, in which two machines must never run at once.
 
+use std::fs::File;
+use std::io::Write;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -12,8 +14,8 @@ use vmstate::VmState;
 
 use crate::lease::{Lease, Owner};
 use crate::{
-    Description, DestinationFactory, DestinationMachine, MachineResult, PAGE_BYTES, PageBitmap, RamBlock,
-    RunState, SaveFor, SourceMachine,
+    Description, DestinationFactory, DestinationMachine, Image, ImageCopy, MachineResult, PAGE_BYTES,
+    PageBitmap, RamBlock, RunState, SaveFor, SourceMachine,
 };
 
 /// Blocks of the mock machine: name, pages, and the pages that the memfd has.
@@ -402,6 +404,18 @@ impl SourceMachine for Source {
 
     fn expected(&self) -> Expected {
         expected()
+    }
+
+    fn images(&mut self) -> MachineResult<Vec<Image>> {
+        self.guest.step("images")?;
+        Ok(vec![Image { name: "disk-1.raw".to_owned(), path: self.guest.world.path("image") }])
+    }
+
+    fn copy_image(&mut self, _image: &Image, mut into: &File, how: ImageCopy) -> MachineResult<()> {
+        // A trial comes while the guest runs.
+        let runs = self.guest.world.running().contains(&self.guest.name);
+        self.guest.step(if runs { "try to copy" } else { "copy" })?;
+        Ok(write!(into, "{how} of the image")?)
     }
 
     fn quiesce_disks(&mut self) -> MachineResult<()> {

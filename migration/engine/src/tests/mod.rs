@@ -8,6 +8,7 @@ mod migrate;
 mod mock;
 mod operator;
 mod secure;
+mod snapshot;
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;

@@ -1,0 +1,137 @@
+//! The images that belong to a snapshot, and how they are copied at one instant.
+
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+use anyhow::{Context, bail, ensure};
+use engine::{Image, ImageCopy};
+use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek};
+use rustix::io::Errno;
+
+use crate::config::{BackendSpec, MachineSpec};
+use crate::machine::Machine;
+
+/// The images of the machine of `spec` that its guest may write. Those that it only reads stay where they are.
+///
+/// # Errors
+/// The guest may write something that is no image of the host's, or there are other namespaces than those of `spec`.
+pub fn of(spec: &MachineSpec, machine: &Machine) -> anyhow::Result<Vec<Image>> {
+    let mut images = Vec::new();
+    for (controller, disk) in spec.controllers.iter().zip(machine.resources().disks()) {
+        let serial = &controller.serial;
+        ensure!(
+            controller.subsystem.is_none(),
+            "the folder of subsystem {serial} cannot be copied yet: what its guest created there would be missing"
+        );
+        if !disk.is_first() {
+            continue;
+        }
+        let now: Vec<u32> = disk.subsystem.images().into_iter().map(|(nsid, _)| nsid).collect();
+        let mut declared: Vec<u32> = controller.namespaces.iter().map(|namespace| namespace.nsid).collect();
+        declared.sort_unstable();
+        if now != declared {
+            bail!(
+                "namespaces of {serial} were added or removed since the start: {declared:?} then, {now:?} now"
+            );
+        }
+        for namespace in controller.namespaces.iter().filter(|namespace| !namespace.read_only) {
+            let (path, kind) = match &namespace.backend {
+                BackendSpec::File(path) => (path, "raw"),
+                BackendSpec::Qcow2(path) => (path, "qcow2"),
+                // In guest memory, or nowhere.
+                BackendSpec::Memory { .. } | BackendSpec::Null { .. } => continue,
+            };
+            // A serial number may have any printable character.
+            let plain = |letter: char| if letter.is_ascii_alphanumeric() { letter } else { '_' };
+            let serial: String = serial.chars().map(plain).collect();
+            let name = format!("{serial}-{}.{kind}", namespace.nsid);
+            images.push(Image { name, path: path.clone() });
+        }
+    }
+    Ok(images)
+}
+
+/// Makes the empty file `into` what the image is.
+///
+/// # Errors
+/// The file system cannot do it, or there is no room.
+pub fn copy(image: &Path, into: &File, how: ImageCopy) -> anyhow::Result<()> {
+    let from = File::open(image).with_context(|| format!("cannot open {}", image.display()))?;
+    match how {
+        ImageCopy::Reflink => ioctl_ficlone(into, &from).with_context(|| {
+            format!(
+                "the file system of {} cannot share its blocks with a copy; --copy-disks copies them while the guest stands still",
+                image.display()
+            )
+        }),
+        ImageCopy::Bytes => {
+            copy_data(&from, into).with_context(|| format!("cannot copy {}", image.display()))
+        }
+    }
+}
+
+/// Copies what is no hole.
+fn copy_data(from: &File, into: &File) -> io::Result<()> {
+    let length_bytes = from.metadata()?.len();
+    into.set_len(length_bytes)?;
+    let mut end = 0;
+    loop {
+        let mut start = match seek(from, SeekFrom::Data(end)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        };
+        end = seek(from, SeekFrom::Hole(start))?;
+        let mut to = start;
+        while start < end {
+            let left = usize::try_from(end - start).unwrap_or(usize::MAX);
+            match copy_file_range(from, Some(&mut start), into, Some(&mut to), left)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                _ => continue,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{FileExt, MetadataExt};
+
+    use super::*;
+
+    #[test]
+    fn a_copy_is_what_the_image_is_and_has_its_holes() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        let image = File::create(&path).unwrap();
+        image.set_len(64 << 20).unwrap();
+        image.write_all_at(&[7; 70_000], 3 << 20).unwrap();
+        image.write_all_at(&[9; 10], (64 << 20) - 10).unwrap();
+        let copied =
+            File::options().read(true).write(true).create_new(true).open(folder.path().join("copy")).unwrap();
+        copy(&path, &copied, ImageCopy::Bytes).unwrap();
+        assert_eq!(copied.metadata().unwrap().len(), 64 << 20);
+        assert!(copied.metadata().unwrap().blocks() * 512 < 1 << 20, "its holes are holes");
+        let byte = |at| {
+            let mut byte = [0];
+            copied.read_exact_at(&mut byte, at).unwrap();
+            byte[0]
+        };
+        assert_eq!(
+            [0, 3 << 20, (3 << 20) + 69_999, (3 << 20) + 70_000, (64 << 20) - 1].map(byte),
+            [0, 7, 7, 0, 9]
+        );
+    }
+
+    #[test]
+    fn an_image_that_cannot_be_shared_says_what_to_do() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image");
+        std::fs::write(&path, [1; 8192]).unwrap();
+        // A memfd shares blocks with no file.
+        let memfd = rustix::fs::memfd_create("copy", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let error = copy(&path, &File::from(memfd), ImageCopy::Reflink).unwrap_err();
+        assert!(format!("{error:#}").contains("--copy-disks"), "{error:#}");
+    }
+}

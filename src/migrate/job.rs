@@ -1,0 +1,36 @@
+//! What a migration thread is started for.
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use engine::ImageCopy;
+use transport::Endpoint;
+
+/// What is done with the guest.
+#[derive(Debug)]
+pub enum Job {
+    /// It moves to another process, or into a file.
+    Move {
+        /// Where to.
+        endpoint: Endpoint,
+        /// The link, if it is there already.
+        descriptor: Option<OwnedFd>,
+    },
+    /// It goes on, and is in a file as well.
+    Snapshot {
+        /// The file.
+        path: PathBuf,
+        /// How its images are copied.
+        how: ImageCopy,
+    },
+}
+
+impl fmt::Display for Job {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Move { endpoint, .. } => endpoint.uri.fmt(f),
+            Self::Snapshot { path, .. } => write!(f, "snapshot {}", path.display()),
+        }
+    }
+}
