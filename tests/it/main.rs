@@ -4,6 +4,7 @@
 mod alone;
 mod architecture;
 mod blackout;
+mod chaos;
 mod controller_memory;
 mod costs;
 mod demo;

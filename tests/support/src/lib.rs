@@ -21,12 +21,14 @@
 #![allow(clippy::missing_panics_doc, reason = "helpers of tests panic instead of returning errors")]
 
 mod bed;
+mod breaker;
 mod counters;
 mod machine;
 mod proxy;
 mod vm;
 
 pub use bed::TestBed;
+pub use breaker::{Breaker, Place, Struck, Verdict, Way};
 pub use counters::{Finding, exerciser_line};
 pub use machine::Machine;
 pub use proxy::{Held, Proxy};
