@@ -151,7 +151,7 @@ fn decided(source: Option<&mut Vm>, destination: Option<&mut Vm>) -> Outcome {
             status
                 .migration
                 .as_ref()
-                .is_none_or(|migration| migration.detail.is_some() || migration.phase.contains("wait"))
+                .is_none_or(|migration| migration.detail.is_some() || migration.phase == "none")
         });
         match (runs_here, runs_there) {
             (true, false) if is_over && waits => return Outcome::AtSource,
