@@ -32,6 +32,7 @@ Examples:
   ferry migrate --api vm.sock unix:/run/move.sock
   ferry migrate --api vm.sock --downtime-limit 20 --max-bandwidth 200M tcp:127.0.0.1:4444
   ferry migrate --api vm.sock --tls-dir /etc/ferry tcp:node2.example:4444
+  ferry migrate --api vm.sock fd:7 7<>/dev/tcp/127.0.0.1/4444      # in bash
   ferry migrate --api vm.sock file:suspended.ferry")]
 pub struct MigrateArguments {
     /// Control socket of the machine (its --api).

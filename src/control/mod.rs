@@ -8,7 +8,9 @@
 //! The names and shapes are QEMU's (`docs/interop/qmp-spec`, `qapi/run-state.json`, `qapi/migration.json`), so that its
 //! Python package and scripts work unchanged. What has no name there is under `x-ferry-status`, `x-ferry-confirm`,
 //! `x-ferry-reclaim`, `x-ferry-namespace-add`, `-remove` and `-resize`, and `x-ferry-ana-set`; a COMMIT whose outcome
-//! is unknown shows as migration status `device` with run state `postmigrate`, and its details are there.
+//! is unknown shows as migration status `device` with run state `postmigrate`, and its details are there. `migrate` takes
+//! `x-ferry-tls-dir` (a folder with ca.pem, cert.pem and key.pem) and `x-ferry-insecure` beside QEMU's arguments; with
+//! `fd:NAME` it takes the socket that `getfd` has named on the same connection.
 //!
 //! Invariants:
 //!
@@ -19,8 +21,8 @@
 //! - The socket is its owner's alone (mode 0600 from its first moment) and its file goes away with the server.
 //! - Which command is legal when is decided by the machine behind [`Operations`], not here.
 //!
-//! Absent: out-of-band execution, TCP, QEMU's extension of JSON by single quotes, and
-//! the many commands of QEMU that have no meaning here.
+//! Absent: out-of-band execution, TCP, QEMU's extension of JSON by single quotes, and the many commands of QEMU that have no
+//! meaning here.
 
 mod access;
 pub mod client;

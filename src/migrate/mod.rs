@@ -119,6 +119,7 @@ impl Migrations {
     pub fn start(&self, vmm: &Arc<Vmm>, target: MigrationTarget) -> anyhow::Result<()> {
         let uri = Uri::from_str(&target.uri)?;
         let security = Security::chosen(target.tls_dir.as_deref(), target.insecure)?;
+        ensure_link(&uri, &security)?;
         self.begin(vmm, Job::Move { endpoint: Endpoint { uri, security }, descriptor: target.descriptor })
     }
 
@@ -224,6 +225,7 @@ impl Migrations {
         descriptor: Option<OwnedFd>,
     ) -> anyhow::Result<()> {
         let uri = &endpoint.uri;
+        ensure_link(uri, &endpoint.security)?;
         let listener = match (uri, descriptor) {
             (Uri::File { .. }, _) => None,
             (_, Some(descriptor)) => Some(Listener::over(descriptor, endpoint)?),
@@ -353,6 +355,16 @@ impl Migrations {
         self.parameters.set_downtime_limit(Duration::from_millis(limits.downtime_limit));
         self.parameters.set_max_bandwidth(limits.max_bandwidth);
     }
+}
+
+/// What is said about a link is not said about a file.
+fn ensure_link(uri: &Uri, security: &Security) -> anyhow::Result<()> {
+    let is_file = matches!(uri, Uri::File { .. });
+    ensure!(
+        !is_file || matches!(security, Security::ThisHost),
+        "{uri} is a file, and no link that could be secure or insecure"
+    );
+    Ok(())
 }
 
 fn statistics(vmm: &Vmm) -> Arc<Statistics> {

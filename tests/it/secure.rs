@@ -111,6 +111,10 @@ fn peers_that_do_not_trust_each_other_both_say_why() {
     let reason = source.refused("migrate", secure(&uri, &missing));
     assert!(reason.contains("ca.pem: No such file"), "{reason}");
 
+    let file = format!("file:{}", bed.path("file").display());
+    let reason = source.refused("migrate", secure(&file, &here));
+    assert!(reason.contains("is a file, and no link"), "{reason}");
+
     let before = works(&mut source, &Counters::default());
     source.migrate_with(secure(&uri, &here));
     source.migrated();
