@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 
 use engine::Word;
 
@@ -41,10 +42,11 @@ fn column(state: RunState) -> &'static str {
     }
 }
 
-const ROWS: [(&str, Action); 13] = [
+const ROWS: [(&str, Action); 14] = [
     ("cont", Action::Continue),
     ("stop", Action::Stop),
     ("migrate", Action::BeginMigration),
+    ("x-ferry-snapshot", Action::BeginMigration),
     ("system_reset", Action::Reset),
     ("x-ferry-confirm", Action::Decide(Word::Confirm)),
     ("x-ferry-reclaim", Action::Decide(Word::Reclaim)),
@@ -94,6 +96,7 @@ fn ask(client: &dyn Operations, row: &str) -> Result<(), Refusal> {
         "cont" => client.cont(),
         "stop" => client.stop(),
         "migrate" => client.migrate("unix:/nowhere".into()),
+        "x-ferry-snapshot" => client.snapshot(Path::new("/nowhere/kept"), true),
         "system_reset" => client.system_reset(),
         "migrate_cancel" => client.migrate_cancel(),
         "x-ferry-confirm" => client.decide_handover(Word::Confirm),
@@ -106,10 +109,11 @@ fn ask(client: &dyn Operations, row: &str) -> Result<(), Refusal> {
     }
 }
 
-const COMMANDS: [&str; 11] = [
+const COMMANDS: [&str; 12] = [
     "cont",
     "stop",
     "migrate",
+    "x-ferry-snapshot",
     "system_reset",
     "migrate_cancel",
     "x-ferry-confirm",
