@@ -4,13 +4,15 @@
 //! and runs only what the lease offers to exactly this session: `ownership::destination` says what follows on what. Whatever
 //! fails before that, the machine is dropped, the session is fenced (it will never run here), and the next peer is heard.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use transport::{Connection, Listener};
+use transport::{Connection, DESCRIPTORS_MAX, Listener};
 
 use crate::lease::{self, Id, Lease, NotTaken, random_id};
 use crate::link::{Link, Step};
+use crate::local::Mapped;
 use crate::ownership::Answer;
 use crate::ownership::destination::{Action, Destination as Ownership, Event};
 use crate::protocol::{Agree, Commit, Hello, Message, Never, Prepare, Prepared, Query, Reasons, Running};
@@ -115,9 +117,12 @@ impl<'a> Destination<'a> {
         factory: &mut F,
         visit: Visit,
     ) -> Option<Arrived<F::Machine>> {
-        let Visit { peer, mut link, said } = visit;
+        let Visit { peer, mut link, said, passes_descriptors } = visit;
         match said {
-            Ok(Message::Hello(hello)) => {
+            Ok(Message::Hello(mut hello)) => {
+                if !passes_descriptors {
+                    hello.features &= !features::LOCAL;
+                }
                 self.statistics.start();
                 match self.attempt(factory, &mut link, &hello) {
                     Ok(mut arrived) => {
@@ -187,7 +192,7 @@ impl<'a> Destination<'a> {
     }
 
     fn answer_visit<M>(&mut self, arrived: &mut Arrived<M>, visit: Visit) {
-        let Visit { peer, mut link, said } = visit;
+        let Visit { peer, mut link, said, .. } = visit;
         let answer = match said {
             Ok(Message::Query(query)) => self.answer_to(&query),
             Ok(_) => Message::Refuse(Reasons::new(&["this process runs a guest already"])),
@@ -216,12 +221,17 @@ impl<'a> Destination<'a> {
         link: &mut Link,
         hello: &Hello,
     ) -> Result<Arrived<F::Machine>, Error> {
-        let mut machine = self.agree(factory, link, hello)?;
-        let mut receiver = Receiver::live(factory.expected(), machine.ram_blocks());
+        let (mut machine, features) = self.agree(factory, link, hello)?;
+        let mapped = if features & features::LOCAL == 0 { None } else { Some(self.map(&mut machine, link)?) };
+        let receive = if mapped.is_some() { Receiver::local } else { Receiver::live };
+        let mut receiver = receive(factory.expected(), machine.ram_blocks());
         let prepare = self.place(link, &mut receiver)?;
         self.load(&mut machine, link, receiver, &prepare)?;
-        let commit = self.await_commit(link)?;
-        let (state, error, resume) = self.take(&mut machine, &commit, RunState::from(prepare.running))?;
+        let room = mapped.as_ref().map_or(0, |_| DESCRIPTORS_MAX);
+        let (commit, passed) = self.await_commit(link, room)?;
+        let memory = mapped.map(|mapped| (mapped, passed));
+        let state = RunState::from(prepare.running);
+        let (state, error, resume) = self.take(&mut machine, &commit, memory, state)?;
         let running = Running {
             session: commit.session,
             running: state == RunState::Running,
@@ -237,7 +247,7 @@ impl<'a> Destination<'a> {
         factory: &mut F,
         link: &mut Link,
         hello: &Hello,
-    ) -> Result<F::Machine, Error> {
+    ) -> Result<(F::Machine, u64), Error> {
         let source = hello.description();
         let own = factory.description().map_err(Error::machine("describe this machine"))?;
         let mut reasons = factory.differences(&source, &own);
@@ -257,10 +267,23 @@ impl<'a> Destination<'a> {
         let machine = factory.build(&source).map_err(|source| Error::Refused {
             reasons: vec![Error::Machine { doing: "build the machine", source }.chain()],
         })?;
-        let features = features::granted(hello.features);
+        let mut features = features::granted(hello.features);
+        if !machine.takes_memory() {
+            features &= !features::LOCAL;
+        }
         let agree = Agree { instance: self.instance, features, channels: 1 };
         link.send(&Message::Agree(agree), self.handshake("agreeing"))?;
-        Ok(machine)
+        Ok((machine, features))
+    }
+
+    /// The memory itself, to be read.
+    fn map(&self, machine: &mut dyn DestinationMachine, link: &mut Link) -> Result<Mapped, Error> {
+        let doing = "taking over guest memory";
+        let step =
+            Step { doing, patience: self.patience.silence, cancel: Some(self.parameters), until: None };
+        let mapped = Mapped::receive(machine, link, step, unexpected)?;
+        self.statistics.update(|s| s.handed_over_bytes = mapped.bytes);
+        Ok(mapped)
     }
 
     fn lease_differs(&self, hello: &Hello) -> Result<Option<String>, Error> {
@@ -338,13 +361,14 @@ impl<'a> Destination<'a> {
         link.send(&Message::Prepared(prepared), step)
     }
 
-    fn await_commit(&mut self, link: &mut Link) -> Result<Commit, Error> {
+    /// COMMIT, and at most `room` descriptors that came along.
+    fn await_commit(&mut self, link: &mut Link, room: usize) -> Result<(Commit, Vec<OwnedFd>), Error> {
         let doing = "waiting for the guest to be handed over";
         let step =
             Step { doing, patience: self.patience.prepare, cancel: Some(self.parameters), until: None };
-        match link.receive(step)? {
-            Message::Commit(commit) => Ok(commit),
-            other => Err(unexpected(other, doing)),
+        match link.receive_with(room, step)? {
+            (Message::Commit(commit), descriptors) => Ok((commit, descriptors)),
+            (other, _) => Err(unexpected(other, doing)),
         }
     }
 
@@ -353,6 +377,7 @@ impl<'a> Destination<'a> {
         &mut self,
         machine: &mut dyn DestinationMachine,
         commit: &Commit,
+        mut memory: Option<(Mapped, Vec<OwnedFd>)>,
         mut state: RunState,
     ) -> Result<(RunState, Option<Error>, Duration), Error> {
         let start = Instant::now();
@@ -366,7 +391,7 @@ impl<'a> Destination<'a> {
         loop {
             let event = match action {
                 Action::Take { session, generation } => {
-                    match self.take_under_lock(machine, &session, generation) {
+                    match self.take_under_lock(machine, &mut memory, &session, generation) {
                         Ok(()) => Event::Taken,
                         Err(NotTaken::Refused(error)) => {
                             machine.release_images();
@@ -423,11 +448,12 @@ impl<'a> Destination<'a> {
         Event::NotKnown
     }
 
-    /// Images and lease, in this order and under the record lock: what can fail fails while the guest is still the source's,
+    /// Images, memory and lease, in this order and under the record lock: what can fail fails while the guest is still the source's,
     /// which can neither write nor settle meanwhile.
     fn take_under_lock(
         &mut self,
         machine: &mut dyn DestinationMachine,
+        memory: &mut Option<(Mapped, Vec<OwnedFd>)>,
         session: &Id,
         generation: u64,
     ) -> Result<(), NotTaken> {
@@ -435,7 +461,9 @@ impl<'a> Destination<'a> {
             let locked = machine.take_image_locks().map_err(Error::machine("take the image locks"));
             let opened =
                 locked.and_then(|()| machine.open_images().map_err(Error::machine("open the images")));
-            opened.map_err(|error| error.chain())
+            opened.map_err(|error| error.chain())?;
+            // Once: it stays where it is while the lease is tried again.
+            memory.take().map_or(Ok(()), |(mapped, passed)| mapped.adopt(machine, passed))
         };
         match &mut self.lease {
             Some(lease) => lease.take(session, generation, &mut images).map(drop),

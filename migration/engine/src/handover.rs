@@ -4,6 +4,7 @@
 //! reached the disk. So an attempt that failed after the offer waits for the lease as one that failed after COMMIT does.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use crate::file::Published;
@@ -24,6 +25,8 @@ pub struct Handover {
     way: Way,
     state: RunState,
     since: Instant,
+    /// What goes with COMMIT: guest memory, if it is handed over itself.
+    memory: Vec<OwnedFd>,
     /// Why the attempt did not simply succeed, if that is known.
     cause: Option<Error>,
     /// What the destination said when it had the guest.
@@ -84,6 +87,11 @@ impl Handover {
         Self { session, ..Self::of(ownership, way, state, since) }
     }
 
+    /// The guest's memory itself is handed over.
+    pub(crate) fn with_memory(self, memory: Vec<OwnedFd>) -> Self {
+        Self { memory, ..self }
+    }
+
     /// The lease of `generation` was to say that the guest is in `file`, and that failed for `cause`.
     pub(crate) fn suspended(
         file: Published,
@@ -97,8 +105,9 @@ impl Handover {
     }
 
     fn of(ownership: Source, way: Way, state: RunState, since: Instant) -> Self {
-        let (session, generation) = (Id::default(), 0);
-        Self { ownership, session, generation, way, state, since, cause: None, running: None, record: None }
+        let (session, generation, memory) = (Id::default(), 0, Vec::new());
+        let (cause, running, record) = (None, None, None);
+        Self { ownership, session, generation, way, state, since, memory, cause, running, record }
     }
 
     /// Hands over. `link` is where COMMIT goes; it is dropped once it gave no answer that the guest runs, so that the destination
@@ -203,7 +212,7 @@ impl Handover {
         let step = Step { doing: "handing over", patience: patience.silence, cancel: None, until: None };
         let doing = "waiting for the destination to take over";
         let wait = Step { doing, patience: patience.answer, cancel: None, until: None };
-        match link.send(&commit, step).and_then(|()| link.receive(wait)) {
+        match link.send_with(&commit, &self.memory, step).and_then(|()| link.receive(wait)) {
             Ok(message) => self.answered(message, doing),
             Err(error) => self.failed(error, Event::NoAnswer),
         }

@@ -21,6 +21,7 @@
 //! - [`lease`]: the record that alone decides who runs the guest.
 //! - `ownership`: what either side does about it, as state machines without I/O; `handover` and `destination` do it.
 //! - [`converge()`]: when to stop, a pure function.
+//! - `local`: to a process of the same host the memory itself goes, instead of its contents in rounds.
 //! - [`protocol`]: the messages; `link` gives each a deadline.
 //! - [`suspend_to_file`] and [`restore_from_file`]: the same guest in a file; [`snapshot_to_file`]: it goes on, and is there as well.
 //!
@@ -31,8 +32,7 @@
 //! maximum. Both sides report the same cause. Who may be a peer at all is decided below (crate `transport`): with TLS no
 //! message is read or written before both ends have proven who they are, on this link and on every later one.
 //!
-//! Absent: postcopy, several channels, compression, storage migration, handover of descriptors. The hello has room for
-//! them.
+//! Absent: postcopy, several channels, compression, storage migration. The hello has room for them.
 #![forbid(unsafe_code)]
 
 mod bandwidth;
@@ -46,6 +46,7 @@ mod file;
 mod handover;
 pub mod lease;
 mod link;
+mod local;
 mod machine;
 mod ownership;
 mod parameters;
@@ -71,8 +72,8 @@ pub use file::{
 pub use handover::Handover;
 pub use link::Dial;
 pub use machine::{
-    DestinationFactory, DestinationMachine, Image, ImageCopy, MachineResult, MissingPages, RamBlock,
-    RunState, SaveFor, SourceMachine,
+    DestinationFactory, DestinationMachine, Image, ImageCopy, MachineResult, MemoryDescriptors, MissingPages,
+    RamBlock, RunState, SaveFor, SourceMachine,
 };
 pub use ownership::source::Word;
 pub use parameters::Parameters;

@@ -1,14 +1,15 @@
 //! Messages on a connection, each within a deadline.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::net::Shutdown;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use stream::frame::{self, HEADER_BYTES, Header, Kind};
-use transport::Connection;
+use transport::{Connection, Received};
 
-use crate::protocol::{HELLO_BYTES_MAX, Message, NEVER_BYTES_MAX, REASONS_BYTES_MAX};
-use crate::{Error, Parameters};
+use crate::protocol::{HELLO_BYTES_MAX, MEMORY_BYTES_MAX, Message, NEVER_BYTES_MAX, REASONS_BYTES_MAX};
+use crate::{Error, Parameters, local};
 
 /// Of a message that carries numbers only.
 const SHORT_BYTES_MAX: u32 = 256;
@@ -54,6 +55,8 @@ pub(crate) struct Link {
     /// Header and body of the message being sent.
     out: Vec<u8>,
     body: Vec<u8>,
+    /// What may come along with the message that is being received, if anything.
+    received: Option<Received>,
 }
 
 impl Link {
@@ -63,7 +66,7 @@ impl Link {
             .set_read_timeout(Some(SLICE))
             .and_then(|()| connection.set_write_timeout(Some(SLICE)))
             .map_err(|source| Error::Lost { doing, source })?;
-        Ok(Self { connection, sent_bytes: 0, out: Vec::new(), body: Vec::new() })
+        Ok(Self { connection, sent_bytes: 0, out: Vec::new(), body: Vec::new(), received: None })
     }
 
     pub fn peer(&self) -> &str {
@@ -72,6 +75,11 @@ impl Link {
 
     pub fn sent_bytes(&self) -> u64 {
         self.sent_bytes
+    }
+
+    /// See [`Connection::passes_descriptors`].
+    pub fn passes_descriptors(&self) -> bool {
+        self.connection.passes_descriptors()
     }
 
     /// Says who we are, and hears that the other side speaks our language.
@@ -97,6 +105,16 @@ impl Link {
     }
 
     pub fn send(&mut self, message: &Message, step: Step<'_>) -> Result<(), Error> {
+        self.send_with(message, &[], step)
+    }
+
+    /// As [`send`](Self::send); `descriptors` go along with the first byte.
+    pub fn send_with(
+        &mut self,
+        message: &Message,
+        descriptors: &[OwnedFd],
+        step: Step<'_>,
+    ) -> Result<(), Error> {
         let (kind, body) = message.encode();
         let longest = if kind == Kind::Hello { HELLO_BYTES_MAX } else { frame::BODY_BYTES_MAX };
         if body.len() > longest {
@@ -115,7 +133,7 @@ impl Link {
                 break;
             }
         }
-        let result = self.write(&frames, step);
+        let result = self.write_with(&frames, &local::borrowed(descriptors), step);
         self.out = frames;
         result
     }
@@ -141,6 +159,14 @@ impl Link {
         let kind = self.receive_frames(&mut body, step);
         self.body = body;
         Message::decode(kind?, &self.body).map_err(|reason| Error::Protocol { doing: step.doing, reason })
+    }
+
+    /// As [`receive`](Self::receive), with what came along: at most `room` descriptors.
+    pub fn receive_with(&mut self, room: usize, step: Step<'_>) -> Result<(Message, Vec<OwnedFd>), Error> {
+        self.received = Some(Received::new(room));
+        let message = self.receive(step);
+        let received = self.received.take();
+        Ok((message?, received.map(Received::into_descriptors).unwrap_or_default()))
     }
 
     fn receive_frames(&mut self, body: &mut Vec<u8>, step: Step<'_>) -> Result<Kind, Error> {
@@ -221,15 +247,25 @@ impl Link {
         }
     }
 
-    fn write(&mut self, mut bytes: &[u8], step: Step<'_>) -> Result<(), Error> {
+    fn write(&mut self, bytes: &[u8], step: Step<'_>) -> Result<(), Error> {
+        self.write_with(bytes, &[], step)
+    }
+
+    fn write_with(
+        &mut self,
+        mut bytes: &[u8],
+        mut descriptors: &[BorrowedFd<'_>],
+        step: Step<'_>,
+    ) -> Result<(), Error> {
         let since = Instant::now();
         let pieces = bytes.len().div_ceil(PIECE_BYTES).max(1);
         let step = Step { patience: step.patience * u32::try_from(pieces).unwrap_or(u32::MAX), ..step };
         while !bytes.is_empty() {
             step.check()?;
-            match self.connection.write(bytes) {
+            match self.connection.write_with(bytes, descriptors) {
                 Ok(0) => return Err(step.closed()),
                 Ok(count) => {
+                    descriptors = &[];
                     self.sent_bytes += count as u64;
                     bytes = bytes.get(count..).unwrap_or_default();
                     if !bytes.is_empty() {
@@ -255,7 +291,11 @@ impl Link {
             && !rest.is_empty()
         {
             step.check()?;
-            match self.connection.read(rest) {
+            let read = match &mut self.received {
+                Some(received) => self.connection.read_with(rest, received),
+                None => self.connection.read(rest),
+            };
+            match read {
                 Ok(0) if at_boundary && filled == 0 => return Err(step.closed()),
                 Ok(0) => {
                     return Err(Error::Lost {
@@ -271,6 +311,9 @@ impl Link {
                     }
                 }
                 Err(error) if is_pause(&error) => step.patient(since)?,
+                Err(error) if error.kind() == io::ErrorKind::InvalidData && self.passes_descriptors() => {
+                    return Err(Error::Protocol { doing: step.doing, reason: error.to_string() });
+                }
                 Err(source) => return Err(Error::lost(step.doing, source)),
             }
         }
@@ -309,6 +352,7 @@ fn body_bytes_max(kind: Kind) -> u32 {
         Kind::Stream | Kind::Hello => frame::BODY_BYTES_MAX as u32,
         Kind::Refuse | Kind::Reject | Kind::Cancel => REASONS_BYTES_MAX as u32,
         Kind::Never => NEVER_BYTES_MAX as u32,
+        Kind::Memory => MEMORY_BYTES_MAX as u32,
         _ => SHORT_BYTES_MAX,
     }
 }

@@ -6,6 +6,7 @@ use std::error::Error;
 use std::fmt::{self, Debug};
 use std::fs::File;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -33,6 +34,15 @@ impl RamBlock {
     pub fn length_bytes(&self) -> u64 {
         self.mapping.size() as u64
     }
+}
+
+/// A block of guest memory as descriptors, for a process of the same host. Closing them changes nothing.
+#[derive(Debug)]
+pub struct MemoryDescriptors {
+    /// Through this one nobody can write.
+    pub readable: OwnedFd,
+    /// Through this one whoever has it can.
+    pub writable: OwnedFd,
 }
 
 /// Whether the vCPUs run. It travels: a paused guest arrives paused.
@@ -98,6 +108,15 @@ pub trait SourceMachine {
 
     /// All guest memory, in an order of the machine's choice that does not change.
     fn ram_blocks(&self) -> Vec<RamBlock>;
+
+    /// Guest memory itself, one of each for each of [`ram_blocks`](Self::ram_blocks), in that order. `None`: this machine's memory is
+    /// not to be had so, or is not whole yet (parts of it are still to come from somewhere), and its contents are sent.
+    ///
+    /// # Errors
+    /// The host refuses; contents are sent then too.
+    fn memory_descriptors(&mut self) -> MachineResult<Option<Vec<MemoryDescriptors>>> {
+        Ok(None)
+    }
 
     /// The byte ranges of `block` that hold data: what the memfd has. The rest is never read, so that holes stay holes.
     ///
@@ -267,6 +286,31 @@ pub trait DestinationMachine {
         None
     }
 
+    /// Whether [`map_memory`](Self::map_memory) can be called.
+    fn takes_memory(&self) -> bool {
+        false
+    }
+
+    /// Puts memory that a source of the same host passes in the place of this machine's own, one descriptor for each of
+    /// [`ram_blocks`](Self::ram_blocks), in that order. The guest runs there, and goes on there if this attempt fails: the memory can be
+    /// read here, and whoever writes it is stopped. The mappings of the blocks stay where they are.
+    ///
+    /// # Errors
+    /// One is not what it should be (a memfd of the block's length that nobody can cut short, or the file that is in this
+    /// machine's place for it), or cannot be mapped.
+    fn map_memory(&mut self, passed: Vec<OwnedFd>) -> MachineResult<()> {
+        Err(format!("this machine takes no memory, and {} descriptors of some came", passed.len()).into())
+    }
+
+    /// Takes descriptors of the same memory that can write, but does not write and lets nobody: [`start`](Self::start) does. The record
+    /// lock of the lease is held, and it offers us the guest.
+    ///
+    /// # Errors
+    /// One is not of the memory that was mapped, or cannot write.
+    fn adopt_memory(&mut self, passed: Vec<OwnedFd>) -> MachineResult<()> {
+        Err(format!("this machine takes no memory, and {} descriptors of some came", passed.len()).into())
+    }
+
     /// Checks the contents of every section and builds the devices from them; takes all of the sections out of the set.
     /// All that were [expected](DestinationFactory::expected) are there, each once, and RAM is complete. Nothing runs yet,
     /// and no image is written.
@@ -292,7 +336,7 @@ pub trait DestinationMachine {
     /// Undoes [`take_image_locks`](Self::take_image_locks) and [`open_images`](Self::open_images): the guest goes back.
     fn release_images(&mut self);
 
-    /// Resumes devices, and vCPUs if `state` says so. From here on the guest runs here.
+    /// Makes memory that was handed over writable, resumes devices, and vCPUs if `state` says so. From here on the guest runs here.
     ///
     /// # Errors
     /// The guest is ours and stays paused: it cannot go back, since devices may have started.

@@ -12,6 +12,7 @@ pub struct Parameters {
     downtime_limit_ns: AtomicU64,
     max_bandwidth: AtomicU64,
     rounds_limit: AtomicU64,
+    local: AtomicBool,
     /// [`OPEN`], [`CANCELLED`] or [`COMMITTED`]; the first to leave `OPEN` wins.
     end: AtomicU8,
     /// The end was asked for, in time or not.
@@ -31,6 +32,7 @@ impl Default for Parameters {
             downtime_limit_ns: AtomicU64::new(300_000_000),
             max_bandwidth: AtomicU64::new(0),
             rounds_limit: AtomicU64::new(0),
+            local: AtomicBool::new(false),
             end: AtomicU8::new(OPEN),
             wished: AtomicBool::new(false),
             word: Mutex::default(),
@@ -39,7 +41,7 @@ impl Default for Parameters {
 }
 
 impl Parameters {
-    /// 300 ms, no bandwidth limit, rounds without limit.
+    /// 300 ms, no bandwidth limit, rounds without limit, contents of memory to whoever it is.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -88,6 +90,17 @@ impl Parameters {
     /// See [`rounds_limit`](Self::rounds_limit).
     pub fn set_rounds_limit(&self, rounds: Option<u32>) {
         self.rounds_limit.store(rounds.unwrap_or(0).into(), Ordering::Relaxed);
+    }
+
+    /// Whether a process of the same host is to get the memory itself, and not its contents.
+    #[must_use]
+    pub fn local(&self) -> bool {
+        self.local.load(Ordering::Relaxed)
+    }
+
+    /// See [`local`](Self::local). Counts for migrations that begin afterwards.
+    pub fn set_local(&self, local: bool) {
+        self.local.store(local, Ordering::Relaxed);
     }
 
     /// Asks for the end of the migration. `false`: too late, COMMIT is on its way, and the answer decides.

@@ -7,7 +7,7 @@ use stream::frame::Kind;
 use vmstate::VmState;
 
 use crate::lease::Id;
-use crate::{Description, RunState};
+use crate::{Description, RamBlock, RunState};
 
 /// Above what the largest machine has: 30 controllers with 1024 namespaces of four properties each, 64 vCPUs with 256 leaves
 /// of CPUID, 1024 RAM blocks.
@@ -20,6 +20,8 @@ const REASONS_MAX: usize = 256;
 const TEXT_MAX_BYTES: usize = 4096;
 /// Of all sentences, as bytes carry them: a list's mark and a length beside each text.
 pub(crate) const REASONS_BYTES_MAX: usize = 64 << 10;
+/// Of the list of passed blocks, each with its mark, a name of at most 255 bytes and a length.
+pub(crate) const MEMORY_BYTES_MAX: usize = transport::DESCRIPTORS_MAX * (1 + 2 + 255 + 8) + 1;
 /// A session and a sentence.
 pub(crate) const NEVER_BYTES_MAX: usize = 16 + 2 + TEXT_MAX_BYTES;
 
@@ -52,6 +54,10 @@ pub enum Message {
     Cancel(Reasons),
     /// Source: the figures, for the other side's user. After RUNNING it also says that RUNNING arrived.
     Progress(Progress),
+    /// Source: this is guest memory; descriptors that read it go along.
+    Memory(MemoryBlocks),
+    /// Destination: mapped.
+    Mapped,
 }
 
 /// Text, cut to what the wire carries.
@@ -237,6 +243,38 @@ pub struct Agree {
     pub channels: u16,
 }
 
+/// See [`Message::Memory`].
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "memory", version = 1)]
+pub struct MemoryBlocks {
+    #[vmstate(list, max = transport::DESCRIPTORS_MAX)]
+    blocks: Vec<MemoryBlock>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "memory-block", version = 1)]
+struct MemoryBlock {
+    name: Text,
+    length_bytes: u64,
+}
+
+impl MemoryBlocks {
+    /// Of these blocks, in this order.
+    #[must_use]
+    pub fn new(blocks: &[RamBlock]) -> Self {
+        let block = |block: &RamBlock| MemoryBlock {
+            name: block.name.as_str().into(),
+            length_bytes: block.length_bytes(),
+        };
+        Self { blocks: blocks.iter().map(block).collect() }
+    }
+
+    /// Name and length of each, in the order of the descriptors.
+    pub fn iter(&self) -> impl Iterator<Item = (String, u64)> {
+        self.blocks.iter().map(|block| (String::from(&block.name), block.length_bytes))
+    }
+}
+
 /// See [`Message::Prepare`].
 #[derive(Clone, Debug, PartialEq, Eq, VmState)]
 #[vmstate(name = "prepare", version = 1)]
@@ -344,6 +382,8 @@ impl Message {
             Self::Query(_) => "query",
             Self::Cancel(_) => "cancel",
             Self::Progress(_) => "progress",
+            Self::Memory(_) => "memory",
+            Self::Mapped => "mapped",
         }
     }
 
@@ -363,6 +403,8 @@ impl Message {
             Self::Query(body) => (Kind::Query, vmstate::to_bytes(body)),
             Self::Cancel(body) => (Kind::Cancel, vmstate::to_bytes(body)),
             Self::Progress(body) => (Kind::Progress, vmstate::to_bytes(body)),
+            Self::Memory(body) => (Kind::Memory, vmstate::to_bytes(body)),
+            Self::Mapped => (Kind::Mapped, Vec::new()),
         }
     }
 
@@ -385,6 +427,9 @@ impl Message {
             Kind::Query => Self::Query(state(body)?),
             Kind::Cancel => Self::Cancel(state(body)?),
             Kind::Progress => Self::Progress(state(body)?),
+            Kind::Memory => Self::Memory(state(body)?),
+            Kind::Mapped if body.is_empty() => Self::Mapped,
+            Kind::Mapped => return Err(format!("mapped: {} bytes too many", body.len())),
             Kind::PageRequest | Kind::ChannelHello => return Err(format!("{kind:?} was not agreed on")),
         })
     }
@@ -455,6 +500,10 @@ mod tests {
             Message::Query(Query { session, instance: [9; 16] }),
             Message::Cancel(reasons),
             Message::Progress(Progress { rounds: 3, ..Progress::default() }),
+            Message::Memory(MemoryBlocks {
+                blocks: vec![MemoryBlock { name: "ram-low".into(), length_bytes: 4096 }],
+            }),
+            Message::Mapped,
         ] {
             let (kind, body) = message.encode();
             assert_eq!(Message::decode(kind, &body), Ok(message.clone()), "{}", message.name());

@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use transport::Connection;
 
-use crate::Error;
 use crate::link::{Link, Step};
 use crate::protocol::Message;
+use crate::{Error, local};
 
 /// How many peers are heard at a time. Each may send a hello of the greatest length.
 const VISITORS_MAX: usize = 8;
@@ -22,6 +22,8 @@ pub(crate) struct Visit {
     pub peer: String,
     pub link: Link,
     pub said: Result<Message, Error>,
+    /// Descriptors can be passed from there to here.
+    pub passes_descriptors: bool,
 }
 
 impl Visit {
@@ -36,8 +38,10 @@ impl Visit {
         let greeted = Link::new(connection).and_then(|mut link| link.greet(step).map(|()| link));
         match greeted {
             Ok(mut link) => {
-                let said = link.receive(step);
-                Some(Self { peer, link, said })
+                let said = link.receive_with(1, step);
+                let passes_descriptors =
+                    matches!(&said, Ok((_, descriptors)) if local::has_token(descriptors));
+                Some(Self { peer, link, said: said.map(|(message, _)| message), passes_descriptors })
             }
             Err(error) => {
                 log::warn!("{peer}: {}", error.chain());

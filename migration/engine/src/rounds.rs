@@ -91,7 +91,11 @@ pub(crate) fn rounds(
 
 /// Lets the machine do what would lengthen the stop. That may take long (images are written back), and the destination waits
 /// for no silent source: a thread tells it meanwhile that this one lives.
-fn prepare_stop(machine: &mut dyn SourceMachine, context: &Context<'_>, ram: &mut Sender<'_, Sink<'_>>) {
+pub(crate) fn prepare_stop(
+    machine: &mut dyn SourceMachine,
+    context: &Context<'_>,
+    ram: &mut Sender<'_, Sink<'_>>,
+) {
     let (statistics, interval) = (context.statistics, context.patience.silence / 4);
     std::thread::scope(|scope| {
         let (prepared, preparing) = channel::<()>();

@@ -8,14 +8,15 @@ use std::time::Instant;
 use crate::handover::Handover;
 use crate::lease::{Id, Lease, random_id};
 use crate::link::{Dial, Link, Step, Until};
+use crate::local::{Memory, prepare_until_little_is_left};
 use crate::ownership::source::{Action, Event, Source};
 use crate::protocol::{Hello, Message, Prepare, Properties, Reasons};
 use crate::ram::Sender;
-use crate::rounds::rounds;
+use crate::rounds::{prepare_stop, rounds};
 use crate::sink::Sink;
 use crate::{
     Description, Error, PageBitmap, Parameters, Patience, RunState, SaveFor, SourceMachine, Statistics,
-    Status,
+    Status, features,
 };
 
 /// What a migration is made with.
@@ -83,6 +84,8 @@ struct Attempt {
     session: Id,
     instance: Id,
     link: Option<Link>,
+    /// What goes itself, instead of its contents.
+    memory: Option<Memory>,
     tracking: bool,
     stopped: Option<Stopped>,
     disks_touched: bool,
@@ -102,6 +105,7 @@ impl Attempt {
             session: Id::default(),
             instance: Id::default(),
             link: None,
+            memory: None,
             tracking: false,
             stopped: None,
             disks_touched: false,
@@ -129,7 +133,11 @@ impl Attempt {
         }
         let Stopped { state, since, .. } = self.stopped.expect("transfer stops the guest");
         let link = self.link.as_ref().expect("agree leaves a link");
-        Ok(Handover::new(self.ownership, self.session, link, self.instance, state, since))
+        let handover = Handover::new(self.ownership, self.session, link, self.instance, state, since);
+        Ok(match self.memory.take() {
+            Some(memory) => handover.with_memory(memory.into_writable()),
+            None => handover,
+        })
     }
 
     /// Connects, and lets the destination check and build.
@@ -148,15 +156,23 @@ impl Attempt {
         };
         let link = self.link.insert(Link::new(dial()?)?);
         link.greet(Step { doing: "greeting the destination", patience: handshake, cancel, until: None })?;
-        let hello = Message::Hello(Box::new(Hello::new(self.session, lease, description)));
-        link.send(
-            &hello,
+        let memory = Memory::to_offer(machine, link, context);
+        let mut hello = Hello::new(self.session, lease, description);
+        hello.features = memory.as_ref().map_or(0, |_| features::LOCAL);
+        link.send_with(
+            &Message::Hello(Box::new(hello)),
+            memory.as_ref().map_or(&[], |memory| std::slice::from_ref(memory.token())),
             Step { doing: "introducing this machine", patience: handshake, cancel, until: None },
         )?;
         let doing = "waiting for the destination to accept this machine";
         match link.receive(Step { doing, patience: build, cancel, until: None })? {
             Message::Agree(agree) => {
                 self.instance = agree.instance;
+                let granted = agree.features & features::LOCAL != 0;
+                if memory.is_some() && !granted {
+                    log::warn!("the destination takes no memory itself: its contents are sent instead");
+                }
+                self.memory = memory.filter(|_| granted);
                 Ok(())
             }
             other => Err(unexpected(other, doing)),
@@ -167,24 +183,36 @@ impl Attempt {
     fn transfer(&mut self, machine: &mut dyn SourceMachine, context: &mut Context<'_>) -> Result<u64, Error> {
         let statistics = context.statistics;
         let link = self.link.as_mut().expect("agree leaves a link");
+        let handed_over = self.memory.as_ref().map(|memory| memory.pass(link, context)).transpose()?;
         let sink = Sink::new(link, context);
         let blocks = machine.ram_blocks();
         let mut ram = Sender::start(sink, MACHINE, &blocks, statistics, "send RAM and devices")?;
 
-        machine.start_dirty_tracking().map_err(Error::machine("track dirty pages"))?;
-        self.tracking = true;
+        if handed_over.is_none() {
+            machine.start_dirty_tracking().map_err(Error::machine("track dirty pages"))?;
+            self.tracking = true;
+        }
         // Tracking comes first: a page that is filled while the holes are looked for is dirty.
         let mut pages = Vec::with_capacity(blocks.len());
         for block in &blocks {
-            let ranges =
-                machine.populated(block).map_err(Error::machine("find the holes of guest memory"))?;
             let mut bitmap = PageBitmap::for_bytes(block.length_bytes());
-            ranges.into_iter().for_each(|range| bitmap.set_bytes(range));
+            if self.tracking {
+                let ranges =
+                    machine.populated(block).map_err(Error::machine("find the holes of guest memory"))?;
+                ranges.into_iter().for_each(|range| bitmap.set_bytes(range));
+            }
             pages.push(bitmap);
         }
-        statistics.update(|s| s.total_bytes = blocks.iter().map(|block| block.length_bytes()).sum());
+        statistics.update(|s| {
+            s.total_bytes = blocks.iter().map(|block| block.length_bytes()).sum();
+            s.handed_over_bytes = handed_over.unwrap_or_default();
+        });
         statistics.set_status(Status::Active);
-        rounds(machine, context, &mut ram, &mut pages)?;
+        if self.tracking {
+            rounds(machine, context, &mut ram, &mut pages)?;
+        } else {
+            prepare_until_little_is_left(|| prepare_stop(machine, context, &mut ram));
+        }
 
         let since = Instant::now();
         let state = machine.stop().map_err(Error::machine("stop the guest"))?;
@@ -197,8 +225,10 @@ impl Attempt {
         let sections =
             machine.save_devices(SaveFor::Connection).map_err(Error::machine("save the devices"))?;
         let saved_at = Instant::now();
-        let more = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
-        pages.iter_mut().zip(&more).for_each(|(bitmap, more)| bitmap.union(more));
+        if self.tracking {
+            let more = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
+            pages.iter_mut().zip(&more).for_each(|(bitmap, more)| bitmap.union(more));
+        }
         ram.out().unlimited(until);
         let before = ram.out().sent_bytes();
         ram.last_round(&pages)?;

@@ -83,6 +83,8 @@ pub struct Snapshot {
     pub transferred_bytes: u64,
     /// What is left of this round, in bytes.
     pub remaining_bytes: u64,
+    /// What of [`total_bytes`](Self::total_bytes) went as memory itself to a process of the same host, and so was not sent.
+    pub handed_over_bytes: u64,
     /// Pages sent with contents.
     pub normal_pages: u64,
     /// Pages sent as zero.

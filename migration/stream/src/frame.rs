@@ -78,6 +78,10 @@ kinds! {
     PageRequest = 14,
     /// The first frame of a data channel.
     ChannelHello = 15,
+    /// The source passes guest memory itself, to a process of the same host.
+    Memory = 16,
+    /// The destination has mapped it.
+    Mapped = 17,
 }
 
 impl TryFrom<u16> for Kind {

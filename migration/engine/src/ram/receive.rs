@@ -18,6 +18,8 @@ pub(crate) struct Receiver<'a> {
     placed: Vec<PageBitmap>,
     sections: SectionSet,
     complete: bool,
+    /// Memory is here already, and not ours to write: what comes is devices only.
+    only_devices: bool,
     inspect: Inspect<'a>,
     doing: &'static str,
 }
@@ -34,6 +36,11 @@ impl<'a> Receiver<'a> {
         Self::new(Decoder::live(expected), blocks, Box::new(|_| Ok(())), "receive RAM and devices")
     }
 
+    /// For a stream on a connection beside which the memory was handed over.
+    pub fn local(expected: Expected, blocks: Vec<RamBlock>) -> Self {
+        Self { only_devices: true, ..Self::live(expected, blocks) }
+    }
+
     /// For a file.
     pub fn file(expected: Expected, blocks: Vec<RamBlock>, inspect: Inspect<'a>) -> Self {
         Self::new(Decoder::file(expected), blocks, inspect, "restore RAM and devices")
@@ -42,7 +49,8 @@ impl<'a> Receiver<'a> {
     fn new(decoder: Decoder, blocks: Vec<RamBlock>, inspect: Inspect<'a>, doing: &'static str) -> Self {
         let placed = blocks.iter().map(|block| PageBitmap::for_bytes(block.length_bytes())).collect();
         let sections = SectionSet::default();
-        Self { decoder, blocks, order: Vec::new(), placed, sections, complete: false, inspect, doing }
+        let (order, complete, only_devices) = (Vec::new(), false, false);
+        Self { decoder, blocks, order, placed, sections, complete, only_devices, inspect, doing }
     }
 
     /// The next bytes of the stream.
@@ -79,6 +87,9 @@ impl<'a> Receiver<'a> {
             match event {
                 Event::RamBlocks(theirs) => {
                     self.order = match_blocks(theirs, &self.blocks).map_err(wrong)?;
+                }
+                Event::RamPage { .. } | Event::RamZero { .. } if self.only_devices => {
+                    return Err(wrong("a page of memory that was handed over".to_owned()));
                 }
                 Event::RamPage { block, offset, bytes } => {
                     let (block, placed) = place(&self.order, &self.blocks, &mut self.placed, block)

@@ -49,21 +49,29 @@ fn at_every_message(
     fault: impl Fn() -> Fault,
     judge: impl Fn(u32, &World, &Ending, &str),
 ) {
-    for at in 0..MESSAGES_MAX {
-        let world = World::new();
-        let mut play = Play::new(&world);
-        play.fault = Some((end, at, fault()));
-        play.patience = patience;
-        let ending = play.run();
-        let what = format!("{:?} at message {at} of the {end:?}", fault());
-        if !ending.struck {
-            assert!(at > 3, "{what}: too few messages for a migration");
+    for passes_memory in [false, true] {
+        let mut at = 0;
+        loop {
+            let world = World::new();
+            let mut play = Play::new(&world);
+            play.source.passes_memory = passes_memory;
+            play.parameters.set_local(true);
+            play.fault = Some((end, at, fault()));
+            play.patience = patience;
+            let ending = play.run();
+            let way = if passes_memory { "handed over" } else { "copied" };
+            let what = format!("{:?} at message {at} of the {end:?}, RAM {way}", fault());
             judge(at, &world, &ending, &what);
-            return;
+            if !ending.struck {
+                assert!(at > 3, "{what}: too few messages for a migration");
+                let handed_over_bytes = ending.source_statistics.handed_over_bytes;
+                assert_eq!(handed_over_bytes > 0, passes_memory, "{what}");
+                break;
+            }
+            at += 1;
+            assert!(at < MESSAGES_MAX, "more than {MESSAGES_MAX} messages");
         }
-        judge(at, &world, &ending, &what);
     }
-    panic!("more than {MESSAGES_MAX} messages");
 }
 
 /// Both processes live and share a lease: exactly one runs the guest.

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// The guest runs at the destination with the RAM and the device that it had.
-fn assert_moved(world: &World, ending: &Ending) {
+pub fn assert_moved(world: &World, ending: &Ending) {
     let Some((Outcome::Completed { note: None }, source)) = &ending.source else {
         panic!("{:?}\n{:#?}", ending.source.as_ref().map(|(outcome, _)| outcome), world.log());
     };
@@ -303,12 +303,12 @@ fn a_guest_goes_there_and_back_again() {
     }
 }
 
-fn step() -> Step<'static> {
+pub fn step() -> Step<'static> {
     Step { doing: "testing", patience: patience().build, cancel: None, until: None }
 }
 
 /// A destination in a thread; `talk` plays its peers, one connection each.
-fn with_destination(
+pub fn with_destination(
     world: &World,
     patience: Patience,
     talk: impl FnOnce(&mut dyn FnMut() -> Link),

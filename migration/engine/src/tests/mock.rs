@@ -3,19 +3,19 @@
 use std::fs::File;
 use std::io::Write;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use stream::{DeviceSection, Expected, SectionSet};
-use vm_memory::bitmap::AtomicBitmap;
-use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, VolatileMemory};
 use vmstate::VmState;
 
+use super::passed::Memory;
 use crate::lease::{Lease, Owner};
 use crate::{
-    Description, DestinationFactory, DestinationMachine, Image, ImageCopy, MachineResult, PAGE_BYTES,
-    PageBitmap, RamBlock, RunState, SaveFor, SourceMachine,
+    Description, DestinationFactory, DestinationMachine, Image, ImageCopy, MachineResult, MemoryDescriptors,
+    PAGE_BYTES, PageBitmap, RamBlock, RunState, SaveFor, SourceMachine,
 };
 
 /// Blocks of the mock machine: name, pages, and the pages that the memfd has.
@@ -118,6 +118,10 @@ impl World {
         state.running.push(name.to_owned());
     }
 
+    fn violate(&self, violation: String) {
+        self.lock().violations.push(violation);
+    }
+
     fn halt(&self, name: &str) {
         self.lock().running.retain(|other| other != name);
     }
@@ -156,6 +160,7 @@ pub struct Guest {
     pub name: String,
     pub world: World,
     pub blocks: Vec<RamBlock>,
+    memory: Vec<Memory>,
     pub device: DeviceState,
     pub trouble: Option<Trouble>,
     /// At this step the lease becomes unreadable, as on storage that is gone for a while.
@@ -180,24 +185,14 @@ impl Drop for Guest {
 
 impl Guest {
     fn new(name: &str, world: &World) -> Self {
-        let blocks = BLOCKS
-            .iter()
-            .map(|(name, pages, _)| {
-                let length = (pages * PAGE_BYTES) as usize;
-                let bitmap = AtomicBitmap::new(length, std::num::NonZeroUsize::new(4096).unwrap());
-                let region = MmapRegionBuilder::new_with_bitmap(length, bitmap)
-                    .with_mmap_prot(nix::libc::PROT_READ | nix::libc::PROT_WRITE)
-                    .with_mmap_flags(
-                        nix::libc::MAP_ANONYMOUS | nix::libc::MAP_PRIVATE | nix::libc::MAP_NORESERVE,
-                    );
-                RamBlock { name: (*name).to_owned(), mapping: Arc::new(region.build().unwrap()) }
-            })
-            .collect();
+        let (blocks, memory) =
+            BLOCKS.iter().map(|(name, pages, _)| Memory::block(name, (pages * PAGE_BYTES) as usize)).unzip();
         let device = DeviceState::default();
         Self {
             name: name.to_owned(),
             world: world.clone(),
             blocks,
+            memory,
             device,
             trouble: None,
             lease_lost_at: None,
@@ -262,6 +257,10 @@ pub struct Source {
     pub finished: bool,
     /// What happens while a stop is prepared.
     pub preparation: Option<Preparation>,
+    /// Its memory can go itself.
+    pub passes_memory: bool,
+    /// What was in RAM when the guest was stopped.
+    stopped_with: Option<Vec<Vec<u8>>>,
     looks: u64,
     tracking: bool,
 }
@@ -295,6 +294,8 @@ impl Source {
             paused: false,
             finished: false,
             preparation: None,
+            passes_memory: false,
+            stopped_with: None,
             looks: 0,
             tracking: false,
         }
@@ -319,6 +320,10 @@ impl SourceMachine for Source {
 
     fn ram_blocks(&self) -> Vec<RamBlock> {
         self.guest.blocks.clone()
+    }
+
+    fn memory_descriptors(&mut self) -> MachineResult<Option<Vec<MemoryDescriptors>>> {
+        Ok(self.passes_memory.then(|| self.guest.memory.iter().map(Memory::descriptors).collect()))
     }
 
     fn populated(&mut self, block: &RamBlock) -> MachineResult<Vec<Range<u64>>> {
@@ -390,6 +395,7 @@ impl SourceMachine for Source {
         self.guest.write(0, 599, 0xfeed);
         self.guest.write(1, 39, 0xbeef);
         self.guest.world.halt(&self.guest.name);
+        self.stopped_with = Some(self.guest.contents());
         Ok(RunState::from(!self.paused))
     }
 
@@ -436,6 +442,9 @@ impl SourceMachine for Source {
     fn resume(&mut self, state: RunState) -> MachineResult<()> {
         self.guest.step("resume")?;
         assert!(!self.finished);
+        if self.stopped_with.take().is_some_and(|before| before != self.guest.contents()) {
+            self.guest.world.violate("the guest goes on with RAM that is not as it was".to_owned());
+        }
         if state == RunState::Running {
             self.guest.world.run(&self.guest.name);
         }
@@ -460,6 +469,8 @@ pub struct Factory {
     pub trouble: Option<Trouble>,
     pub cpus: u32,
     pub less_ram: bool,
+    /// Its machines take memory itself.
+    pub takes_memory: bool,
     /// How many machines were built.
     pub built: u32,
 }
@@ -472,6 +483,7 @@ impl Factory {
             trouble: None,
             cpus: 2,
             less_ram: false,
+            takes_memory: true,
             built: 0,
         }
     }
@@ -498,18 +510,36 @@ impl DestinationFactory for Factory {
         guest.trouble = self.trouble;
         guest.step("build")?;
         self.built += 1;
-        Ok(Arriving(guest))
+        Ok(Arriving(guest, self.takes_memory))
     }
 }
 
 /// The machine that arrives.
 #[derive(Debug)]
-pub struct Arriving(pub Guest);
+pub struct Arriving(pub Guest, bool);
 
 impl DestinationMachine for Arriving {
     fn ram_blocks(&self) -> Vec<RamBlock> {
         // In another order than at the source.
         self.0.blocks.iter().rev().cloned().collect()
+    }
+
+    fn takes_memory(&self) -> bool {
+        self.1
+    }
+
+    fn map_memory(&mut self, passed: Vec<OwnedFd>) -> MachineResult<()> {
+        self.0.step("map memory")?;
+        let Guest { blocks, memory, .. } = &mut self.0;
+        let all = blocks.iter_mut().zip(memory).rev().zip(passed);
+        all.into_iter().try_for_each(|((block, memory), passed)| memory.map(block, passed))
+    }
+
+    fn adopt_memory(&mut self, passed: Vec<OwnedFd>) -> MachineResult<()> {
+        self.0.step("adopt memory")?;
+        let Guest { blocks, memory, .. } = &mut self.0;
+        let all = blocks.iter().zip(memory).rev().zip(passed);
+        all.into_iter().try_for_each(|((block, memory), passed)| memory.adopt(block, passed))
     }
 
     fn load_devices(&mut self, mut sections: SectionSet) -> MachineResult<()> {
@@ -534,8 +564,17 @@ impl DestinationMachine for Arriving {
 
     fn start(&mut self, state: RunState) -> MachineResult<()> {
         self.0.step("start")?;
+        let Guest { blocks, memory, .. } = &mut self.0;
+        let mut handed_over = false;
+        for (block, memory) in blocks.iter_mut().zip(memory) {
+            handed_over |= memory.make_writable(block)?;
+        }
         if state == RunState::Running {
             self.0.world.run(&self.0.name);
+            if handed_over {
+                // What the guest does first here must never be seen by one that goes on there.
+                self.0.write(0, 17, 0x5eed);
+            }
         }
         Ok(())
     }

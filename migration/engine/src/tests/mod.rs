@@ -4,9 +4,11 @@ mod faults;
 mod file;
 mod fill;
 mod link;
+mod local;
 mod migrate;
 mod mock;
 mod operator;
+mod passed;
 mod secure;
 mod snapshot;
 
@@ -78,6 +80,8 @@ pub struct Play {
     pub destination_patience: Option<Patience>,
     /// Hears of every message that the source writes.
     pub tally: Option<Sender<()>>,
+    /// Somebody stands between the two, and passes bytes on.
+    pub tunnel: bool,
     /// Instead of a handle on the world's lease. The source's is here again afterwards.
     pub source_lease: Arc<Mutex<Option<Lease>>>,
     /// Instead of a handle on the world's lease.
@@ -108,6 +112,7 @@ impl Play {
             patience: patience(),
             destination_patience: None,
             tally: None,
+            tunnel: false,
             source_lease: Arc::default(),
             destination_lease: None,
         }
@@ -133,6 +138,7 @@ impl Play {
             patience,
             destination_patience,
             mut tally,
+            tunnel,
             source_lease: lease_after,
             mut destination_lease,
         } = self;
@@ -173,6 +179,11 @@ impl Play {
                     if let Some(tally) = tally.take() {
                         let peer = near.peer().to_owned();
                         near = Connection::new(Box::new(Tally { inner: near, tally }), peer);
+                    }
+                    if tunnel {
+                        // It reads bytes in the plain way.
+                        let peer = far.peer().to_owned();
+                        far = Connection::new(Box::new(Tally { inner: far, tally: channel().0 }), peer);
                     }
                     send(&links, far)?;
                     Ok(near)

@@ -1,0 +1,81 @@
+//! Memory of the mock machines that can go from one to the other itself.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, OFlags, fcntl_getfl, ftruncate, memfd_create};
+use vm_memory::FileOffset;
+use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+
+use crate::{MachineResult, MemoryDescriptors, RamBlock};
+
+/// The memory of one block.
+#[derive(Debug)]
+pub struct Memory {
+    file: File,
+    /// It came from another machine, and this one may not write to it yet.
+    lent: bool,
+}
+
+impl Memory {
+    /// A block of so many bytes, all of them holes.
+    pub fn block(name: &str, length: usize) -> (RamBlock, Self) {
+        let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC).unwrap());
+        ftruncate(&file, length as u64).unwrap();
+        let region = MmapRegion::from_file(FileOffset::new(file.try_clone().unwrap(), 0), length).unwrap();
+        (RamBlock { name: name.to_owned(), mapping: Arc::new(region) }, Self { file, lent: false })
+    }
+
+    pub fn descriptors(&self) -> MemoryDescriptors {
+        let readable = File::open(format!("/proc/self/fd/{}", self.file.as_raw_fd())).unwrap();
+        MemoryDescriptors { readable: readable.into(), writable: self.file.try_clone().unwrap().into() }
+    }
+
+    /// As the real machine does: a store into `block` ends the process from here on.
+    pub fn map(&mut self, block: &mut RamBlock, passed: OwnedFd) -> MachineResult<()> {
+        if access(&passed) != OFlags::RDONLY {
+            return Err(format!("the source lets a stranger write to {}", block.name).into());
+        }
+        self.file = File::from(passed);
+        self.lent = true;
+        let length = block.mapping.size();
+        if self.file.metadata()?.len() != length as u64 {
+            return Err(format!("{} has another length", block.name).into());
+        }
+        let bitmap = AtomicBitmap::new(length, std::num::NonZeroUsize::new(4096).unwrap());
+        let region = MmapRegionBuilder::new_with_bitmap(length, bitmap)
+            .with_file_offset(FileOffset::new(self.file.try_clone()?, 0))
+            .with_mmap_prot(nix::libc::PROT_READ)
+            .with_mmap_flags(nix::libc::MAP_SHARED | nix::libc::MAP_NORESERVE)
+            .build()?;
+        block.mapping = Arc::new(region);
+        Ok(())
+    }
+
+    pub fn adopt(&mut self, block: &RamBlock, passed: OwnedFd) -> MachineResult<()> {
+        let identity = |file: &File| file.metadata().map(|found| (found.dev(), found.ino()));
+        let passed = File::from(passed);
+        if identity(&passed)? != identity(&self.file)? || access(&passed) != OFlags::RDWR {
+            return Err(format!("another memory came for {}", block.name).into());
+        }
+        self.file = passed;
+        Ok(())
+    }
+
+    /// Whether `block` was another machine's before.
+    pub fn make_writable(&mut self, block: &mut RamBlock) -> MachineResult<bool> {
+        if self.lent {
+            let length = block.mapping.size();
+            block.mapping =
+                Arc::new(MmapRegion::from_file(FileOffset::new(self.file.try_clone()?, 0), length)?);
+        }
+        Ok(std::mem::take(&mut self.lent))
+    }
+}
+
+fn access(descriptor: &impl AsFd) -> OFlags {
+    fcntl_getfl(descriptor).unwrap() & OFlags::RWMODE
+}
