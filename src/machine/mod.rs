@@ -14,6 +14,7 @@ mod chipset;
 mod devices;
 mod disk;
 mod entropy;
+mod passed;
 mod resources;
 mod run;
 mod sections;

@@ -156,15 +156,21 @@ impl Resources {
     /// Whether the block is a persistent memory region.
     #[must_use]
     pub fn is_region(&self, block: &RamBlock) -> bool {
-        self.regions.iter().flatten().any(|region| region.block().name == block.name)
+        self.regions().any(|region| region.block().name == block.name)
     }
 
-    /// Makes the memory of every region its file: done before the guest runs, which is ours. Harmless if it is done.
+    pub(super) fn regions(&self) -> impl Iterator<Item = &Arc<Region>> {
+        self.regions.iter().flatten()
+    }
+
+    /// Makes memory that was handed over writable, and the memory of every region its file: done before the guest runs, which is ours.
+    /// Harmless if it is done.
     ///
     /// # Errors
-    /// One cannot be had; says which file.
+    /// One cannot be had; says which.
     pub fn attach_regions(&self) -> Result<(), crate::subsystem::Error> {
-        self.regions.iter().flatten().try_for_each(|region| region.attach())
+        self.ram.make_writable()?;
+        self.regions().try_for_each(|region| region.attach())
     }
 
     /// Makes what is in the regions durable.

@@ -2,9 +2,8 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::ProtFlags;
 
 use super::{Error, RamBlock};
 
@@ -28,20 +27,7 @@ impl RamBlock {
         if found_bytes != length_bytes || self.file.get().is_some() {
             return Err(Error::BadSize { name: self.name.clone(), length_bytes: found_bytes });
         }
-        let (start, protection) = (self.mapping.as_ptr(), ProtFlags::READ | ProtFlags::WRITE);
-        // SAFETY: the range is exactly the mapping, which the block keeps, and stays mapped with the same protection throughout: the kernel
-        // replaces it at once. Nobody has a reference into it; those who access it do so by volatile reads and writes.
-        unsafe {
-            rustix::mm::mmap(
-                start.cast(),
-                self.mapping.size(),
-                protection,
-                MapFlags::SHARED | MapFlags::FIXED,
-                file.as_fd(),
-                0,
-            )
-        }
-        .map_err(|errno| failed(errno.into()))?;
+        self.map_fixed("map its file", &file, ProtFlags::READ | ProtFlags::WRITE)?;
         // Nobody else attaches: the callers' lock.
         let _ = self.file.set(file);
         Ok(())

@@ -5,7 +5,7 @@
 //! a KVM slot; a namespace's block is reached only by the NVMe controller; a buffer has a KVM slot, and is where the guest puts it.
 //!
 //! Invariants: a block never changes its size (the memfd is sealed, so that no holder of the descriptor can turn an
-//! access into SIGBUS); names are unique; nothing outside this module makes a pointer from a mapping. A persistent memory region whose
+//! access into SIGBUS), also when its memory came from another process (`passed`); names are unique; nothing outside this module makes a pointer from a mapping. A persistent memory region whose
 //! contents are a file (`file`) is as safe as the folder that the file is in: who cuts it short there ends the process.
 //!
 //! Absent: KVM (slots are numbers here, registered by [`crate::kvm::Vm`]), dirty tracking ([`crate::dirty`]), policy on
@@ -13,20 +13,22 @@
 #![allow(unsafe_code)]
 
 mod file;
+mod passed;
 mod zero;
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsFd;
 use std::sync::{Arc, OnceLock};
 
 use bus::{GuestBitmap, GuestMapping, GuestMemory, GuestRegion};
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, MemfdFlags, Mode, SealFlags, SeekFrom};
 use vm_memory::bitmap::{BitmapSlice, RefSlice};
 use vm_memory::{FileOffset, GuestAddress, VolatileMemory, VolatileSlice};
 
 use crate::layout;
+pub use passed::Kind as PassedKind;
+use passed::Passed;
 
 /// Size of a page in bytes: the unit of dirty tracking and of transfer.
 pub const PAGE_SIZE_BYTES: u64 = 4096;
@@ -74,6 +76,16 @@ pub enum Error {
     /// The regions overlap or are out of order.
     #[error("the memory blocks overlap in the guest address space")]
     Regions(#[from] vm_memory::GuestRegionCollectionError),
+    /// Another process passed memory that the block cannot be.
+    #[error("cannot take over memory block \"{name}\" of {length_bytes} bytes: {reason}")]
+    Passed {
+        /// The block.
+        name: String,
+        /// Its size.
+        length_bytes: u64,
+        /// What is wrong.
+        reason: String,
+    },
     /// An access beyond the end of a block.
     #[error(
         "bytes {offset:#x}+{length_bytes:#x} are outside memory block \"{name}\" of {block_bytes:#x} bytes"
@@ -109,8 +121,10 @@ pub struct RamBlock {
     pub name: String,
     /// The mapping and the bitmap of this process's own writes.
     pub mapping: Arc<GuestMapping>,
-    /// The memory as a descriptor.
-    pub memfd: Arc<File>,
+    /// The memory that it had at first.
+    memfd: Arc<File>,
+    /// The memory that it is instead, if it came from another process.
+    passed: Arc<OnceLock<Passed>>,
     /// The file that it is instead, from some moment on.
     file: Arc<OnceLock<File>>,
     /// Where the guest sees it as RAM; `None` for memory that a device model reaches.
@@ -136,6 +150,8 @@ impl RamBlock {
         rustix::fs::ftruncate(&memfd, length_bytes).map_err(|e| create("set the size", e.into()))?;
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&memfd, seals).map_err(|e| create("seal the size", e.into()))?;
+        // Who is given a descriptor that only reads does not open another one that writes, unless it is our user's.
+        rustix::fs::fchmod(&memfd, Mode::RUSR | Mode::WUSR).map_err(|e| create("set the mode", e.into()))?;
         let memfd = Arc::new(File::from(memfd));
         let mapping = GuestMapping::from_file(FileOffset::from_arc(Arc::clone(&memfd), 0), size)
             .map_err(|e| create("map the memfd", io::Error::other(e)))?;
@@ -143,10 +159,17 @@ impl RamBlock {
             name: name.to_owned(),
             mapping: Arc::new(mapping),
             memfd,
+            passed: Arc::default(),
             file: Arc::default(),
             guest_base,
             kvm_slot,
         })
+    }
+
+    /// The memory as a descriptor.
+    #[must_use]
+    pub fn memfd(&self) -> &File {
+        self.passed.get().and_then(Passed::memory).unwrap_or(&self.memfd)
     }
 
     /// Size in bytes, a multiple of [`PAGE_SIZE_BYTES`].
@@ -224,7 +247,7 @@ impl RamBlock {
             return Ok(());
         }
         let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        rustix::fs::fallocate(&self.memfd, mode, offset, length_bytes)
+        rustix::fs::fallocate(self.memfd(), mode, offset, length_bytes)
             .map_err(|e| self.access("punch a hole", offset, e))?;
         vm_memory::bitmap::Bitmap::mark_dirty(self.mapping.bitmap(), offset as usize, length_bytes as usize);
         Ok(())
@@ -251,7 +274,7 @@ impl RamBlock {
 
     /// `None` when there is nothing of that kind up to the end of the file.
     fn seek(&self, to: SeekFrom) -> Result<Option<u64>, Error> {
-        match rustix::fs::seek(self.memfd.as_fd(), to) {
+        match rustix::fs::seek(self.memfd(), to) {
             Ok(offset) => Ok(Some(offset)),
             Err(rustix::io::Errno::NXIO) => Ok(None),
             Err(errno) => Err(self.access("look for populated pages", 0, errno)),
@@ -390,8 +413,8 @@ mod tests {
     fn the_size_is_sealed() {
         let ram = ram();
         let block = ram.block(RAM_LOW).unwrap();
-        assert_eq!(rustix::fs::ftruncate(&block.memfd, 4096), Err(rustix::io::Errno::PERM));
-        assert_eq!(rustix::fs::ftruncate(&block.memfd, 1 << 30), Err(rustix::io::Errno::PERM));
+        assert_eq!(rustix::fs::ftruncate(block.memfd(), 4096), Err(rustix::io::Errno::PERM));
+        assert_eq!(rustix::fs::ftruncate(block.memfd(), 1 << 30), Err(rustix::io::Errno::PERM));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The machine that arrives, as the migration engine sees it.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use engine::{
@@ -105,6 +106,18 @@ impl DestinationMachine for Arrival {
                 None
             }
         }
+    }
+
+    fn takes_memory(&self) -> bool {
+        true
+    }
+
+    fn map_memory(&mut self, passed: Vec<OwnedFd>) -> MachineResult<()> {
+        Ok(self.machine()?.resources().map_passed(passed)?)
+    }
+
+    fn adopt_memory(&mut self, passed: Vec<OwnedFd>) -> MachineResult<()> {
+        Ok(self.machine()?.resources().adopt_passed(passed)?)
     }
 
     fn load_devices(&mut self, sections: SectionSet) -> MachineResult<()> {

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use engine::{
-    Description, Image, ImageCopy, MachineResult, PageBitmap, RamBlock, RunState, SaveFor, SourceMachine,
+    Description, Image, ImageCopy, MachineResult, MemoryDescriptors, PageBitmap, RamBlock, RunState, SaveFor,
+    SourceMachine,
 };
 use stream::{DeviceSection, Expected};
 
@@ -54,6 +55,15 @@ impl SourceMachine for Source {
 
     fn ram_blocks(&self) -> Vec<RamBlock> {
         ram_blocks(self.machine.resources().ram())
+    }
+
+    fn memory_descriptors(&mut self) -> MachineResult<Option<Vec<MemoryDescriptors>>> {
+        let blocks = self.machine.resources().ram().blocks().iter();
+        let descriptors = blocks.map(|block| {
+            let (readable, writable) = block.descriptors()?;
+            Ok(MemoryDescriptors { readable, writable })
+        });
+        Ok(Some(descriptors.collect::<std::io::Result<_>>()?))
     }
 
     fn populated(&mut self, block: &RamBlock) -> MachineResult<Vec<Range<u64>>> {

@@ -82,6 +82,15 @@ impl Region {
         &self.block
     }
 
+    /// Whether the contents are `file`, as far as can be said without opening anything.
+    #[must_use]
+    pub fn is_at(&self, file: &fs::Metadata) -> bool {
+        let found = self.place.as_ref().and_then(|place| fs::metadata(&place.path).ok());
+        let identity = |found: &fs::Metadata| (found.dev(), found.ino(), found.len());
+        file.len() == self.block.length_bytes()
+            && found.is_some_and(|found| identity(&found) == identity(file))
+    }
+
     /// Makes the memory the file, whose contents count unless the guest came with its own. Done before the guest runs, and by nobody but
     /// its owner. Harmless if it is done; then the file is looked at: it must be the one that it was.
     ///
@@ -131,8 +140,11 @@ impl Region {
     /// Whether `file` has what the memory has.
     fn is_in(&self, mut file: &File, path: &Path) -> Result<bool, Error> {
         let (mut here, mut there) = (vec![0; PIECE_BYTES], vec![0; PIECE_BYTES]);
-        let found_bytes = file.metadata().map_err(failed(path, "look at it"))?.len();
-        check_size(path, found_bytes, self.block.length_bytes())?;
+        let found = file.metadata().map_err(failed(path, "look at it"))?;
+        check_size(path, found.len(), self.block.length_bytes())?;
+        if self.block.is_passed(&found) {
+            return Ok(true);
+        }
         for (offset, length) in pieces(self.block.length_bytes()) {
             self.block.read(offset, &mut here[..length])?;
             file.read_exact(&mut there[..length]).map_err(failed(path, "read it"))?;

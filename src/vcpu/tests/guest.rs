@@ -150,6 +150,11 @@ impl TestGuest {
         self.events.recv_timeout(WATCHDOG).expect("a vCPU reports an event")
     }
 
+    /// Events that nobody has looked at yet.
+    pub(crate) fn event_backlog(&self) -> Vec<(u32, VcpuEvent)> {
+        self.events.try_iter().collect()
+    }
+
     /// Copies all memory from another guest.
     pub(crate) fn copy_memory(&self, from: &Self) {
         for (into, from) in self.ram.blocks().iter().zip(from.ram.blocks()) {

@@ -1,0 +1,365 @@
+//! A block whose memory itself goes to another process of this host, or came from one.
+//!
+//! What comes takes the place of the block's own memory in three steps: mapped for reading, while the guest still runs in the other
+//! process ([`RamBlock::map_passed`]); mapped through a descriptor that can write, but still for reading ([`RamBlock::adopt`]);
+//! and writable, when the guest is ours ([`RamBlock::make_writable`]). Until then a store to it by this process ends the process, and
+//! one by a vCPU or by the kernel for it fails, wherever a mistake would let it happen.
+//!
+//! All three change what is mapped in the block's range and leave the range: KVM's memory slots, which cost milliseconds to register and so
+//! were before, stay, since KVM follows the process's page tables (the kernel tells it of every change: MMU notifiers), and so does every
+//! pointer that a device has. That a slot is there before the guest is ours opens nothing: no vCPU runs, and what the process
+//! cannot write, KVM cannot either.
+//!
+//! What a peer passes is looked at first. It must be a memfd (or of that kind: the kernel knows its seals) of exactly the block's length
+//! whose size is sealed: with any other file the peer could cut it short later and end this process by SIGBUS. The one
+//! exception is the file that a persistent memory region of this machine is, which the caller knows.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::fs::SealFlags;
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
+
+use super::{Error, GuestRam, RamBlock};
+
+/// What came from another process.
+#[derive(Debug)]
+pub(super) struct Passed {
+    kind: Kind,
+    readable: File,
+    writable: OnceLock<File>,
+    is_writable: AtomicBool,
+}
+
+/// What the descriptors are of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Memory.
+    Memory,
+    /// The file that this machine's block becomes when the guest is ours ([`RamBlock::attach`]).
+    Attached,
+}
+
+impl Passed {
+    /// The memory, by the descriptor that can do most.
+    pub(super) fn memory(&self) -> Option<&File> {
+        (self.kind == Kind::Memory).then(|| self.writable.get().unwrap_or(&self.readable))
+    }
+}
+
+impl RamBlock {
+    /// The block for another process: a descriptor that reads, and one that writes.
+    ///
+    /// # Errors
+    /// No descriptor is left, or `/proc` is not there.
+    pub fn descriptors(&self) -> io::Result<(OwnedFd, OwnedFd)> {
+        let memory = self.file().unwrap_or_else(|| self.memfd());
+        // Another open file, since a descriptor cannot lose the right to write.
+        let readable = File::open(format!("/proc/self/fd/{}", memory.as_raw_fd()))?;
+        Ok((readable.into(), memory.try_clone()?.into()))
+    }
+
+    /// Makes the block `passed`, for reading, in the place of the memory that it was.
+    ///
+    /// # Errors
+    /// [`Error::Passed`]: it is not what it should be, or there was one already. [`Error::Create`]: the kernel refuses.
+    pub fn map_passed(&self, passed: OwnedFd, kind: Kind) -> Result<(), Error> {
+        let readable = File::from(passed);
+        if kind == Kind::Memory {
+            self.check_memory(&readable)?;
+        }
+        let passed =
+            Passed { kind, readable, writable: OnceLock::new(), is_writable: AtomicBool::new(false) };
+        self.passed.set(passed).map_err(|_| self.refuse("memory was passed for it before".to_owned()))?;
+        let passed = self.passed.get().expect("it was set just now");
+        self.map_fixed("map the memory that was passed", &passed.readable, ProtFlags::READ)
+    }
+
+    /// Takes a descriptor of the same memory that can write. The block is still for reading.
+    ///
+    /// # Errors
+    /// [`Error::Passed`]: it is of something else, or cannot write, or nothing was mapped before. [`Error::Create`]: the kernel refuses.
+    pub fn adopt(&self, passed: OwnedFd) -> Result<(), Error> {
+        let writable = File::from(passed);
+        let before =
+            self.passed.get().ok_or_else(|| self.refuse("no memory was passed for it".to_owned()))?;
+        let identity = |file: &File| file.metadata().map(|found| (found.dev(), found.ino()));
+        let failed = |source| self.failed("look at the memory that was passed", source);
+        if identity(&writable).map_err(failed)? != identity(&before.readable).map_err(failed)? {
+            return Err(self.refuse("what came with the hand-over is not what was mapped".to_owned()));
+        }
+        if before.kind == Kind::Attached {
+            return Ok(());
+        }
+        let flags = rustix::fs::fcntl_getfl(&writable).map_err(|errno| failed(errno.into()))?;
+        if flags & rustix::fs::OFlags::RWMODE != rustix::fs::OFlags::RDWR {
+            return Err(self.refuse("what came with the hand-over cannot write".to_owned()));
+        }
+        let writable = before.writable.get_or_init(|| writable);
+        self.map_fixed("map the memory that is handed over", writable, ProtFlags::READ)
+    }
+
+    /// Lets this process and the guest write to memory that was [adopted](Self::adopt): the guest is ours. Harmless for any other.
+    ///
+    /// # Errors
+    /// [`Error::Create`]: the kernel refuses.
+    pub fn make_writable(&self) -> Result<(), Error> {
+        let Some(passed) = self.passed.get().filter(|passed| passed.writable.get().is_some()) else {
+            return Ok(());
+        };
+        if passed.is_writable.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let (start, protection) = (self.mapping.as_ptr(), MprotectFlags::READ | MprotectFlags::WRITE);
+        // SAFETY: the range is exactly the mapping, which the block keeps, and may be more than before. Nobody has a reference into it;
+        // those who access it do so by volatile reads and writes.
+        unsafe { rustix::mm::mprotect(start.cast(), self.mapping.size(), protection) }
+            .map_err(|errno| self.failed("make writable", errno.into()))?;
+        passed.is_writable.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether the block is `file`, which came from another process.
+    #[must_use]
+    pub fn is_passed(&self, file: &fs::Metadata) -> bool {
+        let found = self.passed.get().and_then(|passed| passed.readable.metadata().ok());
+        found.is_some_and(|found| (found.dev(), found.ino()) == (file.dev(), file.ino()))
+    }
+
+    /// Memory of the block's length whose size nobody can change.
+    fn check_memory(&self, passed: &File) -> Result<(), Error> {
+        let sealed = SealFlags::SHRINK | SealFlags::GROW;
+        match rustix::fs::fcntl_get_seals(passed) {
+            // First the seals: the length cannot change any more.
+            Ok(seals) if seals.contains(sealed) => {}
+            Ok(_) => return Err(self.refuse("its size is not sealed".to_owned())),
+            Err(_) => return Err(self.refuse("it is no memfd".to_owned())),
+        }
+        let found =
+            passed.metadata().map_err(|source| self.failed("look at the memory that was passed", source))?;
+        match found.len() == self.length_bytes() {
+            true => Ok(()),
+            false => Err(self.refuse(format!("it has {} bytes", found.len()))),
+        }
+    }
+
+    /// Maps the beginning of `file` in the place of what is in the block's range.
+    pub(super) fn map_fixed(
+        &self,
+        what: &'static str,
+        file: &File,
+        protection: ProtFlags,
+    ) -> Result<(), Error> {
+        let (start, flags) =
+            (self.mapping.as_ptr(), MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE);
+        // SAFETY: the range is exactly the mapping, which the block keeps, and stays mapped throughout: the kernel replaces it at once.
+        // Nobody has a reference into it; those who access it do so by volatile reads and writes, and by writes only when it is
+        // writable.
+        unsafe { rustix::mm::mmap(start.cast(), self.mapping.size(), protection, flags, file.as_fd(), 0) }
+            .map(drop)
+            .map_err(|errno| self.failed(what, errno.into()))
+    }
+
+    fn failed(&self, what: &'static str, source: io::Error) -> Error {
+        Error::Create { what, name: self.name.clone(), length_bytes: self.length_bytes(), source }
+    }
+
+    fn refuse(&self, reason: String) -> Error {
+        Error::Passed { name: self.name.clone(), length_bytes: self.length_bytes(), reason }
+    }
+}
+
+impl GuestRam {
+    /// [`RamBlock::make_writable`] for every block.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn make_writable(&self) -> Result<(), Error> {
+        self.blocks().iter().try_for_each(RamBlock::make_writable)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::time::Instant;
+
+    use rustix::fs::MemfdFlags;
+
+    use super::*;
+    use crate::memory::RAM_LOW;
+    use crate::vcpu::VcpuEvent;
+    use crate::vcpu::tests::{TestGuest, WATCHDOG};
+
+    fn low(ram: &GuestRam) -> &RamBlock {
+        ram.block(RAM_LOW).unwrap()
+    }
+
+    fn first_bytes(block: &RamBlock) -> [u8; 4] {
+        let mut bytes = [0; 4];
+        block.read(0, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn one_memory_is_two_processes_until_one_lets_go() {
+        let (theirs, ours) = (GuestRam::new(1 << 20, &[]).unwrap(), GuestRam::new(1 << 20, &[]).unwrap());
+        low(&theirs).write(0, b"they").unwrap();
+        low(&ours).write(0, b"mine").unwrap();
+        let (readable, writable) = low(&theirs).descriptors().unwrap();
+        low(&ours).map_passed(readable, Kind::Memory).unwrap();
+        assert_eq!(&first_bytes(low(&ours)), b"they");
+        low(&theirs).write(0, b"goes").unwrap();
+        assert_eq!(&first_bytes(low(&ours)), b"goes", "it goes on meanwhile");
+        ours.make_writable().unwrap();
+        low(&ours).adopt(writable).unwrap();
+        ours.make_writable().unwrap();
+        drop(theirs);
+        low(&ours).write(4096, b"ours").unwrap();
+        assert_eq!(low(&ours).mapping.bitmap().get_and_reset()[0], 0b11, "its pages are marked as before");
+        assert_eq!(low(&ours).populated_ranges().unwrap(), [0..8192]);
+        low(&ours).clear(0, 4096).unwrap();
+        assert_eq!(
+            (first_bytes(low(&ours)), low(&ours).populated_ranges().unwrap()),
+            ([0; 4], vec![4096..8192])
+        );
+
+        let next = GuestRam::new(1 << 20, &[]).unwrap();
+        let (readable, _) = low(&ours).descriptors().unwrap();
+        low(&next).map_passed(readable, Kind::Memory).unwrap();
+        let mut bytes = [0; 4];
+        low(&next).read(4096, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"ours", "what came goes on");
+    }
+
+    #[test]
+    fn what_a_peer_passes_for_memory_must_be_memory_that_keeps_its_size() {
+        let memfd = |length_bytes: u64, seals: SealFlags| {
+            let memfd = rustix::fs::memfd_create("x", MemfdFlags::ALLOW_SEALING).unwrap();
+            rustix::fs::ftruncate(&memfd, length_bytes).unwrap();
+            rustix::fs::fcntl_add_seals(&memfd, seals).unwrap();
+            memfd
+        };
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let (reader, _writer) = rustix::pipe::pipe().unwrap();
+        for (passed, reason) in [
+            (memfd(1 << 20, SealFlags::SHRINK), "its size is not sealed"),
+            (memfd(1 << 20, SealFlags::GROW), "its size is not sealed"),
+            (memfd(1 << 21, SealFlags::SHRINK | SealFlags::GROW), "it has 2097152 bytes"),
+            (memfd(0, SealFlags::SHRINK | SealFlags::GROW), "it has 0 bytes"),
+            (file.into(), "cannot take over memory block"),
+            (reader, "it is no memfd"),
+            (File::open("/dev/null").unwrap().into(), "it is no memfd"),
+        ] {
+            let ram = GuestRam::new(1 << 20, &[]).unwrap();
+            low(&ram).write(0, b"kept").unwrap();
+            let error = low(&ram).map_passed(passed, Kind::Memory).unwrap_err().to_string();
+            assert!(error.contains(reason), "{reason}: {error}");
+            assert_eq!(&first_bytes(low(&ram)), b"kept", "{reason}");
+        }
+    }
+
+    #[test]
+    fn only_the_memory_that_was_mapped_is_adopted() {
+        let (theirs, other) = (GuestRam::new(1 << 20, &[]).unwrap(), GuestRam::new(1 << 20, &[]).unwrap());
+        let ours = GuestRam::new(1 << 20, &[]).unwrap();
+        let reason = |passed| low(&ours).adopt(passed).unwrap_err().to_string();
+        assert!(reason(low(&theirs).descriptors().unwrap().1).contains("no memory was passed"));
+        let (readable, writable) = low(&theirs).descriptors().unwrap();
+        low(&ours).map_passed(readable, Kind::Memory).unwrap();
+        assert!(low(&ours).map_passed(writable, Kind::Memory).is_err(), "there is one");
+        assert!(reason(low(&other).descriptors().unwrap().1).contains("is not what was mapped"));
+        assert!(reason(low(&theirs).descriptors().unwrap().0).contains("cannot write"));
+        low(&ours).adopt(low(&theirs).descriptors().unwrap().1).unwrap();
+    }
+
+    #[test]
+    fn a_descriptor_for_reading_does_not_write() {
+        let ram = GuestRam::new(1 << 20, &[]).unwrap();
+        let (readable, writable) = low(&ram).descriptors().unwrap();
+        let readable = File::from(readable);
+        assert!(readable.write_at(b"x", 0).is_err());
+        let start = std::ptr::null_mut();
+        // SAFETY: the kernel chooses a free range, if it maps anything.
+        let mapped =
+            unsafe { rustix::mm::mmap(start, 4096, ProtFlags::WRITE, MapFlags::SHARED, &readable, 0) };
+        assert_eq!(mapped, Err(rustix::io::Errno::ACCESS));
+        File::from(writable).write_at(b"yes!", 0).unwrap();
+        assert_eq!(&first_bytes(low(&ram)), b"yes!");
+    }
+
+    /// Counts at 0x10000 and tells port 0x10 the count.
+    const COUNT: [u8; 15] = [
+        0xff, 0x05, 0x00, 0x00, 0x01, 0x00, // inc dword [0x10000]
+        0xa1, 0x00, 0x00, 0x01, 0x00, // mov eax, [0x10000]
+        0xe7, 0x10, // out 0x10, eax
+        0xeb, 0xf1, // jmp back
+    ];
+
+    /// Memory of another process with the guest's code, and its count at `count`.
+    fn other_memory(guest: &TestGuest, count: u32) -> GuestRam {
+        let other = GuestRam::new(1 << 20, &[]).unwrap();
+        let mut contents = vec![0; 1 << 20];
+        guest.low().read(0, &mut contents).unwrap();
+        low(&other).write(0, &contents).unwrap();
+        low(&other).write(0x10_000, &count.to_le_bytes()).unwrap();
+        other
+    }
+
+    /// KVM follows what is mapped in a slot that is there: the guest, which had touched these pages before, goes on in other memory.
+    #[test]
+    fn a_vcpu_sees_the_memory_that_took_the_place_of_its_slots() {
+        let guest = TestGuest::new(1, &COUNT);
+        guest.vcpus.resume().unwrap();
+        assert!(guest.next_value() < 1000);
+        guest.vcpus.pause().unwrap();
+        guest.port_backlog();
+        let theirs = other_memory(&guest, 1_000_000);
+        let (readable, writable) = low(&theirs).descriptors().unwrap();
+        guest.low().map_passed(readable, Kind::Memory).unwrap();
+        guest.low().adopt(writable).unwrap();
+        guest.ram.make_writable().unwrap();
+        guest.vcpus.resume().unwrap();
+        // The first may have been on its way.
+        guest.next_value();
+        let counted = guest.next_value();
+        assert!(counted > 1_000_000, "{counted}");
+        guest.vcpus.pause().unwrap();
+        let mut bytes = [0; 4];
+        low(&theirs).read(0x10_000, &mut bytes).unwrap();
+        assert!(u32::from_le_bytes(bytes) >= counted, "it counts there");
+    }
+
+    /// The slot is there, and yet nothing that the guest does reaches memory that is not ours.
+    #[test]
+    fn a_vcpu_cannot_write_before_the_memory_is_ours() {
+        let guest = TestGuest::new(1, &COUNT);
+        let theirs = other_memory(&guest, 7);
+        let (readable, writable) = low(&theirs).descriptors().unwrap();
+        guest.low().map_passed(readable, Kind::Memory).unwrap();
+        guest.low().adopt(writable).unwrap();
+        guest.vcpus.resume().unwrap();
+        // Either the vCPU ends, or, where KVM interprets the guest, the store leaves it as one to a device that is not there.
+        let deadline = Instant::now() + WATCHDOG;
+        loop {
+            assert!(Instant::now() < deadline, "the guest does nothing");
+            if let Some((_, event)) = guest.event_backlog().first() {
+                assert!(matches!(event, VcpuEvent::Failed(_)), "{event:?}");
+                break;
+            }
+            // It has stored, and read again.
+            if guest.port_backlog().len() > 1 {
+                break;
+            }
+            std::thread::yield_now();
+        }
+        let mut bytes = [0; 4];
+        low(&theirs).read(0x10_000, &mut bytes).unwrap();
+        assert_eq!(u32::from_le_bytes(bytes), 7);
+    }
+}
