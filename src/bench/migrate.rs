@@ -47,6 +47,18 @@ pub enum Transport {
     Unix,
     /// TCP over loopback.
     Tcp,
+    /// A Unix socket over which the memory itself goes.
+    Local,
+}
+
+impl Transport {
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Unix => "a Unix socket",
+            Self::Tcp => "TCP",
+            Self::Local => "a Unix socket, handed over",
+        }
+    }
 }
 
 /// One migration. Times in microseconds.
@@ -137,14 +149,14 @@ pub fn run(stage: &mut Stage, plan: &Plan, mut progress: impl FnMut(&Run)) -> an
     for number in 1..=plan.runs {
         let name = format!("process-{number}");
         let mut destination = match plan.transport {
-            Transport::Unix => machine.wait_for_guest(&name)?,
+            Transport::Unix | Transport::Local => machine.wait_for_guest(&name)?,
             Transport::Tcp => {
                 let uri = transport::Uri::Tcp { host: "127.0.0.1".to_owned(), port: 0 };
                 machine.wait_for_guest_at(&name, &uri)?
             }
         };
         stage.enter(&destination)?;
-        let run = move_once(source, &mut destination, &contents)?;
+        let run = move_once(source, &mut destination, plan.transport, &contents)?;
         progress(&run);
         runs.push(run);
         source = destination;
@@ -155,8 +167,16 @@ pub fn run(stage: &mut Stage, plan: &Plan, mut progress: impl FnMut(&Run)) -> an
 }
 
 /// Moves the guest, lets it run, and copies as much memory.
-fn move_once(mut source: Ferry, destination: &mut Ferry, contents: &Contents) -> anyhow::Result<Run> {
-    let finished = source.migrate_to(destination, |_| {})?;
+fn move_once(
+    mut source: Ferry,
+    destination: &mut Ferry,
+    transport: Transport,
+    contents: &Contents,
+) -> anyhow::Result<Run> {
+    let finished = match transport {
+        Transport::Unix | Transport::Tcp => source.migrate_to(destination, |_| {})?,
+        Transport::Local => source.hand_over_to(destination)?,
+    };
     let mut before = history(&source);
     // The first line of a process that took the guest over tells of the move that brought it there.
     if source.listens_at().is_ok() {
@@ -236,7 +256,7 @@ impl fmt::Display for Results {
             "{} migrations of {} of RAM over {}, one busy NVMe queue\n{}\n",
             self.runs.len(),
             HumanBytes(self.memory_bytes),
-            if self.transport == Transport::Unix { "a Unix socket" } else { "TCP" },
+            self.transport.describe(),
             self.host,
         )?;
         writeln!(f, "  {:<32}{:>10}{:>10}{:>10}", "", "median", "min", "max")?;
@@ -251,8 +271,10 @@ impl fmt::Display for Results {
         row("largest gap for the guest, ms", &self.guest_gap_milliseconds, 1.0, 1)?;
         row("  while it does not move", &self.other_gap_milliseconds, 1.0, 1)?;
         row("time of the migration, ms", &self.total_milliseconds, 1.0, 0)?;
-        row("throughput, MiB/s", &self.bytes_per_second, mebibytes, 0)?;
-        row("  by that of a plain copy", &self.throughput_ratio, 1.0, 2)?;
+        if self.transport != Transport::Local {
+            row("throughput, MiB/s", &self.bytes_per_second, mebibytes, 0)?;
+            row("  by that of a plain copy", &self.throughput_ratio, 1.0, 2)?;
+        }
         writeln!(f, "\n{} verified I/Os, no error", self.verified)
     }
 }
@@ -292,6 +314,13 @@ mod tests {
         assert_eq!(row("resume"), ["0.0", "0.0", "0.0"]);
         assert_eq!(row("throughput, MiB/s"), ["1024", "1024", "1024"]);
         assert!(text.ends_with("4321 verified I/Os, no error\n"), "{text}");
+    }
+
+    #[test]
+    fn memory_that_is_handed_over_has_no_throughput() {
+        let plan = Plan { runs: 1, memory_bytes: 1 << 30, transport: Transport::Local };
+        let text = Results::new(&plan, vec![sample(2_000)], 1).unwrap().to_string();
+        assert!(text.contains("over a Unix socket, handed over") && !text.contains("throughput"), "{text}");
     }
 
     #[test]

@@ -48,6 +48,7 @@ pub enum Benchmark {
 Examples:
   ferry bench migrate
   ferry bench migrate --memory 4G --runs 5 --transport tcp
+  ferry bench migrate --memory 8G --transport local
   ferry bench migrate --json | jq .\"downtime-milliseconds\".median")]
 pub struct MigrateBenchmark {
     /// Number of migrations.

@@ -32,6 +32,7 @@ Examples:
   ferry migrate --api vm.sock unix:/run/move.sock
   ferry migrate --api vm.sock --downtime-limit 20 --max-bandwidth 200M tcp:127.0.0.1:4444
   ferry migrate --api vm.sock --tls-dir /etc/ferry tcp:node2.example:4444
+  ferry migrate --api vm.sock --local unix:/run/move.sock
   ferry migrate --api vm.sock fd:7 7<>/dev/tcp/127.0.0.1/4444      # in bash
   ferry migrate --api vm.sock file:suspended.ferry")]
 pub struct MigrateArguments {
@@ -53,6 +54,10 @@ pub struct MigrateArguments {
     /// Go to another host without TLS: whoever is on the network can read and change the guest.
     #[arg(long)]
     pub insecure: bool,
+    /// Give a process of this host, of this version or a newer one, the memory itself over the Unix socket instead of its contents: the
+    /// guest is stopped for as long whatever its size, and limits have nothing to limit. Where that cannot be, the contents are sent.
+    #[arg(long)]
+    pub local: bool,
     /// Print the report in JSON.
     #[arg(long)]
     pub json: bool,
@@ -82,6 +87,7 @@ impl MigrateArguments {
             max_bandwidth: self.max_bandwidth,
             tls_dir: self.tls_dir.as_deref().map(whole).transpose()?,
             insecure: self.insecure,
+            local: self.local,
         };
         let mut display = Display::new();
         let finished = client.migrate(&request, &*cancelled_by_interrupt()?, |info| display.show(info));
@@ -202,7 +208,13 @@ fn summary(finished: &Finished) -> String {
         (None, Some(rounded)) => parts.push(format!("downtime {rounded} ms")),
         (None, None) => {}
     }
-    if let Some(ram) = &info.ram {
+    let handed_over_bytes = details.as_ref().map_or(0, |details| details.handed_over_bytes);
+    if let Some(ram) = &info.ram
+        && handed_over_bytes > 0
+    {
+        let (memory, sent) = (HumanBytes(handed_over_bytes), HumanBytes(ram.transferred));
+        parts.push(format!("{memory} of memory handed over, {sent} sent"));
+    } else if let Some(ram) = &info.ram {
         let rounds = if ram.dirty_sync_count == 1 { "round" } else { "rounds" };
         parts.push(format!("{} {rounds}, {} sent", ram.dirty_sync_count, HumanBytes(ram.transferred)));
     }
@@ -249,6 +261,12 @@ mod tests {
         let downtime = Some(FerryDowntime { total: 12_345, ..FerryDowntime::default() });
         finished.details = Some(FerryMigration { downtime, ..FerryMigration::default() });
         assert_eq!(summary(&finished), " (1.234 s, downtime 12.3 ms, 3 rounds, 5.00 MiB sent)");
+        let handed_over = Some(FerryMigration { handed_over_bytes: 1 << 30, ..FerryMigration::default() });
+        finished.details = handed_over;
+        assert_eq!(
+            summary(&finished),
+            " (1.234 s, downtime 12 ms, 1.00 GiB of memory handed over, 5.00 MiB sent)"
+        );
         let bare = Finished { info: MigrationInfo::new(MigrationStatus::Completed), details: None };
         assert_eq!(summary(&bare), "");
     }

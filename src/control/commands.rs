@@ -126,9 +126,10 @@ fn migrate(context: &Context, mut arguments: Arguments) -> Result<Value, QmpErro
     // QEMU has objects for credentials, made before; here they are a folder, read each time.
     let tls_dir = arguments.optional_string("x-ferry-tls-dir")?.map(PathBuf::from);
     let insecure = arguments.optional_bool("x-ferry-insecure")?.unwrap_or(false);
+    let local = arguments.optional_bool("x-ferry-local")?.unwrap_or(false);
     arguments.finish()?;
     let descriptor = uri.strip_prefix("fd:").map(|name| context.descriptors.take(name)).transpose()?;
-    context.operations.migrate(MigrationTarget { uri, tls_dir, insecure, descriptor })?;
+    context.operations.migrate(MigrationTarget { uri, tls_dir, insecure, descriptor, local })?;
     nothing()
 }
 

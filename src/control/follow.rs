@@ -25,6 +25,8 @@ pub struct MigrateRequest {
     pub tls_dir: Option<PathBuf>,
     /// Whether the link may lead to another host without TLS.
     pub insecure: bool,
+    /// A process of the same host is to get the memory itself, instead of its contents.
+    pub local: bool,
 }
 
 /// How a migration ended.
@@ -62,6 +64,7 @@ impl Client {
         let mut target = serde_json::Map::from_iter([("uri".to_owned(), json!(request.uri))]);
         target.extend(request.tls_dir.as_ref().map(|folder| ("x-ferry-tls-dir".to_owned(), json!(folder))));
         target.extend(request.insecure.then(|| ("x-ferry-insecure".to_owned(), json!(true))));
+        target.extend(request.local.then(|| ("x-ferry-local".to_owned(), json!(true))));
         self.execute("migrate", target.into())?;
         self.follow_unless_cancelled(cancel, progress)
     }

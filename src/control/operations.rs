@@ -83,6 +83,8 @@ pub struct MigrationTarget {
     pub insecure: bool,
     /// The socket that the address names, with `fd:`.
     pub descriptor: Option<OwnedFd>,
+    /// A process of this host is to get the memory itself, instead of its contents.
+    pub local: bool,
 }
 
 impl From<&str> for MigrationTarget {
@@ -417,6 +419,9 @@ pub struct FerryMigration {
     pub peer: String,
     /// Passes over RAM that have begun; the last is that with the guest stopped.
     pub rounds: u32,
+    /// Bytes of RAM that were not sent, since the process there, of this host, has got the memory itself.
+    #[serde(default)]
+    pub handed_over_bytes: u64,
     /// Disk commands in flight when the stop began.
     pub in_flight_at_stop: u32,
     /// How long the guest was stopped, once it runs again.

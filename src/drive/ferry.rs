@@ -137,8 +137,28 @@ impl Ferry {
         destination: &mut Self,
         progress: impl FnMut(&MigrationInfo),
     ) -> anyhow::Result<Finished> {
+        self.move_to(destination, false, progress)
+    }
+
+    /// Hands its guest over to `destination`, with its memory itself; as [`Self::migrate_to`].
+    ///
+    /// # Errors
+    /// As there, or the memory was copied all the same.
+    pub fn hand_over_to(&mut self, destination: &mut Self) -> anyhow::Result<Finished> {
+        let finished = self.move_to(destination, true, |_| {})?;
+        let handed_over = finished.details.as_ref().is_some_and(|details| details.handed_over_bytes > 0);
+        ensure!(handed_over, self.process.describe("its memory was copied, not handed over:"));
+        Ok(finished)
+    }
+
+    fn move_to(
+        &mut self,
+        destination: &mut Self,
+        local: bool,
+        progress: impl FnMut(&MigrationInfo),
+    ) -> anyhow::Result<Finished> {
         let request =
-            MigrateRequest { uri: destination.listens_at()?.to_owned(), ..MigrateRequest::default() };
+            MigrateRequest { uri: destination.listens_at()?.to_owned(), local, ..MigrateRequest::default() };
         let finished = self
             .try_migrate(&request, progress)
             .map_err(|error| destination.blame("the destination was", &error))?;

@@ -16,6 +16,8 @@ pub enum Job {
         endpoint: Endpoint,
         /// The link, if it is there already.
         descriptor: Option<OwnedFd>,
+        /// A process of this host is to get the memory itself.
+        local: bool,
     },
     /// It goes on, and is in a file as well.
     Snapshot {

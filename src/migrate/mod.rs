@@ -120,7 +120,8 @@ impl Migrations {
         let uri = Uri::from_str(&target.uri)?;
         let security = Security::chosen(target.tls_dir.as_deref(), target.insecure)?;
         ensure_link(&uri, &security)?;
-        self.begin(vmm, Job::Move { endpoint: Endpoint { uri, security }, descriptor: target.descriptor })
+        let (endpoint, descriptor) = (Endpoint { uri, security }, target.descriptor);
+        self.begin(vmm, Job::Move { endpoint, descriptor, local: target.local })
     }
 
     /// Begins to move the guest, or to write it into a file; returns when the migration thread runs.
@@ -160,6 +161,7 @@ impl Migrations {
         let machine = vmm.machine().context("there is no machine to migrate")?;
         // Here and not on its thread: a cancel that follows on the command must not be lost.
         self.parameters.begin();
+        self.parameters.set_local(matches!(job, Job::Move { local: true, .. }));
         let in_flight_at_stop = Arc::new(AtomicU32::new(0));
         let mut source = Source::new(vmm, machine, Arc::clone(&in_flight_at_stop));
         let statistics = statistics(vmm);
@@ -186,7 +188,7 @@ impl Migrations {
         let mut context =
             Context { lease: lease.as_mut(), parameters: &self.parameters, statistics, patience };
         let (endpoint, mut descriptor) = match job {
-            Job::Move { endpoint, descriptor } => (endpoint, descriptor),
+            Job::Move { endpoint, descriptor, local: _ } => (endpoint, descriptor),
             Job::Snapshot { path, how } => {
                 if let Err(failed) = engine::snapshot_to_file(source, &path, how, &mut context) {
                     log::warn!("there is no snapshot {}: {}", path.display(), failed.error.chain());

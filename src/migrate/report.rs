@@ -46,6 +46,7 @@ impl Migrations {
             phase: snapshot.status.name().to_owned(),
             peer: current.peer.clone(),
             rounds: snapshot.rounds,
+            handed_over_bytes: snapshot.handed_over_bytes,
             in_flight_at_stop: current.in_flight_at_stop.load(Ordering::Relaxed),
             downtime: (!downtime.total.is_zero()).then(|| FerryDowntime {
                 total: microseconds(downtime.total),

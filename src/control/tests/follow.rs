@@ -54,6 +54,25 @@ fn a_migration_is_followed_to_its_end() {
 }
 
 #[test]
+fn the_memory_itself_goes_only_where_that_is_wanted() {
+    let setup = Setup::new();
+    for local in [true, false] {
+        let request = MigrateRequest { local, ..request() };
+        let ends = |info: &MigrationInfo| {
+            if !info.status.is_final() {
+                reach(&setup, MigrationInfo::new(MigrationStatus::Completed));
+            }
+        };
+        setup.machine.set(|state| state.migration = None);
+        Client::connect(&setup.path).unwrap().migrate(&request, &AtomicBool::new(false), ends).unwrap();
+    }
+    assert_eq!(
+        setup.machine.asked(),
+        ["migrate unix:/there with /keys locally", "migrate unix:/there with /keys"]
+    );
+}
+
+#[test]
 fn a_failure_comes_with_the_machines_reason() {
     let setup = Setup::new();
     let reason = Some("the destination has fewer queues".to_owned());
