@@ -15,6 +15,8 @@
 //! 4. What can fail at the destination fails before the record says `taken`: images are locked, opened and checked under the
 //!    record lock, when the offer has been checked and the source can neither write nor settle. So a source that reads
 //!    `taken` can let go of the guest for good, and no guest is ever between two processes that both have let go.
+//! 5. RAM that is handed over itself is written by whose guest it is: not by the source from the offer on, and not by the
+//!    destination before the record says `taken` on stable storage, so that a guest which goes back finds it as it was.
 //!
 //! Absent: what commands do in which run state; `ferry`'s `machine::run` has that.
 

@@ -47,6 +47,9 @@ impl Model for World {
             steps.is_killed(Side::Destination);
         }
         steps.link();
+        if self.shares_ram {
+            steps.ram();
+        }
         steps.steps
     }
 
@@ -58,6 +61,8 @@ impl Model for World {
             "the guest runs twice"
         } else if source.runs && state.ran {
             "the guest runs at the source after it ran at the destination"
+        } else if source.runs && state.ram == Side::Destination {
+            "the guest goes on at the source in RAM that the destination has written"
         } else if destination.runs && source.alive && !state.released {
             "the guest runs at the destination while the source may write its images"
         } else if source.runs && state.lease().is_some_and(|lease| !lease.is_owned_by_source()) {
@@ -118,6 +123,26 @@ impl Steps<'_> {
             self.fault(format!("{message:?} is lost"), |s| {
                 s.link.remove(message);
             });
+        }
+    }
+
+    /// Guests write RAM, and devices do: those of the source also while it stops.
+    fn ram(&mut self) {
+        let State { source, destination, .. } = self.from;
+        let offers = matches!(
+            source.action,
+            Some(source::Action::Release | source::Action::Commit { .. } | source::Action::Ask)
+        );
+        let stops = source.action.is_none();
+        if source.alive && (source.runs || stops || (offers && self.is(Mutation::WriteAfterOffer))) {
+            self.step("the source writes RAM", |s| s.writes_ram(Side::Source));
+        }
+        let takes = matches!(destination.action, destination::Action::Take { .. });
+        let has_mapped = takes || !destination.machine.is_listening();
+        let early = (has_mapped && self.is(Mutation::WriteBeforeTaking))
+            || (takes && destination.begun && self.is(Mutation::WriteBeforeSync));
+        if destination.alive && (destination.runs || early) {
+            self.step("the destination writes RAM", |s| s.writes_ram(Side::Destination));
         }
     }
 

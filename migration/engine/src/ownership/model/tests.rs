@@ -4,7 +4,14 @@ use super::explorer::explore;
 use super::world::{Mutation, World};
 
 /// Two processes, one lease, two attempts.
-const LEASED: World = World { leased: true, lease_fails: false, operator: true, attempts: 2, mutation: None };
+const LEASED: World = World {
+    leased: true,
+    lease_fails: false,
+    operator: true,
+    shares_ram: false,
+    attempts: 2,
+    mutation: None,
+};
 /// The lease cannot be read or written for a while, at any time.
 const FAILING: World = World { lease_fails: true, ..LEASED };
 /// Two processes that have nothing in common but their link.
@@ -35,6 +42,18 @@ fn without_a_lease_only_a_dead_destination_leaves_it_open() {
 #[test]
 fn without_a_lease_the_operator_decides_what_nobody_else_can() {
     is_sound("without a lease", &UNLEASED);
+}
+
+#[test]
+fn ram_that_both_have_is_written_by_whose_guest_it_is() {
+    is_sound("of RAM itself, with a lease", &World { shares_ram: true, ..LEASED });
+    is_sound("of RAM itself, without a lease", &World { shares_ram: true, ..UNLEASED });
+}
+
+#[test]
+fn ram_of_a_lease_that_fails_at_any_write_is_written_by_whose_guest_it_is() {
+    let world = World { shares_ram: true, attempts: 1, ..FAILING };
+    is_sound("of RAM itself, with a lease that fails", &world);
 }
 
 /// The exploration finds `mutation` in `world`; says how.
@@ -106,6 +125,18 @@ fn a_destination_that_says_never_without_knowing_is_found() {
 #[test]
 fn a_source_that_does_not_ask_again_is_found() {
     assert_eq!(finds(Mutation::NoQuery, World { operator: false, ..UNLEASED }), "it never settles");
+}
+
+#[test]
+fn a_side_that_writes_ram_that_is_not_its_own_is_found() {
+    let shared = |world| World { shares_ram: true, ..world };
+    let early = "the guest goes on at the source in RAM that the destination has written";
+    for world in [LEASED, UNLEASED] {
+        assert_eq!(finds(Mutation::WriteBeforeTaking, shared(world)), early);
+        let late = finds(Mutation::WriteAfterOffer, shared(world));
+        assert_eq!(late, "the source writes RAM of a guest that is the destination's");
+    }
+    assert_eq!(finds(Mutation::WriteBeforeSync, shared(LEASED)), early);
 }
 
 #[test]

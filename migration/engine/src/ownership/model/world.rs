@@ -17,6 +17,8 @@ pub struct World {
     pub lease_fails: bool,
     /// An operator looks at both processes and says what is true.
     pub operator: bool,
+    /// RAM is handed over itself: both sides have it mapped.
+    pub shares_ram: bool,
     /// How often the source may try.
     pub attempts: u8,
     /// What is broken on purpose.
@@ -48,6 +50,12 @@ pub enum Mutation {
     WordBeforeLease,
     /// NEVER is said although the record may say `taken`.
     NeverWhenUnsure,
+    /// The destination writes RAM that was handed over as soon as it has mapped it.
+    WriteBeforeTaking,
+    /// The destination writes it when the record is written, and not yet on stable storage.
+    WriteBeforeSync,
+    /// Something at the source still writes RAM when it is offered.
+    WriteAfterOffer,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -161,6 +169,8 @@ pub struct State {
     pub released: bool,
     pub disk: Option<Disk>,
     pub link: BTreeSet<Message>,
+    /// Who wrote RAM that both have, last.
+    pub ram: Side,
     /// The guest became the destination's.
     pub taken: bool,
     /// It has run there.
@@ -195,6 +205,7 @@ impl State {
             released: false,
             disk: world.leased.then_some(Disk { stable, written: None, locked: None }),
             link: BTreeSet::new(),
+            ram: Side::Source,
             taken: false,
             ran: false,
             never: BTreeSet::new(),
@@ -282,6 +293,13 @@ impl State {
         if self.never.contains(&session) {
             self.violation = Some("a session runs of which NEVER was said");
         }
+    }
+
+    pub fn writes_ram(&mut self, side: Side) {
+        if side == Side::Source && (self.taken || self.destination.runs) {
+            self.violation = Some("the source writes RAM of a guest that is the destination's");
+        }
+        self.ram = side;
     }
 
     /// The source tries to give the guest away.
