@@ -40,7 +40,7 @@ const MAY_KNOW: [(&str, &[&str]); 17] = [
             "vmstate",
         ],
     ),
-    ("support", &["exerciser", "ferry", "stream"]),
+    ("support", &["exerciser", "ferry", "stream", "transport"]),
     (
         "fuzz",
         &[

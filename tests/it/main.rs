@@ -16,6 +16,7 @@ mod kills;
 mod large;
 mod linux;
 mod load;
+mod local;
 mod migrate;
 mod mistakes;
 mod multipath;

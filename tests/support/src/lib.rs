@@ -24,6 +24,7 @@ mod bed;
 mod breaker;
 mod counters;
 mod machine;
+mod passing;
 mod proxy;
 mod vm;
 

@@ -1,11 +1,13 @@
 //! A link between a source and a destination that can be stopped at a frame.
 //!
 //! It understands no more of the traffic than where a frame ends and of which kind it is. The first frame of the chosen kind
-//! is held until the test says what becomes of it, so that every fault happens at a known point of the protocol.
+//! is held until the test says what becomes of it, so that every fault happens at a known point of the protocol. Descriptors go on
+//! with the frames that they came with.
 
 use std::convert::Infallible;
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,9 +15,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use stream::frame::{self, HEADER_BYTES, Header, Kind};
+use stream::frame::{HEADER_BYTES, Header, Kind};
 
-use crate::{TestBed, WATCHDOG};
+use crate::{TestBed, WATCHDOG, passing};
 
 /// The link; it carries one connection after the other.
 #[derive(Debug)]
@@ -43,6 +45,7 @@ struct Shared {
 pub struct Held {
     header: Header,
     body: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
     from: UnixStream,
     to: UnixStream,
     /// Its end ends the thread that found the frame.
@@ -112,8 +115,8 @@ impl Proxy {
 impl Held {
     /// Sends the frame on. The link stays as it is until the frame is dropped, which cuts it.
     pub fn deliver(&self) {
-        let Self { header, body, to, .. } = self;
-        frame::write(&mut &*to, header.kind, header.flags, body).expect("the receiver takes it");
+        let Self { header, body, descriptors, to, .. } = self;
+        passing::write(to, *header, body, descriptors).expect("the receiver takes it");
     }
 
     /// Loses the frame and the connection.
@@ -156,18 +159,19 @@ impl Shared {
         to.write_all(&preamble).ok()?;
         let mut body = Vec::new();
         loop {
-            let header = frame::read(&mut from, &mut body).ok()?;
+            let (header, descriptors) = passing::read(from, &mut body)?;
             self.seen.lock().ok()?.push(header.kind);
             self.saw.notify_all();
             let hold = if header.kind == self.kind { self.holds.lock().ok()?.take() } else { None };
             let Some(hold) = hold else {
-                frame::write(&mut to, header.kind, header.flags, &body).ok()?;
+                passing::write(to, header, &body, &descriptors).ok()?;
                 continue;
             };
             let (until, dropped) = channel::<()>();
             let held = Held {
                 header,
                 body: std::mem::take(&mut body),
+                descriptors,
                 from: from.try_clone().ok()?,
                 to: to.try_clone().ok()?,
                 _until: until,

@@ -88,6 +88,11 @@ impl Vm {
         self.migrate_with(json!({ "uri": uri }));
     }
 
+    /// Begins to hand the guest over at `uri`, with its memory itself.
+    pub fn hand_over(&mut self, uri: &str) {
+        self.migrate_with(json!({ "uri": uri, "x-ferry-local": true }));
+    }
+
     /// Begins to migrate as the arguments of `migrate` say.
     pub fn migrate_with(&mut self, target: Value) {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });

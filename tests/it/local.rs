@@ -1,0 +1,136 @@
+//! Guests whose memory itself goes to another process: nothing is copied, and what one process writes the other never sees too early.
+
+use std::fs::{self, File};
+use std::hash::{DefaultHasher, Hasher};
+use std::io::Read;
+use std::time::Instant;
+
+use exerciser::report::Counters;
+use ferry::control::{FerryOwnership, MigrationStatus, RunState};
+use serde_json::json;
+use stream::frame::Kind;
+use support::{Proxy, Vm, WATCHDOG};
+
+use crate::guest::{BUSY, EXERCISER, bed, lease, many_disks, one_disk};
+use crate::load::{arrives, works};
+
+/// What the memfds of guest memory are called where they are mapped.
+const MEMORY: &str = "memfd:ram-low";
+
+fn maps_memory(vm: &Vm) -> bool {
+    let maps = fs::read_to_string(format!("/proc/{}/maps", vm.process.id())).expect("the process is there");
+    maps.contains(MEMORY)
+}
+
+/// A digest of guest RAM, as the process's own descriptor shows it.
+fn digest(vm: &Vm) -> u64 {
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", vm.process.id())).expect("the process is there");
+    let is_memory = |path: &std::path::PathBuf| {
+        fs::read_link(path).is_ok_and(|target| target.to_string_lossy().contains(MEMORY))
+    };
+    let mut paths = descriptors.filter_map(Result::ok).map(|entry| entry.path());
+    let mut memory = File::open(paths.find(is_memory).expect("it has its memory")).expect("it can be read");
+    let (mut hasher, mut piece) = (DefaultHasher::new(), vec![0; 1 << 20]);
+    loop {
+        match memory.read(&mut piece).expect("it can be read") {
+            0 => return hasher.finish(),
+            count => hasher.write(&piece[..count]),
+        }
+    }
+}
+
+/// Hands the guest of `source`, which has worked since `since`, over to `destination`.
+fn hands_over(source: &mut Vm, destination: &mut Vm, since: &Counters) -> Counters {
+    let before = works(source, since);
+    source.hand_over(destination.uri());
+    let info = source.migrated();
+    let ram = info.ram.expect("figures");
+    let report = source.status().migration.expect("a migration");
+    assert_eq!((report.handed_over_bytes, report.rounds, ram.normal), (ram.total, 0, 0));
+    assert!(ram.total >= 128 << 20 && ram.transferred < 1 << 20, "{ram:?}");
+    assert_eq!(source.status().ownership, FerryOwnership::GivenAway);
+    assert!(destination.owns_a_running_guest());
+    arrives(destination, &before)
+}
+
+#[test]
+fn the_memory_itself_goes_there_and_back_and_the_source_keeps_none_of_it() {
+    let bed = bed();
+    let machine = many_disks(&bed);
+    let mut here = machine.boot(&bed, "process-0", EXERCISER, BUSY);
+    let mut done = Counters::default();
+    for hop in 1..=3 {
+        let uri = format!("unix:{}", bed.path(&format!("move-{hop}")).display());
+        let mut there = machine.expect(&bed, &format!("process-{hop}"), &uri);
+        assert!(maps_memory(&here));
+        done = hands_over(&mut here, &mut there, &done);
+        // Its machine ends when the migration has ended for everybody who asks.
+        let deadline = Instant::now() + WATCHDOG;
+        while maps_memory(&here) {
+            assert!(Instant::now() < deadline, "the source keeps the memory");
+            here.status();
+        }
+        assert!(maps_memory(&there));
+        assert_eq!(lease(&bed).generation, 1 + hop);
+        here.execute("quit", json!({}));
+        assert_eq!(here.exit().code(), Some(0));
+        here = there;
+    }
+    // As to another host, from memory that came itself.
+    let mut there = machine.expect(&bed, "last", &format!("unix:{}", bed.path("last").display()));
+    crate::load::moves(&mut here, &mut there, &done);
+    there.finish();
+}
+
+/// The guest is paused, so that nobody writes: whatever becomes of the destination, its memory is as it was.
+#[test]
+fn a_guest_that_was_not_taken_goes_on_in_memory_that_is_as_it_was() {
+    let bed = bed();
+    let machine = one_disk(&bed);
+    let mut source = machine.boot(&bed, "source", EXERCISER, BUSY);
+    let done = works(&mut source, &Counters::default());
+    source.execute("stop", json!({}));
+    let before = digest(&source);
+    for kind in [Kind::Memory, Kind::Mapped, Kind::Prepare, Kind::Prepared, Kind::Commit] {
+        let path = bed.path(&format!("to-{kind:?}"));
+        let name = format!("killed-at-{kind:?}");
+        let destination = machine.expect(&bed, &name, &format!("unix:{}", path.display()));
+        let proxy = Proxy::new(&bed, &format!("by-{kind:?}"), &path, kind);
+        source.hand_over(proxy.uri());
+        let held = proxy.held();
+        assert_eq!(digest(&source), before, "{kind:?}: while the destination has it mapped");
+        destination.kill();
+        held.cut();
+        let reason = source.not_migrated();
+        let status = source.status();
+        assert_eq!((status.ownership, status.status), (FerryOwnership::Owned, RunState::Paused), "{reason}");
+        assert_eq!(digest(&source), before, "{kind:?}: {reason}");
+    }
+    source.execute("cont", json!({}));
+    let mut destination = machine.expect(&bed, "destination", &format!("unix:{}", bed.path("to").display()));
+    hands_over(&mut source, &mut destination, &done);
+    destination.finish();
+}
+
+/// A destination that took the guest runs it, although the source never hears of it; and the source does not go on in its memory.
+#[test]
+fn a_source_that_hears_nothing_lets_go_of_memory_that_is_another_guests() {
+    let bed = bed();
+    let machine = one_disk(&bed);
+    let mut source = machine.boot(&bed, "source", EXERCISER, BUSY);
+    let done = works(&mut source, &Counters::default());
+    let path = bed.path("to");
+    let mut destination = machine.expect(&bed, "destination", &format!("unix:{}", path.display()));
+    let proxy = Proxy::new(&bed, "by", &path, Kind::Running);
+    source.hand_over(proxy.uri());
+    let held = proxy.held();
+    assert!(maps_memory(&source) && maps_memory(&destination));
+    let info = source.wait_for_migration("the hand-over", |info| info.status == MigrationStatus::Device);
+    assert_eq!(info.downtime, None);
+    proxy.refuse_more();
+    held.cut();
+    source.migrated();
+    assert_eq!(source.status().ownership, FerryOwnership::GivenAway);
+    arrives(&mut destination, &done);
+    destination.finish();
+}
