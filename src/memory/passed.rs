@@ -223,10 +223,8 @@ mod tests {
         assert_eq!(low(&ours).mapping.bitmap().get_and_reset()[0], 0b11, "its pages are marked as before");
         assert_eq!(low(&ours).populated_ranges().unwrap(), [0..8192]);
         low(&ours).clear(0, 4096).unwrap();
-        assert_eq!(
-            (first_bytes(low(&ours)), low(&ours).populated_ranges().unwrap()),
-            ([0; 4], vec![4096..8192])
-        );
+        let populated = low(&ours).populated_ranges().unwrap();
+        assert_eq!((populated.len(), populated[0].clone(), first_bytes(low(&ours))), (1, 4096..8192, [0; 4]));
 
         let next = GuestRam::new(1 << 20, &[]).unwrap();
         let (readable, _) = low(&ours).descriptors().unwrap();
