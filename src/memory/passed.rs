@@ -221,7 +221,7 @@ mod tests {
         drop(theirs);
         low(&ours).write(4096, b"ours").unwrap();
         assert_eq!(low(&ours).mapping.bitmap().get_and_reset()[0], 0b11, "its pages are marked as before");
-        assert_eq!(low(&ours).populated_ranges().unwrap(), [0..8192]);
+        assert_eq!(low(&ours).populated_ranges().unwrap(), std::slice::from_ref(&(0..8192)));
         low(&ours).clear(0, 4096).unwrap();
         let populated = low(&ours).populated_ranges().unwrap();
         assert_eq!((populated.len(), populated[0].clone(), first_bytes(low(&ours))), (1, 4096..8192, [0; 4]));

@@ -293,7 +293,7 @@ impl Chaos {
         }
         // The second attempt: to the destination that still listens, or to another.
         let mut source = self.owner();
-        let mut listening = match destination {
+        let listening = match destination {
             Some(vm) => vm,
             None => self.expect().0,
         };
