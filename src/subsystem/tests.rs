@@ -97,6 +97,12 @@ fn one_process_at_a_time_writes() {
     first.release().unwrap();
     assert!(first.write(&SubsystemState::default()).is_err(), "it has given that up");
     let error = second.acquire().unwrap_err().to_string();
+    assert!(error.contains("is not what it was"), "it looked at a subsystem that was never made: {error}");
+    let third = open(folder.path());
+    first.acquire().unwrap();
+    first.write(&naming(UUID)).unwrap();
+    first.release().unwrap();
+    let error = third.acquire().unwrap_err().to_string();
     assert!(error.contains("is not what it was"), "it looked at an older state: {error}");
     // Whose guest arrives has a newer state than any that lies here.
     let arriving = Directory::open(folder.path(), "S", 1 << 20, true).unwrap();

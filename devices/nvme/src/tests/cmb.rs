@@ -34,26 +34,18 @@ fn guest() -> Guest {
     guest
 }
 
-fn open(guest: &mut Guest, base: u64) {
+pub fn open(guest: &mut Guest, base: u64) {
     guest.write64(regs::CMBMSC, base | ENABLED);
     guest.buffer = Some(base);
 }
 
-/// Queue pair 1 in the buffer's first two pages.
-fn create_pair_in_buffer(guest: &mut Guest) {
-    guest.create_cq(1, 8, BASE, 1).unwrap();
-    guest.create_sq(1, 8, BASE + 4096, 1).unwrap();
-    let pair = Pair {
-        cq_id: 1,
-        sq_base: BASE + 4096,
-        cq_base: BASE,
-        entries: 8,
-        tail: 0,
-        head: 0,
-        phase: true,
-        next_cid: 0,
-    };
-    guest.queues.insert(1, pair);
+/// Queue pair `id` with vector `id` in two pages of the buffer.
+pub fn create_pair_in_buffer(guest: &mut Guest, id: u16, entries: u32, base: u64) {
+    let (cq_base, sq_base) = (base, base + 4096);
+    guest.create_cq(id, entries, cq_base, id).unwrap();
+    guest.create_sq(id, entries, sq_base, id).unwrap();
+    let pair = Pair { cq_id: id, sq_base, cq_base, entries, tail: 0, head: 0, phase: true, next_cid: 0 };
+    guest.queues.insert(id, pair);
 }
 
 #[test]
@@ -91,7 +83,7 @@ fn the_registers_say_where_the_buffer_is_and_what_it_is_for() {
 #[test]
 fn queues_lists_and_data_in_the_buffer_work_and_move() {
     let mut guest = guest();
-    create_pair_in_buffer(&mut guest);
+    create_pair_in_buffer(&mut guest, 1, 8, BASE);
     let (list, data) = (BASE + 0x2000, BASE + 0x4000);
     // Four pages: in the buffer, in RAM, and in the buffer again, by a list in the buffer.
     let ram = guest.pages(1);
@@ -122,7 +114,7 @@ fn queues_lists_and_data_in_the_buffer_work_and_move() {
 #[test]
 fn a_buffer_that_moves_keeps_its_queues() {
     let mut guest = guest();
-    create_pair_in_buffer(&mut guest);
+    create_pair_in_buffer(&mut guest, 1, 8, BASE);
     let page = guest.pages(1);
     guest.io(1, transfer(nvm::READ, 1, 0, 1, page)).unwrap();
     // The driver's addresses move along.
@@ -175,7 +167,7 @@ fn the_admin_queues_may_be_in_the_buffer() {
 #[test]
 fn what_is_neither_ram_nor_the_buffer_is_refused() {
     let mut guest = guest();
-    create_pair_in_buffer(&mut guest);
+    create_pair_in_buffer(&mut guest, 1, 8, BASE);
     let end = BASE + BUFFER_BYTES;
     let create = |opcode, prp1, cdw11| SubmissionEntry {
         opcode,
@@ -261,7 +253,7 @@ fn buffers_that_cannot_be_are_refused() {
 #[test]
 fn a_state_that_no_guest_can_bring_about_is_refused() {
     let mut guest = guest();
-    create_pair_in_buffer(&mut guest);
+    create_pair_in_buffer(&mut guest, 1, 8, BASE);
     guest.controller.pause(Instant::now() + PATIENCE).unwrap();
     let state = guest.controller.save();
     assert_eq!(state.cq.get(1).unwrap().pages, [1 << 60]);

@@ -5,17 +5,22 @@ mod pair;
 use std::sync::Arc;
 
 use block::{Failure, Fault, FaultControl, FaultImage, Target};
-use nvme_spec::opcode::{self, nvm};
+use nvme_spec::event::Event;
+use nvme_spec::opcode::{self, admin, nvm};
 use nvme_spec::sgl::{DATA_BLOCK, LAST_SEGMENT};
-use nvme_spec::{SglDescriptor, Status, SubmissionEntry, regs};
+use nvme_spec::{SglDescriptor, Status, SubmissionEntry, feature, regs};
 use proptest::prelude::*;
 
+use super::cmb::{create_pair_in_buffer, open};
 use super::driver::{Guest, MEMORY_BYTES, memory_image, namespace, transfer};
 use super::metadata::formats;
 use crate::{ControllerConfig, NamespaceConfig};
 
 const BLOCKS: u64 = 64;
 const QUEUES: u16 = 3;
+/// A controller memory buffer with room for the queues and the area of data.
+const BUFFER_BYTES: u64 = 64 << 10;
+const BUFFER_BASE: u64 = 0xd000_0000;
 
 /// What a well-behaved driver does next.
 #[derive(Clone, Debug)]
@@ -209,8 +214,20 @@ impl Reference {
     }
 }
 
-fn play(actions: &[Action], shadow: bool) {
-    let config = ControllerConfig { queue_pairs: 4, vectors: 5, ..ControllerConfig::new("RANDOM") };
+fn set_feature(id: u8, value: u32) -> SubmissionEntry {
+    SubmissionEntry {
+        opcode: admin::SET_FEATURES,
+        cdw10: id.into(),
+        cdw11: value,
+        ..SubmissionEntry::default()
+    }
+}
+
+/// With `in_buffer` queues, lists and data are in the controller memory buffer.
+fn play(actions: &[Action], shadow: bool, in_buffer: bool) {
+    let buffer_bytes = if in_buffer { BUFFER_BYTES } else { 0 };
+    let config =
+        ControllerConfig { queue_pairs: 4, vectors: 5, buffer_bytes, ..ControllerConfig::new("RANDOM") };
     let control = Arc::new(FaultControl::default());
     let namespaces = [1, 42].map(|nsid| {
         let backend = Arc::new(FaultImage::new(memory_image(BLOCKS as usize * 512), control.clone()));
@@ -220,10 +237,25 @@ fn play(actions: &[Action], shadow: bool) {
     if shadow {
         guest.use_shadow_doorbells();
     }
-    for queue in 1..=QUEUES {
-        guest.create_pair(queue, 5 + u32::from(queue));
+    if in_buffer {
+        open(&mut guest, BUFFER_BASE);
     }
-    let area = guest.pages(8);
+    let in_buffer_at = |queue: u16| BUFFER_BASE + u64::from(queue - 1) * 2 * 4096;
+    for queue in 1..=QUEUES {
+        let entries = 5 + u32::from(queue);
+        match in_buffer {
+            true => create_pair_in_buffer(&mut guest, queue, entries, in_buffer_at(queue)),
+            false => guest.create_pair(queue, entries),
+        }
+    }
+    let area = if in_buffer { in_buffer_at(QUEUES + 1) } else { guest.pages(8) };
+    // Two requests that wait through all of it for an event.
+    guest.admin(set_feature(feature::ASYNC_EVENT_CONFIGURATION, 1 << 1)).unwrap();
+    let parked = [(); 2].map(|()| {
+        guest.push(0, SubmissionEntry { opcode: admin::ASYNC_EVENT_REQUEST, ..SubmissionEntry::default() })
+    });
+    guest.ring(0);
+    guest.run();
     let mut reference = [Reference::new(), Reference::new()];
     // The next request fails; a command that never makes one leaves it.
     let mut fails = false;
@@ -387,6 +419,15 @@ fn play(actions: &[Action], shadow: bool) {
         }
         fails &= control.seen() == seen;
     }
+    assert!(guest.reap(0).is_empty(), "nothing has happened");
+    guest.push(0, set_feature(feature::TEMPERATURE_THRESHOLD, 300));
+    guest.ring(0);
+    guest.run();
+    let told: Vec<_> = guest.reap(0).iter().map(|entry| (entry.cid, entry.dw0)).collect();
+    assert!(
+        told.len() == 2 && told.contains(&(parked[0], Event::TEMPERATURE_THRESHOLD.to_dword())),
+        "{told:?}"
+    );
 }
 
 /// A source range of Copy, format 0h.
@@ -446,8 +487,8 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_disk_holds_what_was_written(actions in prop::collection::vec(action(), 1..40), shadow: bool) {
-        play(&actions, shadow);
+    fn a_disk_holds_what_was_written(actions in prop::collection::vec(action(), 1..40), shadow: bool, in_buffer: bool) {
+        play(&actions, shadow, in_buffer);
     }
 
     /// Entries, doorbells, registers and memory at random: no panic, no hang, and a reset always leads to a working controller.
