@@ -13,8 +13,7 @@ use signal_hook::consts::SIGINT;
 use transport::Uri;
 
 use super::control::word;
-use crate::config;
-use crate::control::{Client, Finished, MigrateRequest, MigrationInfo, MigrationStatus, RamStats};
+use crate::control::{Client, Finished, Limits, MigrateRequest, MigrationInfo, MigrationStatus, RamStats};
 
 /// Exit status after a second Ctrl-C: the shell's for SIGINT.
 const INTERRUPTED: i32 = 130;
@@ -31,6 +30,8 @@ const LINE_INTERVAL: Duration = Duration::from_secs(1);
 Examples:
   ferry migrate --api vm.sock unix:/run/move.sock
   ferry migrate --api vm.sock --downtime-limit 20 --max-bandwidth 200M tcp:127.0.0.1:4444
+  # A guest that dirties its memory faster than it goes is slowed down, and stopped after two minutes whatever that costs:
+  ferry migrate --api vm.sock --auto-converge --timeout 120 --on-timeout force unix:/run/move.sock
   ferry migrate --api vm.sock --tls-dir /etc/ferry tcp:node2.example:4444
   ferry migrate --api vm.sock --local unix:/run/move.sock
   ferry migrate --api vm.sock fd:7 7<>/dev/tcp/127.0.0.1/4444      # in bash
@@ -39,13 +40,9 @@ pub struct MigrateArguments {
     /// Control socket of the machine (its --api).
     #[arg(long, value_name = "PATH")]
     pub api: PathBuf,
-    /// Milliseconds that the guest may be stopped; holds for later migrations of this process too [at its start: 300].
-    #[arg(long, value_name = "MS")]
-    pub downtime_limit: Option<u64>,
-    /// Bytes a second, for example 200M, at least 64K; holds for later migrations of this process too [at its start: 0, no
-    /// limit].
-    #[arg(long, value_name = "SIZE", value_parser = config::parse_size)]
-    pub max_bandwidth: Option<u64>,
+    #[command(flatten)]
+    #[allow(missing_docs, reason = "its documentation would be the help of this command")]
+    pub limits: Limits,
     /// Go by TLS 1.3, with ca.pem, cert.pem and key.pem of this folder, which the machine's process reads: the destination is
     /// believed if its certificate is signed by an authority of ca.pem and valid for the HOST of the address (for localhost with
     /// unix:PATH), and has to believe ours.
@@ -83,8 +80,7 @@ impl MigrateArguments {
         }
         let request = MigrateRequest {
             uri: if self.uri.descriptor_number().is_some() { format!("fd:{GIVEN}") } else { uri.clone() },
-            downtime_limit: self.downtime_limit,
-            max_bandwidth: self.max_bandwidth,
+            limits: self.limits,
             tls_dir: self.tls_dir.as_deref().map(whole).transpose()?,
             insecure: self.insecure,
             local: self.local,
@@ -193,6 +189,9 @@ fn progress(info: &MigrationInfo) -> String {
     if let Some(expected) = info.expected_downtime.filter(|expected| *expected > 0) {
         text += &format!(", would stop for {expected} ms");
     }
+    if let Some(percent) = info.cpu_throttle_percentage {
+        text += &format!(", vCPUs slowed down by {percent} %");
+    }
     text
 }
 
@@ -251,6 +250,8 @@ mod tests {
             progress(&active()),
             "active, round 3, 1.00 MiB/s, dirties 1.00 MiB/s, 1.00 MiB remain, would stop for 7 ms"
         );
+        let slowed = MigrationInfo { cpu_throttle_percentage: Some(30), ..active() };
+        assert!(progress(&slowed).ends_with(", would stop for 7 ms, vCPUs slowed down by 30 %"));
     }
 
     #[test]

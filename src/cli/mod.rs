@@ -5,6 +5,7 @@ mod bench;
 mod control;
 mod demo;
 mod inspect;
+mod limits;
 mod migrate;
 mod namespace;
 mod run;
@@ -17,6 +18,7 @@ pub use bench::BenchArguments;
 pub use control::ControlArguments;
 pub use demo::DemoArguments;
 pub use inspect::InspectArguments;
+pub use limits::LimitsArguments;
 pub use migrate::MigrateArguments;
 pub use namespace::NamespaceArguments;
 pub use run::RunArguments;
@@ -49,6 +51,10 @@ pub enum Command {
     /// blocks with the images where the file system can. File and copies are restored together, once:
     /// `ferry run --incoming file:PATH`, with the copies in the place of the images.
     Snapshot(SnapshotArguments),
+    /// Show the limits of a machine's migrations, and change them, while one runs too.
+    ///
+    /// What is not given stays as it is.
+    Limits(LimitsArguments),
     /// Say what a machine does and who owns its guest.
     ///
     /// Example: ferry status --api vm.sock
@@ -115,6 +121,7 @@ impl Command {
             Self::Run(arguments) => arguments.execute(),
             Self::Migrate(arguments) => arguments.execute(),
             Self::Snapshot(arguments) => arguments.execute(),
+            Self::Limits(arguments) => arguments.execute(),
             Self::Status(arguments) => arguments.status(),
             Self::Stop(arguments) => arguments.stop(),
             Self::Cont(arguments) => arguments.cont(),

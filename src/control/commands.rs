@@ -6,6 +6,7 @@ use engine::Word;
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::convergence::AUTO_CONVERGE;
 use super::descriptors::{self, Descriptors};
 use super::event::EventBus;
 use super::operations::{MigrationInfo, MigrationParameters, MigrationTarget, Operations, RunState};
@@ -161,6 +162,8 @@ fn query_migrate(context: &Context, arguments: Arguments) -> Result<Value, QmpEr
 fn set_parameters(context: &Context, mut arguments: Arguments) -> Result<Value, QmpError> {
     let downtime_limit = arguments.optional_u64("downtime-limit")?;
     let max_bandwidth = arguments.optional_u64("max-bandwidth")?;
+    let old = context.operations.migration_parameters();
+    let convergence = old.convergence.change(&mut arguments)?;
     arguments.finish()?;
     if downtime_limit.is_some_and(|limit| limit > MAX_DOWNTIME_LIMIT) {
         return Err(QmpError::generic(
@@ -173,10 +176,10 @@ fn set_parameters(context: &Context, mut arguments: Arguments) -> Result<Value, 
             "Parameter 'max-bandwidth' expects 0 (no limit) or at least {least} bytes per second"
         )));
     }
-    let old = context.operations.migration_parameters();
     context.operations.set_migration_parameters(MigrationParameters {
         downtime_limit: downtime_limit.unwrap_or(old.downtime_limit),
         max_bandwidth: max_bandwidth.unwrap_or(old.max_bandwidth),
+        convergence,
     });
     nothing()
 }
@@ -186,30 +189,44 @@ fn query_parameters(context: &Context, arguments: Arguments) -> Result<Value, Qm
     to_json(context.operations.migration_parameters())
 }
 
-/// `events` is the one capability that can be changed here.
+/// Those that can be changed here are what [`query_capabilities`] lists. They may change while a migration runs.
 fn set_capabilities(context: &Context, mut arguments: Arguments) -> Result<Value, QmpError> {
-    let mut events = None;
+    let (mut events, mut auto_converge) = (None, None);
     for mut entry in arguments.objects("capabilities")? {
         let capability = entry.string("capability")?;
         let state = entry.bool("state")?;
         entry.finish()?;
-        if capability != "events" {
-            return Err(QmpError::generic(format!(
-                "Parameter 'capability' does not accept value '{capability}'"
-            )));
+        match capability.as_str() {
+            "events" => events = Some(state),
+            AUTO_CONVERGE => auto_converge = Some(state),
+            _ => {
+                return Err(QmpError::generic(format!(
+                    "Parameter 'capability' does not accept value '{capability}'"
+                )));
+            }
         }
-        events = Some(state);
     }
     arguments.finish()?;
     if let Some(on) = events {
         context.events.set_migration_events(on);
+    }
+    if let Some(on) = auto_converge {
+        let mut parameters = context.operations.migration_parameters();
+        parameters.convergence.auto_converge = on;
+        context.operations.set_migration_parameters(parameters);
     }
     nothing()
 }
 
 fn query_capabilities(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
     arguments.finish()?;
-    Ok(json!([{ "capability": "events", "state": context.events.migration_events() }]))
+    Ok(json!([
+        { "capability": "events", "state": context.events.migration_events() },
+        {
+            "capability": AUTO_CONVERGE,
+            "state": context.operations.migration_parameters().convergence.auto_converge,
+        },
+    ]))
 }
 
 fn ferry_status(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {

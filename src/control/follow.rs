@@ -7,20 +7,18 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{Client, Error, FerryMigration, FerryStatus, MigrationInfo, MigrationStatus};
+use super::{Client, Error, FerryMigration, FerryStatus, Limits, MigrationInfo, MigrationStatus};
 
 /// How often progress is asked for; changes of status are seen at once.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// What to migrate where. Limits that are `None` stay as they are.
+/// What to migrate where.
 #[derive(Clone, Debug, Default)]
 pub struct MigrateRequest {
     /// The destination.
     pub uri: String,
-    /// Milliseconds that the guest may be stopped.
-    pub downtime_limit: Option<u64>,
-    /// Bytes a second; 0: no limit.
-    pub max_bandwidth: Option<u64>,
+    /// Limits to change before.
+    pub limits: Limits,
     /// The folder with the machine's credentials, as it is seen by its process.
     pub tls_dir: Option<PathBuf>,
     /// Whether the link may lead to another host without TLS.
@@ -55,12 +53,7 @@ impl Client {
     ) -> Result<Finished, Error> {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         self.execute("migrate-set-capabilities", events)?;
-        let mut limits = serde_json::Map::new();
-        limits.extend(request.downtime_limit.map(|limit| ("downtime-limit".to_owned(), json!(limit))));
-        limits.extend(request.max_bandwidth.map(|limit| ("max-bandwidth".to_owned(), json!(limit))));
-        if !limits.is_empty() {
-            self.execute("migrate-set-parameters", limits.into())?;
-        }
+        self.set_limits(&request.limits)?;
         let mut target = serde_json::Map::from_iter([("uri".to_owned(), json!(request.uri))]);
         target.extend(request.tls_dir.as_ref().map(|folder| ("x-ferry-tls-dir".to_owned(), json!(folder))));
         target.extend(request.insecure.then(|| ("x-ferry-insecure".to_owned(), json!(true))));

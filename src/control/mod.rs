@@ -27,6 +27,7 @@
 mod access;
 pub mod client;
 mod commands;
+mod convergence;
 mod cpu;
 mod descriptors;
 pub mod event;
@@ -43,6 +44,7 @@ mod tests;
 pub use client::Client;
 #[cfg(test)]
 pub(crate) use commands::names as command_names;
+pub use convergence::{ConvergenceParameters, Limits, OnTimeout};
 pub use cpu::FerryCpu;
 pub use event::{Event, EventBus, NamespaceChange, ShutdownCause};
 pub use follow::{Finished, MigrateRequest};

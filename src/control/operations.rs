@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::FerryCpu;
+use super::{ConvergenceParameters, FerryCpu};
 use crate::config::NamespaceOption;
 
 /// A machine as its operator sees it. Every method may be called from any thread at any time, and none waits for a
@@ -195,6 +195,9 @@ pub struct MigrationInfo {
     /// Milliseconds that the guest was stopped; when completed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime: Option<u64>,
+    /// What the vCPUs are slowed down by, in percent of their time; once they are.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_throttle_percentage: Option<u8>,
     /// Why it failed: the same cause that the other side reports.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,
@@ -213,6 +216,7 @@ impl MigrationInfo {
             setup_time: None,
             expected_downtime: None,
             downtime: None,
+            cpu_throttle_percentage: None,
             error_desc: None,
             blocked_reasons: Vec::new(),
         }
@@ -267,11 +271,14 @@ pub struct MigrationParameters {
     pub downtime_limit: u64,
     /// Bytes a second; 0: no limit.
     pub max_bandwidth: u64,
+    /// What is done about a guest that does not fit.
+    #[serde(flatten)]
+    pub convergence: ConvergenceParameters,
 }
 
 impl Default for MigrationParameters {
     fn default() -> Self {
-        Self { downtime_limit: 300, max_bandwidth: 0 }
+        Self { downtime_limit: 300, max_bandwidth: 0, convergence: ConvergenceParameters::default() }
     }
 }
 
@@ -424,6 +431,9 @@ pub struct FerryMigration {
     pub handed_over_bytes: u64,
     /// Disk commands in flight when the stop began.
     pub in_flight_at_stop: u32,
+    /// What the vCPUs are slowed down by, or were when they were stopped, in percent of their time.
+    #[serde(default)]
+    pub throttle_percentage: u8,
     /// How long the guest was stopped, once it runs again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime: Option<FerryDowntime>,

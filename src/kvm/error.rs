@@ -95,6 +95,9 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// The thread that slows vCPUs down cannot be started.
+    #[error("cannot start the thread that slows vCPUs down")]
+    Throttle(#[source] std::io::Error),
     /// A vCPU thread is gone (it panicked or was shut down).
     #[error("the thread of vCPU {0} is gone")]
     ThreadGone(u32),

@@ -204,6 +204,19 @@ impl Machine {
         Ok(self.vcpus.resume()?)
     }
 
+    /// Keeps the vCPUs out of the guest for `percent` of the time, until [`Machine::stop_throttling`].
+    ///
+    /// # Errors
+    /// There can be no thread that does it.
+    pub fn throttle(&self, percent: u8) -> anyhow::Result<()> {
+        Ok(self.vcpus.throttle(percent)?)
+    }
+
+    /// Lets the vCPUs run as they can.
+    pub fn stop_throttling(&self) {
+        self.vcpus.stop_throttling();
+    }
+
     /// How often vCPUs came back from KVM to this process.
     #[must_use]
     pub fn vcpu_exits(&self) -> u64 {

@@ -349,6 +349,7 @@ impl Migrations {
         MigrationParameters {
             downtime_limit: u64::try_from(downtime_limit).unwrap_or(u64::MAX),
             max_bandwidth: self.parameters.max_bandwidth(),
+            convergence: self.parameters.convergence().into(),
         }
     }
 
@@ -356,6 +357,7 @@ impl Migrations {
     pub fn set_limits(&self, limits: MigrationParameters) {
         self.parameters.set_downtime_limit(Duration::from_millis(limits.downtime_limit));
         self.parameters.set_max_bandwidth(limits.max_bandwidth);
+        self.parameters.set_convergence(limits.convergence.into());
     }
 }
 

@@ -26,7 +26,10 @@ impl Migrations {
             info.ram = Some(ram_stats(&snapshot));
         }
         match snapshot.status {
-            Status::Active => info.expected_downtime = Some(milliseconds(snapshot.expected_downtime)),
+            Status::Active => {
+                info.expected_downtime = Some(milliseconds(snapshot.expected_downtime));
+                info.cpu_throttle_percentage = Some(snapshot.throttle_percent).filter(|percent| *percent > 0);
+            }
             Status::Completed => info.downtime = Some(milliseconds(snapshot.downtime.total)),
             _ => {}
         }
@@ -47,6 +50,7 @@ impl Migrations {
             peer: current.peer.clone(),
             rounds: snapshot.rounds,
             handed_over_bytes: snapshot.handed_over_bytes,
+            throttle_percentage: snapshot.throttle_percent,
             in_flight_at_stop: current.in_flight_at_stop.load(Ordering::Relaxed),
             downtime: (!downtime.total.is_zero()).then(|| FerryDowntime {
                 total: microseconds(downtime.total),

@@ -88,6 +88,14 @@ impl SourceMachine for Source {
         self.tracker = None;
     }
 
+    fn throttle(&mut self, percent: u8) -> MachineResult<()> {
+        Ok(self.machine.throttle(percent)?)
+    }
+
+    fn stop_throttling(&mut self) {
+        self.machine.stop_throttling();
+    }
+
     fn prepare_stop(&mut self) {
         // What fails here fails again when the images are given up.
         if let Err(error) = self.machine.resources().sync_images() {
@@ -111,6 +119,8 @@ impl SourceMachine for Source {
                 }
             }
         })?;
+        // Only now: a vCPU that rests is stopped sooner than one that was just woken.
+        self.machine.stop_throttling();
         self.in_flight_at_stop.store(in_flight, Ordering::Relaxed);
         Ok(if was_running { RunState::Running } else { RunState::Paused })
     }

@@ -1,9 +1,9 @@
 //! All vCPUs of a machine.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use vmm_sys_util::signal::Killable;
 
 use super::state::{CpuidLeaf, Msr, VcpuState};
 use super::thread::{Command, Parts, Vcpu};
+use super::throttle::Throttle;
 use super::{BootRegisters, Buses, CpuModel, EventHandler, Offer, Requirements, cpuid, msr};
 use crate::control::FerryCpu;
 use crate::kvm::{Error, Host, Vm, run};
@@ -20,7 +21,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The vCPUs of a machine, each on its thread. They begin paused. Dropping it ends the threads.
 pub struct VcpuManager {
-    threads: Vec<Thread>,
+    /// `None`: nobody has slowed them down yet. Dropped before them.
+    throttle: Mutex<Option<Throttle>>,
+    threads: Vec<Arc<Thread>>,
     offer: Offer,
     /// What programs see that run without KVM's help.
     user: Vec<CpuidLeaf>,
@@ -41,7 +44,7 @@ pub struct Processors {
     pub seen: Option<Vec<Vec<CpuidLeaf>>>,
 }
 
-struct Thread {
+pub(super) struct Thread {
     index: u32,
     /// `None`: told to end.
     commands: Option<Sender<Command>>,
@@ -86,6 +89,7 @@ impl VcpuManager {
         };
         let user = if host.is_paravirtual() { cpuid::of_this_processor() } else { Vec::new() };
         let mut manager = Self {
+            throttle: Mutex::default(),
             threads: Vec::new(),
             offer: Offer::default(),
             user,
@@ -145,7 +149,8 @@ impl VcpuManager {
                 .name(format!("vcpu{index}"))
                 .spawn(move || Vcpu::new(parts).serve(&receiver))
                 .map_err(|source| Error::Spawn { vcpu: index, source })?;
-            manager.threads.push(Thread { index, commands: Some(commands), handle: Some(handle) });
+            let thread = Thread { index, commands: Some(commands), handle: Some(handle) };
+            manager.threads.push(Arc::new(thread));
         }
         manager.ask_all(|_| Vcpu::power_on)?.into_iter().collect::<Result<(), _>>()?;
         Ok(manager)
@@ -320,13 +325,43 @@ impl VcpuManager {
         restored.into_iter().collect()
     }
 
+    /// Keeps every vCPU out of the guest for `percent` of the time, 1 to 99, until [`Self::stop_throttling`]. May be called again with
+    /// another share.
+    ///
+    /// # Errors
+    /// [`Error::Throttle`].
+    pub fn throttle(&self, percent: u8) -> Result<(), Error> {
+        let mut throttle = self.throttle.lock().unwrap_or_else(PoisonError::into_inner);
+        if !throttle.as_ref().is_some_and(|throttle| throttle.set(percent)) {
+            *throttle = Some(Throttle::start(&self.threads, percent)?);
+        }
+        Ok(())
+    }
+
+    /// Lets the vCPUs run as they can, at once. Harmless when they do.
+    pub fn stop_throttling(&self) {
+        if let Some(throttle) = &*self.throttle.lock().unwrap_or_else(PoisonError::into_inner) {
+            throttle.stop();
+        }
+    }
+
+    /// Lets all vCPUs rest until then; when this returns, they do.
+    #[cfg(test)]
+    pub(super) fn rest(&self, until: Option<std::time::Instant>) -> Result<(), Error> {
+        self.ask_all(|_| move |vcpu: &mut Vcpu| vcpu.rest(until))?;
+        Ok(())
+    }
+
     /// Ends all threads and waits for them. Also done by dropping.
     pub fn shutdown(&mut self) {
-        for thread in &mut self.threads {
+        // It shares the threads.
+        drop(self.throttle.get_mut().unwrap_or_else(PoisonError::into_inner).take());
+        let mut threads: Vec<_> = self.threads.iter_mut().filter_map(Arc::get_mut).collect();
+        for thread in &mut threads {
             thread.commands = None;
             thread.kick();
         }
-        for thread in &mut self.threads {
+        for thread in &mut threads {
             if let Some(handle) = thread.handle.take()
                 && handle.join().is_err()
             {
@@ -360,7 +395,8 @@ impl std::fmt::Debug for VcpuManager {
 }
 
 impl Thread {
-    fn ask<R: Send + 'static>(
+    /// Has the thread do something, and makes it look at once.
+    pub(super) fn ask<R: Send + 'static>(
         &self,
         work: impl FnOnce(&mut Vcpu) -> R + Send + 'static,
     ) -> Result<Receiver<R>, Error> {

@@ -9,7 +9,7 @@
 //! host must have for that is in [`Requirements`] and [`Offer`], compared before any RAM moves. Which processor a guest sees
 //! first is a [`CpuModel`].
 //!
-//! Absent: hotplug, SMM, nested virtualisation, throttling.
+//! Absent: hotplug, SMM, nested virtualisation.
 
 mod boot;
 mod cpuid;
@@ -20,6 +20,7 @@ mod state;
 #[cfg(test)]
 pub(crate) mod tests;
 mod thread;
+mod throttle;
 
 pub use boot::{BootProtocol, BootRegisters};
 pub use cpuid::{CpuModel, names as feature_names};

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::time::{Duration, Instant};
 
 use bus::Bus;
 use kvm_ioctls::VcpuFd;
@@ -51,6 +52,8 @@ pub(super) struct Vcpu {
     pub(super) index: u32,
     kickable: Kickable,
     running: bool,
+    /// Until then it runs no guest, though it is not paused.
+    resting_until: Option<Instant>,
     /// As it was before it was first booted, restored or run.
     power_on: Option<VcpuState>,
     exits: Arc<AtomicU64>,
@@ -84,6 +87,7 @@ impl Vcpu {
             index,
             kickable,
             running: false,
+            resting_until: None,
             power_on: None,
             exits,
             buses,
@@ -100,6 +104,14 @@ impl Vcpu {
             if !self.running {
                 let Ok(command) = commands.recv() else { return };
                 command(&mut self);
+                continue;
+            }
+            if let Some(left) = self.rest_that_is_left() {
+                match commands.recv_timeout(left) {
+                    Ok(command) => command(&mut self),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => return,
+                }
                 continue;
             }
             match commands.try_recv() {
@@ -134,6 +146,19 @@ impl Vcpu {
         false
     }
 
+    fn rest_that_is_left(&mut self) -> Option<Duration> {
+        let left = self.resting_until?.checked_duration_since(Instant::now()).filter(|left| !left.is_zero());
+        if left.is_none() {
+            self.resting_until = None;
+        }
+        left
+    }
+
+    /// Runs the guest no more until then; `None`: at once. An access that is in progress is completed afterwards.
+    pub(super) fn rest(&mut self, until: Option<Instant>) {
+        self.resting_until = until;
+    }
+
     pub(super) fn resume(&mut self) {
         // Tells a guest with kvm-clock that it was stopped, so that its watchdogs do not complain. EINVAL: it has none.
         if let Err(error) = self.fd().kvmclock_ctrl()
@@ -142,6 +167,7 @@ impl Vcpu {
             log::warn!("vCPU {}: cannot announce the pause to the guest: {error}", self.index);
         }
         self.running = true;
+        self.resting_until = None;
         startup::vcpu_runs();
     }
 

@@ -99,6 +99,27 @@ impl PageBitmap {
         }
     }
 
+    /// Takes the first `count` pages out of it.
+    #[must_use]
+    pub fn take_first(&mut self, mut count: u64) -> Self {
+        let mut taken = Self::new(self.pages);
+        for (from, into) in self.words.iter_mut().zip(&mut taken.words) {
+            let available = u64::from(from.count_ones());
+            if available <= count {
+                *into = std::mem::take(from);
+                count -= available;
+            } else {
+                let mut rest = *from;
+                // Each step clears the lowest bit; there are more than these.
+                (0..count).for_each(|_| rest &= rest.wrapping_sub(1));
+                *into = *from & !rest;
+                *from = rest;
+                break;
+            }
+        }
+        taken
+    }
+
     /// The runs of consecutive pages, in ascending order.
     pub fn runs(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         let mut from = 0;
@@ -168,6 +189,22 @@ mod tests {
         small.union(&PageBitmap::from_words(vec![u64::MAX; 2], 128));
         assert_eq!(small.count(), 65);
         assert_eq!(PageBitmap::new(0).runs().next(), None);
+    }
+
+    #[test]
+    fn the_first_pages_are_taken_and_the_others_stay() {
+        let mut all = PageBitmap::new(300);
+        [0..1, 3..64, 65..66, 127..130, 192..256, 299..300]
+            .into_iter()
+            .for_each(|range| all.set_range(range));
+        let pages: Vec<u64> = all.runs().flatten().collect();
+        for count in 0..=pages.len() + 1 {
+            let mut rest = all.clone();
+            let taken = rest.take_first(count as u64);
+            let split = count.min(pages.len());
+            assert_eq!(taken.runs().flatten().collect::<Vec<_>>(), pages[..split]);
+            assert_eq!(rest.runs().flatten().collect::<Vec<_>>(), pages[split..]);
+        }
     }
 
     #[test]

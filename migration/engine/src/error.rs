@@ -54,6 +54,27 @@ pub enum Error {
         /// What it may.
         limit: Duration,
     },
+    /// The same, and the user did not want to wait any longer.
+    #[error(
+        "not moved within {allowed:?}: {remaining_bytes} bytes remain after {rounds} rounds, {expected:?} of downtime expected, {limit:?} allowed"
+    )]
+    OutOfTime {
+        /// The timeout.
+        allowed: Duration,
+        /// Rounds made, the last perhaps in part.
+        rounds: u32,
+        /// Left after them.
+        remaining_bytes: u64,
+        /// What a stop would cost.
+        expected: Duration,
+        /// What it may.
+        limit: Duration,
+    },
+    /// The user wants a way out that the two sides have not agreed on.
+    #[error(
+        "the guest is to be moved ahead of its memory (postcopy) when rounds or time are used up, and the two sides have not agreed on that"
+    )]
+    PostcopyNotAgreed,
     /// The link broke.
     #[error("connection lost while {doing}")]
     Lost {

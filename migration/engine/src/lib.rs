@@ -20,7 +20,7 @@
 //!
 //! - [`lease`]: the record that alone decides who runs the guest.
 //! - `ownership`: what either side does about it, as state machines without I/O; `handover` and `destination` do it.
-//! - [`converge()`]: when to stop, a pure function.
+//! - [`converge()`]: when to stop, and what to do about a guest that is faster than the link, a pure function; `rounds` does it.
 //! - `local`: to a process of the same host the memory itself goes, instead of its contents in rounds.
 //! - [`protocol`]: the messages; `link` gives each a deadline.
 //! - [`suspend_to_file`] and [`restore_from_file`]: the same guest in a file; [`snapshot_to_file`]: it goes on, and is there as well.
@@ -61,7 +61,7 @@ mod speed;
 mod statistics;
 
 pub use bitmap::PageBitmap;
-pub use converge::{Decision, Situation, converge};
+pub use converge::{Convergence, Decision, OnTimeout, Situation, ThrottleSteps, Trend, converge};
 pub use description::Description;
 pub use destination::{Arrived, Destination};
 pub use error::Error;

@@ -94,7 +94,7 @@ impl fmt::Display for ImageCopy {
 /// The machine that leaves.
 ///
 /// Until [`finish`](Self::finish) every step can be undone: after any failure the engine calls
-/// [`stop_dirty_tracking`](Self::stop_dirty_tracking), then, as far as they were left,
+/// [`stop_dirty_tracking`](Self::stop_dirty_tracking) and [`stop_throttling`](Self::stop_throttling), then, as far as they were left,
 /// [`reacquire_images`](Self::reacquire_images) and [`resume`](Self::resume).
 pub trait SourceMachine {
     /// What the destination must match.
@@ -141,12 +141,23 @@ pub trait SourceMachine {
     /// Ends the tracking. Harmless when nothing is tracked.
     fn stop_dirty_tracking(&mut self);
 
+    /// Keeps every vCPU out of the guest for `percent` of the time, 1 to 99, until [`stop_throttling`](Self::stop_throttling) or
+    /// [`stop`](Self::stop). May be called again with another share.
+    ///
+    /// # Errors
+    /// The guest is slowed down as it was before.
+    fn throttle(&mut self, percent: u8) -> MachineResult<()>;
+
+    /// Lets the vCPUs run as they can, at once. Harmless when they do.
+    fn stop_throttling(&mut self);
+
     /// The last round is near: what would lengthen the stop and can be done while the guest runs (write back the images'
     /// caches, for example). It may take long: what the guest dirties meanwhile is judged anew, and this may be called again.
     /// A failure shows again in the stop.
     fn prepare_stop(&mut self) {}
 
-    /// Stops vCPUs and devices in the order of the design and leaves no work in flight. Returns what the guest was doing.
+    /// Stops vCPUs and devices in the order of the design and leaves no work in flight. vCPUs that were slowed down are so no longer
+    /// when they run again. Returns what the guest was doing.
     ///
     /// # Errors
     /// Something would not stop; what stopped is running again.

@@ -4,14 +4,14 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::Word;
+use crate::{Convergence, Word};
 
 /// Limits and the wish to cancel, shared between the control socket and the migration thread.
 #[derive(Debug)]
 pub struct Parameters {
     downtime_limit_ns: AtomicU64,
     max_bandwidth: AtomicU64,
-    rounds_limit: AtomicU64,
+    convergence: Mutex<Convergence>,
     local: AtomicBool,
     /// [`OPEN`], [`CANCELLED`] or [`COMMITTED`]; the first to leave `OPEN` wins.
     end: AtomicU8,
@@ -31,7 +31,7 @@ impl Default for Parameters {
         Self {
             downtime_limit_ns: AtomicU64::new(300_000_000),
             max_bandwidth: AtomicU64::new(0),
-            rounds_limit: AtomicU64::new(0),
+            convergence: Mutex::default(),
             local: AtomicBool::new(false),
             end: AtomicU8::new(OPEN),
             wished: AtomicBool::new(false),
@@ -41,7 +41,7 @@ impl Default for Parameters {
 }
 
 impl Parameters {
-    /// 300 ms, no bandwidth limit, rounds without limit, contents of memory to whoever it is.
+    /// 300 ms, no bandwidth limit, rounds and time without limit, vCPUs that are left alone, contents of memory to whoever it is.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -78,18 +78,15 @@ impl Parameters {
         self.max_bandwidth.store(bytes_per_second, Ordering::Relaxed);
     }
 
-    /// After how many rounds to give up a guest that dirties faster than the link sends; `None`: never.
+    /// What is done about a guest that dirties its memory faster than the link takes it.
     #[must_use]
-    pub fn rounds_limit(&self) -> Option<u32> {
-        match self.rounds_limit.load(Ordering::Relaxed) {
-            0 => None,
-            rounds => Some(u32::try_from(rounds).unwrap_or(u32::MAX)),
-        }
+    pub fn convergence(&self) -> Convergence {
+        *self.convergence.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// See [`rounds_limit`](Self::rounds_limit).
-    pub fn set_rounds_limit(&self, rounds: Option<u32>) {
-        self.rounds_limit.store(rounds.unwrap_or(0).into(), Ordering::Relaxed);
+    /// See [`convergence`](Self::convergence).
+    pub fn set_convergence(&self, convergence: Convergence) {
+        *self.convergence.lock().unwrap_or_else(PoisonError::into_inner) = convergence;
     }
 
     /// Whether a process of the same host is to get the memory itself, and not its contents.

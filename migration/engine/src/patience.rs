@@ -17,6 +17,9 @@ pub struct Patience {
     pub prepare: Duration,
     /// Signs of life of a source that sends no RAM: it writes back its images.
     pub stall: Duration,
+    /// What rounds show of a guest is believed after as long: vCPUs that are slowed down dirty nothing for a part of the time and much in
+    /// the rest.
+    pub throttle: Duration,
     /// From the stop until the destination has loaded, beyond the downtime that the user allows. It bounds a destination that
     /// moves too little to be useful and too much to be silent.
     pub stopped: Duration,
@@ -39,6 +42,7 @@ impl Default for Patience {
             silence: Duration::from_secs(30),
             prepare: Duration::from_secs(60),
             stall: Duration::from_secs(300),
+            throttle: Duration::from_millis(200),
             stopped: Duration::from_secs(120),
             answer: Duration::from_secs(10),
             settle: Duration::from_secs(30),

@@ -1,59 +1,82 @@
 //! Rounds of guest memory while the guest runs, until the rest is small enough for a stop.
 
 use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use crate::features::POSTCOPY;
 use crate::ram::Sender;
 use crate::sink::Sink;
 use crate::speed::{Sample, Speed};
-use crate::{Context, Decision, Error, PageBitmap, Situation, SourceMachine, converge};
+use crate::{
+    Context, Decision, Error, OnTimeout, PAGE_BYTES, PageBitmap, Parameters, Situation, SourceMachine, Trend,
+    converge,
+};
 
 /// How often the stop is prepared: a guest that always dirties much meanwhile is stopped in the end without.
 const PREPARATIONS_MAX: u32 = 3;
 /// What the stop costs beside RAM: it was measured at a few milliseconds.
-const FIXED_COST: std::time::Duration = std::time::Duration::from_millis(5);
+const FIXED_COST: Duration = Duration::from_millis(5);
+/// Pages of the first portion of a round. The time of a migration may end within a round, which is looked at between portions.
+const PORTION_PAGES: u64 = 256;
+/// A portion grows while it takes less, and shrinks when it takes four times as long.
+const PORTION_TIME: Duration = Duration::from_millis(100);
+
+/// Refuses a user who wants postcopy in the end, where source and destination have not agreed on that.
+pub(crate) fn check_way_out(parameters: &Parameters, granted: u64) -> Result<(), Error> {
+    match parameters.convergence().on_timeout {
+        OnTimeout::Postcopy if granted & POSTCOPY == 0 => Err(Error::PostcopyNotAgreed),
+        OnTimeout::Cancel | OnTimeout::Force | OnTimeout::Postcopy => Ok(()),
+    }
+}
 
 /// Sends what is dirty until the rest is small. Leaves in `pages` what the stop must send.
 pub(crate) fn rounds(
     machine: &mut dyn SourceMachine,
     context: &Context<'_>,
     ram: &mut Sender<'_, Sink<'_>>,
-    pages: &mut Vec<PageBitmap>,
+    pages: &mut [PageBitmap],
 ) -> Result<(), Error> {
-    let statistics = context.statistics;
+    let (statistics, parameters) = (context.statistics, context.parameters);
     let mut speed = Speed::default();
+    let mut throttle = Throttle::new(context);
+    let mut portion_pages = PORTION_PAGES;
     let mut round = 0_u32;
     let mut preparations = 0;
     loop {
         round = round.saturating_add(1);
-        let planned_pages: u64 = pages.iter().map(PageBitmap::count).sum();
-        let planned = planned_pages * crate::PAGE_BYTES;
+        let planned_pages = count(pages);
         statistics.update(|s| {
             s.rounds = round;
-            s.remaining_bytes = planned;
+            s.remaining_bytes = planned_pages * PAGE_BYTES;
         });
         let start = Instant::now();
         let (before, waited, sending) = (ram.out().sent_bytes(), ram.out().waited(), ram.out().sending());
-        ram.round(pages)?;
-        ram.out().send()?;
+        send(context, ram, pages, &mut portion_pages)?;
         let sent = ram.out().sent_bytes() - before;
         let sending = ram.out().sending() - sending;
         let working = start.elapsed().saturating_sub(ram.out().waited() - waited + sending);
-        speed.add(&Sample { pages: planned_pages, working, sent_bytes: sent, sending });
+        // All, unless the time ended.
+        let sent_pages = planned_pages - count(pages);
+        speed.add(&Sample { pages: sent_pages, working, sent_bytes: sent, sending });
 
-        *pages = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
-        let dirty_pages: u64 = pages.iter().map(PageBitmap::count).sum();
-        let parameters = context.parameters;
+        let dirty = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
+        let dirty_pages = count(&dirty);
+        unite(pages, &dirty);
+        let elapsed = start.elapsed();
+        throttle.saw(Trend { sent_bytes: sent_pages * PAGE_BYTES, dirtied_bytes: dirty_pages * PAGE_BYTES });
         let mut situation = Situation {
             rounds: round,
-            remaining_bytes: dirty_pages * crate::PAGE_BYTES,
-            previous_remaining_bytes: planned,
+            elapsed: statistics.elapsed(),
+            remaining_bytes: count(pages) * PAGE_BYTES,
+            previous_remaining_bytes: planned_pages * PAGE_BYTES,
             bytes_per_second: speed.bytes_per_second(),
             downtime_limit: parameters.downtime_limit(),
             fixed_cost: FIXED_COST,
-            rounds_limit: parameters.rounds_limit(),
+            throttle_percent: throttle.percent,
+            trend: throttle.trend(),
+            convergence: parameters.convergence(),
         };
-        let seconds = start.elapsed().as_secs_f64().max(1e-6);
+        let seconds = elapsed.as_secs_f64().max(1e-6);
         statistics.update(|s| {
             s.remaining_bytes = situation.remaining_bytes;
             s.dirty_pages_per_second = (dirty_pages as f64 / seconds) as u64;
@@ -67,25 +90,121 @@ pub(crate) fn rounds(
             prepare_stop(machine, context, ram);
             // That may have taken long, and the guest went on.
             let more = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
-            pages.iter_mut().zip(&more).for_each(|(bitmap, more)| bitmap.union(more));
-            let dirty_pages: u64 = pages.iter().map(PageBitmap::count).sum();
-            situation.remaining_bytes = dirty_pages * crate::PAGE_BYTES;
+            unite(pages, &more);
+            situation.elapsed = statistics.elapsed();
+            situation.remaining_bytes = count(pages) * PAGE_BYTES;
             // Whether rounds pay is not known of this: one shows it.
             situation.previous_remaining_bytes = u64::MAX;
             decision = converge(&situation);
         }
+        throttle.heed(&situation, decision, machine)?;
         match decision {
-            Decision::AnotherRound => {}
+            Decision::AnotherRound | Decision::Throttle { .. } => {}
             Decision::Stop => return Ok(()),
-            Decision::GiveUp => {
-                return Err(Error::NoConvergence {
-                    rounds: round,
-                    remaining_bytes: situation.remaining_bytes,
-                    expected: situation.expected_downtime(),
-                    limit: situation.downtime_limit,
-                });
-            }
+            Decision::Postcopy => return Err(Error::PostcopyNotAgreed),
+            Decision::GiveUp => return Err(given_up(&situation)),
         }
+    }
+}
+
+/// Sends `pages` in portions. Those that are not sent when the time is over stay.
+fn send(
+    context: &Context<'_>,
+    ram: &mut Sender<'_, Sink<'_>>,
+    pages: &mut [PageBitmap],
+    portion_pages: &mut u64,
+) -> Result<(), Error> {
+    loop {
+        let mut room = *portion_pages;
+        let mut take = |bitmap: &mut PageBitmap| {
+            let taken = bitmap.take_first(room);
+            room -= taken.count();
+            taken
+        };
+        let portion: Vec<_> = pages.iter_mut().map(&mut take).collect();
+        let start = Instant::now();
+        ram.round(&portion)?;
+        let is_last = room > 0 || count(pages) == 0;
+        if is_last || context.parameters.convergence().is_out_of_time(context.statistics.elapsed()) {
+            return ram.out().send();
+        }
+        let took = start.elapsed();
+        if took < PORTION_TIME {
+            *portion_pages = portion_pages.saturating_mul(2);
+        } else if took > PORTION_TIME * 4 {
+            *portion_pages = (*portion_pages / 2).max(PORTION_PAGES);
+        }
+    }
+}
+
+fn count(pages: &[PageBitmap]) -> u64 {
+    pages.iter().map(PageBitmap::count).sum()
+}
+
+fn unite(pages: &mut [PageBitmap], more: &[PageBitmap]) {
+    pages.iter_mut().zip(more).for_each(|(bitmap, more)| bitmap.union(more));
+}
+
+fn given_up(situation: &Situation) -> Error {
+    let Situation { rounds, remaining_bytes, downtime_limit: limit, convergence, .. } = *situation;
+    let expected = situation.expected_downtime();
+    match convergence.timeout {
+        Some(allowed) if convergence.is_out_of_time(situation.elapsed) => {
+            Error::OutOfTime { allowed, rounds, remaining_bytes, expected, limit }
+        }
+        _ => Error::NoConvergence { rounds, remaining_bytes, expected, limit },
+    }
+}
+
+/// How much the vCPUs are slowed down, and what rounds have shown since that was last judged.
+struct Throttle<'a> {
+    context: &'a Context<'a>,
+    percent: u8,
+    seen: Trend,
+    since: Instant,
+}
+
+impl<'a> Throttle<'a> {
+    fn new(context: &'a Context<'a>) -> Self {
+        Self { context, percent: 0, seen: Trend::default(), since: Instant::now() }
+    }
+
+    /// After a round.
+    fn saw(&mut self, round: Trend) {
+        self.seen.sent_bytes = self.seen.sent_bytes.saturating_add(round.sent_bytes);
+        self.seen.dirtied_bytes = self.seen.dirtied_bytes.saturating_add(round.dirtied_bytes);
+    }
+
+    /// Once it can be believed.
+    fn trend(&self) -> Option<Trend> {
+        (self.since.elapsed() >= self.context.patience.throttle).then_some(self.seen)
+    }
+
+    /// Does what was decided and begins to look anew.
+    fn heed(
+        &mut self,
+        situation: &Situation,
+        decision: Decision,
+        machine: &mut dyn SourceMachine,
+    ) -> Result<(), Error> {
+        if situation.trend.is_some() {
+            (self.seen, self.since) = (Trend::default(), Instant::now());
+        }
+        match decision {
+            Decision::Throttle { percent } => {
+                machine.throttle(percent).map_err(Error::machine("slow the vCPUs down"))?;
+                self.percent = percent;
+            }
+            _ if self.percent > 0 && !situation.convergence.auto_converge => {
+                machine.stop_throttling();
+                self.percent = 0;
+            }
+            _ => return Ok(()),
+        }
+        let percent = self.percent;
+        log::info!("the vCPUs are slowed down by {percent} % of their time");
+        self.context.statistics.update(|s| s.throttle_percent = percent);
+        Ok(())
     }
 }
 

@@ -12,7 +12,7 @@ use crate::local::{Memory, prepare_until_little_is_left};
 use crate::ownership::source::{Action, Event, Source};
 use crate::protocol::{Hello, Message, Prepare, Properties, Reasons};
 use crate::ram::Sender;
-use crate::rounds::{prepare_stop, rounds};
+use crate::rounds::{check_way_out, prepare_stop, rounds};
 use crate::sink::Sink;
 use crate::{
     Description, Error, PageBitmap, Parameters, Patience, RunState, SaveFor, SourceMachine, Statistics,
@@ -168,6 +168,7 @@ impl Attempt {
         match link.receive(Step { doing, patience: build, cancel, until: None })? {
             Message::Agree(agree) => {
                 self.instance = agree.instance;
+                check_way_out(context.parameters, agree.features)?;
                 let granted = agree.features & features::LOCAL != 0;
                 if memory.is_some() && !granted {
                     log::warn!("the destination takes no memory itself: its contents are sent instead");
@@ -345,6 +346,7 @@ pub(crate) fn bring_back(
 ) -> Result<(), String> {
     if tracking {
         machine.stop_dirty_tracking();
+        machine.stop_throttling();
     }
     if disks_touched {
         machine

@@ -72,7 +72,7 @@ impl Average {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Decision, Situation, converge};
+    use crate::{Convergence, Decision, Situation, converge};
 
     const MIB: u64 = 1 << 20;
     const PAGES_PER_MIB: u64 = MIB / PAGE_BYTES;
@@ -100,12 +100,15 @@ mod tests {
         speed.add(&round(512 * PAGES_PER_MIB, 511 * PAGES_PER_MIB, 10_000));
         let situation = Situation {
             rounds: 1,
+            elapsed: Duration::from_secs(1),
             remaining_bytes: 7_400_000,
             previous_remaining_bytes: 7_400_000,
             bytes_per_second: speed.bytes_per_second(),
             downtime_limit: Duration::from_millis(300),
             fixed_cost: Duration::from_millis(5),
-            rounds_limit: None,
+            throttle_percent: 0,
+            trend: None,
+            convergence: Convergence::default(),
         };
         assert_eq!(converge(&situation), Decision::Stop, "{speed:?}");
         assert!(situation.expected_downtime() < Duration::from_millis(10), "{situation:?}");

@@ -97,6 +97,8 @@ pub struct Snapshot {
     pub dirty_pages_per_second: u64,
     /// How fast the link was in the last round, or is in the first, in bytes a second.
     pub bytes_per_second: u64,
+    /// What the vCPUs are slowed down by, or were until they were stopped, in percent of their time.
+    pub throttle_percent: u8,
     /// How long the guest would stand still if it were stopped now.
     pub expected_downtime: Duration,
     /// From the start to the first page.
@@ -162,6 +164,11 @@ impl Statistics {
     pub(crate) fn start(&self) {
         *self.lock() = Inner { started: Some(Instant::now()), ..Inner::default() };
         self.set_status(Status::Setup);
+    }
+
+    /// Since the start.
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.lock().started.map(|started| started.elapsed()).unwrap_or_default()
     }
 
     pub(crate) fn update(&self, change: impl FnOnce(&mut Snapshot)) {

@@ -9,7 +9,7 @@ use super::*;
 fn request() -> MigrateRequest {
     MigrateRequest {
         uri: "unix:/there".to_owned(),
-        downtime_limit: Some(20),
+        limits: Limits { downtime_limit: Some(20), ..Limits::default() },
         tls_dir: Some("/keys".into()),
         ..MigrateRequest::default()
     }
@@ -49,7 +49,7 @@ fn a_migration_is_followed_to_its_end() {
     // What was not asked for stays.
     assert_eq!(
         setup.machine.migration_parameters(),
-        MigrationParameters { downtime_limit: 20, max_bandwidth: 0 }
+        MigrationParameters { downtime_limit: 20, ..MigrationParameters::default() }
     );
 }
 

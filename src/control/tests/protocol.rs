@@ -76,6 +76,26 @@ fn malformed_requests_get_the_words_of_qemu() {
             r#"{"execute":"migrate-set-parameters","arguments":{"downtime-limit":2000001}}"#,
             "Parameter 'downtime-limit' expects an integer in the range of 0 to 2000 seconds",
         ),
+        (
+            r#"{"execute":"migrate-set-parameters","arguments":{"cpu-throttle-initial":100}}"#,
+            "Parameter 'cpu-throttle-initial' expects an integer in the range of 1 to 99",
+        ),
+        (
+            r#"{"execute":"migrate-set-parameters","arguments":{"max-cpu-throttle":19}}"#,
+            "Parameter 'max-cpu-throttle' expects an integer in the range of cpu-throttle-initial to 99",
+        ),
+        (
+            r#"{"execute":"migrate-set-parameters","arguments":{"throttle-trigger-threshold":0}}"#,
+            "Parameter 'throttle-trigger-threshold' expects an integer in the range of 1 to 100",
+        ),
+        (
+            r#"{"execute":"migrate-set-parameters","arguments":{"x-ferry-timeout":4294967296}}"#,
+            "Parameter 'x-ferry-timeout' expects uint32",
+        ),
+        (
+            r#"{"execute":"migrate-set-parameters","arguments":{"x-ferry-on-timeout":"wait"}}"#,
+            "Parameter 'x-ferry-on-timeout' does not accept value 'wait'",
+        ),
         (r#"{"execute":"migrate-set-capabilities"}"#, "Parameter 'capabilities' is missing"),
         (
             r#"{"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"multifd","state":true}]}}"#,
@@ -168,7 +188,10 @@ fn migration_is_reported_in_the_shape_of_qemu() {
     assert_eq!(raw.ask(on), json!({ "return": {} }));
     assert_eq!(
         raw.ask(r#"{"execute":"query-migrate-capabilities"}"#),
-        json!({ "return": [{ "capability": "events", "state": true }] })
+        json!({ "return": [
+            { "capability": "events", "state": true },
+            { "capability": "auto-converge", "state": false },
+        ] })
     );
     let event = raw.ask(r#"{"execute":"migrate_cancel"}"#);
     assert_eq!((&event["event"], &event["data"]), (&json!("MIGRATION"), &json!({ "status": "cancelled" })));
@@ -218,10 +241,56 @@ fn parameters_change_one_by_one() {
     let setup = Setup::new();
     let mut raw = setup.negotiated();
     let query = r#"{"execute":"query-migrate-parameters"}"#;
-    assert_eq!(raw.ask(query), json!({ "return": { "downtime-limit": 300, "max-bandwidth": 0 } }));
+    let mut expected = json!({
+        "downtime-limit": 300,
+        "max-bandwidth": 0,
+        "throttle-trigger-threshold": 50,
+        "cpu-throttle-initial": 20,
+        "cpu-throttle-increment": 10,
+        "max-cpu-throttle": 99,
+        "x-ferry-max-rounds": 0,
+        "x-ferry-timeout": 0,
+        "x-ferry-on-timeout": "cancel",
+    });
+    assert_eq!(raw.ask(query), json!({ "return": expected }));
     raw.ask(r#"{"execute":"migrate-set-parameters","arguments":{"max-bandwidth":1048576}}"#);
     raw.ask(r#"{"execute":"migrate-set-parameters","arguments":{"downtime-limit":20}}"#);
-    assert_eq!(raw.ask(query), json!({ "return": { "downtime-limit": 20, "max-bandwidth": 1048576 } }));
+    (expected["downtime-limit"], expected["max-bandwidth"]) = (json!(20), json!(1_048_576));
+    assert_eq!(raw.ask(query), json!({ "return": expected }));
+    for (name, value) in [
+        ("throttle-trigger-threshold", json!(100)),
+        ("cpu-throttle-initial", json!(30)),
+        ("cpu-throttle-increment", json!(25)),
+        ("max-cpu-throttle", json!(90)),
+        ("x-ferry-max-rounds", json!(7)),
+        ("x-ferry-timeout", json!(60)),
+        ("x-ferry-on-timeout", json!("force")),
+    ] {
+        let set = json!({ "execute": "migrate-set-parameters", "arguments": { name: value } });
+        assert_eq!(raw.ask(&set.to_string()), json!({ "return": {} }));
+        expected[name] = value;
+        assert_eq!(raw.ask(query), json!({ "return": expected }));
+    }
+}
+
+#[test]
+fn vcpus_are_slowed_down_where_the_capability_says_so() {
+    let setup = Setup::new();
+    let limits = |auto_converge| Limits { auto_converge, timeout: Some(60), ..Limits::default() };
+    let mut client = Client::connect(&setup.path).unwrap();
+    for on in [true, false] {
+        client.set_limits(&limits(Some(on))).unwrap();
+        client.set_limits(&limits(None)).unwrap();
+        assert_eq!(setup.machine.migration_parameters().convergence.auto_converge, on);
+        let listed = client.execute("query-migrate-capabilities", json!({})).unwrap();
+        assert_eq!(listed[1], json!({ "capability": "auto-converge", "state": on }));
+    }
+    let convergence: engine::Convergence = setup.machine.migration_parameters().convergence.into();
+    let expected = engine::Convergence {
+        timeout: Some(std::time::Duration::from_secs(60)),
+        ..engine::Convergence::default()
+    };
+    assert_eq!(convergence, expected);
 }
 
 #[test]

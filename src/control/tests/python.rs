@@ -19,6 +19,6 @@ fn the_python_package_of_qemu_talks_to_it() {
     );
     assert_eq!(
         setup.machine.migration_parameters(),
-        MigrationParameters { downtime_limit: 50, max_bandwidth: 1 << 30 }
+        MigrationParameters { downtime_limit: 50, max_bandwidth: 1 << 30, ..MigrationParameters::default() }
     );
 }

@@ -4,5 +4,6 @@ mod attack;
 mod guest;
 mod run;
 mod save;
+mod throttle;
 
 pub(crate) use guest::{CODE, MMIO, TestGuest, WATCHDOG};

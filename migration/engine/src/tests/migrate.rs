@@ -207,22 +207,6 @@ fn a_blocked_machine_does_not_even_connect() {
     assert_eq!(world.running(), ["source"]);
 }
 
-#[test]
-fn a_guest_that_never_converges_is_given_up_as_configured() {
-    let world = World::new();
-    let mut play = Play::new(&world);
-    play.source.writes = vec![500; 100];
-    play.parameters.set_downtime_limit(std::time::Duration::ZERO);
-    play.parameters.set_rounds_limit(Some(5));
-    let ending = play.run();
-    assert!(matches!(
-        ending.source,
-        Some((Outcome::Failed { error: Error::NoConvergence { rounds: 5, .. }, paused: None }, _))
-    ));
-    assert_eq!(world.running(), ["source"]);
-    assert_eq!(ending.source_statistics.error, ending.destination_statistics.error);
-}
-
 /// The user cancels while a message of the source waits at a gate; then the gate opens.
 #[test]
 fn cancel_works_at_every_message_until_commit() {

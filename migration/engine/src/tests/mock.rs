@@ -246,6 +246,7 @@ impl Guest {
 }
 
 type Preparation = Box<dyn FnMut(&Guest) + Send>;
+type Look = Box<dyn FnMut(u8) + Send>;
 
 /// The machine that leaves.
 pub struct Source {
@@ -255,6 +256,10 @@ pub struct Source {
     pub blockers: Vec<String>,
     pub paused: bool,
     pub finished: bool,
+    /// What it is slowed down by.
+    pub throttle_percent: u8,
+    /// Hears of every look at the bitmap, and what the guest is slowed down by.
+    pub on_look: Option<Look>,
     /// What happens while a stop is prepared.
     pub preparation: Option<Preparation>,
     /// Its memory can go itself.
@@ -293,6 +298,8 @@ impl Source {
             blockers: Vec::new(),
             paused: false,
             finished: false,
+            throttle_percent: 0,
+            on_look: None,
             preparation: None,
             passes_memory: false,
             stopped_with: None,
@@ -356,10 +363,14 @@ impl SourceMachine for Source {
 
     fn collect_dirty(&mut self) -> MachineResult<Vec<PageBitmap>> {
         self.guest.step("collect")?;
+        if let Some(on_look) = &mut self.on_look {
+            on_look(self.throttle_percent);
+        }
         assert!(self.tracking);
         let runs = !self.paused && self.guest.world.running().contains(&self.guest.name);
         if runs {
             let count = self.writes.get(self.looks as usize).copied().unwrap_or(10);
+            let count = count * u64::from(100 - self.throttle_percent) / 100;
             for index in 0..count {
                 // Everywhere, holes included, and some of it zeroes.
                 let page = (index * 7 + self.looks * 13) % BLOCKS[0].1;
@@ -382,6 +393,18 @@ impl SourceMachine for Source {
         self.tracking = false;
     }
 
+    fn throttle(&mut self, percent: u8) -> MachineResult<()> {
+        self.guest.step("throttle")?;
+        assert!((1..=99).contains(&percent) && self.tracking);
+        self.guest.world.note(&self.guest.name, &format!("throttled by {percent}"));
+        self.throttle_percent = percent;
+        Ok(())
+    }
+
+    fn stop_throttling(&mut self) {
+        self.throttle_percent = 0;
+    }
+
     fn prepare_stop(&mut self) {
         self.guest.world.note(&self.guest.name, "prepare stop");
         if let Some(preparation) = &mut self.preparation {
@@ -396,6 +419,7 @@ impl SourceMachine for Source {
         self.guest.write(1, 39, 0xbeef);
         self.guest.world.halt(&self.guest.name);
         self.stopped_with = Some(self.guest.contents());
+        self.throttle_percent = 0;
         Ok(RunState::from(!self.paused))
     }
 
@@ -445,6 +469,7 @@ impl SourceMachine for Source {
         if self.stopped_with.take().is_some_and(|before| before != self.guest.contents()) {
             self.guest.world.violate("the guest goes on with RAM that is not as it was".to_owned());
         }
+        assert_eq!(self.throttle_percent, 0, "the guest runs as it did before");
         if state == RunState::Running {
             self.guest.world.run(&self.guest.name);
         }

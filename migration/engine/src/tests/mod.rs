@@ -1,5 +1,6 @@
 //! Whole migrations of a mock machine, in one process, on the real protocol, the real lease and real sockets.
 
+mod convergence;
 mod faults;
 mod file;
 mod fill;
@@ -37,6 +38,7 @@ pub fn patience() -> Patience {
         silence: long,
         prepare: long,
         stall: long,
+        throttle: Duration::ZERO,
         stopped: long,
         answer: long,
         settle: long,

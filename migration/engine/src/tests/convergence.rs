@@ -1,0 +1,167 @@
+//! Guests that dirty their memory faster than it goes: slowed down, given up, or stopped all the same.
+//!
+//! Nothing here depends on how fast it goes: no downtime is allowed, so that only a guest that dirties nothing converges, and the
+//! mock guest dirties less the more it is slowed down.
+
+use std::time::Duration;
+
+use super::migrate::assert_moved;
+use super::mock::{Trouble, World};
+use super::{Ending, Play};
+use crate::{Convergence, Error, OnTimeout, Outcome, Status};
+
+/// A guest that dirties `pages` pages in every round, and a user who allows it no downtime.
+fn hot(world: &World, pages: u64, convergence: Convergence) -> Play {
+    let mut play = Play::new(world);
+    play.source.writes = vec![pages; 100];
+    play.parameters.set_downtime_limit(Duration::ZERO);
+    play.parameters.set_convergence(convergence);
+    play
+}
+
+fn assert_stayed(world: &World, ending: &Ending) {
+    assert_eq!(world.running(), ["source"]);
+    assert!(ending.arrived.is_none());
+    assert_eq!(ending.source_statistics.status, Status::Failed);
+    assert_eq!(ending.source_statistics.error, ending.destination_statistics.error);
+    let (_, source) = ending.source.as_ref().expect("it was not killed");
+    assert_eq!(source.throttle_percent, 0);
+    world.assert_sound("stayed");
+}
+
+/// The steps by which the guest was slowed down.
+fn steps(world: &World) -> Vec<String> {
+    let log = world.log();
+    log.iter().filter_map(|entry| entry.strip_prefix("source: throttled by ")).map(str::to_owned).collect()
+}
+
+const FIVE_ROUNDS: u32 = 5;
+
+fn five_rounds(on_timeout: OnTimeout) -> Convergence {
+    Convergence { max_rounds: Some(FIVE_ROUNDS), on_timeout, ..Convergence::default() }
+}
+
+#[test]
+fn a_guest_that_never_converges_is_given_up_after_its_rounds() {
+    let world = World::new();
+    let ending = hot(&world, 500, five_rounds(OnTimeout::Cancel)).run();
+    assert!(matches!(
+        ending.source,
+        Some((Outcome::Failed { error: Error::NoConvergence { rounds: FIVE_ROUNDS, .. }, paused: None }, _))
+    ));
+    assert_stayed(&world, &ending);
+    assert!(steps(&world).is_empty(), "nobody asked for it");
+}
+
+#[test]
+fn a_guest_that_never_converges_is_stopped_after_its_rounds() {
+    let world = World::new();
+    let ending = hot(&world, 500, five_rounds(OnTimeout::Force)).run();
+    assert_moved(&world, &ending);
+    let statistics = &ending.source_statistics;
+    assert_eq!(statistics.rounds, FIVE_ROUNDS);
+    assert!(statistics.downtime_bytes > 300 * 4096, "{statistics:?}");
+}
+
+/// The time is over from the start: a part of the first round goes before the stop, the rest in it.
+#[test]
+fn what_is_not_sent_when_the_time_is_over_goes_in_the_stop() {
+    let world = World::new();
+    let over = Convergence { timeout: Some(Duration::ZERO), ..Convergence::default() };
+    let ending = hot(&world, 10, Convergence { on_timeout: OnTimeout::Force, ..over }).run();
+    assert_moved(&world, &ending);
+    let statistics = &ending.source_statistics;
+    assert_eq!(statistics.rounds, 1);
+    // 400 and 32 pages are populated, a third of them zero, and a portion has 256.
+    let (before, after) =
+        (statistics.transferred_bytes - statistics.downtime_bytes, statistics.downtime_bytes);
+    assert!(before > 150 * 4096 && after > 100 * 4096, "{statistics:?}");
+
+    let world = World::new();
+    let ending = hot(&world, 10, over).run();
+    let Some((Outcome::Failed { error: Error::OutOfTime { rounds: 1, remaining_bytes, .. }, .. }, _)) =
+        ending.source
+    else {
+        panic!("{:?}", ending.source.map(|(outcome, _)| outcome));
+    };
+    assert!(remaining_bytes >= (432 - 256) * 4096, "{remaining_bytes}");
+    assert_stayed(&world, &ending);
+}
+
+#[test]
+fn vcpus_are_slowed_down_until_the_guest_converges() {
+    // At the last step, 99 percent, nothing is left of 90 pages.
+    let thirty_rounds = Convergence { max_rounds: Some(30), ..Convergence::default() };
+    let world = World::new();
+    let ending = hot(&world, 90, thirty_rounds).run();
+    assert_stayed(&world, &ending);
+
+    let world = World::new();
+    let ending = hot(&world, 90, Convergence { auto_converge: true, ..thirty_rounds }).run();
+    assert_moved(&world, &ending);
+    let expected: Vec<String> =
+        (20..100).step_by(10).chain([99]).map(|percent: u8| percent.to_string()).collect();
+    assert_eq!(steps(&world), expected);
+    let statistics = &ending.source_statistics;
+    assert_eq!((statistics.throttle_percent, statistics.rounds < 30), (99, true), "{statistics:?}");
+}
+
+/// Each time the guest runs on, which the mock machine refuses while it is slowed down.
+#[test]
+fn vcpus_run_as_before_after_every_failure() {
+    let auto = Convergence { auto_converge: true, ..Convergence::default() };
+    for trouble in ["throttle", "stop", "save", "quiesce", "release image"] {
+        let world = World::new();
+        let mut play = hot(&world, 90, auto);
+        play.source.guest.trouble = Some(Trouble::Fail(trouble));
+        let ending = play.run();
+        assert_stayed(&world, &ending);
+        assert_eq!(steps(&world).is_empty(), trouble == "throttle", "{trouble}");
+    }
+    let world = World::new();
+    let ending = hot(&world, 500, Convergence { max_rounds: Some(4), ..auto }).run();
+    assert_stayed(&world, &ending);
+    assert_eq!(steps(&world), ["20", "30"]);
+}
+
+/// What the user changes while rounds are made counts from the next decision on.
+#[test]
+fn the_user_changes_his_mind_while_it_runs() {
+    let world = World::new();
+    let mut play = hot(&world, 90, Convergence { auto_converge: true, ..Convergence::default() });
+    let parameters = std::sync::Arc::clone(&play.parameters);
+    let mut looks = 0;
+    play.source.on_look = Some(Box::new(move |throttle_percent| {
+        looks += 1;
+        match looks {
+            4 => {
+                assert_eq!(throttle_percent, 30);
+                parameters.set_convergence(Convergence::default());
+            }
+            6 => {
+                assert_eq!(throttle_percent, 0);
+                parameters.set_convergence(Convergence {
+                    max_rounds: Some(1),
+                    on_timeout: OnTimeout::Force,
+                    ..Convergence::default()
+                });
+            }
+            _ => {}
+        }
+    }));
+    let ending = play.run();
+    assert_moved(&world, &ending);
+    assert_eq!((ending.source_statistics.rounds, ending.source_statistics.throttle_percent), (6, 0));
+}
+
+#[test]
+fn postcopy_that_was_not_agreed_on_is_refused_before_memory_moves() {
+    let world = World::new();
+    let ending = hot(&world, 10, five_rounds(OnTimeout::Postcopy)).run();
+    assert!(matches!(
+        ending.source,
+        Some((Outcome::Failed { error: Error::PostcopyNotAgreed, paused: None }, _))
+    ));
+    assert_stayed(&world, &ending);
+    assert_eq!(ending.source_statistics.normal_pages, 0);
+}
