@@ -1,4 +1,4 @@
-//! Which pages of guest memory changed: KVM's log of what vCPUs wrote, united with the bitmap of what this process wrote
+//! Which pages of guest memory changed: what KVM says that vCPUs wrote, in its log or in their rings, united with the bitmap of what this process wrote
 //! (device models, io_uring, preadv).
 //!
 //! **Take the bitmap first, then read pages.** A page that is written again after its bit was taken is in the next
@@ -25,6 +25,8 @@ impl DirtyTracker {
     /// [`Error::Call`]; nothing is tracked then.
     pub fn start(vm: &Arc<Vm>, ram: &GuestRam) -> Result<Self, Error> {
         let tracker = Self { vm: Arc::clone(vm), blocks: ram.blocks().to_vec() };
+        let slots = tracker.blocks.iter().filter_map(|block| Some((block.kvm_slot?, block.pages())));
+        vm.follow_dirty_rings(slots)?;
         vm.log_dirty_pages(true)?;
         for block in &tracker.blocks {
             block.mapping.bitmap().reset();
@@ -50,8 +52,8 @@ impl DirtyTracker {
         self.take(true)
     }
 
-    /// As [`Self::collect`], for the last time, with every vCPU stopped: since nobody writes, KVM's log need not be
-    /// cleared, which would be most of the cost. Afterwards only dropping it makes sense.
+    /// As [`Self::collect`], for the last time, with every vCPU stopped: since nobody writes, no page need be
+    /// protected again, which would be most of the cost. Afterwards only dropping it makes sense.
     ///
     /// # Errors
     /// [`Error::Call`].
@@ -60,15 +62,25 @@ impl DirtyTracker {
     }
 
     fn take(&mut self, clear: bool) -> Result<Vec<PageBitmap>, Error> {
+        if clear {
+            self.vm.empty_dirty_rings()?;
+        } else {
+            self.vm.take_dirty_rings()?;
+        }
         let take_block = |block: &RamBlock| {
             let pages = block.pages();
             let mut bitmap = PageBitmap::from_words(block.mapping.bitmap().get_and_reset(), pages);
             if let Some(slot) = block.kvm_slot {
-                let log = self.vm.dirty_log(slot, block.length_bytes())?;
-                if clear {
-                    self.vm.clear_dirty_log(slot, block.length_bytes(), &log)?;
-                }
-                bitmap.union(&PageBitmap::from_words(log, pages));
+                let words = if self.vm.has_dirty_rings() {
+                    self.vm.dirty_ring_pages(slot)
+                } else {
+                    let log = self.vm.dirty_log(slot, block.length_bytes())?;
+                    if clear {
+                        self.vm.clear_dirty_log(slot, block.length_bytes(), &log)?;
+                    }
+                    log
+                };
+                bitmap.union(&PageBitmap::from_words(words, pages));
             }
             Ok(bitmap)
         };
@@ -78,7 +90,8 @@ impl DirtyTracker {
 
 impl Drop for DirtyTracker {
     fn drop(&mut self) {
-        if let Err(error) = self.vm.log_dirty_pages(false) {
+        // In this order: what is left in the rings would fill them for good.
+        if let Err(error) = self.vm.log_dirty_pages(false).and_then(|()| self.vm.forget_dirty_rings()) {
             log::error!("{error}: {:?}", std::error::Error::source(&error));
         }
     }
@@ -89,6 +102,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
+    use crate::kvm::{DirtyTracking, Host};
     use crate::vcpu::tests::TestGuest;
 
     /// Writes to pages 0x10 and 0x12, tells port 0x10, and does so for ever. Its own page is 1.
@@ -99,8 +113,30 @@ mod tests {
         0xeb, 0xf0, // jmp back
     ];
 
+    /// Writes to each of 4096 pages from 1 MiB on, tells port 0x10 which, and does so for ever.
+    const WRITE_MANY_PAGES: [u8; 27] = [
+        0xbf, 0x00, 0x00, 0x10, 0x00, // mov edi, 0x100000
+        0xff, 0x07, // inc dword [edi]
+        0x89, 0xf8, // mov eax, edi
+        0xe7, 0x10, // out 0x10, eax
+        0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, // add edi, 0x1000
+        0x81, 0xff, 0x00, 0x00, 0x10, 0x01, // cmp edi, 0x1100000
+        0x75, 0xec, // jne inc
+        0xeb, 0xe5, // jmp back
+    ];
+    const FIRST_OF_MANY: u64 = 0x100;
+    const MANY: u64 = 4096;
+
     /// Of both blocks.
     const NOTHING: [[u64; 0]; 2] = [[], []];
+
+    /// A guest for each way to find dirty pages.
+    fn for_each_way(test: impl Fn(TestGuest)) {
+        for tracking in [DirtyTracking::Log, DirtyTracking::Ring] {
+            println!("by {tracking}");
+            test(TestGuest::tracked(tracking, 1 << 20, 1024, &WRITE_TWO_PAGES));
+        }
+    }
 
     fn pages(bitmaps: &[PageBitmap]) -> Vec<Vec<u64>> {
         bitmaps.iter().map(|bitmap| bitmap.runs().flatten().collect()).collect()
@@ -117,69 +153,152 @@ mod tests {
 
     #[test]
     fn writes_of_the_guest_and_of_this_process_are_united() {
-        let guest = TestGuest::new(1, &WRITE_TWO_PAGES);
-        let_it_write(&guest);
-        guest.low().write(0x9000, &[1]).unwrap();
-        let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
-        assert_eq!(pages(&tracker.collect().unwrap()), NOTHING, "what was written before does not count");
+        for_each_way(|guest| {
+            let_it_write(&guest);
+            guest.low().write(0x9000, &[1]).unwrap();
+            let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
+            assert_eq!(pages(&tracker.collect().unwrap()), NOTHING, "what was written before does not count");
 
-        let_it_write(&guest);
-        guest.ram.memory().write_slice(&[1; 0x1001], GuestAddress(0x20_000)).unwrap();
-        guest.ram.block("namespace-A-1").unwrap().write(0xffff, &[1]).unwrap();
-        assert_eq!(pages(&tracker.collect().unwrap()), [vec![0x10, 0x12, 0x20, 0x21], vec![0xf]]);
-        assert_eq!(pages(&tracker.collect().unwrap()), NOTHING, "each write is reported once");
+            let_it_write(&guest);
+            guest.ram.memory().write_slice(&[1; 0x1001], GuestAddress(0x20_000)).unwrap();
+            guest.ram.block("namespace-A-1").unwrap().write(0xffff, &[1]).unwrap();
+            assert_eq!(pages(&tracker.collect().unwrap()), [vec![0x10, 0x12, 0x20, 0x21], vec![0xf]]);
+            assert_eq!(pages(&tracker.collect().unwrap()), NOTHING, "each write is reported once");
 
-        // Again, so that clearing has protected the pages again.
-        let_it_write(&guest);
-        assert_eq!(pages(&tracker.collect().unwrap()), [vec![0x10, 0x12], vec![]]);
+            // Again, so that clearing has protected the pages again.
+            let_it_write(&guest);
+            assert_eq!(pages(&tracker.collect().unwrap()), [vec![0x10, 0x12], vec![]]);
 
-        let_it_write(&guest);
-        guest.low().write(0x30_000, &[1]).unwrap();
-        assert_eq!(pages(&tracker.collect_stopped().unwrap()), [vec![0x10, 0x12, 0x30], vec![]]);
+            let_it_write(&guest);
+            guest.low().write(0x30_000, &[1]).unwrap();
+            assert_eq!(pages(&tracker.collect_stopped().unwrap()), [vec![0x10, 0x12, 0x30], vec![]]);
+        });
     }
 
     #[test]
     fn tracking_ends_and_begins_again() {
-        let guest = TestGuest::new(1, &WRITE_TWO_PAGES);
-        drop(DirtyTracker::start(&guest.vm, &guest.ram).unwrap());
-        assert!(guest.vm.dirty_log(0, 1 << 20).is_err(), "there is no log when nothing is tracked");
-        let_it_write(&guest);
-        let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
-        assert_eq!(pages(&tracker.collect().unwrap()), NOTHING);
-        let_it_write(&guest);
-        assert_eq!(pages(&tracker.collect().unwrap()), [vec![0x10, 0x12], vec![]]);
+        for_each_way(|guest| {
+            drop(DirtyTracker::start(&guest.vm, &guest.ram).unwrap());
+            assert!(guest.vm.dirty_log(0, 1 << 20).is_err(), "there is no log when nothing is tracked");
+            let_it_write(&guest);
+            let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
+            assert_eq!(pages(&tracker.collect().unwrap()), NOTHING);
+            let_it_write(&guest);
+            assert_eq!(pages(&tracker.collect().unwrap()), [vec![0x10, 0x12], vec![]]);
+            // What was taken for the last time and never protected again is no matter for the next tracker.
+            let_it_write(&guest);
+            tracker.collect_stopped().unwrap();
+            drop(tracker);
+            let_it_write(&guest);
+            let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
+            assert_eq!(pages(&tracker.collect().unwrap()), NOTHING);
+            let_it_write(&guest);
+            assert_eq!(pages(&tracker.collect().unwrap()), [vec![0x10, 0x12], vec![]]);
+        });
     }
 
     /// While the guest runs, every page that it writes is in some bitmap: after the last, all contents are known.
     #[test]
     fn nothing_is_lost_while_the_guest_runs() {
-        let guest = TestGuest::new(1, &WRITE_TWO_PAGES);
-        let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
-        guest.vcpus.resume().unwrap();
-        let mut copy = vec![0; 1 << 20];
-        guest.low().read(0, &mut copy).unwrap();
-        let mut update = |bitmap: &PageBitmap| {
-            for page in bitmap.runs().flatten() {
-                let start = page as usize * 4096;
-                guest.low().read(start as u64, &mut copy[start..start + 4096]).unwrap();
+        for_each_way(|guest| {
+            let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
+            guest.vcpus.resume().unwrap();
+            let mut copy = vec![0; 1 << 20];
+            guest.low().read(0, &mut copy).unwrap();
+            let mut update = |bitmap: &PageBitmap| {
+                for page in bitmap.runs().flatten() {
+                    let start = page as usize * 4096;
+                    guest.low().read(start as u64, &mut copy[start..start + 4096]).unwrap();
+                }
+            };
+            for _ in 0..200 {
+                guest.next_port();
+                update(&tracker.collect().unwrap()[0]);
             }
-        };
-        for _ in 0..200 {
-            guest.next_port();
-            update(&tracker.collect().unwrap()[0]);
+            guest.vcpus.pause().unwrap();
+            update(&tracker.collect_stopped().unwrap()[0]);
+            let mut now = vec![0; 1 << 20];
+            guest.low().read(0, &mut now).unwrap();
+            assert!(copy == now, "the copy lacks writes");
+            assert!(guest.word(0x10_000) >= 200);
+        });
+    }
+
+    /// Until it has written all of its 4096 pages.
+    fn let_it_write_many(guest: &TestGuest) {
+        guest.vcpus.resume().unwrap();
+        for page in [FIRST_OF_MANY, FIRST_OF_MANY + MANY - 1] {
+            while u64::from(guest.next_value()) != page * 4096 {}
         }
         guest.vcpus.pause().unwrap();
-        update(&tracker.collect_stopped().unwrap()[0]);
-        let mut now = vec![0; 1 << 20];
-        guest.low().read(0, &mut now).unwrap();
-        assert!(copy == now, "the copy lacks writes");
-        assert!(guest.word(0x10_000) >= 200);
+        guest.port_backlog();
+    }
+
+    /// More pages than its ring has entries, several times over, with nobody who looks: the vCPU makes room itself. The log finds the
+    /// same.
+    #[test]
+    fn a_ring_that_is_full_loses_nothing() {
+        for tracking in [DirtyTracking::Log, DirtyTracking::Ring] {
+            let guest = TestGuest::tracked(tracking, 32 << 20, 1024, &WRITE_MANY_PAGES);
+            let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
+            let many: Vec<u64> = (FIRST_OF_MANY..FIRST_OF_MANY + MANY).collect();
+            for _ in 0..3 {
+                let_it_write_many(&guest);
+                assert_eq!(pages(&tracker.collect().unwrap()), [many.clone(), vec![]], "by {tracking}");
+            }
+            let_it_write_many(&guest);
+            assert_eq!(pages(&tracker.collect_stopped().unwrap()), [many, vec![]], "by {tracking}");
+            drop(tracker);
+            let_it_write_many(&guest);
+        }
+    }
+
+    /// The guest writes without ever leaving to this process. Where KVM interprets it, the ring is overrun; elsewhere it loses nothing.
+    #[test]
+    fn a_ring_that_is_overrun_says_so_and_the_guest_goes_on() {
+        let mut code = WRITE_MANY_PAGES;
+        code[9..11].fill(0x90);
+        let guest = TestGuest::tracked(DirtyTracking::Ring, 32 << 20, 1024, &code);
+        let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
+        guest.vcpus.resume().unwrap();
+        let moves_on = || {
+            let last = (FIRST_OF_MANY + MANY - 1) * 4096;
+            let (before, deadline) =
+                (guest.word(last), std::time::Instant::now() + crate::vcpu::tests::WATCHDOG);
+            while guest.word(last) < before + 2 {
+                assert!(std::time::Instant::now() < deadline, "the guest stands still");
+                std::thread::yield_now();
+            }
+        };
+        moves_on();
+        match tracker.collect() {
+            Ok(bitmaps) => assert_eq!(bitmaps[0].count(), MANY),
+            Err(error) => {
+                assert!(Host::open().unwrap().is_paravirtual());
+                let overrun = |error| matches!(error, Error::DirtyRingOverrun);
+                assert!(overrun(error));
+                moves_on();
+                assert!(overrun(tracker.collect().unwrap_err()), "it is no better later");
+                drop(tracker);
+                moves_on();
+                assert!(overrun(DirtyTracker::start(&guest.vm, &guest.ram).unwrap_err()), "nor anew");
+                moves_on();
+            }
+        }
+        guest.vcpus.pause().unwrap();
+    }
+
+    #[test]
+    fn a_way_that_this_host_has_is_found() {
+        let host = Host::open().expect("these tests need /dev/kvm");
+        assert!(!Vm::new(&host).unwrap().has_dirty_rings(), "the log is there, and is what is chosen");
+        assert!(Vm::with_tracking(&host, DirtyTracking::Ring, None).unwrap().has_dirty_rings());
     }
 
     /// A log of more pages than one call clears, and not a multiple of 64.
     #[test]
     fn large_blocks_are_cleared_in_chunks() {
-        let host = crate::kvm::Host::open().expect("these tests need /dev/kvm");
+        let host = Host::open().expect("these tests need /dev/kvm");
         let vm = Vm::new(&host).unwrap();
         let ram = GuestRam::new((600 << 20) + 5 * 4096, &[]).unwrap();
         vm.map_ram(&ram).unwrap();

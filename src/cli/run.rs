@@ -6,6 +6,7 @@ use clap::Args;
 
 use crate::config::{Config, MachineSpec, NamespaceOption, NvmeOption, SerialOutput, Tables};
 use crate::io_poll::IoPoll;
+use crate::kvm::DirtyTracking;
 use crate::vcpu::{BootProtocol, CpuModel};
 
 /// The machine to run. Its help stands at [`super::Command::Run`].
@@ -58,6 +59,10 @@ pub struct RunArguments {
     /// RAM, for example 512M or 4G.
     #[arg(long, default_value = "256M", value_name = "SIZE")]
     pub memory: String,
+    /// How the pages that the guest writes while it moves are found: by a bitmap of all RAM (log), or by a list of 1 MiB for each vCPU
+    /// (ring) [default: auto: the log where KVM can clear it in parts, otherwise rings].
+    #[arg(long, value_enum, default_value_t, hide_default_value = true)]
+    pub dirty_tracking: DirtyTracking,
     /// Kernel to boot, at the start and after resets: an ELF vmlinux or a bzImage.
     #[arg(long, value_name = "PATH")]
     pub kernel: Option<PathBuf>,
@@ -143,6 +148,7 @@ impl RunArguments {
             cpus: self.cpus,
             cpu: self.cpu,
             memory: self.memory.clone(),
+            dirty_tracking: self.dirty_tracking,
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),
             cmdline: self.cmdline.clone(),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::io_poll::IoPoll;
+use crate::kvm::DirtyTracking;
 use crate::vcpu::{BootProtocol, CpuModel};
 
 use super::{ControllerSpec, Error, NamespaceOption, NvmeOption, parse_size};
@@ -70,6 +71,8 @@ pub struct Config {
     pub cpu: CpuModel,
     /// RAM, as written.
     pub memory: String,
+    /// How dirty pages are found.
+    pub dirty_tracking: DirtyTracking,
     /// ELF or bzImage; none only with an incoming migration.
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk.
@@ -107,6 +110,8 @@ pub struct MachineSpec {
     pub cpu: CpuModel,
     /// RAM in bytes, a multiple of 2 MiB.
     pub memory_bytes: u64,
+    /// How dirty pages are found.
+    pub dirty_tracking: DirtyTracking,
     /// ELF or bzImage.
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk.
@@ -162,6 +167,7 @@ impl TryFrom<Config> for MachineSpec {
             cpus: config.cpus,
             cpu: config.cpu,
             memory_bytes,
+            dirty_tracking: config.dirty_tracking,
             kernel: config.kernel,
             initrd: config.initrd,
             cmdline: config.cmdline,
@@ -270,6 +276,7 @@ mod tests {
             cpus: 1,
             cpu: CpuModel::Host,
             memory: "128M".into(),
+            dirty_tracking: DirtyTracking::Auto,
             kernel: Some("vmlinux".into()),
             initrd: None,
             cmdline: String::new(),

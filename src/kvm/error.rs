@@ -45,6 +45,11 @@ pub enum Error {
         /// Why.
         source: errno::Error,
     },
+    /// KVM did not stop a vCPU whose dirty ring was full.
+    #[error(
+        "KVM has overrun a dirty ring, so that dirty pages are lost: this machine cannot move any more, and must be started with --dirty-tracking log to"
+    )]
+    DirtyRingOverrun,
     /// More vCPUs than KVM takes.
     #[error("{asked} vCPUs asked for; KVM on this host takes 1 to {limit}")]
     VcpuCount {

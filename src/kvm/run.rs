@@ -82,6 +82,8 @@ pub(crate) enum Exit {
     Served,
     /// By a signal or `immediate_exit`; no access is pending.
     Interrupted,
+    /// The vCPU's dirty ring must be emptied before it can go on.
+    RingFull,
     /// Triple fault, or the guest asked the hypervisor for it.
     Reset,
     /// The guest asked the hypervisor to power it off.
@@ -117,6 +119,7 @@ impl Kickable {
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
                 Exit::Stuck(format!("hardware refused entry with reason {reason:#x} on host CPU {cpu}"))
             }
+            Ok(VcpuExit::Unsupported(kvm::KVM_EXIT_DIRTY_RING_FULL)) => Exit::RingFull,
             Ok(VcpuExit::InternalError) => Exit::Stuck(self.internal_error()),
             Ok(other) => Exit::Stuck(format!("unexpected exit {other:?}")),
             Err(error) => match error.errno() {

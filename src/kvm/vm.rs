@@ -11,6 +11,8 @@ use vm_memory::bitmap::Bitmap;
 use vmm_sys_util::errno;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::dirty_ring::DirtyRings;
+use super::tracking::{DirtyTracking, Tracking};
 use super::{Error, Host};
 use crate::memory::{GuestRam, RamBlock};
 use crate::{layout, startup};
@@ -24,8 +26,7 @@ pub struct Vm {
     slots: Mutex<Slots>,
     xsave_bytes: usize,
     max_vcpus: u32,
-    /// Whether a log starts with every page dirty, so that nothing is write-protected when it is switched on.
-    initially_set: bool,
+    tracking: Tracking,
 }
 
 /// Slots in use, with the mappings that they point at.
@@ -64,6 +65,18 @@ impl Vm {
     /// # Errors
     /// [`Error::Call`], naming the step.
     pub fn new(host: &Host) -> Result<Arc<Self>, Error> {
+        Self::with_tracking(host, DirtyTracking::default(), None)
+    }
+
+    /// As [`Self::new`], with a way to find dirty pages; rings have `ring_entries` each, a power of two, or as many as suit a machine.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and [`Error::MissingCapabilities`]: this host does not have that way.
+    pub fn with_tracking(
+        host: &Host,
+        tracking: DirtyTracking,
+        ring_entries: Option<u32>,
+    ) -> Result<Arc<Self>, Error> {
         let fd = uninterrupted(|| host.fd().create_vm()).map_err(Error::call("create a virtual machine"))?;
         let tss = usize::try_from(layout::KVM_TSS_START).expect("the address map fits usize on x86-64");
         fd.set_tss_address(tss).map_err(Error::call("set the TSS address"))?;
@@ -71,26 +84,13 @@ impl Vm {
         let pit = kvm_pit_config { flags: kvm::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(Error::call("create the interval timer"))?;
 
-        let offered = fd.check_extension_raw(kvm::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2.into());
-        let wanted = kvm::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | kvm::KVM_DIRTY_LOG_INITIALLY_SET;
-        let flags = u32::try_from(offered).unwrap_or(0) & wanted;
-        if flags & kvm::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE == 0 {
-            let missing = "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2".to_owned();
-            return Err(Error::MissingCapabilities { path: "/dev/kvm".into(), missing });
-        }
-        let manual = kvm::kvm_enable_cap {
-            cap: kvm::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-            args: [flags.into(), 0, 0, 0],
-            ..Default::default()
-        };
-        fd.enable_cap(&manual)
-            .map_err(Error::call(format!("enable manual dirty log protection ({flags:#x})")))?;
+        let tracking = Tracking::enable(&fd, tracking, ring_entries)?;
         Ok(Arc::new(Self {
             fd,
             slots: Mutex::default(),
             xsave_bytes: host.xsave_bytes(),
             max_vcpus: host.max_vcpus(),
-            initially_set: flags & kvm::KVM_DIRTY_LOG_INITIALLY_SET != 0,
+            tracking,
         }))
     }
 
@@ -172,7 +172,19 @@ impl Vm {
 
     /// Whether a log that was just switched on reports every page (otherwise: only pages written since).
     pub(crate) fn log_starts_full(&self) -> bool {
-        self.initially_set
+        matches!(self.tracking, Tracking::Log { starts_full: true })
+    }
+
+    /// Whether dirty pages are found by rings and not by the log.
+    pub(crate) fn has_dirty_rings(&self) -> bool {
+        self.dirty_rings().is_some()
+    }
+
+    pub(super) fn dirty_rings(&self) -> Option<&DirtyRings> {
+        match &self.tracking {
+            Tracking::Log { .. } => None,
+            Tracking::Ring(rings) => Some(rings),
+        }
     }
 
     #[allow(unsafe_code)]
@@ -224,7 +236,11 @@ impl Vm {
     }
 
     pub(crate) fn create_vcpu(&self, index: u32) -> Result<VcpuFd, Error> {
-        uninterrupted(|| self.fd.create_vcpu(index.into()))
-            .map_err(Error::call(format!("create vCPU {index}")))
+        let fd = uninterrupted(|| self.fd.create_vcpu(index.into()))
+            .map_err(Error::call(format!("create vCPU {index}")))?;
+        if let Some(rings) = self.dirty_rings() {
+            rings.add(&fd).map_err(Error::call(format!("map the dirty ring of vCPU {index}")))?;
+        }
+        Ok(fd)
     }
 }

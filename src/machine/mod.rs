@@ -99,7 +99,7 @@ impl Machine {
         console: &Console,
         events: &EventSink,
     ) -> anyhow::Result<Self> {
-        let vm = Vm::new(host)?;
+        let vm = Vm::with_tracking(host, spec.dirty_tracking, None)?;
         vm.map_ram(resources.ram())?;
         let router = MsiRouter::new(Arc::clone(&vm));
         let chipset = Chipset::new(&vm, console.output()?, events)?;

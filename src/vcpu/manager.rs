@@ -137,6 +137,7 @@ impl VcpuManager {
             let parts = Parts {
                 index,
                 fd,
+                vm: Arc::clone(vm),
                 exits: Arc::clone(&manager.exits),
                 buses: buses.clone(),
                 on_event: Arc::clone(on_event),

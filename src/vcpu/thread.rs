@@ -11,7 +11,7 @@ use kvm_ioctls::VcpuFd;
 use super::state::{self, CpuidLeaf, DebugRegisters, EventState, Msr, Registers, SystemRegisters, VcpuState};
 use super::{BootRegisters, cpuid, msr};
 use crate::kvm::run::{Exit, Kickable};
-use crate::kvm::{Error, is_same_tsc_frequency, tsc_offset, xsave};
+use crate::kvm::{Error, Vm, is_same_tsc_frequency, tsc_offset, xsave};
 use crate::startup;
 
 /// Offset of the LINT1 entry in a local APIC's registers.
@@ -51,6 +51,7 @@ pub(super) type Command = Box<dyn FnOnce(&mut Vcpu) + Send>;
 pub(super) struct Vcpu {
     pub(super) index: u32,
     kickable: Kickable,
+    vm: Arc<Vm>,
     running: bool,
     /// Until then it runs no guest, though it is not paused.
     resting_until: Option<Instant>,
@@ -69,6 +70,7 @@ pub(super) struct Vcpu {
 pub(super) struct Parts {
     pub(super) index: u32,
     pub(super) fd: VcpuFd,
+    pub(super) vm: Arc<Vm>,
     /// Counts how often KVM came back from the guest.
     pub(super) exits: Arc<AtomicU64>,
     pub(super) buses: Buses,
@@ -81,11 +83,12 @@ pub(super) struct Parts {
 impl Vcpu {
     /// On its thread.
     pub(super) fn new(parts: Parts) -> Self {
-        let Parts { index, fd, exits, buses, on_event, cpuid, msrs, xsave_bytes } = parts;
+        let Parts { index, fd, vm, exits, buses, on_event, cpuid, msrs, xsave_bytes } = parts;
         let kickable = Kickable::new(fd);
         Self {
             index,
             kickable,
+            vm,
             running: false,
             resting_until: None,
             power_on: None,
@@ -134,6 +137,10 @@ impl Vcpu {
         let event = match self.kickable.run(&self.buses.ports, &self.buses.mmio) {
             Exit::Served => return false,
             Exit::Interrupted => return true,
+            Exit::RingFull => match self.vm.relieve_dirty_ring(self.index) {
+                Ok(()) => return false,
+                Err(error) => VcpuEvent::Failed(error),
+            },
             Exit::Reset => VcpuEvent::Reset,
             Exit::PowerOff => VcpuEvent::PowerOff,
             Exit::Stuck(why) => {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bus::{Bus, BusDevice};
 
-use crate::kvm::{Host, Vm};
+use crate::kvm::{DirtyTracking, Host, Vm};
 use crate::memory::{GuestRam, RAM_LOW, RamBlock};
 use crate::vcpu::{BootProtocol, BootRegisters, Buses, Processors, VcpuEvent, VcpuManager};
 
@@ -65,8 +65,24 @@ impl TestGuest {
     /// The same with memory that can be placed.
     pub(crate) fn with_buffers(count: u32, code: &[u8], buffers: &[(String, u64)]) -> Self {
         let host = Host::open().expect("these tests need /dev/kvm");
-        let vm = Vm::new(&host).unwrap();
         let ram = GuestRam::with_buffers(1 << 20, &[("namespace-A-1".into(), 1 << 16)], buffers).unwrap();
+        Self::with(&host, Vm::new(&host).unwrap(), ram, count, code)
+    }
+
+    /// The same in a virtual machine that finds dirty pages by `tracking`, with this much RAM and rings of `ring_entries`.
+    pub(crate) fn tracked(
+        tracking: DirtyTracking,
+        memory_bytes: u64,
+        ring_entries: u32,
+        code: &[u8],
+    ) -> Self {
+        let host = Host::open().expect("these tests need /dev/kvm");
+        let ram = GuestRam::new(memory_bytes, &[("namespace-A-1".into(), 1 << 16)]).unwrap();
+        let vm = Vm::with_tracking(&host, tracking, Some(ring_entries)).unwrap();
+        Self::with(&host, vm, ram, 1, code)
+    }
+
+    fn with(host: &Host, vm: Arc<Vm>, ram: GuestRam, count: u32, code: &[u8]) -> Self {
         vm.map_ram(&ram).unwrap();
         let recorder = || {
             let (writes, receiver) = mpsc::channel();
@@ -82,7 +98,7 @@ impl TestGuest {
             let _ = event_sender.send((vcpu, event));
         });
         let vcpus =
-            VcpuManager::new(&host, &vm, &Processors { count, ..Default::default() }, &buses, &on_event)
+            VcpuManager::new(host, &vm, &Processors { count, ..Default::default() }, &buses, &on_event)
                 .unwrap();
         let guest = Self { vcpus, vm, ram, events, ports, mmio, mmio_device };
         guest.low().write(CODE.into(), code).unwrap();
