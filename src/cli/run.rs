@@ -59,6 +59,10 @@ pub struct RunArguments {
     /// RAM, for example 512M or 4G.
     #[arg(long, default_value = "256M", value_name = "SIZE")]
     pub memory: String,
+    /// Keep RAM in huge pages of 2 MiB, which the host must have reserved (/proc/sys/vm/nr_hugepages). Does not matter to the other side
+    /// of a migration.
+    #[arg(long)]
+    pub hugepages: bool,
     /// How the pages that the guest writes while it moves are found: by a bitmap of all RAM (log), or by a list of 1 MiB for each vCPU
     /// (ring) [default: auto: the log where KVM can clear it in parts, otherwise rings].
     #[arg(long, value_enum, default_value_t, hide_default_value = true)]
@@ -148,6 +152,7 @@ impl RunArguments {
             cpus: self.cpus,
             cpu: self.cpu,
             memory: self.memory.clone(),
+            hugepages: self.hugepages,
             dirty_tracking: self.dirty_tracking,
             kernel: self.kernel.clone(),
             initrd: self.initrd.clone(),

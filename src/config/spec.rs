@@ -71,6 +71,8 @@ pub struct Config {
     pub cpu: CpuModel,
     /// RAM, as written.
     pub memory: String,
+    /// Whether RAM is in huge pages.
+    pub hugepages: bool,
     /// How dirty pages are found.
     pub dirty_tracking: DirtyTracking,
     /// ELF or bzImage; none only with an incoming migration.
@@ -110,6 +112,8 @@ pub struct MachineSpec {
     pub cpu: CpuModel,
     /// RAM in bytes, a multiple of 2 MiB.
     pub memory_bytes: u64,
+    /// Whether RAM is in huge pages.
+    pub hugepages: bool,
     /// How dirty pages are found.
     pub dirty_tracking: DirtyTracking,
     /// ELF or bzImage.
@@ -167,6 +171,7 @@ impl TryFrom<Config> for MachineSpec {
             cpus: config.cpus,
             cpu: config.cpu,
             memory_bytes,
+            hugepages: config.hugepages,
             dirty_tracking: config.dirty_tracking,
             kernel: config.kernel,
             initrd: config.initrd,
@@ -276,6 +281,7 @@ mod tests {
             cpus: 1,
             cpu: CpuModel::Host,
             memory: "128M".into(),
+            hugepages: false,
             dirty_tracking: DirtyTracking::Auto,
             kernel: Some("vmlinux".into()),
             initrd: None,

@@ -94,7 +94,7 @@ impl Resources {
         };
         let regions: Vec<_> = spec.controllers.iter().map(region).collect();
         let buffer_blocks: Vec<_> = buffers.iter().chain(&regions).flatten().cloned().collect();
-        let ram = GuestRam::with_buffers(spec.memory_bytes, &blocks, &buffer_blocks)?;
+        let ram = GuestRam::with_pages(spec.memory_bytes, spec.hugepages, &blocks, &buffer_blocks)?;
         let mut disks: Vec<Nvm> = Vec::with_capacity(spec.controllers.len());
         for controller in &spec.controllers {
             let first =

@@ -13,6 +13,7 @@
 #![allow(unsafe_code)]
 
 mod file;
+mod huge;
 mod passed;
 mod zero;
 
@@ -67,6 +68,21 @@ pub enum Error {
         name: String,
         /// Its size.
         length_bytes: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// The host has not enough huge pages.
+    #[error(
+        "cannot take {pages} huge pages of 2 MiB for memory block \"{name}\": {}; /proc/sys/vm/nr_hugepages says how many the host reserves",
+        .free.map_or("the host has none of that size".to_owned(), |free| format!("{free} are free"))
+    )]
+    HugePages {
+        /// The block.
+        name: String,
+        /// How many it needs.
+        pages: u64,
+        /// How many nobody uses.
+        free: Option<u64>,
         /// Why.
         source: io::Error,
     },
@@ -127,6 +143,8 @@ pub struct RamBlock {
     passed: Arc<OnceLock<Passed>>,
     /// The file that it is instead, from some moment on.
     file: Arc<OnceLock<File>>,
+    /// Whether its pages are huge.
+    huge: bool,
     /// Where the guest sees it as RAM; `None` for memory that a device model reaches.
     pub guest_base: Option<u64>,
     /// The KVM memory slot: of RAM, and of device memory that the guest sees where and while it wants to.
@@ -139,28 +157,44 @@ impl RamBlock {
         length_bytes: u64,
         guest_base: Option<u64>,
         kvm_slot: Option<u32>,
+        huge: bool,
     ) -> Result<Self, Error> {
         let size = usize::try_from(length_bytes)
             .ok()
             .filter(|_| length_bytes > 0 && length_bytes.is_multiple_of(PAGE_SIZE_BYTES))
             .ok_or_else(|| Error::BadSize { name: name.to_owned(), length_bytes })?;
         let create = |what, source| Error::Create { what, name: name.to_owned(), length_bytes, source };
+        let refused = |source| Error::HugePages {
+            name: name.to_owned(),
+            pages: length_bytes.div_ceil(huge::HUGE_PAGE_BYTES),
+            free: huge::free_pages(),
+            source,
+        };
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let memfd = rustix::fs::memfd_create(name, flags).map_err(|e| create("create a memfd", e.into()))?;
+        let memfd = if huge {
+            rustix::fs::memfd_create(name, flags | huge::FLAGS).map_err(|e| refused(e.into()))?
+        } else {
+            rustix::fs::memfd_create(name, flags).map_err(|e| create("create a memfd", e.into()))?
+        };
         rustix::fs::ftruncate(&memfd, length_bytes).map_err(|e| create("set the size", e.into()))?;
         let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
         rustix::fs::fcntl_add_seals(&memfd, seals).map_err(|e| create("seal the size", e.into()))?;
         // Who is given a descriptor that only reads does not open another one that writes, unless it is our user's.
         rustix::fs::fchmod(&memfd, Mode::RUSR | Mode::WUSR).map_err(|e| create("set the mode", e.into()))?;
         let memfd = Arc::new(File::from(memfd));
-        let mapping = GuestMapping::from_file(FileOffset::from_arc(Arc::clone(&memfd), 0), size)
-            .map_err(|e| create("map the memfd", io::Error::other(e)))?;
+        let mapping = if huge {
+            huge::map(&memfd, size).map_err(refused)?
+        } else {
+            GuestMapping::from_file(FileOffset::from_arc(Arc::clone(&memfd), 0), size)
+                .map_err(|e| create("map the memfd", io::Error::other(e)))?
+        };
         Ok(Self {
             name: name.to_owned(),
             mapping: Arc::new(mapping),
             memfd,
             passed: Arc::default(),
             file: Arc::default(),
+            huge,
             guest_base,
             kvm_slot,
         })
@@ -182,6 +216,12 @@ impl RamBlock {
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.length_bytes() / PAGE_SIZE_BYTES
+    }
+
+    /// Whether its pages are huge.
+    #[must_use]
+    pub fn is_huge(&self) -> bool {
+        self.huge
     }
 
     /// The bytes `[offset, offset + length_bytes)`.
@@ -241,8 +281,8 @@ impl RamBlock {
             let (name, block_bytes) = (self.name.clone(), self.length_bytes());
             return Err(Error::OutOfBounds { name, offset, length_bytes, block_bytes });
         }
-        if self.file.get().is_some() {
-            // It has no holes.
+        if self.file.get().is_some() || self.huge {
+            // It has no holes, or none of this size.
             slice.copy_from(&vec![0u8; slice.len()]);
             return Ok(());
         }
@@ -261,6 +301,11 @@ impl RamBlock {
     pub fn populated_ranges(&self) -> Result<Vec<Range<u64>>, Error> {
         if self.file.get().is_some() {
             return Ok(std::iter::once(0..self.length_bytes()).collect());
+        }
+        if self.huge {
+            let what = "look for populated huge pages";
+            let failed = |source| Error::Access { what, name: self.name.clone(), offset: 0, source };
+            return huge::populated_ranges(&self.memfd, &self.mapping).map_err(failed);
         }
         let mut ranges = Vec::new();
         let mut end = 0;
@@ -320,11 +365,24 @@ impl GuestRam {
         extra_blocks: &[(String, u64)],
         buffers: &[(String, u64)],
     ) -> Result<Self, Error> {
+        Self::with_pages(memory_bytes, false, extra_blocks, buffers)
+    }
+
+    /// The same with RAM, of a multiple of 2 MiB, in `huge` pages.
+    ///
+    /// # Errors
+    /// As [`Self::new`], and [`Error::HugePages`].
+    pub fn with_pages(
+        memory_bytes: u64,
+        huge: bool,
+        extra_blocks: &[(String, u64)],
+        buffers: &[(String, u64)],
+    ) -> Result<Self, Error> {
         let low_bytes = memory_bytes.min(layout::LOW_RAM_END);
-        let mut blocks = vec![RamBlock::new(RAM_LOW, low_bytes, Some(0), Some(0))?];
+        let mut blocks = vec![RamBlock::new(RAM_LOW, low_bytes, Some(0), Some(0), huge)?];
         if memory_bytes > low_bytes {
             let (base, slot) = (Some(layout::HIGH_RAM_START), Some(1));
-            blocks.push(RamBlock::new(RAM_HIGH, memory_bytes - low_bytes, base, slot)?);
+            blocks.push(RamBlock::new(RAM_HIGH, memory_bytes - low_bytes, base, slot, huge)?);
         }
         let regions = blocks
             .iter()
@@ -342,7 +400,7 @@ impl GuestRam {
             if blocks.iter().any(|block| block.name == *name) {
                 return Err(Error::DuplicateName(name.clone()));
             }
-            blocks.push(RamBlock::new(name, *length_bytes, None, kvm_slot)?);
+            blocks.push(RamBlock::new(name, *length_bytes, None, kvm_slot, false)?);
         }
         Ok(Self { blocks, memory })
     }

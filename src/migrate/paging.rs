@@ -9,7 +9,8 @@ use crate::memory::RamBlock;
 use crate::userfault::{Error, Userfault};
 use crate::vmm::{Request, Vmm};
 
-/// The memory of one machine, but for persistent memory regions: those become files before the guest runs, and are read first.
+/// The memory of one machine, but for what is read first: persistent memory regions, which become files before the guest runs, and huge
+/// pages.
 pub struct Paging {
     userfault: Userfault,
     /// For each of `userfault`'s blocks its number in the machine.
@@ -29,7 +30,7 @@ impl Paging {
             .iter()
             .cloned()
             .enumerate()
-            .filter(|(_, block)| !resources.is_region(block))
+            .filter(|(_, block)| !resources.is_region(block) && !block.is_huge())
             .unzip();
         Ok(Self { userfault: Userfault::register(&blocks)?, numbers, vmm: Arc::downgrade(vmm) })
     }
