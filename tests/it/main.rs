@@ -6,6 +6,7 @@ mod architecture;
 mod blackout;
 mod chaos;
 mod controller_memory;
+mod convergence;
 mod costs;
 mod demo;
 mod golden;
