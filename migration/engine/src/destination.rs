@@ -223,8 +223,10 @@ impl<'a> Destination<'a> {
     ) -> Result<Arrived<F::Machine>, Error> {
         let (mut machine, features) = self.agree(factory, link, hello)?;
         let mapped = if features & features::LOCAL == 0 { None } else { Some(self.map(&mut machine, link)?) };
-        let receive = if mapped.is_some() { Receiver::local } else { Receiver::live };
-        let mut receiver = receive(factory.expected(), machine.ram_blocks());
+        let mut receiver = match &mapped {
+            Some(_) => Receiver::local(factory.expected()),
+            None => Receiver::live(factory.expected(), machine.ram_blocks()),
+        };
         let prepare = self.place(link, &mut receiver)?;
         self.load(&mut machine, link, receiver, &prepare)?;
         let room = mapped.as_ref().map_or(0, |_| DESCRIPTORS_MAX);

@@ -15,8 +15,8 @@ use crate::ram::Sender;
 use crate::rounds::{check_way_out, prepare_stop, rounds};
 use crate::sink::Sink;
 use crate::{
-    Description, Error, PageBitmap, Parameters, Patience, RunState, SaveFor, SourceMachine, Statistics,
-    Status, features,
+    Description, Error, PageBitmap, Parameters, Patience, RamBlock, RunState, SaveFor, SourceMachine,
+    Statistics, Status, features,
 };
 
 /// What a migration is made with.
@@ -187,21 +187,21 @@ impl Attempt {
         let handed_over = self.memory.as_ref().map(|memory| memory.pass(link, context)).transpose()?;
         let sink = Sink::new(link, context);
         let blocks = machine.ram_blocks();
-        let mut ram = Sender::start(sink, MACHINE, &blocks, statistics, "send RAM and devices")?;
+        // Memory that goes itself is none of the stream's: its digests too would cost the stop the more the larger it is.
+        let sent: &[RamBlock] = if handed_over.is_some() { &[] } else { &blocks };
+        let mut ram = Sender::start(sink, MACHINE, sent, statistics, "send RAM and devices")?;
 
         if handed_over.is_none() {
             machine.start_dirty_tracking().map_err(Error::machine("track dirty pages"))?;
             self.tracking = true;
         }
         // Tracking comes first: a page that is filled while the holes are looked for is dirty.
-        let mut pages = Vec::with_capacity(blocks.len());
-        for block in &blocks {
+        let mut pages = Vec::with_capacity(sent.len());
+        for block in sent {
+            let ranges =
+                machine.populated(block).map_err(Error::machine("find the holes of guest memory"))?;
             let mut bitmap = PageBitmap::for_bytes(block.length_bytes());
-            if self.tracking {
-                let ranges =
-                    machine.populated(block).map_err(Error::machine("find the holes of guest memory"))?;
-                ranges.into_iter().for_each(|range| bitmap.set_bytes(range));
-            }
+            ranges.into_iter().for_each(|range| bitmap.set_bytes(range));
             pages.push(bitmap);
         }
         statistics.update(|s| {

@@ -41,6 +41,13 @@ impl Expected {
         Expected { sections: BTreeMap::new(), ram: Ram::Exactly(ram), needs_integrity: true }
     }
 
+    /// The same sections and no RAM: it comes in another way.
+    #[must_use]
+    pub fn without_ram(mut self) -> Self {
+        self.ram = Ram::Exactly(Vec::new());
+        self
+    }
+
     /// Expects a section of this name and instance, which holds a `T`.
     #[must_use]
     pub fn section<T: VmState>(mut self, name: impl Into<String>, instance_id: u32) -> Self {

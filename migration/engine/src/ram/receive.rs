@@ -18,8 +18,6 @@ pub(crate) struct Receiver<'a> {
     placed: Vec<PageBitmap>,
     sections: SectionSet,
     complete: bool,
-    /// Memory is here already, and not ours to write: what comes is devices only.
-    only_devices: bool,
     inspect: Inspect<'a>,
     doing: &'static str,
 }
@@ -36,9 +34,9 @@ impl<'a> Receiver<'a> {
         Self::new(Decoder::live(expected), blocks, Box::new(|_| Ok(())), "receive RAM and devices")
     }
 
-    /// For a stream on a connection beside which the memory was handed over.
-    pub fn local(expected: Expected, blocks: Vec<RamBlock>) -> Self {
-        Self { only_devices: true, ..Self::live(expected, blocks) }
+    /// For a stream on a connection beside which the memory was handed over, which is not ours to write: it has devices only.
+    pub fn local(expected: Expected) -> Self {
+        Self::live(expected.without_ram(), Vec::new())
     }
 
     /// For a file.
@@ -49,8 +47,8 @@ impl<'a> Receiver<'a> {
     fn new(decoder: Decoder, blocks: Vec<RamBlock>, inspect: Inspect<'a>, doing: &'static str) -> Self {
         let placed = blocks.iter().map(|block| PageBitmap::for_bytes(block.length_bytes())).collect();
         let sections = SectionSet::default();
-        let (order, complete, only_devices) = (Vec::new(), false, false);
-        Self { decoder, blocks, order, placed, sections, complete, only_devices, inspect, doing }
+        let (order, complete) = (Vec::new(), false);
+        Self { decoder, blocks, order, placed, sections, complete, inspect, doing }
     }
 
     /// The next bytes of the stream.
@@ -87,9 +85,6 @@ impl<'a> Receiver<'a> {
             match event {
                 Event::RamBlocks(theirs) => {
                     self.order = match_blocks(theirs, &self.blocks).map_err(wrong)?;
-                }
-                Event::RamPage { .. } | Event::RamZero { .. } if self.only_devices => {
-                    return Err(wrong("a page of memory that was handed over".to_owned()));
                 }
                 Event::RamPage { block, offset, bytes } => {
                     let (block, placed) = place(&self.order, &self.blocks, &mut self.placed, block)
