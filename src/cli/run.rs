@@ -127,6 +127,13 @@ pub struct RunArguments {
     /// Wait for a guest from another host without TLS: whoever is on the network can read and change it, or send one.
     #[arg(long, requires = "incoming")]
     pub insecure: bool,
+    /// Run a copy of the guest of a snapshot, which stays as it is. The images of this machine are made anew, from those beside the
+    /// snapshot, and have a lease of their own.
+    #[arg(long, requires = "incoming")]
+    pub clone: bool,
+    /// With --clone: copy the images byte by byte where the file system cannot share their blocks.
+    #[arg(long, requires = "clone")]
+    pub copy_disks: bool,
     /// Read and verify all of the file of --incoming file:PATH before the guest runs, instead of what it touches while it runs.
     #[arg(long, requires = "incoming")]
     pub verify: bool,

@@ -17,7 +17,6 @@ use crate::machine::Machine;
 /// # Errors
 /// The guest may write something that is no image of the host's, or there are other namespaces than those of `spec`.
 pub fn of(spec: &MachineSpec, machine: &Machine) -> anyhow::Result<Vec<Image>> {
-    let mut images = Vec::new();
     for (controller, disk) in spec.controllers.iter().zip(machine.resources().disks()) {
         let serial = &controller.serial;
         ensure!(
@@ -35,6 +34,16 @@ pub fn of(spec: &MachineSpec, machine: &Machine) -> anyhow::Result<Vec<Image>> {
                 "namespaces of {serial} were added or removed since the start: {declared:?} then, {now:?} now"
             );
         }
+    }
+    Ok(writable(spec))
+}
+
+/// The images of `spec` that are not only read, with the names that copies of them have.
+#[must_use]
+pub fn writable(spec: &MachineSpec) -> Vec<Image> {
+    let mut images = Vec::new();
+    for controller in &spec.controllers {
+        let serial = &controller.serial;
         for namespace in controller.namespaces.iter().filter(|namespace| !namespace.read_only) {
             let (path, kind) = match &namespace.backend {
                 BackendSpec::File(path) => (path, "raw"),
@@ -49,7 +58,7 @@ pub fn of(spec: &MachineSpec, machine: &Machine) -> anyhow::Result<Vec<Image>> {
             images.push(Image { name, path: path.clone() });
         }
     }
-    Ok(images)
+    images
 }
 
 /// Makes the empty file `into` what the image is.

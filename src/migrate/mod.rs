@@ -8,7 +8,7 @@
 
 mod description;
 mod destination;
-mod images;
+pub mod images;
 mod job;
 mod paging;
 mod processor;
@@ -268,9 +268,15 @@ impl Migrations {
     ) -> anyhow::Result<()> {
         if let Uri::File { path, .. } = uri {
             let mut factory = Factory::new(vmm, GuestTime::File);
-            let reading = vmm.reading();
-            let restored =
-                engine::restore_from_file(&mut factory, path, reading, lease, &self.parameters, statistics)?;
+            let how = vmm.restoring();
+            let restored = engine::restore_from_file(
+                &mut factory,
+                path,
+                (how.0, &how.1),
+                lease,
+                &self.parameters,
+                statistics,
+            )?;
             if let Some(error) = restored.error {
                 log::error!(
                     "the guest is restored but could not be started, and is paused: {}",

@@ -11,6 +11,7 @@
 //!   for its end: it then fails, and the event is served here. No event is lost between two processes.
 //! - Images are held and the lease says `owned` for as long as the machine could run here.
 
+mod clone;
 mod operations;
 mod ownership;
 pub mod phases;
@@ -22,9 +23,9 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::Context;
-use engine::Reading;
+use anyhow::{Context, bail};
 use engine::lease::Lease;
+use engine::{Reading, Taking};
 use transport::{Endpoint, Security, Uri, inherit};
 
 use crate::cli::RunArguments;
@@ -79,8 +80,8 @@ pub struct Vmm {
     run_state: Mutex<RunState>,
     machine: Mutex<Option<Arc<Machine>>>,
     exit_when_migrated: bool,
-    /// When the memory of a guest that comes out of a file is read.
-    reading: Reading,
+    /// How a guest comes out of a file.
+    restoring: (Reading, Taking),
 }
 
 /// Runs the virtual machine of `arguments` until it ends.
@@ -117,7 +118,11 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     match &arguments.incoming {
         None => vmm.boot_first(arguments.discard_suspended)?,
         Some(uri) => {
-            vmm.return_lease(ownership::open_existing_lease(&vmm.spec)?);
+            let lease = match arguments.clone {
+                true => ownership::open_lease(&vmm.spec)?,
+                false => ownership::open_existing_lease(&vmm.spec)?,
+            };
+            vmm.return_lease(lease);
             let security = Security::chosen(arguments.tls_dir.as_deref(), arguments.insecure)?;
             vmm.migrations.expect(&vmm, &Endpoint { uri: uri.clone(), security }, inherited)?;
         }
@@ -134,6 +139,12 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
 
 impl Vmm {
     fn new(spec: MachineSpec, arguments: &RunArguments) -> anyhow::Result<(Arc<Self>, Receiver<Request>)> {
+        let reading = if arguments.verify { Reading::First } else { Reading::OnDemand };
+        let taking = match (&arguments.incoming, arguments.clone) {
+            (Some(Uri::File { path, .. }), true) => clone::prepare(&spec, path, arguments.copy_disks)?,
+            (_, true) => bail!("--clone is for --incoming file:PATH"),
+            (_, false) => Taking::Once,
+        };
         let host = Host::open()?;
         let console = Console::open(&spec.serial)?;
         let (requests, receiver) = channel();
@@ -151,7 +162,7 @@ impl Vmm {
             run_state: Mutex::new(run_state),
             machine: Mutex::default(),
             exit_when_migrated: arguments.exit_when_migrated,
-            reading: if arguments.verify { Reading::First } else { Reading::OnDemand },
+            restoring: (reading, taking),
         });
         Ok((vmm, receiver))
     }
@@ -246,10 +257,10 @@ impl Vmm {
         lock(&self.machine).clone()
     }
 
-    /// When the memory of a guest that comes out of a file is read.
+    /// How a guest comes out of a file: when its memory is read, and whose it becomes.
     #[must_use]
-    pub fn reading(&self) -> Reading {
-        self.reading
+    pub fn restoring(&self) -> (Reading, Taking) {
+        self.restoring.clone()
     }
 
     /// Why the machine cannot migrate: all the reasons, none if it can.

@@ -168,6 +168,20 @@ fn a_guest_goes_on_while_a_snapshot_keeps_what_it_was() {
     let sentence = refused(&bed, &machine, &file);
     assert!(sentence.contains("generation 1") && sentence.contains("generation 2"), "{sentence}");
 
+    // Copies of it run at the same time, on copies of that disk.
+    let clone = |name: &str| {
+        let machine = Machine::new("128M").controller("serial=d0,queues=8");
+        let machine = machine.image("d0", 1, &bed.path(&format!("{name}.raw")));
+        restore(&bed, &machine.switch("--clone").switch("--copy-disks"), name, &file)
+    };
+    let mut clones = [clone("one"), clone("two")];
+    for clone in &mut clones {
+        arrives(clone, &before);
+    }
+    for clone in clones {
+        clone.finish();
+    }
+
     // On the copy of its disk it is what it was, once.
     let copy = bed.path("kept.ferry.d0-1.raw");
     let past = Machine::new("128M").controller("serial=d0,queues=8").image("d0", 1, &copy);

@@ -66,7 +66,7 @@ pub use description::Description;
 pub use destination::{Arrived, Destination};
 pub use error::Error;
 pub use file::{
-    FileState, Fill, Reading, Restored, SnapshotFailed, expect_file, file_schema, restore_from_file,
+    FileState, Fill, Reading, Restored, SnapshotFailed, Taking, expect_file, file_schema, restore_from_file,
     snapshot_to_file, suspend_to_file,
 };
 pub use handover::Handover;

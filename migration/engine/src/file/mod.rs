@@ -25,7 +25,7 @@ use crate::protocol::{DESCRIPTION_BYTES_MAX, Properties};
 
 pub(crate) use draft::Published;
 pub use fill::Fill;
-pub use restore::{Reading, Restored, restore_from_file};
+pub use restore::{Reading, Restored, Taking, restore_from_file};
 pub use snapshot::{SnapshotFailed, snapshot_to_file};
 pub use suspend::suspend_to_file;
 

@@ -10,7 +10,7 @@ use transport::Layout;
 
 use super::fill::Memory;
 use super::{FileState, Fill, PIECE_BYTES, SECTION, expect_file, properties};
-use crate::lease::Lease;
+use crate::lease::{Lease, Record, State};
 use crate::ram::Receiver;
 use crate::{
     Description, DestinationFactory, DestinationMachine, Error, Parameters, RamBlock, RunState, Statistics,
@@ -28,6 +28,19 @@ pub enum Reading {
     OnDemand,
     /// All of it before the guest runs, so that a file that is damaged anywhere is refused.
     First,
+}
+
+/// Whose the guest of a file becomes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Taking {
+    /// It is taken out, once.
+    #[default]
+    Once,
+    /// The file keeps it: a copy of it runs, on images that were copied from those of a snapshot for it alone.
+    Clone {
+        /// What the lease beside the snapshot's images said when they had been copied.
+        images: Option<Record>,
+    },
 }
 
 /// A guest that came out of a file. It is ours.
@@ -52,13 +65,13 @@ pub struct Restored<M> {
 pub fn restore_from_file<F: DestinationFactory>(
     factory: &mut F,
     path: &Path,
-    reading: Reading,
+    (reading, taking): (Reading, &Taking),
     lease: Option<&mut Lease>,
     parameters: &Parameters,
     statistics: &Statistics,
 ) -> Result<Restored<F::Machine>, Error> {
     statistics.start();
-    let result = restore(factory, path, reading, lease, parameters, statistics);
+    let result = restore(factory, path, (reading, taking), lease, parameters, statistics);
     match &result {
         Ok(_) => statistics.set_status(Status::Completed),
         Err(error) => statistics.fail(&error.chain()),
@@ -69,7 +82,7 @@ pub fn restore_from_file<F: DestinationFactory>(
 fn restore<F: DestinationFactory>(
     factory: &mut F,
     path: &Path,
-    reading: Reading,
+    (reading, taking): (Reading, &Taking),
     lease: Option<&mut Lease>,
     parameters: &Parameters,
     statistics: &Statistics,
@@ -127,7 +140,12 @@ fn restore<F: DestinationFactory>(
     let fill = contents.fill;
     // What the devices looked at may have been damaged.
     fill.as_ref().map_or(Ok(()), Fill::guest_runs)?;
-    if let Err(error) = take(&mut machine, lease, &first, contents.digest) {
+    let taken = match taking {
+        Taking::Once => take(&mut machine, lease, &first, contents.digest),
+        Taking::Clone { images } => is_still_there(&first, images.as_ref(), contents.digest)
+            .and_then(|()| take_clone(&mut machine, lease)),
+    };
+    if let Err(error) = taken {
         machine.release_images();
         fill.iter().for_each(Fill::give_up);
         return Err(error);
@@ -279,4 +297,41 @@ fn take(
             reasons: vec!["lease: the file belongs to one, this machine was started without".to_owned()],
         }),
     }
+}
+
+/// Whether the images that a clone's were copied from are those of the file.
+fn is_still_there(first: &FileState, images: Option<&Record>, digest: u64) -> Result<(), Error> {
+    let refuse = |reason: String| Err(Error::Refused { reasons: vec![reason] });
+    if first.images.is_none() {
+        return refuse(
+            "clone: a guest that was suspended is taken out once; only a snapshot has images for clones"
+                .to_owned(),
+        );
+    }
+    match images {
+        None if first.has_lease => {
+            refuse("clone: there is no lease beside the images of the snapshot".to_owned())
+        }
+        Some(record)
+            if record.lease != first.lease
+                || record.generation != first.generation
+                || record.state != (State::InFile { digest }) =>
+        {
+            refuse(format!(
+                "clone: the snapshot is of generation {}, and the lease of its images says {record}",
+                first.generation
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Makes the clone ours: its images and its lease are new.
+fn take_clone(machine: &mut dyn DestinationMachine, lease: Option<&mut Lease>) -> Result<(), Error> {
+    machine.take_image_locks().map_err(Error::machine("take the image locks"))?;
+    machine.open_images().map_err(Error::machine("open the images"))?;
+    if let Some(lease) = lease {
+        lease.claim()?;
+    }
+    Ok(())
 }

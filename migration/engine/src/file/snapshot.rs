@@ -10,6 +10,8 @@
 //!
 //! The file and the images belong together: beside the first image lies a lease of their own, which says that the guest of the
 //! generation before is in this file. The guest that goes on is of the next generation, so nobody restores the file onto its images.
+//!
+//! Absent: files that hold only what changed since another snapshot, and images that are copied before they are written.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;

@@ -6,7 +6,7 @@ use super::mock::{Arriving, Factory, Source, Trouble, World};
 use super::patience;
 use crate::lease::{Lease, State};
 use crate::{
-    Context, Error, Outcome, Parameters, Reading, Restored, RunState, Snapshot, Statistics,
+    Context, Error, Outcome, Parameters, Reading, Restored, RunState, Snapshot, Statistics, Taking,
     restore_from_file, suspend_to_file,
 };
 use transport::Layout;
@@ -33,7 +33,7 @@ fn suspend_in(
 fn restore(world: &World, path: &Path, lease: Option<&mut Lease>) -> Result<Restored<Arriving>, Error> {
     let (parameters, statistics) = (Parameters::new(), Statistics::new());
     let mut factory = Factory::new(world, "restored");
-    restore_from_file(&mut factory, path, Reading::OnDemand, lease, &parameters, &statistics)
+    restore_from_file(&mut factory, path, (Reading::OnDemand, &Taking::Once), lease, &parameters, &statistics)
 }
 
 /// A guest in a file, and the machine that put it there.
@@ -202,9 +202,15 @@ fn another_machine_is_told_every_reason() {
     factory.cpus = 4;
     factory.less_ram = true;
     let mut lease = world.lease("restored");
-    let error =
-        restore_from_file(&mut factory, &path, Reading::First, Some(&mut lease), &parameters, &statistics)
-            .unwrap_err();
+    let error = restore_from_file(
+        &mut factory,
+        &path,
+        (Reading::First, &Taking::Once),
+        Some(&mut lease),
+        &parameters,
+        &statistics,
+    )
+    .unwrap_err();
     let Error::Refused { reasons } = &error else { panic!("{error:?}") };
     assert_eq!(reasons.len(), 2, "{reasons:?}");
     assert_eq!(statistics.snapshot().error, Some(error.chain()));

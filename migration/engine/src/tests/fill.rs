@@ -16,7 +16,7 @@ use crate::lease::State;
 use crate::machine::MissingPages;
 use crate::{
     Description, DestinationFactory, DestinationMachine, Error, Fill, MachineResult, PAGE_BYTES, Parameters,
-    RamBlock, Reading, Restored, RunState, Statistics, restore_from_file,
+    RamBlock, Reading, Restored, RunState, Statistics, Taking, restore_from_file,
 };
 
 /// Memory whose pages are missing until they are placed. Who touches one says so, and waits.
@@ -194,7 +194,17 @@ fn restore(
     let mut factory = Lazy { factory: Factory::new(world, "restored"), looked_at: looked_at.to_vec(), pages };
     let (parameters, statistics) = (Parameters::new(), Statistics::new());
     let mut lease = world.lease("restored");
-    (restore_from_file(&mut factory, path, reading, Some(&mut lease), &parameters, &statistics), made)
+    (
+        restore_from_file(
+            &mut factory,
+            path,
+            (reading, &Taking::Once),
+            Some(&mut lease),
+            &parameters,
+            &statistics,
+        ),
+        made,
+    )
 }
 
 fn run(fill: &Fill) -> bool {

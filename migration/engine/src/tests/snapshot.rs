@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use super::file::files;
+use super::file::{files, suspended};
 use super::mock::{Arriving, Factory, Source, Trouble, World};
 use super::patience;
 use crate::lease::{Lease, State};
 use crate::{
     Context, Error, ImageCopy, Parameters, Reading, Restored, RunState, Snapshot, SnapshotFailed, Statistics,
-    Status, restore_from_file, snapshot_to_file,
+    Status, Taking, restore_from_file, snapshot_to_file,
 };
 
 fn snapshot(
@@ -27,7 +27,56 @@ fn restore(world: &World, path: &Path, lease: &Path) -> Result<Restored<Arriving
     let owner = world.lease("restored").owner().clone();
     let mut lease = Lease::open_existing(lease, owner).unwrap();
     let mut factory = Factory::new(world, "restored");
-    restore_from_file(&mut factory, path, Reading::First, Some(&mut lease), &parameters, &statistics)
+    let how = (Reading::First, &Taking::Once);
+    restore_from_file(&mut factory, path, how, Some(&mut lease), &parameters, &statistics)
+}
+
+/// A clone in a world of its own, with a lease of its own, of images whose lease is that at `lease`.
+fn clone(world: &World, path: &Path, lease: &Path) -> (World, Result<Restored<Arriving>, Error>) {
+    let owner = world.lease("looks").owner().clone();
+    let images = Lease::open_existing(lease, owner).unwrap().read().unwrap();
+    let own = World::new();
+    let (parameters, statistics) = (Parameters::new(), Statistics::new());
+    let mut factory = Factory::new(&own, "clone");
+    let how = (Reading::First, &Taking::Clone { images });
+    let mut lease = own.lease("clone");
+    let cloned = restore_from_file(&mut factory, path, how, Some(&mut lease), &parameters, &statistics);
+    (own, cloned)
+}
+
+#[test]
+fn clones_run_at_the_same_time_until_the_images_of_the_snapshot_move_on() {
+    let world = World::new();
+    let path = world.path("kept");
+    let mut source = Source::new(&world, "source");
+    let mut lease = world.lease("source");
+    lease.claim().unwrap();
+    snapshot(&mut source, &path, Some(&mut lease)).0.unwrap();
+    let copy = world.path("kept.disk-1.raw.ferry-lease");
+    let clones: Vec<_> = (0..3).map(|_| clone(&world, &path, &copy)).collect();
+    for (own, cloned) in &clones {
+        assert!(cloned.as_ref().unwrap().machine.0.contents() == source.guest.contents());
+        assert_eq!(own.running(), ["clone"]);
+        own.assert_sound("a clone");
+    }
+    drop(source);
+    drop(lease);
+    restore(&world, &path, &copy).unwrap();
+    let (own, cloned) = clone(&world, &path, &copy);
+    let error = cloned.unwrap_err().chain();
+    assert!(error.contains("generation 1") && error.contains("says generation 2"), "{error}");
+    assert_eq!(own.running(), [""; 0]);
+}
+
+#[test]
+fn a_guest_that_was_suspended_has_no_clones() {
+    let world = World::new();
+    let (_source, path) = suspended(&world);
+    let (own, cloned) = clone(&world, &path, &world.lease_path());
+    let error = cloned.unwrap_err().chain();
+    assert!(error.contains("taken out once"), "{error}");
+    assert_eq!(own.running(), [""; 0]);
+    assert!(matches!(world.lease("other").read().unwrap().unwrap().state, State::InFile { .. }));
 }
 
 #[test]
