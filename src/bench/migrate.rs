@@ -138,7 +138,7 @@ pub fn run(stage: &mut Stage, plan: &Plan, mut progress: impl FnMut(&Run)) -> an
         "--nvme".to_owned(),
         format!("path={},serial=bench", disk.display()),
     ]);
-    let contents = Contents::new(usize::try_from(plan.memory_bytes).context("this much RAM")?);
+    let contents = Contents::new(plan.memory_bytes)?;
 
     // Each line takes the guest several milliseconds, so there are few of them.
     let words = format!("queues=1 inflight=8 ram={filled} check=0 report=1000");

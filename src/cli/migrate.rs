@@ -32,6 +32,7 @@ Examples:
   ferry migrate --api vm.sock --downtime-limit 20 --max-bandwidth 200M tcp:127.0.0.1:4444
   # A guest that dirties its memory faster than it goes is slowed down, and stopped after two minutes whatever that costs:
   ferry migrate --api vm.sock --auto-converge --timeout 120 --on-timeout force unix:/run/move.sock
+  ferry migrate --api vm.sock --channels 4 --compress zstd tcp:127.0.0.1:4444
   ferry migrate --api vm.sock --tls-dir /etc/ferry tcp:node2.example:4444
   ferry migrate --api vm.sock --local unix:/run/move.sock
   ferry migrate --api vm.sock fd:7 7<>/dev/tcp/127.0.0.1/4444      # in bash

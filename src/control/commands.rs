@@ -162,6 +162,8 @@ fn query_migrate(context: &Context, arguments: Arguments) -> Result<Value, QmpEr
 fn set_parameters(context: &Context, mut arguments: Arguments) -> Result<Value, QmpError> {
     let downtime_limit = arguments.optional_u64("downtime-limit")?;
     let max_bandwidth = arguments.optional_u64("max-bandwidth")?;
+    let multifd_channels = arguments.optional_u64("multifd-channels")?;
+    let multifd_compression = arguments.optional_string("multifd-compression")?;
     let old = context.operations.migration_parameters();
     let convergence = old.convergence.change(&mut arguments)?;
     arguments.finish()?;
@@ -176,10 +178,28 @@ fn set_parameters(context: &Context, mut arguments: Arguments) -> Result<Value, 
             "Parameter 'max-bandwidth' expects 0 (no limit) or at least {least} bytes per second"
         )));
     }
+    let multifd_channels = multifd_channels.map(|count| {
+        let count = u16::try_from(count).ok().filter(|count| *count <= engine::CHANNELS_MAX);
+        count.ok_or_else(|| {
+            QmpError::generic(format!(
+                "Parameter 'multifd-channels' expects 0 (no channels of its own for memory) to {}",
+                engine::CHANNELS_MAX
+            ))
+        })
+    });
+    let multifd_compression = multifd_compression.map(|name| {
+        let unknown =
+            |_| QmpError::generic(format!("Parameter 'multifd-compression' does not accept value '{name}'"));
+        name.parse::<engine::Compression>().map_err(unknown)
+    });
+    let (multifd_channels, multifd_compression) =
+        (multifd_channels.transpose()?, multifd_compression.transpose()?);
     context.operations.set_migration_parameters(MigrationParameters {
         downtime_limit: downtime_limit.unwrap_or(old.downtime_limit),
         max_bandwidth: max_bandwidth.unwrap_or(old.max_bandwidth),
         convergence,
+        multifd_channels: multifd_channels.unwrap_or(old.multifd_channels),
+        multifd_compression: multifd_compression.map_or(old.multifd_compression, Into::into),
     });
     nothing()
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::protocol::{Arguments, QmpError};
-use super::{Client, Error};
+use super::{Client, Error, MultifdCompression};
 use crate::config;
 
 /// The capability that has vCPUs slowed down.
@@ -159,6 +159,14 @@ pub struct Limits {
     /// limit].
     #[arg(long, value_name = "SIZE", value_parser = config::parse_size)]
     pub max_bandwidth: Option<u64>,
+    /// Connections for guest memory beside that for everything else: 1 to 64, or 0 to send all over one; holds for migrations of this
+    /// process that begin later [at its start: 1].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=i64::from(engine::CHANNELS_MAX)))]
+    pub channels: Option<u16>,
+    /// How they compress: worth it where the network is slower than the processors; holds for migrations of this process that begin
+    /// later [at its start: none].
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub compress: Option<MultifdCompression>,
     /// Rounds of dirty pages after which a guest that still dirties too many is dealt with as --on-timeout says; holds for later
     /// migrations too [at the start: 0, as many as it takes].
     #[arg(long, value_name = "N")]
@@ -178,10 +186,21 @@ pub struct Limits {
 
 impl Limits {
     fn parameters(&self) -> Map<String, Value> {
-        let Self { downtime_limit, max_bandwidth, max_rounds, timeout, on_timeout, auto_converge: _ } = self;
+        let Self {
+            downtime_limit,
+            max_bandwidth,
+            channels,
+            compress,
+            max_rounds,
+            timeout,
+            on_timeout,
+            auto_converge: _,
+        } = self;
         let entries = [
             ("downtime-limit", downtime_limit.map(Value::from)),
             ("max-bandwidth", max_bandwidth.map(Value::from)),
+            ("multifd-channels", channels.map(Value::from)),
+            ("multifd-compression", compress.map(|name| json!(name))),
             ("x-ferry-max-rounds", max_rounds.map(Value::from)),
             ("x-ferry-timeout", timeout.map(Value::from)),
             ("x-ferry-on-timeout", on_timeout.map(|way| json!(way))),

@@ -51,7 +51,7 @@ pub use follow::{Finished, MigrateRequest};
 pub use operations::{
     AccessScope, AccessState, FerryAccess, FerryDisk, FerryDowntime, FerryLease, FerryMember, FerryMigration,
     FerryOwnership, FerryStart, FerryStatus, MigrationInfo, MigrationParameters, MigrationStatus,
-    MigrationTarget, Operations, RamStats, Refusal, RunState,
+    MigrationTarget, MultifdCompression, Operations, RamStats, Refusal, RunState,
 };
 pub use server::Server;
 

@@ -6,6 +6,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use engine::Compression;
 use serde::{Deserialize, Serialize};
 
 use super::{ConvergenceParameters, FerryCpu};
@@ -223,7 +224,7 @@ impl MigrationInfo {
     }
 }
 
-/// QEMU's `MigrationStats`. Postcopy, multifd and zero-copy counters are zero: nothing of the kind exists here.
+/// QEMU's `MigrationStats`. Postcopy and zero-copy counters are zero: nothing of the kind exists here.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct RamStats {
@@ -249,7 +250,7 @@ pub struct RamStats {
     pub postcopy_requests: u64,
     /// Bytes in a page of these counts.
     pub page_size: u64,
-    /// Bytes through multifd.
+    /// Bytes over data channels.
     pub multifd_bytes: u64,
     /// Pages sent a second.
     pub pages_per_second: u64,
@@ -274,11 +275,54 @@ pub struct MigrationParameters {
     /// What is done about a guest that does not fit.
     #[serde(flatten)]
     pub convergence: ConvergenceParameters,
+    /// Data channels that a migration begins with; 0: guest memory goes over the connection of everything else.
+    pub multifd_channels: u16,
+    /// How they compress.
+    pub multifd_compression: MultifdCompression,
+}
+
+/// QEMU's `MultiFDCompression`, as far as it is known here, and LZ4.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum MultifdCompression {
+    /// Pages go as they are.
+    #[default]
+    None,
+    /// Fast.
+    Lz4,
+    /// Small.
+    Zstd,
+}
+
+impl From<Compression> for MultifdCompression {
+    fn from(compression: Compression) -> Self {
+        match compression {
+            Compression::None => Self::None,
+            Compression::Lz4 => Self::Lz4,
+            Compression::Zstd => Self::Zstd,
+        }
+    }
+}
+
+impl From<MultifdCompression> for Compression {
+    fn from(compression: MultifdCompression) -> Self {
+        match compression {
+            MultifdCompression::None => Self::None,
+            MultifdCompression::Lz4 => Self::Lz4,
+            MultifdCompression::Zstd => Self::Zstd,
+        }
+    }
 }
 
 impl Default for MigrationParameters {
     fn default() -> Self {
-        Self { downtime_limit: 300, max_bandwidth: 0, convergence: ConvergenceParameters::default() }
+        Self {
+            downtime_limit: 300,
+            max_bandwidth: 0,
+            convergence: ConvergenceParameters::default(),
+            multifd_channels: 1,
+            multifd_compression: MultifdCompression::None,
+        }
     }
 }
 
@@ -434,6 +478,15 @@ pub struct FerryMigration {
     /// What the vCPUs are slowed down by, or were when they were stopped, in percent of their time.
     #[serde(default)]
     pub throttle_percentage: u8,
+    /// Bytes sent over each data channel, if there are any.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub channel_bytes: Vec<u64>,
+    /// Pages that were compressed.
+    #[serde(default)]
+    pub compressed_pages: u64,
+    /// What became of them.
+    #[serde(default)]
+    pub compressed_bytes: u64,
     /// How long the guest was stopped, once it runs again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime: Option<FerryDowntime>,

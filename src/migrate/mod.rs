@@ -356,6 +356,8 @@ impl Migrations {
             downtime_limit: u64::try_from(downtime_limit).unwrap_or(u64::MAX),
             max_bandwidth: self.parameters.max_bandwidth(),
             convergence: self.parameters.convergence().into(),
+            multifd_channels: self.parameters.channels(),
+            multifd_compression: self.parameters.compression().into(),
         }
     }
 
@@ -364,6 +366,8 @@ impl Migrations {
         self.parameters.set_downtime_limit(Duration::from_millis(limits.downtime_limit));
         self.parameters.set_max_bandwidth(limits.max_bandwidth);
         self.parameters.set_convergence(limits.convergence.into());
+        self.parameters.set_channels(limits.multifd_channels);
+        self.parameters.set_compression(limits.multifd_compression.into());
     }
 }
 

@@ -52,6 +52,9 @@ impl Migrations {
             handed_over_bytes: snapshot.handed_over_bytes,
             throttle_percentage: snapshot.throttle_percent,
             in_flight_at_stop: current.in_flight_at_stop.load(Ordering::Relaxed),
+            channel_bytes: snapshot.channel_bytes.clone(),
+            compressed_pages: snapshot.compressed_pages,
+            compressed_bytes: snapshot.compressed_bytes,
             downtime: (!downtime.total.is_zero()).then(|| FerryDowntime {
                 total: microseconds(downtime.total),
                 stop: microseconds(downtime.stop),
@@ -94,6 +97,7 @@ fn ram_stats(snapshot: &Snapshot) -> RamStats {
         mbps: snapshot.bytes_per_second as f64 * 8.0 / 1e6,
         dirty_sync_count: snapshot.rounds.into(),
         page_size: PAGE_BYTES,
+        multifd_bytes: snapshot.channel_bytes.iter().sum(),
         pages_per_second,
         precopy_bytes: snapshot.transferred_bytes.saturating_sub(snapshot.downtime_bytes),
         downtime_bytes: snapshot.downtime_bytes,

@@ -4,6 +4,7 @@
 mod alone;
 mod architecture;
 mod blackout;
+mod channels;
 mod chaos;
 mod controller_memory;
 mod convergence;

@@ -56,6 +56,13 @@ impl PageBitmap {
         }
     }
 
+    /// Takes a page out.
+    pub fn clear(&mut self, page: u64) {
+        if let Some(word) = self.words.get_mut((page / 64) as usize) {
+            *word &= !(1 << (page % 64));
+        }
+    }
+
     /// Adds all pages of `range`, as far as the block has them.
     pub fn set_range(&mut self, range: Range<u64>) {
         let end = range.end.min(self.pages);
@@ -174,6 +181,8 @@ mod tests {
         let mut single = PageBitmap::new(300);
         ranges.iter().cloned().flatten().for_each(|page| single.set(page));
         assert_eq!(single, bitmap);
+        (0..1000).filter(|page| *page != 129).for_each(|page| single.clear(page));
+        assert!(single.runs().eq([129..130]));
     }
 
     #[test]

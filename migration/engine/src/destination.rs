@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use transport::{Connection, DESCRIPTORS_MAX, Listener};
 
+use crate::channels::combined;
+use crate::channels::destination::{Incoming, Intake, agree, gather};
 use crate::lease::{self, Id, Lease, NotTaken, random_id};
 use crate::link::{Link, Step};
 use crate::local::Mapped;
@@ -17,16 +19,11 @@ use crate::ownership::Answer;
 use crate::ownership::destination::{Action, Destination as Ownership, Event};
 use crate::protocol::{Agree, Commit, Hello, Message, Never, Prepare, Prepared, Query, Reasons, Running};
 use crate::ram::Receiver;
-use crate::reception::{Reception, Visit};
+use crate::reception::{Reception, Visit, next_visit};
 use crate::{
-    DestinationFactory, DestinationMachine, Error, PAGE_BYTES, Parameters, Patience, RunState, Statistics,
-    Status, features,
+    DestinationFactory, DestinationMachine, Error, PAGE_BYTES, Parameters, Patience, RamBlock, RunState,
+    Statistics, Status, features,
 };
-
-/// How often a waiting destination looks whether it is to end.
-const GLANCE: Duration = Duration::from_millis(50);
-/// How long it listens to those who are there before it looks whether more have come.
-const BLINK: Duration = Duration::from_millis(2);
 
 /// A process that waits for a guest.
 pub struct Destination<'a> {
@@ -94,7 +91,7 @@ impl<'a> Destination<'a> {
         let mut reception = Reception::new(self.patience.handshake);
         while !self.parameters.cancelled() {
             if let Some(visit) = next_visit(&mut reception, listener)?
-                && let Some(arrived) = self.receive_visit(factory, visit)
+                && let Some(arrived) = self.receive_visit(factory, visit, Some(listener))
             {
                 return Ok(Some(arrived));
             }
@@ -102,20 +99,32 @@ impl<'a> Destination<'a> {
         Ok(None)
     }
 
-    /// Hears one peer; gives the guest if it arrived.
+    /// Hears one peer; gives the guest if it arrived. No data channels come in.
     pub fn serve<F: DestinationFactory>(
         &mut self,
         factory: &mut F,
         connection: Connection,
     ) -> Option<Arrived<F::Machine>> {
         let visit = Visit::of(connection, self.patience.handshake)?;
-        self.receive_visit(factory, visit)
+        self.receive_visit(factory, visit, None)
+    }
+
+    /// The same with data channels, which come in from `incoming`.
+    pub fn serve_with<F: DestinationFactory>(
+        &mut self,
+        factory: &mut F,
+        connection: Connection,
+        incoming: &dyn Incoming,
+    ) -> Option<Arrived<F::Machine>> {
+        let visit = Visit::of(connection, self.patience.handshake)?;
+        self.receive_visit(factory, visit, Some(incoming))
     }
 
     fn receive_visit<F: DestinationFactory>(
         &mut self,
         factory: &mut F,
         visit: Visit,
+        incoming: Option<&dyn Incoming>,
     ) -> Option<Arrived<F::Machine>> {
         let Visit { peer, mut link, said, passes_descriptors } = visit;
         match said {
@@ -124,7 +133,7 @@ impl<'a> Destination<'a> {
                     hello.features &= !features::LOCAL;
                 }
                 self.statistics.start();
-                match self.attempt(factory, &mut link, &hello) {
+                match self.attempt(factory, &mut link, &hello, incoming) {
                     Ok(mut arrived) => {
                         self.statistics.set_status(Status::Completed);
                         let end = Instant::now() + self.patience.answer;
@@ -220,15 +229,27 @@ impl<'a> Destination<'a> {
         factory: &mut F,
         link: &mut Link,
         hello: &Hello,
+        incoming: Option<&dyn Incoming>,
     ) -> Result<Arrived<F::Machine>, Error> {
-        let (mut machine, features) = self.agree(factory, link, hello)?;
-        let mapped = if features & features::LOCAL == 0 { None } else { Some(self.map(&mut machine, link)?) };
+        let incoming = incoming.filter(|_| link.can_be_joined());
+        let (mut machine, agree) = self.agree(factory, link, hello, incoming.is_some())?;
+        let is_local = agree.features & features::LOCAL != 0;
+        let mapped = if is_local { Some(self.map(&mut machine, link)?) } else { None };
+        let channels = match incoming {
+            Some(incoming) => {
+                let step = self.handshake("waiting for data channels");
+                let channels =
+                    gather(&agree, hello.session, link, incoming, step, &mut |visit| self.put_off(visit));
+                channels.map_err(|error| Self::explained(link, error))?
+            }
+            None => Vec::new(),
+        };
         let mut receiver = match &mapped {
             Some(_) => Receiver::local(factory.expected()),
             None => Receiver::live(factory.expected(), machine.ram_blocks()),
         };
-        let prepare = self.place(link, &mut receiver)?;
-        self.load(&mut machine, link, receiver, &prepare)?;
+        let (prepare, digests) = self.place_all(link, &mut receiver, channels, &machine.ram_blocks())?;
+        self.load(&mut machine, link, receiver, &prepare, digests)?;
         let room = mapped.as_ref().map_or(0, |_| DESCRIPTORS_MAX);
         let (commit, passed) = self.await_commit(link, room)?;
         let memory = mapped.map(|mapped| (mapped, passed));
@@ -249,7 +270,8 @@ impl<'a> Destination<'a> {
         factory: &mut F,
         link: &mut Link,
         hello: &Hello,
-    ) -> Result<(F::Machine, u64), Error> {
+        has_way_in: bool,
+    ) -> Result<(F::Machine, Agree), Error> {
         let source = hello.description();
         let own = factory.description().map_err(Error::machine("describe this machine"))?;
         let mut reasons = factory.differences(&source, &own);
@@ -269,13 +291,13 @@ impl<'a> Destination<'a> {
         let machine = factory.build(&source).map_err(|source| Error::Refused {
             reasons: vec![Error::Machine { doing: "build the machine", source }.chain()],
         })?;
-        let mut features = features::granted(hello.features);
+        let mut granted = features::granted(hello.features);
         if !machine.takes_memory() {
-            features &= !features::LOCAL;
+            granted &= !features::LOCAL;
         }
-        let agree = Agree { instance: self.instance, features, channels: 1 };
-        link.send(&Message::Agree(agree), self.handshake("agreeing"))?;
-        Ok((machine, features))
+        let agree = agree(hello, granted, self.instance, has_way_in)?;
+        link.send(&Message::Agree(agree.clone()), self.handshake("agreeing"))?;
+        Ok((machine, agree))
     }
 
     /// The memory itself, to be read.
@@ -306,13 +328,67 @@ impl<'a> Destination<'a> {
         })
     }
 
+    /// Who comes while a guest is on its way: it has to wait.
+    fn put_off(&mut self, visit: Visit) {
+        let Visit { peer, mut link, said, .. } = visit;
+        let answer = match said {
+            Ok(Message::Query(query)) => self.answer_to(&query),
+            Ok(Message::Hello(_)) => Message::Refuse(Reasons::new(&["another guest is arriving here"])),
+            Ok(other) => return log::warn!("{peer} began with {}", other.name()),
+            Err(error) => return log::info!("{peer}: {}", error.chain()),
+        };
+        let _it_asks_again = link.send(&answer, self.handshake("putting off a peer"));
+        link.close(Duration::ZERO);
+    }
+
+    /// RAM and devices, until the source asks to load them: over the link and `channels`. The digests of the channels.
+    fn place_all(
+        &mut self,
+        link: &mut Link,
+        receiver: &mut Receiver<'_>,
+        channels: Vec<Connection>,
+        blocks: &[RamBlock],
+    ) -> Result<(Prepare, Vec<u64>), Error> {
+        if channels.is_empty() {
+            return Ok((self.place(link, receiver, None)?, Vec::new()));
+        }
+        let placed = std::thread::scope(|scope| {
+            let intake = Intake::start(scope, channels, blocks, self.parameters, &self.patience)?;
+            let prepare = self.place(link, receiver, Some(&intake))?;
+            Ok((prepare, intake.finish()?))
+        });
+        placed.map_err(|error| Self::explained(link, error))
+    }
+
+    /// Why a channel failed, if the source has said so on its link before. If not, it listens there to hear why from us.
+    fn explained(link: &mut Link, error: Error) -> Error {
+        let words = error.link_is_gone().then(|| link.last_words(Duration::ZERO)).flatten();
+        words.unwrap_or(error)
+    }
+
     /// RAM and devices, until the source asks to load them.
-    fn place(&mut self, link: &mut Link, receiver: &mut Receiver<'_>) -> Result<Prepare, Error> {
+    fn place(
+        &mut self,
+        link: &mut Link,
+        receiver: &mut Receiver<'_>,
+        intake: Option<&Intake>,
+    ) -> Result<Prepare, Error> {
         let doing = "receiving RAM and devices";
         let step =
             Step { doing, patience: self.patience.silence, cancel: Some(self.parameters), until: None };
-        let mut moved = Instant::now();
+        let (mut moved, mut beside_bytes) = (Instant::now(), 0);
         loop {
+            if let Some(intake) = intake {
+                let since = Instant::now();
+                while !link.is_spoken_to(step)? {
+                    intake.check()?;
+                    step.patient(since)?;
+                }
+                if beside_bytes != intake.bytes() {
+                    (moved, beside_bytes) = (Instant::now(), intake.bytes());
+                    self.statistics.set_status(Status::Active);
+                }
+            }
             let message = link.receive(step)?;
             match &message {
                 Message::Stream if !link.body().is_empty() => moved = Instant::now(),
@@ -340,10 +416,12 @@ impl<'a> Destination<'a> {
         link: &mut Link,
         receiver: Receiver<'_>,
         prepare: &Prepare,
+        channels: Vec<u64>,
     ) -> Result<(), Error> {
         let start = Instant::now();
         self.statistics.set_status(Status::Device);
-        let received = receiver.finish()?;
+        let mut received = receiver.finish()?;
+        received.digest = combined(received.digest, channels);
         if received.digest != prepare.digest {
             return Err(Error::Protocol {
                 doing: "comparing what came with what was sent",
@@ -542,17 +620,6 @@ impl<'a> Destination<'a> {
     fn handshake(&self, doing: &'static str) -> Step<'a> {
         Step { doing, patience: self.patience.handshake, cancel: Some(self.parameters), until: None }
     }
-}
-
-/// Lets whoever comes in, and gives the next one that has said something, if one does soon.
-fn next_visit(reception: &mut Reception, listener: &Listener) -> Result<Option<Visit>, Error> {
-    let (come, say) = if reception.is_empty() { (GLANCE, Duration::ZERO) } else { (Duration::ZERO, BLINK) };
-    if let Some(connection) = listener.accept(come)?
-        && let Err(error) = reception.admit(connection)
-    {
-        log::warn!("{}", error.chain());
-    }
-    Ok(reception.hear(say))
 }
 
 fn unexpected(message: Message, doing: &'static str) -> Error {

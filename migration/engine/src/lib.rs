@@ -4,14 +4,16 @@
 //! process answers for its machine through [`SourceMachine`] on one side, [`DestinationFactory`] and [`DestinationMachine`]
 //! on the other. [`migrate`] and [`Destination::receive`] run on the caller's migration thread, and other threads watch
 //! [`Statistics`] and turn [`Parameters`]. The engine makes few threads of its own: one that keeps the link alive while the
-//! source writes back its images, one for each peer that has not said yet what it wants, and one that brings memory out of a file
-//! when it is touched.
+//! source writes back its images, one for each peer that has not said yet what it wants, one for each data channel but the
+//! source's first, and one that brings memory out of a file when it is touched.
 //!
 //! ```text
 //! source.rs       hello --------------------------> destination.rs   checks, builds
 //!                       <-------------------------- agree
-//!                 rounds (ram/send, sink) --------> (ram/receive)    places
-//!                 stop, last pages, devices ------> loads
+//!                 opens data channels ------------> lets them in
+//!                 rounds (channels) ==============> (channels)       places
+//!                 stop, last pages ===============>
+//!                 devices (ram/send, sink) -------> (ram/receive)    loads
 //!                 PREPARE ------------------------>
 //!                       <-------------------------- PREPARED
 //!                 lease := offered, COMMIT -------> lease := taken, starts
@@ -20,6 +22,8 @@
 //!
 //! - [`lease`]: the record that alone decides who runs the guest.
 //! - `ownership`: what either side does about it, as state machines without I/O; `handover` and `destination` do it.
+//! - `channels`: guest memory on connections of its own, one or many, compressed or not. To a process that knows none it goes
+//!   through the stream (`ram`), as it does into a file.
 //! - [`converge()`]: when to stop, and what to do about a guest that is faster than the link, a pure function; `rounds` does it.
 //! - `local`: to a process of the same host the memory itself goes, instead of its contents in rounds.
 //! - [`protocol`]: the messages; `link` gives each a deadline.
@@ -32,11 +36,12 @@
 //! maximum. Both sides report the same cause. Who may be a peer at all is decided below (crate `transport`): with TLS no
 //! message is read or written before both ends have proven who they are, on this link and on every later one.
 //!
-//! Absent: postcopy, several channels, compression, storage migration. The hello has room for them.
+//! Absent: postcopy, storage migration. The hello has room for them.
 #![forbid(unsafe_code)]
 
 mod bandwidth;
 mod bitmap;
+mod channels;
 mod converge;
 mod description;
 mod destination;
@@ -61,6 +66,8 @@ mod speed;
 mod statistics;
 
 pub use bitmap::PageBitmap;
+pub use channels::destination::Incoming;
+pub use channels::{CHANNELS_MAX, Compression, replay};
 pub use converge::{Convergence, Decision, OnTimeout, Situation, ThrottleSteps, Trend, converge};
 pub use description::Description;
 pub use destination::{Arrived, Destination};

@@ -6,7 +6,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use stream::frame::{self, HEADER_BYTES, Header, Kind};
-use transport::{Connection, Received};
+use transport::{Connection, Identity, Received};
 
 use crate::protocol::{HELLO_BYTES_MAX, MEMORY_BYTES_MAX, Message, NEVER_BYTES_MAX, REASONS_BYTES_MAX};
 use crate::{Error, Parameters, local};
@@ -14,7 +14,7 @@ use crate::{Error, Parameters, local};
 /// Of a message that carries numbers only.
 const SHORT_BYTES_MAX: u32 = 256;
 /// What a peer must at least take within the patience of a step.
-const PIECE_BYTES: usize = 256 << 10;
+pub(crate) const PIECE_BYTES: usize = 256 << 10;
 
 /// Flag of a hello's frame: the hello goes on in the next frame. No other message is longer than a frame may be.
 const MORE: u16 = 1;
@@ -23,7 +23,7 @@ const MORE: u16 = 1;
 const TLS_RECORDS: std::ops::RangeInclusive<u8> = 20..=24;
 
 /// How often a waiting read or write looks at its deadline and at the user's wish.
-const SLICE: Duration = Duration::from_millis(20);
+pub(crate) const SLICE: Duration = Duration::from_millis(20);
 
 /// A step, how long it may take, and who may end it.
 #[derive(Clone, Copy)]
@@ -57,6 +57,8 @@ pub(crate) struct Link {
     body: Vec<u8>,
     /// What may come along with the message that is being received, if anything.
     received: Option<Received>,
+    /// The first byte of the next message, if it was looked for.
+    ahead: Option<u8>,
 }
 
 impl Link {
@@ -66,11 +68,22 @@ impl Link {
             .set_read_timeout(Some(SLICE))
             .and_then(|()| connection.set_write_timeout(Some(SLICE)))
             .map_err(|source| Error::Lost { doing, source })?;
-        Ok(Self { connection, sent_bytes: 0, out: Vec::new(), body: Vec::new(), received: None })
+        let (out, body) = (Vec::new(), Vec::new());
+        Ok(Self { connection, sent_bytes: 0, out, body, received: None, ahead: None })
     }
 
     pub fn peer(&self) -> &str {
         self.connection.peer()
+    }
+
+    /// The way to the peer beside the link, for data channels: whether there is any.
+    pub fn can_be_joined(&self) -> bool {
+        !self.connection.is_the_only_one()
+    }
+
+    /// Who the peer has proven to be.
+    pub fn identity(&self) -> Option<Identity> {
+        self.connection.identity()
     }
 
     pub fn sent_bytes(&self) -> u64 {
@@ -150,6 +163,29 @@ impl Link {
             *place = header.encode();
         }
         self.write(frame, step)
+    }
+
+    /// Whether a message has begun to come; waits for a moment.
+    pub fn is_spoken_to(&mut self, step: Step<'_>) -> Result<bool, Error> {
+        step.check()?;
+        if self.ahead.is_some() {
+            return Ok(true);
+        }
+        let mut byte = [0];
+        match self.connection.read(&mut byte) {
+            Ok(0) => Err(step.closed()),
+            Ok(_) => {
+                self.ahead = Some(byte[0]);
+                Ok(true)
+            }
+            Err(error) if is_pause(&error) => Ok(false),
+            Err(source) => Err(Error::lost(step.doing, source)),
+        }
+    }
+
+    /// The connection, after a message and before the next.
+    pub fn into_connection(self) -> Connection {
+        self.connection
     }
 
     /// The next message. The bytes of a [`Message::Stream`] are in [`body`](Self::body).
@@ -287,6 +323,10 @@ impl Link {
         at_boundary: bool,
     ) -> Result<(), Error> {
         let mut filled = 0;
+        if at_boundary && let Some((first, byte)) = buffer.first_mut().zip(self.ahead.take()) {
+            *first = byte;
+            filled = 1;
+        }
         while let Some(rest) = buffer.get_mut(filled..)
             && !rest.is_empty()
         {
@@ -322,14 +362,14 @@ impl Link {
 }
 
 impl Step<'_> {
-    fn check(&self) -> Result<(), Error> {
+    pub(crate) fn check(&self) -> Result<(), Error> {
         match self.cancel {
             Some(parameters) if parameters.cancelled() => Err(Error::Cancelled),
             _ => Ok(()),
         }
     }
 
-    fn patient(&self, since: Instant) -> Result<(), Error> {
+    pub(crate) fn patient(&self, since: Instant) -> Result<(), Error> {
         if let Some(Until { end, allowed }) = self.until
             && Instant::now() >= end
         {
@@ -341,7 +381,7 @@ impl Step<'_> {
         Err(Error::TimedOut { doing: self.doing, waited: self.patience })
     }
 
-    fn closed(&self) -> Error {
+    pub(crate) fn closed(&self) -> Error {
         Error::Closed { doing: self.doing }
     }
 }
@@ -362,6 +402,6 @@ fn too_long(kind: Kind, bytes: usize, step: Step<'_>) -> Error {
     Error::Protocol { doing: step.doing, reason }
 }
 
-fn is_pause(error: &io::Error) -> bool {
+pub(crate) fn is_pause(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted)
 }

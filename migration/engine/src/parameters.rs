@@ -1,10 +1,10 @@
 //! What the user may change while a migration runs.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::{Convergence, Word};
+use crate::{Compression, Convergence, Word};
 
 /// Limits and the wish to cancel, shared between the control socket and the migration thread.
 #[derive(Debug)]
@@ -13,6 +13,9 @@ pub struct Parameters {
     max_bandwidth: AtomicU64,
     convergence: Mutex<Convergence>,
     local: AtomicBool,
+    channels: AtomicU16,
+    /// Its place in [`Compression::ALL`].
+    compression: AtomicU8,
     /// [`OPEN`], [`CANCELLED`] or [`COMMITTED`]; the first to leave `OPEN` wins.
     end: AtomicU8,
     /// The end was asked for, in time or not.
@@ -33,6 +36,8 @@ impl Default for Parameters {
             max_bandwidth: AtomicU64::new(0),
             convergence: Mutex::default(),
             local: AtomicBool::new(false),
+            channels: AtomicU16::new(1),
+            compression: AtomicU8::new(0),
             end: AtomicU8::new(OPEN),
             wished: AtomicBool::new(false),
             word: Mutex::default(),
@@ -41,7 +46,8 @@ impl Default for Parameters {
 }
 
 impl Parameters {
-    /// 300 ms, no bandwidth limit, rounds and time without limit, vCPUs that are left alone, contents of memory to whoever it is.
+    /// 300 ms, no bandwidth limit, rounds and time without limit, vCPUs that are left alone, contents of memory to whoever it is, over
+    /// one data channel and without compression.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -98,6 +104,30 @@ impl Parameters {
     /// See [`local`](Self::local). Counts for migrations that begin afterwards.
     pub fn set_local(&self, local: bool) {
         self.local.store(local, Ordering::Relaxed);
+    }
+
+    /// How many data channels a migration that begins asks for; 0: guest memory goes over the link.
+    #[must_use]
+    pub fn channels(&self) -> u16 {
+        self.channels.load(Ordering::Relaxed)
+    }
+
+    /// See [`channels`](Self::channels). More than [there can be](crate::CHANNELS_MAX) are as many as there can be.
+    pub fn set_channels(&self, channels: u16) {
+        self.channels.store(channels.min(crate::CHANNELS_MAX), Ordering::Relaxed);
+    }
+
+    /// How the data channels of a migration that begins compress.
+    #[must_use]
+    pub fn compression(&self) -> Compression {
+        let place = usize::from(self.compression.load(Ordering::Relaxed));
+        Compression::ALL.get(place).copied().unwrap_or_default()
+    }
+
+    /// See [`compression`](Self::compression).
+    pub fn set_compression(&self, compression: Compression) {
+        let place = Compression::ALL.iter().position(|one| *one == compression).unwrap_or_default();
+        self.compression.store(place as u8, Ordering::Relaxed);
     }
 
     /// Asks for the end of the migration. `false`: too late, COMMIT is on its way, and the answer decides.

@@ -52,6 +52,8 @@ pub enum Message {
     Query(Query),
     /// Source: the attempt is over.
     Cancel(Reasons),
+    /// Source, on a link of its own: it is for guest memory.
+    Channel(ChannelHello),
     /// Source: the figures, for the other side's user. After RUNNING it also says that RUNNING arrived.
     Progress(Progress),
     /// Source: this is guest memory; descriptors that read it go along.
@@ -241,6 +243,36 @@ pub struct Agree {
     pub features: u64,
     /// Data channels to use.
     pub channels: u16,
+    /// What opens them; only where they were granted, since older sources do not know it.
+    #[vmstate(subsection)]
+    pub key: Option<ChannelKey>,
+}
+
+/// What nobody else knows.
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "agree/channels", version = 1)]
+pub struct ChannelKey {
+    /// Random.
+    pub key: Id,
+}
+
+/// See [`Message::Channel`].
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "channel", version = 1)]
+pub struct ChannelHello {
+    /// The attempt.
+    pub session: Id,
+    /// What came with AGREE.
+    pub key: Id,
+    /// Which of the channels, from 0.
+    pub index: u16,
+    /// What goes there.
+    pub purpose: u8,
+}
+
+impl ChannelHello {
+    /// [`purpose`](Self::purpose): guest memory, round by round.
+    pub const MEMORY: u8 = 0;
 }
 
 /// See [`Message::Memory`].
@@ -381,6 +413,7 @@ impl Message {
             Self::Never(_) => "never",
             Self::Query(_) => "query",
             Self::Cancel(_) => "cancel",
+            Self::Channel(_) => "channel",
             Self::Progress(_) => "progress",
             Self::Memory(_) => "memory",
             Self::Mapped => "mapped",
@@ -402,6 +435,7 @@ impl Message {
             Self::Never(body) => (Kind::Never, vmstate::to_bytes(body)),
             Self::Query(body) => (Kind::Query, vmstate::to_bytes(body)),
             Self::Cancel(body) => (Kind::Cancel, vmstate::to_bytes(body)),
+            Self::Channel(body) => (Kind::ChannelHello, vmstate::to_bytes(body)),
             Self::Progress(body) => (Kind::Progress, vmstate::to_bytes(body)),
             Self::Memory(body) => (Kind::Memory, vmstate::to_bytes(body)),
             Self::Mapped => (Kind::Mapped, Vec::new()),
@@ -430,7 +464,8 @@ impl Message {
             Kind::Memory => Self::Memory(state(body)?),
             Kind::Mapped if body.is_empty() => Self::Mapped,
             Kind::Mapped => return Err(format!("mapped: {} bytes too many", body.len())),
-            Kind::PageRequest | Kind::ChannelHello => return Err(format!("{kind:?} was not agreed on")),
+            Kind::ChannelHello => Self::Channel(state(body)?),
+            Kind::PageRequest => return Err(format!("{kind:?} was not agreed on")),
         })
     }
 }
@@ -489,7 +524,14 @@ mod tests {
         let session = [7; 16];
         for message in [
             Message::Hello(Box::new(Hello::new(session, Some([8; 16]), description))),
-            Message::Agree(Agree { instance: [9; 16], features: 0, channels: 1 }),
+            Message::Agree(Agree { instance: [9; 16], features: 0, channels: 1, key: None }),
+            Message::Agree(Agree {
+                instance: [9; 16],
+                features: 1,
+                channels: 2,
+                key: Some(ChannelKey { key: [6; 16] }),
+            }),
+            Message::Channel(ChannelHello { session, key: [6; 16], index: 1, purpose: 0 }),
             Message::Refuse(reasons.clone()),
             Message::Prepare(Prepare { digest: 5, running: true }),
             Message::Prepared(Prepared { digest: 5, load_ns: 6 }),
@@ -507,11 +549,18 @@ mod tests {
         ] {
             let (kind, body) = message.encode();
             assert_eq!(Message::decode(kind, &body), Ok(message.clone()), "{}", message.name());
-            for cut in 0..body.len() {
+            // What older sources read ends where the part begins that they do not know.
+            let known = match &message {
+                Message::Agree(agree) if agree.key.is_some() => {
+                    Message::Agree(Agree { key: None, ..agree.clone() }).encode().1.len()
+                }
+                _ => body.len(),
+            };
+            for cut in (0..body.len()).filter(|cut| *cut != known) {
                 assert!(Message::decode(kind, &body[..cut]).is_err(), "{} cut at {cut}", message.name());
             }
             assert!(Message::decode(kind, &[body.as_slice(), &[0]].concat()).is_err(), "{}", message.name());
         }
-        assert!(Message::decode(Kind::ChannelHello, &[]).is_err());
+        assert!(Message::decode(Kind::PageRequest, &[]).is_err());
     }
 }

@@ -10,12 +10,18 @@ use std::time::Duration;
 
 use transport::Connection;
 
+use crate::channels::destination::Incoming;
 use crate::link::{Link, Step};
 use crate::protocol::Message;
 use crate::{Error, local};
 
 /// How many peers are heard at a time. Each may send a hello of the greatest length.
 const VISITORS_MAX: usize = 8;
+
+/// How often a waiting destination looks whether it is to end.
+const GLANCE: Duration = Duration::from_millis(50);
+/// How long it listens to those who are there before it looks whether more have come.
+const BLINK: Duration = Duration::from_millis(2);
 
 /// A peer that speaks the protocol, and what it said first.
 pub(crate) struct Visit {
@@ -110,6 +116,17 @@ impl Reception {
         let _it_has_nothing_left_to_do = self.visitors.remove(place).thread.join();
         visit
     }
+}
+
+/// Lets whoever comes in, and gives the next one that has said something, if one does soon.
+pub(crate) fn next_visit(reception: &mut Reception, incoming: &dyn Incoming) -> Result<Option<Visit>, Error> {
+    let (come, say) = if reception.is_empty() { (GLANCE, Duration::ZERO) } else { (Duration::ZERO, BLINK) };
+    if let Some(connection) = incoming.accept(come)?
+        && let Err(error) = reception.admit(connection)
+    {
+        log::warn!("{}", error.chain());
+    }
+    Ok(reception.hear(say))
 }
 
 fn send_away(Visitor { handle, thread, .. }: Visitor) {

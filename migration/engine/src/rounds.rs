@@ -4,8 +4,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use crate::features::POSTCOPY;
-use crate::ram::Sender;
-use crate::sink::Sink;
+use crate::ram::Outgoing;
 use crate::speed::{Sample, Speed};
 use crate::{
     Context, Decision, Error, OnTimeout, PAGE_BYTES, PageBitmap, Parameters, Situation, SourceMachine, Trend,
@@ -33,7 +32,7 @@ pub(crate) fn check_way_out(parameters: &Parameters, granted: u64) -> Result<(),
 pub(crate) fn rounds(
     machine: &mut dyn SourceMachine,
     context: &Context<'_>,
-    ram: &mut Sender<'_, Sink<'_>>,
+    ram: &mut Outgoing<'_>,
     pages: &mut [PageBitmap],
 ) -> Result<(), Error> {
     let (statistics, parameters) = (context.statistics, context.parameters);
@@ -110,7 +109,7 @@ pub(crate) fn rounds(
 /// Sends `pages` in portions. Those that are not sent when the time is over stay.
 fn send(
     context: &Context<'_>,
-    ram: &mut Sender<'_, Sink<'_>>,
+    ram: &mut Outgoing<'_>,
     pages: &mut [PageBitmap],
     portion_pages: &mut u64,
 ) -> Result<(), Error> {
@@ -210,11 +209,7 @@ impl<'a> Throttle<'a> {
 
 /// Lets the machine do what would lengthen the stop. That may take long (images are written back), and the destination waits
 /// for no silent source: a thread tells it meanwhile that this one lives.
-pub(crate) fn prepare_stop(
-    machine: &mut dyn SourceMachine,
-    context: &Context<'_>,
-    ram: &mut Sender<'_, Sink<'_>>,
-) {
+pub(crate) fn prepare_stop(machine: &mut dyn SourceMachine, context: &Context<'_>, ram: &mut Outgoing<'_>) {
     let (statistics, interval) = (context.statistics, context.patience.silence / 4);
     std::thread::scope(|scope| {
         let (prepared, preparing) = channel::<()>();

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use stream::frame::{HEADER_BYTES, Kind};
 
 use crate::bandwidth::TokenBucket;
+use crate::channels::source::Times;
 use crate::link::{Link, Step, Until};
 use crate::protocol::{Message, Progress};
 use crate::source::Context;
@@ -15,7 +16,7 @@ use crate::{Error, Parameters, Statistics};
 /// copies it again.
 pub(crate) const BODY_BYTES: usize = 256 << 10;
 /// The longest sleep between two looks at the user's wish.
-const NAP: Duration = Duration::from_millis(20);
+pub(crate) const NAP: Duration = Duration::from_millis(20);
 
 /// Collects bytes into STREAM frames and sends them.
 pub(crate) struct Sink<'a> {
@@ -27,6 +28,8 @@ pub(crate) struct Sink<'a> {
     bucket: Option<TokenBucket>,
     waited: Duration,
     sending: Duration,
+    /// What went over data channels.
+    beside: Times,
 }
 
 impl<'a> Sink<'a> {
@@ -50,6 +53,7 @@ impl<'a> Sink<'a> {
             bucket,
             waited: Duration::ZERO,
             sending: Duration::ZERO,
+            beside: Times::default(),
         }
     }
 
@@ -59,19 +63,36 @@ impl<'a> Sink<'a> {
         self.step.until = Some(until);
     }
 
-    /// Bytes on the link so far.
+    /// Until when, if the guest is stopped.
+    pub fn until(&self) -> Option<Until> {
+        self.step.until
+    }
+
+    /// Bytes on the link and on data channels so far.
     pub fn sent_bytes(&self) -> u64 {
-        self.link.sent_bytes() + (self.frame.len() - HEADER_BYTES) as u64
+        self.link.sent_bytes() + (self.frame.len() - HEADER_BYTES) as u64 + self.beside.sent_bytes
+    }
+
+    /// What of them went over data channels.
+    pub fn beside_bytes(&self) -> u64 {
+        self.beside.sent_bytes
+    }
+
+    /// Counts what went over data channels.
+    pub fn add_beside(&mut self, times: Times) {
+        self.beside.sent_bytes += times.sent_bytes;
+        self.beside.waited += times.waited;
+        self.beside.sending += times.sending;
     }
 
     /// How long the limit has held us up.
     pub fn waited(&self) -> Duration {
-        self.waited
+        self.waited + self.beside.waited
     }
 
     /// How long the link took for what was sent.
     pub fn sending(&self) -> Duration {
-        self.sending
+        self.sending + self.beside.sending
     }
 
     /// Tells the destination's user.
@@ -90,7 +111,7 @@ impl<'a> Sink<'a> {
         self.link.send_frame(Kind::Stream, &mut self.frame, self.step)?;
         self.sending += begun.elapsed();
         self.frame.truncate(HEADER_BYTES);
-        let sent = self.link.sent_bytes();
+        let sent = self.link.sent_bytes() + self.beside.sent_bytes;
         self.statistics.update(|s| s.transferred_bytes = sent);
         let Some(bucket) = &mut self.bucket else { return Ok(()) };
         let start = Instant::now();

@@ -3,15 +3,17 @@
 //! [`migrate`] is the story: agree, rounds, stop, prepare. Until then every failure goes through `undo` and the guest runs on.
 //! Then a [`Handover`] gives the guest away, or finds out whose it is.
 
+use std::thread::Scope;
 use std::time::Instant;
 
+use crate::channels::source::{Channels, Opened, offered, open};
 use crate::handover::Handover;
 use crate::lease::{Id, Lease, random_id};
 use crate::link::{Dial, Link, Step, Until};
 use crate::local::{Memory, prepare_until_little_is_left};
 use crate::ownership::source::{Action, Event, Source};
 use crate::protocol::{Hello, Message, Prepare, Properties, Reasons};
-use crate::ram::Sender;
+use crate::ram::Outgoing;
 use crate::rounds::{check_way_out, prepare_stop, rounds};
 use crate::sink::Sink;
 use crate::{
@@ -86,6 +88,8 @@ struct Attempt {
     link: Option<Link>,
     /// What goes itself, instead of its contents.
     memory: Option<Memory>,
+    /// They stay open until leave was taken.
+    channels: Option<Opened>,
     tracking: bool,
     stopped: Option<Stopped>,
     disks_touched: bool,
@@ -106,6 +110,7 @@ impl Attempt {
             instance: Id::default(),
             link: None,
             memory: None,
+            channels: None,
             tracking: false,
             stopped: None,
             disks_touched: false,
@@ -126,7 +131,7 @@ impl Attempt {
         self.session = random_id()
             .map_err(|source| Error::Machine { doing: "draw a session id", source: source.into() })?;
         self.agree(machine, dial, context)?;
-        let digest = self.transfer(machine, context)?;
+        let digest = std::thread::scope(|scope| self.transfer(scope, machine, context))?;
         self.prepare(machine, context, digest)?;
         if !context.parameters.commit() {
             return Err(Error::Cancelled);
@@ -159,6 +164,8 @@ impl Attempt {
         let memory = Memory::to_offer(machine, link, context);
         let mut hello = Hello::new(self.session, lease, description);
         hello.features = memory.as_ref().map_or(0, |_| features::LOCAL);
+        hello.features |= if link.can_be_joined() { offered(context.parameters) } else { 0 };
+        hello.channels = context.parameters.channels();
         link.send_with(
             &Message::Hello(Box::new(hello)),
             memory.as_ref().map_or(&[], |memory| std::slice::from_ref(memory.token())),
@@ -174,6 +181,11 @@ impl Attempt {
                     log::warn!("the destination takes no memory itself: its contents are sent instead");
                 }
                 self.memory = memory.filter(|_| granted);
+                if !granted {
+                    let step =
+                        Step { doing: "opening data channels", patience: handshake, cancel, until: None };
+                    self.channels = open(&agree, self.session, dial, context.parameters, step)?;
+                }
                 Ok(())
             }
             other => Err(unexpected(other, doing)),
@@ -181,7 +193,12 @@ impl Attempt {
     }
 
     /// RAM in rounds, the stop, the last pages and the devices. Returns the digest of all that was sent.
-    fn transfer(&mut self, machine: &mut dyn SourceMachine, context: &mut Context<'_>) -> Result<u64, Error> {
+    fn transfer<'scope, 'a: 'scope>(
+        &mut self,
+        scope: &'scope Scope<'scope, '_>,
+        machine: &mut dyn SourceMachine,
+        context: &mut Context<'a>,
+    ) -> Result<u64, Error> {
         let statistics = context.statistics;
         let link = self.link.as_mut().expect("agree leaves a link");
         let handed_over = self.memory.as_ref().map(|memory| memory.pass(link, context)).transpose()?;
@@ -189,7 +206,11 @@ impl Attempt {
         let blocks = machine.ram_blocks();
         // Memory that goes itself is none of the stream's: its digests too would cost the stop the more the larger it is.
         let sent: &[RamBlock] = if handed_over.is_some() { &[] } else { &blocks };
-        let mut ram = Sender::start(sink, MACHINE, sent, statistics, "send RAM and devices")?;
+        let channels = match &self.channels {
+            Some(opened) => Some(Channels::start(scope, opened, sent, context)?),
+            None => None,
+        };
+        let mut ram = Outgoing::start(sink, MACHINE, sent, channels, context)?;
 
         if handed_over.is_none() {
             machine.start_dirty_tracking().map_err(Error::machine("track dirty pages"))?;
@@ -234,15 +255,16 @@ impl Attempt {
         let before = ram.out().sent_bytes();
         ram.last_round(&pages)?;
         sections.iter().try_for_each(|section| ram.device(section))?;
+        let beside = ram.out().beside_bytes();
         let digest = ram.finish_live()?;
         let link = self.link.as_mut().expect("agree leaves a link");
-        let sent_bytes = link.sent_bytes() - before;
+        let sent_bytes = link.sent_bytes() + beside - before;
         statistics.update(|s| {
             s.downtime.stop = stopped_at - since;
             s.downtime.device_save = saved_at - stopped_at;
             s.downtime.last_pass = saved_at.elapsed();
             s.downtime_bytes = sent_bytes;
-            s.transferred_bytes = link.sent_bytes();
+            s.transferred_bytes = link.sent_bytes() + beside;
             s.remaining_bytes = 0;
         });
         Ok(digest)
@@ -314,7 +336,13 @@ impl Attempt {
                 outcome
             }
             Outcome::Failed { error, paused } if error.link_is_gone() => {
-                Outcome::Failed { error: link.last_words(patience).unwrap_or(error), paused }
+                if let Some(error) = link.last_words(patience) {
+                    return Outcome::Failed { error, paused };
+                }
+                // Where it was a data channel that broke, it still hears this.
+                let farewell = Message::Cancel(Reasons::new(&[error.chain()]));
+                let _it_finds_out_by_itself = link.send(&farewell, step);
+                Outcome::Failed { error, paused }
             }
             Outcome::Failed { ref error, .. } if !error.came_from_peer() => {
                 let farewell = Message::Cancel(Reasons::new(&[error.chain()]));

@@ -89,6 +89,12 @@ pub struct Snapshot {
     pub normal_pages: u64,
     /// Pages sent as zero.
     pub zero_pages: u64,
+    /// Pages of [`normal_pages`](Self::normal_pages) that were compressed.
+    pub compressed_pages: u64,
+    /// What became of them, in bytes.
+    pub compressed_bytes: u64,
+    /// What of [`transferred_bytes`](Self::transferred_bytes) went over each channel; none: guest memory goes over the link.
+    pub channel_bytes: Vec<u64>,
     /// What of [`transferred_bytes`](Self::transferred_bytes) was sent with the guest stopped.
     pub downtime_bytes: u64,
     /// Rounds begun (QEMU's `dirty-sync-count`).

@@ -3,19 +3,24 @@
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use rustix::net::sockopt;
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
 
 use crate::descriptors::{self, Received};
-use crate::{Error, Identity};
+use crate::{Error, Identity, memory};
 
 /// Bytes that the kernel may hold in each direction: enough that a sender and a receiver on two CPUs do not wait for
 /// each other at every message. The kernel may grant less.
 const SOCKET_BUFFER_BYTES: usize = 1 << 20;
+
+/// Memory that is copied at a time where a link does not take it as it is.
+const COPY_BYTES: usize = 64 << 10;
 
 /// A full-duplex byte stream, as a [`Connection`] drives it.
 pub trait Link: Read + Write + Send {
@@ -82,6 +87,12 @@ pub trait Link: Read + Write + Send {
     fn identity(&self) -> Option<Identity> {
         None
     }
+
+    /// The socket, if the peer receives what is sent there as it is. Links that change or watch the bytes have none: what
+    /// they carry is copied through [`Read`] and [`Write`].
+    fn socket(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 macro_rules! impl_link {
@@ -100,6 +111,9 @@ macro_rules! impl_link {
                 self.shutdown(how)
             }
             $($more)*
+            fn socket(&self) -> Option<BorrowedFd<'_>> {
+                Some(self.as_fd())
+            }
         }
     };
 }
@@ -172,6 +186,12 @@ impl Connection {
     /// Something that lives as long as a handle on this link does.
     pub(crate) fn lives(&mut self) -> Weak<()> {
         Arc::downgrade(self.only.get_or_insert_default())
+    }
+
+    /// Whether nobody can make another link with the same peer: it came from a socket that was given.
+    #[must_use]
+    pub fn is_the_only_one(&self) -> bool {
+        self.only.is_some()
     }
 
     /// Lets both ends prove who they are, where the listener or the endpoint asks for that, and gives up after `timeout`.
@@ -250,6 +270,55 @@ impl Connection {
     pub fn read_with(&mut self, buffer: &mut [u8], received: &mut Received) -> io::Result<usize> {
         self.link.read_with(buffer, received)
     }
+
+    /// Sends `head` and then `memory`, from byte `skip` of both on, and returns how many bytes were taken. A socket takes them
+    /// from where they are; for other links they are copied.
+    ///
+    /// # Errors
+    /// As [`Write::write`].
+    pub fn send_memory<B: BitmapSlice>(
+        &mut self,
+        head: &[u8],
+        memory: &[VolatileSlice<'_, B>],
+        skip: usize,
+    ) -> io::Result<usize> {
+        if let Some(socket) = self.link.socket() {
+            return memory::send(socket, head, memory, skip);
+        }
+        let mut bytes = head.get(skip..).unwrap_or_default().to_vec();
+        for (slice, from) in memory::pieces_after(memory, skip.saturating_sub(head.len())) {
+            let start = bytes.len();
+            let length = (slice.len() - from).min(COPY_BYTES.saturating_sub(start));
+            if length == 0 {
+                break;
+            }
+            let slice = slice.subslice(from, length).map_err(io::Error::other)?;
+            bytes.resize(start + length, 0);
+            slice.copy_to(bytes.get_mut(start..).unwrap_or_default());
+        }
+        self.link.write(&bytes)
+    }
+
+    /// Receives into `memory` from its byte `skip` on, and returns how many bytes came: all that is missing, unless the time of
+    /// [`set_read_timeout`](Self::set_read_timeout) is up before; 0 at the end.
+    ///
+    /// # Errors
+    /// As [`Read::read`].
+    pub fn receive_memory<B: BitmapSlice>(
+        &mut self,
+        memory: &[VolatileSlice<'_, B>],
+        skip: usize,
+    ) -> io::Result<usize> {
+        if let Some(socket) = self.link.socket() {
+            return memory::receive(socket, memory, skip);
+        }
+        let Some((slice, from)) = memory::pieces_after(memory, skip).next() else { return Ok(0) };
+        let mut bytes = vec![0; (slice.len() - from).min(COPY_BYTES)];
+        let count = self.link.read(&mut bytes)?;
+        let slice = slice.subslice(from, count).map_err(io::Error::other)?;
+        slice.copy_from(bytes.get(..count).unwrap_or_default());
+        Ok(count)
+    }
 }
 
 impl Read for Connection {
@@ -292,6 +361,113 @@ mod tests {
             }
         };
         assert!(matches!(kind, io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut), "{kind}");
+    }
+
+    /// Passes everything on and has no socket to show.
+    struct Veiled(UnixStream);
+
+    impl Read for Veiled {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+            self.0.read(buffer)
+        }
+    }
+
+    impl Write for Veiled {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.write(bytes)
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Link for Veiled {
+        fn try_clone(&self) -> io::Result<Box<dyn Link>> {
+            Ok(Box::new(Self(self.0.try_clone()?)))
+        }
+        fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+            self.0.set_read_timeout(timeout)
+        }
+        fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+            self.0.set_write_timeout(timeout)
+        }
+        fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+            self.0.shutdown(how)
+        }
+    }
+
+    fn ends(veiled: bool) -> (Connection, Connection) {
+        if !veiled {
+            return Connection::pair().unwrap();
+        }
+        let (one, other) = UnixStream::pair().unwrap();
+        (Connection::new(Box::new(Veiled(one)), "one"), Connection::new(Box::new(Veiled(other)), "other"))
+    }
+
+    /// More pieces than one call takes, of many lengths, some of them empty: all of it arrives, in order, however it is cut.
+    #[test]
+    fn memory_is_gathered_and_scattered_as_it_is() {
+        for veiled in [false, true] {
+            let (mut one, mut other) = ends(veiled);
+            let lengths = |seed: usize| (0..600).map(move |number| number * seed % 1999);
+            let total: usize = lengths(7).sum();
+            let mut sent: Vec<u8> = (0..total).map(|byte| (byte % 251) as u8).collect();
+            let head = b"a head".as_slice();
+            let expected = [head, &sent].concat();
+            let mut received = vec![0; expected.len()];
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let (mut rest, mut memory) = (sent.as_mut_slice(), Vec::new());
+                    for length in lengths(7) {
+                        let (piece, after) = rest.split_at_mut(length);
+                        memory.push(VolatileSlice::from(piece));
+                        rest = after;
+                    }
+                    let mut skip = 0;
+                    while skip < expected.len() {
+                        skip += one.send_memory(head, &memory, skip).unwrap();
+                    }
+                    one.shutdown(Shutdown::Write).unwrap();
+                });
+                let (mut rest, mut memory) = (received.as_mut_slice(), Vec::new());
+                for length in lengths(11).chain([expected.len()]) {
+                    let (piece, after) = rest.split_at_mut(length.min(rest.len()));
+                    memory.push(VolatileSlice::from(piece));
+                    rest = after;
+                }
+                let mut skip = 0;
+                while skip < expected.len() {
+                    let count = other.receive_memory(&memory, skip).unwrap();
+                    assert_ne!(count, 0, "the end after {skip} bytes");
+                    skip += count;
+                }
+                assert_eq!(other.receive_memory(&memory[..0], 0).unwrap(), 0);
+            });
+            assert!(received == expected, "veiled: {veiled}");
+            let mut more = [0; 1];
+            assert_eq!(other.receive_memory(&[VolatileSlice::from(more.as_mut_slice())], 0).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn memory_for_a_peer_that_takes_nothing_is_an_error_in_time() {
+        for veiled in [false, true] {
+            let (mut one, mut other) = ends(veiled);
+            one.set_write_timeout(Some(Duration::from_millis(1))).unwrap();
+            other.set_read_timeout(Some(Duration::from_millis(1))).unwrap();
+            let mut block = vec![0; COPY_BYTES];
+            let memory = [VolatileSlice::from(block.as_mut_slice())];
+            assert_eq!(other.receive_memory(&memory, 0).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+            let kind = loop {
+                if let Err(error) = one.send_memory(b"head", &memory, 0) {
+                    break error.kind();
+                }
+            };
+            assert_eq!(kind, io::ErrorKind::WouldBlock);
+            drop(other);
+            let kind = one.send_memory(b"head", &memory, 0).unwrap_err().kind();
+            assert_eq!(kind, io::ErrorKind::BrokenPipe, "and no signal");
+        }
     }
 
     #[test]

@@ -29,11 +29,24 @@ pub enum Fault {
     Deafen,
     /// It waits until the [`Gate`] is opened.
     Hold(Held),
+    /// One bit of it is another: of its first byte, its last, or the one between them.
+    Damage(Part),
     /// The writing thread unwinds before its first byte, without a message: as far as locks and descriptors go, its process
     /// is killed.
     KillBefore,
     /// The same after its last byte.
     KillAfter,
+}
+
+/// A byte of a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The first.
+    First,
+    /// In the middle.
+    Middle,
+    /// The last.
+    Last,
 }
 
 /// Opens a [`Fault::Hold`], and learns when the message arrived at it.
@@ -177,6 +190,17 @@ impl Faulty {
                 self.write_whole(bytes, descriptors)?;
                 std::panic::resume_unwind(Box::new("killed"));
             }
+            Fault::Damage(part) if struck => {
+                let mut bytes = bytes.to_vec();
+                let place = match part {
+                    Part::First => 0,
+                    Part::Middle => bytes.len() / 2,
+                    Part::Last => bytes.len().saturating_sub(1),
+                };
+                bytes.get_mut(place).into_iter().for_each(|byte| *byte ^= 1);
+                self.write_whole(&bytes, descriptors)?;
+                return Ok(bytes.len());
+            }
             Fault::Swallow if index >= self.plan.at => return Ok(bytes.len()),
             Fault::Hold(held) if struck => {
                 let _nobody_waits = held.arrived.send(());
@@ -267,6 +291,9 @@ mod tests {
         assert_eq!(arrived(Fault::CutMiddle), (b"aaaabb".to_vec(), true));
         assert_eq!(arrived(Fault::CutAfter), (b"aaaabbbb".to_vec(), true));
         assert_eq!(arrived(Fault::Swallow), (b"aaaa".to_vec(), false));
+        assert_eq!(arrived(Fault::Damage(Part::First)), (b"aaaacbbbcccc".to_vec(), false));
+        assert_eq!(arrived(Fault::Damage(Part::Middle)), (b"aaaabbcbcccc".to_vec(), false));
+        assert_eq!(arrived(Fault::Damage(Part::Last)), (b"aaaabbbccccc".to_vec(), false));
         assert_eq!(arrived(Fault::Deafen), (b"aaaabbbbcccc".to_vec(), false));
     }
 

@@ -20,7 +20,10 @@
 //! A socket may also come from outside (`fd:`): [`inherit`] takes over what whoever started this process left open, and both
 //! [`Endpoint`] and [`Listener`] take sockets that are there already.
 //!
-//! Absent: several channels, zero-copy sends, descriptors that go along with TLS, lists of revoked certificates (a short validity
+//! [`Connection::send_memory`] and [`Connection::receive_memory`] move the memory of a running guest without a copy in this
+//! process, over links that take bytes as they are; over TLS they are copied.
+//!
+//! Absent: `MSG_ZEROCOPY`, descriptors that go along with TLS, lists of revoked certificates (a short validity
 //! does their work). A file is only named here: reading and writing it is the engine's business.
 #![deny(unsafe_code)]
 
@@ -32,6 +35,7 @@ pub mod faulty;
 #[allow(unsafe_code, reason = "a number becomes a descriptor that has an owner")]
 mod given;
 mod listener;
+mod memory;
 mod private_socket;
 mod security;
 mod tls;

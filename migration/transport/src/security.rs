@@ -48,7 +48,8 @@ impl Endpoint {
     /// # Errors
     /// It is none, or as [`connect`](Self::connect).
     pub fn connect_over(&self, descriptor: OwnedFd, timeout: Duration) -> Result<Connection, Error> {
-        let connection = Given::new(descriptor, &self.uri, &self.security)?.connection(&self.uri)?;
+        let mut connection = Given::new(descriptor, &self.uri, &self.security)?.connection(&self.uri)?;
+        connection.lives();
         self.secure(connection, timeout)
     }
 

@@ -9,7 +9,12 @@ use super::*;
 fn request() -> MigrateRequest {
     MigrateRequest {
         uri: "unix:/there".to_owned(),
-        limits: Limits { downtime_limit: Some(20), ..Limits::default() },
+        limits: Limits {
+            downtime_limit: Some(20),
+            channels: Some(3),
+            compress: Some(MultifdCompression::Zstd),
+            ..Limits::default()
+        },
         tls_dir: Some("/keys".into()),
         ..MigrateRequest::default()
     }
@@ -49,7 +54,12 @@ fn a_migration_is_followed_to_its_end() {
     // What was not asked for stays.
     assert_eq!(
         setup.machine.migration_parameters(),
-        MigrationParameters { downtime_limit: 20, ..MigrationParameters::default() }
+        MigrationParameters {
+            downtime_limit: 20,
+            multifd_channels: 3,
+            multifd_compression: MultifdCompression::Zstd,
+            ..MigrationParameters::default()
+        }
     );
 }
 

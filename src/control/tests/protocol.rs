@@ -98,6 +98,14 @@ fn malformed_requests_get_the_words_of_qemu() {
         ),
         (r#"{"execute":"migrate-set-capabilities"}"#, "Parameter 'capabilities' is missing"),
         (
+            r#"{"execute":"migrate-set-parameters","arguments":{"multifd-channels":65}}"#,
+            "Parameter 'multifd-channels' expects 0 (no channels of its own for memory) to 64",
+        ),
+        (
+            r#"{"execute":"migrate-set-parameters","arguments":{"multifd-compression":"zlib"}}"#,
+            "Parameter 'multifd-compression' does not accept value 'zlib'",
+        ),
+        (
             r#"{"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"multifd","state":true}]}}"#,
             "Parameter 'capability' does not accept value 'multifd'",
         ),
@@ -244,6 +252,8 @@ fn parameters_change_one_by_one() {
     let mut expected = json!({
         "downtime-limit": 300,
         "max-bandwidth": 0,
+        "multifd-channels": 1,
+        "multifd-compression": "none",
         "throttle-trigger-threshold": 50,
         "cpu-throttle-initial": 20,
         "cpu-throttle-increment": 10,
@@ -265,6 +275,8 @@ fn parameters_change_one_by_one() {
         ("x-ferry-max-rounds", json!(7)),
         ("x-ferry-timeout", json!(60)),
         ("x-ferry-on-timeout", json!("force")),
+        ("multifd-channels", json!(64)),
+        ("multifd-compression", json!("lz4")),
     ] {
         let set = json!({ "execute": "migrate-set-parameters", "arguments": { name: value } });
         assert_eq!(raw.ask(&set.to_string()), json!({ "return": {} }));

@@ -7,6 +7,7 @@
 //! - [`streams`], [`mapped`]: what crate `stream` reads.
 //! - [`states`]: the sections of our machine, and what two migrating processes say to each other.
 //! - [`reception`]: a destination that hears a whole peer.
+//! - [`channels`]: guest memory on connections of its own.
 //! - [`inspect`]: any files, printed and compared. [`qemu`]: the controller of another VMM.
 //! - [`lease`]: the record that says who owns a guest.
 //! - [`guest`]: a running NVMe controller, whose guest is the attacker.
@@ -18,6 +19,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod channels;
 pub mod guest;
 pub mod inspect;
 pub mod lease;
@@ -54,6 +56,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "devices", run: states::devices, seeds: states::device_seeds },
     Target { name: "messages", run: states::messages, seeds: states::message_seeds },
     Target { name: "reception", run: reception::reception, seeds: reception::seeds },
+    Target { name: "channel", run: channels::channel, seeds: channels::seeds },
     Target { name: "lease", run: lease::lease, seeds: lease::seeds },
     Target { name: "guest_registers", run: guest::registers, seeds: guest::register_seeds },
     Target { name: "guest_queues", run: guest::queues, seeds: guest::queue_seeds },

@@ -47,6 +47,7 @@ const MESSAGES: &[Kind] = &[
     kind::<protocol::Never>(),
     kind::<protocol::Query>(),
     kind::<protocol::Progress>(),
+    kind::<protocol::ChannelHello>(),
 ];
 
 /// Loads a state, which must be saved as it was; returns whether it could be loaded.

@@ -28,7 +28,9 @@ async def session(path):
     )
     await client.execute("migrate-set-parameters", {"downtime-limit": 50, "max-bandwidth": 1 << 30})
     parameters = await client.execute("query-migrate-parameters")
-    assert parameters == {"downtime-limit": 50, "max-bandwidth": 1 << 30}, parameters
+    assert parameters["downtime-limit"] == 50, parameters
+    assert parameters["max-bandwidth"] == 1 << 30, parameters
+    assert (parameters["multifd-channels"], parameters["multifd-compression"]) == (1, "none"), parameters
 
     assert await client.execute("query-migrate") == {}
     await client.execute("migrate", {"uri": "unix:/nowhere"})

@@ -297,6 +297,16 @@ pub fn with_destination(
     patience: Patience,
     talk: impl FnOnce(&mut dyn FnMut() -> Link),
 ) -> Option<Arrived<super::mock::Arriving>> {
+    with_any_destination(world, patience, false, talk)
+}
+
+/// The same; it lets data channels in or has no way in for them.
+pub fn with_any_destination(
+    world: &World,
+    patience: Patience,
+    with_channels: bool,
+    talk: impl FnOnce(&mut dyn FnMut() -> Link),
+) -> Option<Arrived<super::mock::Arriving>> {
     let (links, arriving) = std::sync::mpsc::channel::<Connection>();
     std::thread::scope(|scope| {
         let receiving = scope.spawn(move || {
@@ -305,7 +315,7 @@ pub fn with_destination(
             let mut factory = Factory::new(world, "destination");
             let mut destination =
                 Destination::new(Some(&mut lease), &statistics, patience, &parameters).unwrap();
-            super::wait_for_guest(&mut destination, &mut factory, &arriving)
+            super::wait_for_guest(&mut destination, &mut factory, &arriving, with_channels)
         });
         let mut connect = || {
             let (near, far) = Connection::pair().unwrap();

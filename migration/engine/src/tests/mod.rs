@@ -1,5 +1,6 @@
 //! Whole migrations of a mock machine, in one process, on the real protocol, the real lease and real sockets.
 
+mod channels;
 mod convergence;
 mod faults;
 mod file;
@@ -15,7 +16,7 @@ mod snapshot;
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -24,7 +25,8 @@ use transport::{Connection, Link};
 
 use crate::lease::Lease;
 use crate::{
-    Arrived, Context, Destination, Error, Outcome, Parameters, Patience, Statistics, migrate as move_out,
+    Arrived, Context, Destination, Error, Incoming, Outcome, Parameters, Patience, Statistics,
+    migrate as move_out,
 };
 use mock::{Arriving, Factory, Source, World};
 
@@ -80,6 +82,10 @@ pub struct Play {
     pub patience: Patience,
     /// Where it is not the source's.
     pub destination_patience: Option<Patience>,
+    /// Data channels that the source asks for and the destination lets in; 0: it has no way in for any.
+    pub channels: u16,
+    /// At the link of the n-th dial after the first, which is channel n.
+    pub channel_fault: Option<(End, u16, u32, Fault)>,
     /// Hears of every message that the source writes.
     pub tally: Option<Sender<()>>,
     /// Somebody stands between the two, and passes bytes on.
@@ -113,6 +119,8 @@ impl Play {
             parameters: Arc::new(Parameters::new()),
             patience: patience(),
             destination_patience: None,
+            channels: 0,
+            channel_fault: None,
             tally: None,
             tunnel: false,
             source_lease: Arc::default(),
@@ -139,12 +147,15 @@ impl Play {
             parameters,
             patience,
             destination_patience,
+            channels,
+            mut channel_fault,
             mut tally,
             tunnel,
             source_lease: lease_after,
             mut destination_lease,
         } = self;
         let (links, arriving) = channel::<Connection>();
+        parameters.set_channels(channels.max(1));
         let mut source_lease = lease_after.lock().unwrap().take();
         if with_lease {
             source_lease.get_or_insert_with(|| {
@@ -163,15 +174,19 @@ impl Play {
                 let lease = destination_lease.as_mut();
                 let patience = destination_patience.unwrap_or(patience);
                 let mut destination = Destination::new(lease, statistics, patience, &parameters).unwrap();
-                let arrived = wait_for_guest(&mut destination, &mut factory, &arriving);
+                let arrived = wait_for_guest(&mut destination, &mut factory, &arriving, channels > 0);
                 (arrived, destination_lease)
             });
             let (statistics, parameters, witness) = (&source_statistics, &parameters, &witness);
             let sending = scope.spawn(move || {
+                let mut dials = 0;
                 // Owns the way to the destination: when this thread ends, the destination's wait ends.
                 let mut dial = || -> Result<Connection, Error> {
                     let (mut near, mut far) = Connection::pair()?;
-                    if let Some((end, at, fault)) = fault.take() {
+                    dials += 1;
+                    let channel_fault = channel_fault.take_if(|(_, dial, ..)| *dial + 1 == dials);
+                    let channel_fault = channel_fault.map(|(end, _, at, fault)| (end, at, fault));
+                    if let Some((end, at, fault)) = fault.take().or(channel_fault) {
                         let side = if end == End::Source { &mut near } else { &mut far };
                         let (spare, _) = Connection::pair()?;
                         let (wrapped, new) = faulty::wrap(std::mem::replace(side, spare), at, fault);
@@ -265,13 +280,34 @@ fn wait_for_guest(
     destination: &mut Destination<'_>,
     factory: &mut Factory,
     arriving: &Receiver<Connection>,
+    with_channels: bool,
 ) -> Option<Arrived<Arriving>> {
     let mut arrived = None;
     while let Ok(connection) = arriving.recv() {
         match &mut arrived {
+            None if with_channels => {
+                arrived = destination.serve_with(factory, connection, &Door(arriving));
+            }
             None => arrived = destination.serve(factory, connection),
             Some(arrived) => destination.answer_one(arrived, connection),
         }
     }
     arrived
+}
+
+/// Where channels come in.
+pub struct Door<'a>(pub &'a Receiver<Connection>);
+
+impl Incoming for Door<'_> {
+    fn accept(&self, timeout: Duration) -> Result<Option<Connection>, transport::Error> {
+        match self.0.recv_timeout(timeout) {
+            Ok(connection) => Ok(Some(connection)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            // The way in stays open, as a listener does.
+            Err(RecvTimeoutError::Disconnected) => {
+                std::thread::sleep(timeout);
+                Ok(None)
+            }
+        }
+    }
 }

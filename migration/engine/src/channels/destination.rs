@@ -1,0 +1,195 @@
+//! All channels of a destination: who may join, and what they receive.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::Scope;
+use std::time::{Duration, Instant};
+
+use transport::{Connection, Listener};
+
+use super::CHANNELS_MAX;
+use super::lane::{Lane, LaneInput, Watch};
+use super::receive::{Came, DOING, Inlet};
+use crate::lease::{Id, random_id};
+use crate::link::{Link, SLICE, Step};
+use crate::protocol::{Agree, ChannelHello, ChannelKey, Hello, Message};
+use crate::reception::{Reception, Visit, next_visit};
+use crate::{Error, Parameters, Patience, RamBlock, features};
+
+/// Between two looks whether the source is still there.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Where peers come from.
+pub trait Incoming {
+    /// The next peer, or `None` if none came within `timeout`.
+    ///
+    /// # Errors
+    /// None will come any more.
+    fn accept(&self, timeout: Duration) -> Result<Option<Connection>, transport::Error>;
+}
+
+impl Incoming for Listener {
+    fn accept(&self, timeout: Duration) -> Result<Option<Connection>, transport::Error> {
+        self.accept(timeout)
+    }
+}
+
+/// The answer to a source that says `hello` and is granted `granted` as far as this machine goes. Channels need a way in, and
+/// memory that goes itself needs no channels.
+pub(crate) fn agree(hello: &Hello, granted: u64, instance: Id, has_way_in: bool) -> Result<Agree, Error> {
+    const ALL: u64 = features::CHANNELS | features::LZ4 | features::ZSTD;
+    let channels = hello.channels.min(CHANNELS_MAX);
+    let is_possible = has_way_in && channels > 0 && granted & features::LOCAL == 0;
+    if !is_possible || granted & features::CHANNELS == 0 {
+        return Ok(Agree { instance, features: granted & !ALL, channels: 1, key: None });
+    }
+    let failed =
+        |source: std::io::Error| Error::Machine { doing: "draw a key for channels", source: source.into() };
+    let key = Some(ChannelKey { key: random_id().map_err(failed)? });
+    Ok(Agree { instance, features: granted, channels, key })
+}
+
+/// Lets the channels in that were agreed on, each within the patience of a handshake after the one before. `stranger` sees
+/// whoever else comes; the source is there as long as its `link` is.
+pub(crate) fn gather(
+    agree: &Agree,
+    session: Id,
+    link: &mut Link,
+    incoming: &dyn Incoming,
+    step: Step<'_>,
+    stranger: &mut dyn FnMut(Visit),
+) -> Result<Vec<Connection>, Error> {
+    let Some(ChannelKey { key }) = agree.key else { return Ok(Vec::new()) };
+    let mut reception = Reception::new(step.patience);
+    let mut slots: Vec<Option<Connection>> = (0..agree.channels).map(|_| None).collect();
+    let (mut since, mut looked) = (Instant::now(), Instant::now());
+    while slots.iter().any(Option::is_none) {
+        step.check()?;
+        step.patient(since)?;
+        let Some(visit) = next_visit(&mut reception, incoming)? else {
+            if looked.elapsed() >= LOOK_INTERVAL {
+                looked = Instant::now();
+                // What it says there can wait, and it may well speak before we have seen its last channel.
+                link.is_spoken_to(step)?;
+            }
+            continue;
+        };
+        match &visit.said {
+            Ok(Message::Channel(hello))
+                if (hello.session, hello.key) == (session, key)
+                    && visit.link.identity() == link.identity() =>
+            {
+                let place = usize::from(hello.index);
+                let wrong = |reason| Err(Error::Protocol { doing: step.doing, reason });
+                match slots.get_mut(place) {
+                    _ if hello.purpose != ChannelHello::MEMORY => {
+                        return wrong(format!("channel {place} is for purpose {}", hello.purpose));
+                    }
+                    None => {
+                        return wrong(format!("channel {place} came, and {} were agreed on", agree.channels));
+                    }
+                    Some(Some(_)) => return wrong(format!("channel {place} came twice")),
+                    Some(slot @ None) => *slot = Some(visit.link.into_connection()),
+                }
+                since = Instant::now();
+            }
+            _ => stranger(visit),
+        }
+    }
+    Ok(slots.into_iter().flatten().collect())
+}
+
+/// The receiving threads, one for each channel. They end with it.
+pub(crate) struct Intake {
+    shared: Arc<Shared>,
+    ended: Receiver<(usize, u64)>,
+    count: usize,
+    patience: Duration,
+}
+
+#[derive(Default)]
+struct Shared {
+    watch: Watch,
+    bytes: AtomicU64,
+}
+
+impl Intake {
+    /// Receives into `blocks`, which are fresh.
+    pub fn start<'scope>(
+        scope: &'scope Scope<'scope, '_>,
+        connections: Vec<Connection>,
+        blocks: &[RamBlock],
+        parameters: &'scope Parameters,
+        patience: &Patience,
+    ) -> Result<Self, Error> {
+        let (count, shared) = (connections.len(), Arc::<Shared>::default());
+        let (told, ended) = channel();
+        let step = Step { doing: DOING, patience: patience.silence, cancel: Some(parameters), until: None };
+        let intake = Self { shared, ended, count, patience: patience.silence };
+        for (index, connection) in connections.into_iter().enumerate() {
+            let mut inlet = Inlet::new(blocks.to_vec(), index, count);
+            let (shared, told) = (Arc::clone(&intake.shared), told.clone());
+            let thread = std::thread::Builder::new().name(format!("channel-{index}"));
+            let thread = thread.spawn_scoped(scope, move || {
+                let since = Instant::now();
+                let mut input = LaneInput { lane: Lane::new(connection), step, watch: &shared.watch, since };
+                loop {
+                    match inlet.receive(&mut input) {
+                        Ok(Came::Batch { bytes }) => {
+                            shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+                        }
+                        Ok(Came::End { digest }) => {
+                            let _the_attempt_is_over = told.send((index, digest));
+                            return;
+                        }
+                        Err(error) => return shared.watch.fail(error),
+                    }
+                }
+            });
+            thread.map_err(|source| Error::Lost { doing: "starting a channel", source })?;
+        }
+        Ok(intake)
+    }
+
+    /// How much has come.
+    pub fn bytes(&self) -> u64 {
+        self.shared.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Whether all goes well.
+    pub fn check(&self) -> Result<(), Error> {
+        match self.shared.watch.is_over() {
+            true => Err(self.shared.watch.take_cause().unwrap_or(Error::Cancelled)),
+            false => Ok(()),
+        }
+    }
+
+    /// Waits until every channel has come to its end: the source has said so on its link. The digests of all.
+    pub fn finish(&self) -> Result<Vec<u64>, Error> {
+        let since = Instant::now();
+        let mut digests = vec![None; self.count];
+        while digests.iter().any(Option::is_none) {
+            match self.ended.recv_timeout(SLICE) {
+                Ok((index, digest)) => {
+                    if let Some(slot) = digests.get_mut(index) {
+                        *slot = Some(digest);
+                    }
+                }
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                    self.check()?;
+                    if since.elapsed() >= self.patience {
+                        return Err(Error::TimedOut { doing: DOING, waited: self.patience });
+                    }
+                }
+            }
+        }
+        Ok(digests.into_iter().flatten().collect())
+    }
+}
+
+impl Drop for Intake {
+    fn drop(&mut self) {
+        self.shared.watch.end();
+    }
+}

@@ -1,0 +1,270 @@
+//! One channel into guest memory.
+
+use std::os::unix::fs::FileExt;
+
+use stream::PAGE_BYTES as PAGE_LENGTH;
+use vm_memory::VolatileMemory;
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::compress::Decompressor;
+use super::lane::Input;
+use super::wire::{
+    CONTENTS_BYTES_MAX, Chain, DIGEST_BYTES, HEAD_BYTES, Head, Run, RunKind, Shape, decode_table, table_bytes,
+};
+use crate::{Error, PAGE_BYTES, PageBitmap, RamBlock};
+
+/// What came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Came {
+    /// A batch of so many bytes.
+    Batch { bytes: u64 },
+    /// The end: everything said has this digest, and every page is what the source said.
+    End { digest: u64 },
+}
+
+/// The receiving end of a channel. Its memory is two bits for each page, and what the largest batch needs.
+pub(crate) struct Inlet {
+    shape: Shape,
+    /// In the order of their names.
+    blocks: Vec<RamBlock>,
+    /// Pages of each block that hold something: the others are still the holes of fresh memory.
+    placed: Vec<PageBitmap>,
+    /// Pages that are not what the source saw: the guest wrote to them while they were sent, so they come again. At the end
+    /// there are none.
+    differing: Vec<PageBitmap>,
+    differing_count: u64,
+    round: u32,
+    chain: Chain,
+    table: Vec<u8>,
+    runs: Vec<Run>,
+    contents: Vec<u8>,
+    pages: Vec<u8>,
+    decompressor: Decompressor,
+}
+
+/// The step, in errors.
+pub(crate) const DOING: &str = "receiving guest memory";
+
+fn wrong(reason: String) -> Error {
+    Error::Protocol { doing: DOING, reason }
+}
+
+impl Inlet {
+    /// Channel `index` of `count` into `blocks`, which are fresh.
+    pub fn new(mut blocks: Vec<RamBlock>, index: usize, count: usize) -> Self {
+        blocks.sort_by(|one, other| one.name.cmp(&other.name));
+        let block_pages: Vec<_> = blocks.iter().map(|block| block.length_bytes() / PAGE_BYTES).collect();
+        let nothing: Vec<_> = block_pages.iter().map(|pages| PageBitmap::new(*pages)).collect();
+        Self {
+            shape: Shape { block_pages, index, count },
+            blocks,
+            placed: nothing.clone(),
+            differing: nothing,
+            differing_count: 0,
+            round: 0,
+            chain: Chain::default(),
+            table: Vec::new(),
+            runs: Vec::new(),
+            contents: Vec::new(),
+            pages: Vec::new(),
+            decompressor: Decompressor::default(),
+        }
+    }
+
+    /// Receives one batch, or the end.
+    pub fn receive(&mut self, input: &mut impl Input) -> Result<Came, Error> {
+        let mut bytes = [0; HEAD_BYTES];
+        input.read(&mut bytes, true)?;
+        let head = Head::decode(bytes).map_err(wrong)?;
+        self.chain.add(&bytes);
+        let Head::Pages { round, runs, digests, contents_bytes } = head else { return self.end(input) };
+        if round < self.round {
+            return Err(wrong(format!("a batch of round {round} in round {}", self.round)));
+        }
+        self.round = round;
+        let mut table = std::mem::take(&mut self.table);
+        table.resize(table_bytes(runs, digests), 0);
+        input.read(&mut table, false)?;
+        self.chain.add(&table);
+        let mut runs = std::mem::take(&mut self.runs);
+        let digests = decode_table(&table, head, &self.shape, &mut runs).map_err(wrong)?;
+        if runs.iter().any(|run| self.goes_through_a_buffer(run)) {
+            self.copy(&runs, contents_bytes, digests, input)?;
+        } else {
+            self.scatter(&runs, digests, input)?;
+        }
+        let bytes = (HEAD_BYTES + table.len() + contents_bytes) as u64;
+        self.runs = runs;
+        self.table = table;
+        Ok(Came::Batch { bytes })
+    }
+
+    /// Whether its contents cannot be received where they belong: they are compressed, or the pages are not there yet. To
+    /// write into the file behind fresh memory costs half of what a page fault does, which also makes the page zero before.
+    fn goes_through_a_buffer(&self, run: &Run) -> bool {
+        let is_fresh = || {
+            let has_file =
+                self.blocks.get(run.block).is_some_and(|block| block.mapping.file_offset().is_some());
+            let placed = self.placed.get(run.block);
+            has_file && placed.is_some_and(|placed| !run.range().all(|page| placed.contains(page)))
+        };
+        match run.kind {
+            RunKind::Zero => false,
+            RunKind::Data => is_fresh(),
+            RunKind::Lz4 | RunKind::Zstd => true,
+        }
+    }
+
+    /// Contents go straight to where they belong.
+    fn scatter(
+        &mut self,
+        runs: &[Run],
+        mut digests: impl Iterator<Item = u64>,
+        input: &mut impl Input,
+    ) -> Result<(), Error> {
+        let contents = runs.iter().filter(|run| run.kind == RunKind::Data);
+        let memory = contents.map(|run| {
+            let block = self.block(run)?;
+            block.mapping.get_slice(run.offset_bytes(), run.length_bytes()).map_err(unwritable)
+        });
+        input.read_memory(&memory.collect::<Result<Vec<_>, _>>()?)?;
+        for run in runs {
+            if run.kind == RunKind::Zero {
+                self.make_zero(run)?;
+                continue;
+            }
+            for page in run.range() {
+                let mut copy = [0; PAGE_LENGTH];
+                let slice = self.block(run)?.mapping.get_slice((page * PAGE_BYTES) as usize, PAGE_LENGTH);
+                slice.map_err(unwritable)?.copy_to(&mut copy);
+                self.judge(run, page, digests.next() != Some(xxh3_64(&copy)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Contents are looked at first.
+    fn copy(
+        &mut self,
+        runs: &[Run],
+        contents_bytes: usize,
+        mut digests: impl Iterator<Item = u64>,
+        input: &mut impl Input,
+    ) -> Result<(), Error> {
+        debug_assert!(contents_bytes <= CONTENTS_BYTES_MAX, "the head was checked");
+        let mut contents = std::mem::take(&mut self.contents);
+        let mut pages = std::mem::take(&mut self.pages);
+        contents.resize(contents_bytes, 0);
+        input.read(&mut contents, false)?;
+        let mut rest = contents.as_slice();
+        for run in runs {
+            let (bytes, after) = rest.split_at_checked(run.contents_bytes).unwrap_or_default();
+            rest = after;
+            let bytes = match run.kind {
+                RunKind::Zero => {
+                    self.make_zero(run)?;
+                    continue;
+                }
+                RunKind::Data => bytes,
+                RunKind::Lz4 | RunKind::Zstd => {
+                    pages.resize(run.length_bytes(), 0);
+                    self.decompressor.decompress(run.kind, bytes, &mut pages).map_err(wrong)?;
+                    pages.as_slice()
+                }
+            };
+            put(self.block(run)?, run, bytes)?;
+            for (page, bytes) in run.range().zip(bytes.as_chunks::<PAGE_LENGTH>().0) {
+                self.judge(run, page, digests.next() != Some(xxh3_64(bytes)));
+            }
+        }
+        self.contents = contents;
+        self.pages = pages;
+        Ok(())
+    }
+
+    /// Pages that hold nothing yet are zero as they are.
+    fn make_zero(&mut self, run: &Run) -> Result<(), Error> {
+        for page in run.range() {
+            if self.placed.get(run.block).is_some_and(|placed| placed.contains(page)) {
+                let slice = self.block(run)?.mapping.get_slice((page * PAGE_BYTES) as usize, PAGE_LENGTH);
+                slice.map_err(unwritable)?.copy_from(&[0_u8; PAGE_LENGTH]);
+                self.judge(run, page, false);
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes a page that was placed, and whether it is what the source saw.
+    fn judge(&mut self, run: &Run, page: u64, differs: bool) {
+        let (Some(placed), Some(differing)) =
+            (self.placed.get_mut(run.block), self.differing.get_mut(run.block))
+        else {
+            return;
+        };
+        placed.set(page);
+        match (differing.contains(page), differs) {
+            (false, true) => {
+                differing.set(page);
+                self.differing_count += 1;
+            }
+            (true, false) => {
+                differing.clear(page);
+                self.differing_count -= 1;
+            }
+            (false, false) | (true, true) => {}
+        }
+    }
+
+    fn end(&mut self, input: &mut impl Input) -> Result<Came, Error> {
+        let mut theirs = [0; DIGEST_BYTES];
+        input.read(&mut theirs, false)?;
+        let (digest, theirs) = (self.chain.digest(), u64::from_be_bytes(theirs));
+        if digest != theirs {
+            return Err(wrong(format!(
+                "channel {} said something else than it sent: digest {digest:#018x}, the source's {theirs:#018x}",
+                self.shape.index
+            )));
+        }
+        if self.differing_count > 0 {
+            return Err(wrong(self.difference()));
+        }
+        Ok(Came::End { digest })
+    }
+
+    /// Which page is not what was sent.
+    fn difference(&self) -> String {
+        let mut places = self.blocks.iter().zip(&self.differing).filter_map(|(block, differing)| {
+            differing.runs().next().map(|run| {
+                format!("page {:#x} of RAM block {:?} is not what was sent", run.start, block.name)
+            })
+        });
+        let first = places.next().unwrap_or_else(|| "a page is not what was sent".to_owned());
+        match self.differing_count {
+            1 => first,
+            more => format!("{first}, and so are {} more", more - 1),
+        }
+    }
+
+    fn block(&self, run: &Run) -> Result<&RamBlock, Error> {
+        self.blocks.get(run.block).ok_or_else(|| no_block(run))
+    }
+}
+
+/// Writes contents where they belong.
+fn put(block: &RamBlock, run: &Run, bytes: &[u8]) -> Result<(), Error> {
+    if let Some(memory) = block.mapping.file_offset() {
+        let offset = memory.start() + run.offset_bytes() as u64;
+        return memory.file().write_all_at(bytes, offset).map_err(unwritable);
+    }
+    let slice = block.mapping.get_slice(run.offset_bytes(), run.length_bytes());
+    slice.map_err(unwritable)?.copy_from(bytes);
+    Ok(())
+}
+
+fn no_block(run: &Run) -> Error {
+    wrong(format!("there is no block {}", run.block))
+}
+
+fn unwritable(source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::Machine { doing: "write guest memory", source: source.into() }
+}
