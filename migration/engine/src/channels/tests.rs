@@ -298,7 +298,9 @@ fn a_page_that_was_written_to_meanwhile_must_come_again() {
         let mut bytes = Vec::new();
         append(&mut bytes, 1, &[run(7), run(9)], &[seen(1), seen(2)], &[page(8), page(2)].concat());
         let first = 16 + 2 * 16 + 2 * 8;
-        let error = place(&finished(&bytes, &[0..first]), memory(with_file), 0, 1).unwrap_err().chain();
+        let error = place(&finished(&bytes, std::slice::from_ref(&(0..first))), memory(with_file), 0, 1)
+            .unwrap_err()
+            .chain();
         assert!(error.contains("page 0x7 of RAM block \"ram.low\" is not what was sent"), "{error}");
         let second = bytes.len();
         append(&mut bytes, 2, &[run(7)], &[seen(3)], &page(3));
