@@ -33,6 +33,7 @@ const UFFDIO: u32 = 0xaa;
 /// Version of the interface.
 const UFFD_API: u64 = 0xaa;
 const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+const UFFD_FEATURE_THREAD_ID: u64 = 1 << 8;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
 /// `struct uffd_msg`.
@@ -146,6 +147,8 @@ pub struct Fault {
     pub block: usize,
     /// First byte of the page in its block.
     pub offset: u64,
+    /// The thread; 0 for one of the kernel's.
+    pub thread: u32,
 }
 
 /// Blocks of memory whose missing pages we bring. Shared by whoever brings some: every method takes `&self`.
@@ -167,7 +170,7 @@ impl Userfault {
     /// [`Error::Unavailable`], [`Error::Unsuitable`], [`Error::Call`]: nothing is registered then.
     pub fn register(blocks: &[RamBlock]) -> Result<Self, Error> {
         let fd = open()?;
-        let mut api = Api { api: UFFD_API, features: 0, ioctls: 0 };
+        let mut api = Api { api: UFFD_API, features: UFFD_FEATURE_THREAD_ID, ioctls: 0 };
         // SAFETY: the kernel reads and writes one `uffdio_api`.
         let result = unsafe { ioctl_with_mut_ref(&fd, UFFDIO_API(), &mut api) };
         check(result, || "agree on a version of userfaultfd".to_owned())?;
@@ -291,7 +294,7 @@ impl Userfault {
         let _ = rustix::io::write(&self.ended, &1_u64.to_ne_bytes());
     }
 
-    /// Who waits, by a message of the kernel's: `event` at byte 0, `flags` at 8, `address` at 16.
+    /// Who waits, by a message of the kernel's: `event` at byte 0, `flags` at 8, `address` at 16, `ptid` at 24.
     fn fault(&self, message: &[u8; MESSAGE_BYTES]) -> Option<Fault> {
         let (event, address) = (message[0], message.get(16..24)?.try_into().ok().map(u64::from_ne_bytes)?);
         if event != UFFD_EVENT_PAGEFAULT {
@@ -303,8 +306,9 @@ impl Userfault {
             let offset = address.checked_sub(mapping.as_ptr() as u64)?;
             (offset < mapping.size() as u64).then_some(offset - offset % PAGE_SIZE_BYTES)
         };
+        let thread = message.get(24..28)?.try_into().ok().map(u32::from_ne_bytes)?;
         let found = self.mappings.iter().enumerate();
-        found.filter_map(|(block, mapping)| Some(Fault { block, offset: offset_in(mapping)? })).next()
+        found.filter_map(|(block, mapping)| Some(Fault { block, offset: offset_in(mapping)?, thread })).next()
     }
 
     /// Addresses of whole pages of a block.
@@ -381,9 +385,14 @@ mod tests {
         GuestRam::new(1 << 20, &[("namespace".into(), 1 << 16)]).unwrap()
     }
 
+    /// Who waits, by whichever thread.
     fn next(userfault: &Userfault) -> Vec<Fault> {
         let mut faults = Vec::new();
         userfault.faults(&mut faults).unwrap();
+        let mut known =
+            faults.iter().map(|fault| std::path::PathBuf::from(format!("/proc/self/task/{}", fault.thread)));
+        assert!(known.all(|thread| thread.exists()), "{faults:?}");
+        faults.iter_mut().for_each(|fault| fault.thread = 0);
         faults
     }
 
@@ -409,9 +418,9 @@ mod tests {
         let [low, namespace] = ram.blocks() else { panic!("there are two") };
         thread::scope(|scope| {
             let one = look(scope, low, 5 * PAGE + 8);
-            assert_eq!(next(&userfault), [Fault { block: 0, offset: 5 * PAGE }]);
+            assert_eq!(next(&userfault), [Fault { block: 0, offset: 5 * PAGE, thread: 0 }]);
             let two = look(scope, namespace, 0xfffc);
-            assert_eq!(next(&userfault), [Fault { block: 1, offset: 0xf000 }]);
+            assert_eq!(next(&userfault), [Fault { block: 1, offset: 0xf000, thread: 0 }]);
             userfault.place(1, 0xf000, &[2; PAGE as usize]).unwrap();
             assert_eq!(two.join().unwrap(), 0x0202_0202);
             assert!(!one.is_finished(), "its page is another");
@@ -450,7 +459,7 @@ mod tests {
             let reader =
                 scope.spawn(|| file.read_exact_volatile(&mut low.slice(PAGE - 4, 8).unwrap()).unwrap());
             for page in [0, 1] {
-                assert_eq!(next(&userfault), [Fault { block: 0, offset: page * PAGE }]);
+                assert_eq!(next(&userfault), [Fault { block: 0, offset: page * PAGE, thread: 0 }]);
                 userfault.place_zeros(0, page * PAGE, PAGE).unwrap();
             }
             reader.join().unwrap();
@@ -470,7 +479,7 @@ mod tests {
         guest.vcpus.resume().unwrap();
         loop {
             let faults = next(&userfault);
-            let data = Fault { block: 0, offset: 0x20_000 };
+            let data = Fault { block: 0, offset: 0x20_000, thread: 0 };
             if faults.contains(&data) {
                 userfault.place(0, data.offset, &[3; PAGE as usize]).unwrap();
                 break;

@@ -22,6 +22,32 @@ pub struct ControlArguments {
     pub json: bool,
 }
 
+/// Which machine ends.
+#[derive(Clone, Debug, Args)]
+pub struct QuitArguments {
+    /// The machine.
+    #[command(flatten)]
+    pub control: ControlArguments,
+    /// End it also if a guest that has left still needs memory of this process, and dies with it.
+    #[arg(long)]
+    pub force: bool,
+}
+
+impl QuitArguments {
+    /// `ferry quit`.
+    ///
+    /// # Errors
+    /// No machine answers, or it refused.
+    pub fn execute(&self) -> anyhow::Result<()> {
+        let mut client = Client::connect(&self.control.api)?;
+        client.execute("quit", if self.force { json!({ "x-ferry-force": true }) } else { json!({}) })?;
+        if self.control.json {
+            println!("{}", json!({}));
+        }
+        Ok(())
+    }
+}
+
 impl ControlArguments {
     /// `ferry status`: what runs, who owns it, how its migration stands.
     ///
@@ -91,19 +117,6 @@ impl ControlArguments {
             Err(error) => return Err(error.into()),
         }
         Ok(decided)
-    }
-
-    /// `ferry quit`.
-    ///
-    /// # Errors
-    /// No machine answers.
-    pub fn quit(&self) -> anyhow::Result<()> {
-        let mut client = Client::connect(&self.api)?;
-        client.execute("quit", json!({}))?;
-        if self.json {
-            println!("{}", json!({}));
-        }
-        Ok(())
     }
 
     /// Runs a command that changes the run state and says what that is now.

@@ -36,6 +36,7 @@ Examples:
   ferry migrate --api vm.sock --tls-dir /etc/ferry tcp:node2.example:4444
   ferry migrate --api vm.sock --local unix:/run/move.sock
   ferry migrate --api vm.sock fd:7 7<>/dev/tcp/127.0.0.1/4444      # in bash
+  ferry migrate --api vm.sock --postcopy tcp:127.0.0.1:4444
   ferry migrate --api vm.sock file:suspended.ferry")]
 pub struct MigrateArguments {
     /// Control socket of the machine (its --api).
@@ -56,6 +57,11 @@ pub struct MigrateArguments {
     /// guest is stopped for as long whatever its size, and limits have nothing to limit. Where that cannot be, the contents are sent.
     #[arg(long)]
     pub local: bool,
+    /// Let the guest run at the destination before all of its memory is there: after the first pass over it, unless the rest fits into the
+    /// downtime limit, or now. What it touches comes at once, the rest at the speed of --max-bandwidth. Until all has come the guest needs
+    /// both processes and dies with either; a lost link is replaced by `ferry recover`.
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "after-first-round")]
+    pub postcopy: Option<PostcopyWhen>,
     /// Print the report in JSON.
     #[arg(long)]
     pub json: bool,
@@ -64,6 +70,67 @@ pub struct MigrateArguments {
     /// is that of a stream.
     #[arg(value_name = "URI")]
     pub uri: Uri,
+}
+
+/// When guest memory begins to follow after the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum PostcopyWhen {
+    /// After the first pass over memory, unless the rest fits into the downtime limit.
+    AfterFirstRound,
+    /// Without any pass.
+    Now,
+}
+
+impl PostcopyWhen {
+    fn name(self) -> &'static str {
+        match self {
+            Self::AfterFirstRound => "after-first-round",
+            Self::Now => "now",
+        }
+    }
+}
+
+/// Which machine has lost its links. Its help stands at [`super::Command::Recover`].
+#[derive(Clone, Debug, Args)]
+pub struct RecoverArguments {
+    /// Control socket of the machine (its --api).
+    #[arg(long, value_name = "PATH")]
+    pub api: PathBuf,
+    /// Print the report in JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// At a source, where the destination is now; at a destination, where to listen: unix:PATH or tcp:HOST:PORT [as before].
+    #[arg(value_name = "URI")]
+    pub uri: Option<Uri>,
+}
+
+impl RecoverArguments {
+    /// Goes on with a migration that has lost its links.
+    ///
+    /// # Errors
+    /// No machine answers, it refused, or its process went away before the guest had all of its memory.
+    pub fn execute(&self) -> anyhow::Result<()> {
+        let uri = self.uri.as_ref().map(absolute).transpose()?.map(|uri| uri.to_string());
+        let mut client = Client::connect(&self.api)?;
+        let mut display = Display::new();
+        let finished = client.recover(uri.as_deref(), &*cancelled_by_interrupt()?, |info| display.show(info));
+        display.end();
+        match finished.context("the recovery")? {
+            None if self.json => println!("{{}}"),
+            None => println!("waits for the source; recover it too"),
+            Some(finished) if self.json => println!("{}", serde_json::to_string(&finished)?),
+            Some(finished) if finished.info.status == MigrationStatus::Completed => {
+                println!("the guest has all of its memory{}", summary(&finished));
+            }
+            Some(finished) => {
+                bail!(
+                    "the migration failed: {}",
+                    finished.info.error_desc.as_deref().unwrap_or("no reason given")
+                )
+            }
+        }
+        Ok(())
+    }
 }
 
 impl MigrateArguments {
@@ -85,6 +152,7 @@ impl MigrateArguments {
             tls_dir: self.tls_dir.as_deref().map(whole).transpose()?,
             insecure: self.insecure,
             local: self.local,
+            postcopy: self.postcopy.map(|start| start.name().to_owned()),
         };
         let mut display = Display::new();
         let finished = client.migrate(&request, &*cancelled_by_interrupt()?, |info| display.show(info));

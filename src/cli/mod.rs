@@ -15,11 +15,11 @@ use clap::{Parser, Subcommand};
 
 pub use access::AccessArguments;
 pub use bench::BenchArguments;
-pub use control::ControlArguments;
+pub use control::{ControlArguments, QuitArguments};
 pub use demo::DemoArguments;
 pub use inspect::InspectArguments;
 pub use limits::LimitsArguments;
-pub use migrate::MigrateArguments;
+pub use migrate::{MigrateArguments, PostcopyWhen, RecoverArguments};
 pub use namespace::NamespaceArguments;
 pub use run::RunArguments;
 pub use snapshot::SnapshotArguments;
@@ -45,6 +45,12 @@ pub enum Command {
     ///
     /// Ctrl-C cancels: the guest then goes on where it is. A second Ctrl-C only stops watching.
     Migrate(MigrateArguments),
+    /// Replace the links that a guest whose memory follows it (`ferry migrate --postcopy`) has lost.
+    ///
+    /// While `ferry status` says postcopy-paused, the guest waits wherever it lacks memory. The source connects again, and waits until all
+    /// memory is there. A destination listens where it did, unless it is told another address; it takes only the source that it has
+    /// lost. Example: ferry recover --api source.sock
+    Recover(RecoverArguments),
     /// Keep what a guest is now in a file, with copies of its disks, and let it go on.
     ///
     /// Memory is written while the guest runs; it stands still for the last pages and for the copies of its images, which share their
@@ -81,7 +87,7 @@ pub enum Command {
     /// End a machine, as if its power were cut: the guest is not asked.
     ///
     /// Commands in flight are finished and images made stable first. Example: ferry quit --api vm.sock
-    Quit(ControlArguments),
+    Quit(QuitArguments),
     /// Add, remove or resize namespaces while the guest runs.
     ///
     /// They are the host's: those that the guest has created (`--nvme subsystem=DIR`) are the guest's to delete. A machine that moves
@@ -127,7 +133,8 @@ impl Command {
             Self::Cont(arguments) => arguments.cont(),
             Self::Confirm(arguments) => arguments.confirm(),
             Self::Reclaim(arguments) => arguments.reclaim(),
-            Self::Quit(arguments) => arguments.quit(),
+            Self::Quit(arguments) => arguments.execute(),
+            Self::Recover(arguments) => arguments.execute(),
             Self::Namespace(arguments) => arguments.execute(),
             Self::Access(arguments) => arguments.execute(),
             Self::Demo(arguments) => arguments.execute(),

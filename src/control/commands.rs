@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use engine::Word;
+use engine::{PostcopyStart, Word};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -27,7 +27,7 @@ pub(super) struct Context<'a> {
 type Command = fn(&Context, Arguments) -> Result<Value, QmpError>;
 
 /// Every command but `qmp_capabilities`, which belongs to the session.
-const COMMANDS: [(&str, Command); 24] = [
+const COMMANDS: [(&str, Command); 26] = [
     ("query-version", query_version),
     ("query-commands", query_commands),
     ("query-status", query_status),
@@ -39,6 +39,8 @@ const COMMANDS: [(&str, Command); 24] = [
     ("getfd", descriptors::get),
     ("closefd", descriptors::close),
     ("migrate_cancel", migrate_cancel),
+    ("migrate-start-postcopy", start_postcopy),
+    ("migrate-recover", recover),
     ("query-migrate", query_migrate),
     ("migrate-set-parameters", set_parameters),
     ("query-migrate-parameters", query_parameters),
@@ -111,9 +113,10 @@ fn system_reset(context: &Context, arguments: Arguments) -> Result<Value, QmpErr
     nothing()
 }
 
-fn quit(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+fn quit(context: &Context, mut arguments: Arguments) -> Result<Value, QmpError> {
+    let force = arguments.optional_bool("x-ferry-force")?.unwrap_or(false);
     arguments.finish()?;
-    context.operations.quit();
+    context.operations.quit(force)?;
     nothing()
 }
 
@@ -122,15 +125,19 @@ fn migrate(context: &Context, mut arguments: Arguments) -> Result<Value, QmpErro
     // QEMU documents `detach` as ignored: the command never waits.
     arguments.optional_bool("detach")?;
     if arguments.optional_bool("resume")? == Some(true) {
-        return Err(QmpError::generic("Parameter 'resume': there is no postcopy migration to resume"));
+        arguments.finish()?;
+        context.operations.migrate_recover(Some(&uri))?;
+        return nothing();
     }
+    let postcopy = arguments.optional_string("x-ferry-postcopy")?;
+    let postcopy = postcopy.map(|start| postcopy_start(&start)).transpose()?;
     // QEMU has objects for credentials, made before; here they are a folder, read each time.
     let tls_dir = arguments.optional_string("x-ferry-tls-dir")?.map(PathBuf::from);
     let insecure = arguments.optional_bool("x-ferry-insecure")?.unwrap_or(false);
     let local = arguments.optional_bool("x-ferry-local")?.unwrap_or(false);
     arguments.finish()?;
     let descriptor = uri.strip_prefix("fd:").map(|name| context.descriptors.take(name)).transpose()?;
-    context.operations.migrate(MigrationTarget { uri, tls_dir, insecure, descriptor, local })?;
+    context.operations.migrate(MigrationTarget { uri, postcopy, tls_dir, insecure, descriptor, local })?;
     nothing()
 }
 
@@ -139,6 +146,31 @@ fn snapshot(context: &Context, mut arguments: Arguments) -> Result<Value, QmpErr
     let copy_disks = arguments.optional_bool("copy-disks")?.unwrap_or(false);
     arguments.finish()?;
     context.operations.snapshot(Path::new(&path), copy_disks)?;
+    nothing()
+}
+
+/// When memory follows, as `migrate` is told.
+fn postcopy_start(name: &str) -> Result<PostcopyStart, QmpError> {
+    match name {
+        "after-first-round" => Ok(PostcopyStart::AfterFirstRound),
+        "now" => Ok(PostcopyStart::AtOnce),
+        name => Err(QmpError::generic(format!(
+            "Parameter 'x-ferry-postcopy' does not accept value '{name}': after-first-round or now"
+        ))),
+    }
+}
+
+fn start_postcopy(context: &Context, arguments: Arguments) -> Result<Value, QmpError> {
+    arguments.finish()?;
+    context.operations.migrate_start_postcopy()?;
+    nothing()
+}
+
+/// QEMU has it for destinations only, and always with an address.
+fn recover(context: &Context, mut arguments: Arguments) -> Result<Value, QmpError> {
+    let uri = arguments.optional_string("uri")?;
+    arguments.finish()?;
+    context.operations.migrate_recover(uri.as_deref())?;
     nothing()
 }
 
@@ -211,7 +243,7 @@ fn query_parameters(context: &Context, arguments: Arguments) -> Result<Value, Qm
 
 /// Those that can be changed here are what [`query_capabilities`] lists. They may change while a migration runs.
 fn set_capabilities(context: &Context, mut arguments: Arguments) -> Result<Value, QmpError> {
-    let (mut events, mut auto_converge) = (None, None);
+    let (mut events, mut auto_converge, mut postcopy) = (None, None, None);
     for mut entry in arguments.objects("capabilities")? {
         let capability = entry.string("capability")?;
         let state = entry.bool("state")?;
@@ -219,6 +251,7 @@ fn set_capabilities(context: &Context, mut arguments: Arguments) -> Result<Value
         match capability.as_str() {
             "events" => events = Some(state),
             AUTO_CONVERGE => auto_converge = Some(state),
+            "postcopy-ram" => postcopy = Some(state),
             _ => {
                 return Err(QmpError::generic(format!(
                     "Parameter 'capability' does not accept value '{capability}'"
@@ -227,6 +260,9 @@ fn set_capabilities(context: &Context, mut arguments: Arguments) -> Result<Value
         }
     }
     arguments.finish()?;
+    if let Some(on) = postcopy {
+        context.operations.set_postcopy_ram(on);
+    }
     if let Some(on) = events {
         context.events.set_migration_events(on);
     }
@@ -246,6 +282,7 @@ fn query_capabilities(context: &Context, arguments: Arguments) -> Result<Value, 
             "capability": AUTO_CONVERGE,
             "state": context.operations.migration_parameters().convergence.auto_converge,
         },
+        { "capability": "postcopy-ram", "state": context.operations.postcopy_ram() },
     ]))
 }
 

@@ -7,7 +7,9 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{Client, Error, FerryMigration, FerryStatus, Limits, MigrationInfo, MigrationStatus};
+use super::{
+    Client, Error, FerryMigration, FerryOwnership, FerryStatus, Limits, MigrationInfo, MigrationStatus,
+};
 
 /// How often progress is asked for; changes of status are seen at once.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
@@ -25,6 +27,8 @@ pub struct MigrateRequest {
     pub insecure: bool,
     /// A process of the same host is to get the memory itself, instead of its contents.
     pub local: bool,
+    /// When memory may follow after the guest, as `migrate` has it; what the machine's capability says, if nothing is said.
+    pub postcopy: Option<String>,
 }
 
 /// How a migration ended.
@@ -58,6 +62,7 @@ impl Client {
         target.extend(request.tls_dir.as_ref().map(|folder| ("x-ferry-tls-dir".to_owned(), json!(folder))));
         target.extend(request.insecure.then(|| ("x-ferry-insecure".to_owned(), json!(true))));
         target.extend(request.local.then(|| ("x-ferry-local".to_owned(), json!(true))));
+        target.extend(request.postcopy.as_ref().map(|start| ("x-ferry-postcopy".to_owned(), json!(start))));
         self.execute("migrate", target.into())?;
         self.follow_unless_cancelled(cancel, progress)
     }
@@ -94,6 +99,27 @@ impl Client {
             }
             Ok(())
         })
+    }
+
+    /// Replaces the links that a guest whose memory follows has lost, and returns when it has all of it; at a destination, when
+    /// that listens.
+    ///
+    /// # Errors
+    /// The machine refused, or its process went away before.
+    pub fn recover(
+        &mut self,
+        uri: Option<&str>,
+        cancel: &AtomicBool,
+        progress: impl FnMut(&MigrationInfo),
+    ) -> Result<Option<Finished>, Error> {
+        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+        self.execute("migrate-set-capabilities", events)?;
+        let status: FerryStatus = self.query("x-ferry-status")?;
+        self.execute("migrate-recover", uri.map_or_else(|| json!({}), |uri| json!({ "uri": uri })))?;
+        match status.ownership {
+            FerryOwnership::GivenAway => self.follow_unless_cancelled(cancel, progress).map(Some),
+            _ => Ok(None),
+        }
     }
 
     /// Says what an operator knows of an undecided hand-over, and returns when that is decided: as `command` says, or otherwise

@@ -50,8 +50,8 @@ pub use event::{Event, EventBus, NamespaceChange, ShutdownCause};
 pub use follow::{Finished, MigrateRequest};
 pub use operations::{
     AccessScope, AccessState, FerryAccess, FerryDisk, FerryDowntime, FerryLease, FerryMember, FerryMigration,
-    FerryOwnership, FerryStart, FerryStatus, MigrationInfo, MigrationParameters, MigrationStatus,
-    MigrationTarget, MultifdCompression, Operations, RamStats, Refusal, RunState,
+    FerryOwnership, FerryPostcopy, FerryStart, FerryStatus, MigrationInfo, MigrationParameters,
+    MigrationStatus, MigrationTarget, MultifdCompression, Operations, RamStats, Refusal, RunState,
 };
 pub use server::Server;
 

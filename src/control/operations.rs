@@ -3,6 +3,7 @@
 //! The names and units in JSON are those of QEMU's QAPI schema (`run-state.json`, `migration.json`); types whose names
 //! start with `Ferry`, and what they hold, are this project's own and only seen through `x-ferry-status`.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -29,7 +30,9 @@ pub trait Operations: Send + Sync {
     fn system_reset(&self) -> Result<(), Refusal>;
 
     /// Begins to end the process; returns at once, so that the answer still leaves.
-    fn quit(&self);
+    ///
+    /// Refused, unless it is forced, while a guest that has left needs memory of this process.
+    fn quit(&self, force: bool) -> Result<(), Refusal>;
 
     /// Begins a migration; returns once it has begun. Its progress is seen through [`Operations::migration`] and events.
     fn migrate(&self, target: MigrationTarget) -> Result<(), Refusal>;
@@ -40,6 +43,19 @@ pub trait Operations: Send + Sync {
 
     /// Asks a migration to end with the guest running here. Nothing happens without a migration, or after COMMIT.
     fn migrate_cancel(&self) -> Result<(), Refusal>;
+
+    /// Lets guest memory follow after the guest from now on, in a migration that began with [`Operations::postcopy_ram`] or so.
+    fn migrate_start_postcopy(&self) -> Result<(), Refusal>;
+
+    /// Replaces the links of a migration whose guest runs ahead of its memory and that has lost them: a source connects again, a
+    /// destination listens, at `uri` if it is another. Returns at once. Refused without such a migration.
+    fn migrate_recover(&self, uri: Option<&str>) -> Result<(), Refusal>;
+
+    /// Whether guest memory may follow after the guest in later migrations.
+    fn postcopy_ram(&self) -> bool;
+
+    /// See [`Operations::postcopy_ram`].
+    fn set_postcopy_ram(&self, on: bool);
 
     /// Says what an operator knows of a hand-over that is undecided; returns at once, and the outcome is seen as that of the
     /// migration. Refused when there is no such hand-over, and with a lease, which alone decides.
@@ -86,6 +102,8 @@ pub struct MigrationTarget {
     pub descriptor: Option<OwnedFd>,
     /// A process of this host is to get the memory itself, instead of its contents.
     pub local: bool,
+    /// When guest memory may follow after the guest; what the capability says, if nothing is said.
+    pub postcopy: Option<engine::PostcopyStart>,
 }
 
 impl From<&str> for MigrationTarget {
@@ -158,6 +176,12 @@ pub enum MigrationStatus {
     Active,
     /// The guest is stopped and devices move; also for as long as the outcome of a COMMIT is unknown.
     Device,
+    /// The guest runs at the destination, and memory follows.
+    PostcopyActive,
+    /// The same, and the link is lost: `migrate-recover`.
+    PostcopyPaused,
+    /// The link comes about again.
+    PostcopyRecover,
     /// The guest lives elsewhere.
     Completed,
     /// The guest lives here; [`MigrationInfo::error_desc`] says why.
@@ -199,6 +223,12 @@ pub struct MigrationInfo {
     /// What the vCPUs are slowed down by, in percent of their time; once they are.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu_throttle_percentage: Option<u8>,
+    /// Milliseconds that any thread waited for memory that followed; on a destination.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub postcopy_blocktime: Option<u64>,
+    /// Nanoseconds that half of the waits did not exceed; on a destination.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub postcopy_latency: Option<u64>,
     /// Why it failed: the same cause that the other side reports.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,
@@ -218,13 +248,15 @@ impl MigrationInfo {
             expected_downtime: None,
             downtime: None,
             cpu_throttle_percentage: None,
+            postcopy_blocktime: None,
+            postcopy_latency: None,
             error_desc: None,
             blocked_reasons: Vec::new(),
         }
     }
 }
 
-/// QEMU's `MigrationStats`. Postcopy and zero-copy counters are zero: nothing of the kind exists here.
+/// QEMU's `MigrationStats`. Zero-copy counters are zero: nothing of the kind exists here.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct RamStats {
@@ -493,6 +525,36 @@ pub struct FerryMigration {
     /// Why it failed, or what it waits for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
+    /// Memory that follows after the guest.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub postcopy: Option<FerryPostcopy>,
+}
+
+/// Memory that follows after its guest: times in microseconds. What a side does not see is zero there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FerryPostcopy {
+    /// Bytes that have not come yet.
+    pub missing_bytes: u64,
+    /// Bytes that came, or were sent, since the guest ran at the destination.
+    pub bytes: u64,
+    /// Pages that somebody waited for.
+    pub requests: u64,
+    /// Pages that the source never had, touched meanwhile.
+    pub zero_faults: u64,
+    /// Time in which anybody waited.
+    pub blocktime: u64,
+    /// By thread.
+    pub thread_blocktime: BTreeMap<String, u64>,
+    /// Half of the waits were shorter.
+    pub latency_median: u64,
+    /// The longest wait.
+    pub latency_max: u64,
+    /// Times that lost links were replaced.
+    pub recoveries: u32,
+    /// Why nothing comes at present.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub paused: Option<String>,
 }
 
 /// Where the downtime went, in microseconds.

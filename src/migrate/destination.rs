@@ -1,10 +1,12 @@
 //! The machine that arrives, as the migration engine sees it.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use engine::{
-    Description, DestinationFactory, DestinationMachine, MachineResult, MissingPages, RamBlock, RunState,
+    Description, DestinationFactory, DestinationMachine, MachineResult, MissingPages, PAGE_BYTES, RamBlock,
+    RunState,
 };
 use stream::{Expected, SectionSet};
 
@@ -12,6 +14,7 @@ use super::paging::Paging;
 use super::{description, processor, ram_blocks};
 use crate::kvm::GuestTime;
 use crate::machine::{Action, Machine, Resources};
+use crate::userfault::Userfault;
 use crate::vcpu::Offer;
 use crate::vmm::Vmm;
 
@@ -69,6 +72,13 @@ impl DestinationFactory for Factory {
         description::differences(source, own, &self.offer)
     }
 
+    fn can_miss_pages(&mut self) -> MachineResult<()> {
+        if self.vmm.spec.hugepages {
+            return Err("its RAM lies in huge pages".into());
+        }
+        Ok(Userfault::register(&[]).map(drop)?)
+    }
+
     fn build(&mut self, source: &Description) -> MachineResult<Arrival> {
         let machine = self.prepare()?;
         // What comes out of a file is known only with the vCPUs' state, which then has it too.
@@ -118,6 +128,12 @@ impl DestinationMachine for Arrival {
 
     fn adopt_memory(&mut self, passed: Vec<OwnedFd>) -> MachineResult<()> {
         Ok(self.machine()?.resources().adopt_passed(passed)?)
+    }
+
+    fn discard(&mut self, block: usize, pages: Range<u64>) -> MachineResult<()> {
+        let blocks = self.machine()?.resources().ram().blocks();
+        let block = blocks.get(block).ok_or_else(|| format!("there is no block number {block}"))?;
+        Ok(block.clear(pages.start * PAGE_BYTES, (pages.end - pages.start) * PAGE_BYTES)?)
     }
 
     fn load_devices(&mut self, sections: SectionSet) -> MachineResult<()> {

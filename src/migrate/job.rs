@@ -4,7 +4,7 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use engine::ImageCopy;
+use engine::{ImageCopy, PostcopyStart};
 use transport::Endpoint;
 
 /// What is done with the guest.
@@ -18,6 +18,8 @@ pub enum Job {
         descriptor: Option<OwnedFd>,
         /// A process of this host is to get the memory itself.
         local: bool,
+        /// When memory may follow after the guest.
+        postcopy: PostcopyStart,
     },
     /// It goes on, and is in a file as well.
     Snapshot {

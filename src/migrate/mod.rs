@@ -8,6 +8,7 @@
 
 mod description;
 mod destination;
+mod following;
 pub mod images;
 mod job;
 mod paging;
@@ -23,7 +24,9 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail, ensure};
-use engine::{Context, Destination, Outcome, Parameters, Patience, RamBlock, Statistics, Status, Word};
+use engine::{
+    Context, Destination, Outcome, Parameters, Patience, PostcopyStart, RamBlock, Statistics, Status, Word,
+};
 use transport::{Endpoint, Listener, Security, Uri};
 
 use crate::control::{Event, MigrationParameters, MigrationStatus, MigrationTarget};
@@ -32,6 +35,7 @@ use crate::machine::Action;
 use crate::memory::GuestRam;
 use crate::vmm::{Request, Vmm};
 use destination::Factory;
+use following::{ProcessDoor, Ways};
 pub use job::Job;
 use source::Source;
 
@@ -47,6 +51,9 @@ pub struct Migrations {
     parameters: Arc<Parameters>,
     current: Mutex<Option<Current>>,
     waiting: Waiting,
+    ways: Ways,
+    /// The capability `postcopy-ram`.
+    may_follow: AtomicBool,
     /// The process ends: no migration begins any more. Written with `current` locked.
     closed: AtomicBool,
 }
@@ -121,7 +128,11 @@ impl Migrations {
         let security = Security::chosen(target.tls_dir.as_deref(), target.insecure)?;
         ensure_link(&uri, &security)?;
         let (endpoint, descriptor) = (Endpoint { uri, security }, target.descriptor);
-        self.begin(vmm, Job::Move { endpoint, descriptor, local: target.local })
+        let postcopy = target.postcopy.unwrap_or(match self.may_follow() {
+            true => PostcopyStart::WhenAsked,
+            false => PostcopyStart::Never,
+        });
+        self.begin(vmm, Job::Move { endpoint, descriptor, local: target.local, postcopy })
     }
 
     /// Begins to move the guest, or to write it into a file; returns when the migration thread runs.
@@ -138,6 +149,9 @@ impl Migrations {
             let Some(before) = current.as_mut() else { break };
             let ended = report::qmp_status(before.statistics.snapshot().status)
                 .is_some_and(MigrationStatus::is_final);
+            if !before.outgoing && before.is_active() && before.statistics.snapshot().status.is_postcopy() {
+                bail!("some memory of the guest is still at {}", before.peer);
+            }
             if before.outgoing && before.is_active() && !ended {
                 bail!("a migration to {} runs already", before.peer);
             }
@@ -162,6 +176,10 @@ impl Migrations {
         // Here and not on its thread: a cancel that follows on the command must not be lost.
         self.parameters.begin();
         self.parameters.set_local(matches!(job, Job::Move { local: true, .. }));
+        if let Job::Move { endpoint, postcopy, .. } = &job {
+            self.parameters.set_postcopy(*postcopy);
+            self.ways.begin(Some(endpoint));
+        }
         let in_flight_at_stop = Arc::new(AtomicU32::new(0));
         let mut source = Source::new(vmm, machine, Arc::clone(&in_flight_at_stop));
         let statistics = statistics(vmm);
@@ -188,7 +206,7 @@ impl Migrations {
         let mut context =
             Context { lease: lease.as_mut(), parameters: &self.parameters, statistics, patience };
         let (endpoint, mut descriptor) = match job {
-            Job::Move { endpoint, descriptor, local: _ } => (endpoint, descriptor),
+            Job::Move { endpoint, descriptor, .. } => (endpoint, descriptor),
             Job::Snapshot { path, how } => {
                 if let Err(failed) = engine::snapshot_to_file(source, &path, how, &mut context) {
                     log::warn!("there is no snapshot {}: {}", path.display(), failed.error.chain());
@@ -198,6 +216,8 @@ impl Migrations {
             }
         };
         let mut dial = || {
+            // It may be another since a recovery.
+            let endpoint = self.ways.endpoint().unwrap_or_else(|| endpoint.clone());
             Ok(match descriptor.take() {
                 Some(descriptor) => endpoint.connect_over(descriptor, patience.connect)?,
                 None => endpoint.connect(patience.connect)?,
@@ -233,6 +253,7 @@ impl Migrations {
             (_, Some(descriptor)) => Some(Listener::over(descriptor, endpoint)?),
             (_, None) => Some(Listener::bind_endpoint(endpoint)?),
         };
+        self.ways.begin(Some(endpoint));
         let statistics = statistics(vmm);
         let peer = listener.as_ref().map_or(uri, Listener::uri).to_string();
         log::info!("waiting for a guest from {peer}");
@@ -300,9 +321,15 @@ impl Migrations {
         if let Some(error) = arrived.error.take() {
             log::error!("the guest has arrived but could not be started, and is paused: {}", error.chain());
         }
-        if let Err(error) = destination.answer(&mut arrived, listener, &self.waiting.ended) {
+        let lacked_memory = arrived.lacks_memory();
+        let door = ProcessDoor { first: listener, ways: &self.ways };
+        if let Err(error) = destination.answer(&mut arrived, &door, &self.waiting.ended) {
             // The guest is here, and goes on.
             log::warn!("the source may not know that its guest has arrived: {}", error.chain());
+        }
+        if lacked_memory {
+            // What the guest asked for meanwhile is served now.
+            vmm.request(Request::MemoryArrived);
         }
         Ok(())
     }
@@ -331,6 +358,17 @@ impl Migrations {
         Ok(())
     }
 
+    /// The capability `postcopy-ram`: whether memory may follow after the guest in migrations that do not say themselves.
+    #[must_use]
+    pub fn may_follow(&self) -> bool {
+        self.may_follow.load(Ordering::Relaxed)
+    }
+
+    /// See [`may_follow`](Self::may_follow).
+    pub fn set_may_follow(&self, on: bool) {
+        self.may_follow.store(on, Ordering::Relaxed);
+    }
+
     /// Whether the guest is on its way to somewhere else.
     pub fn is_leaving(&self) -> bool {
         lock(&self.current).as_ref().is_some_and(|current| current.outgoing && current.is_active())
@@ -342,6 +380,7 @@ impl Migrations {
             let mut current = lock(&self.current);
             self.closed.store(true, Ordering::SeqCst);
             self.parameters.cancel();
+            self.parameters.abandon();
             self.waiting.end();
             current.as_mut().and_then(|current| current.thread.take())
         };

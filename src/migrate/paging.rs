@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Weak};
 
-use engine::{MachineResult, MissingPages};
+use engine::{Fault, MachineResult, MissingPages};
 
 use crate::machine::Resources;
 use crate::memory::RamBlock;
@@ -47,11 +47,12 @@ impl MissingPages for Paging {
         self.numbers.contains(&block)
     }
 
-    fn faults(&self, faults: &mut Vec<(usize, u64)>) -> MachineResult<()> {
+    fn faults(&self, faults: &mut Vec<Fault>) -> MachineResult<()> {
         let mut found = Vec::new();
         self.userfault.faults(&mut found)?;
-        let in_machine =
-            |fault: crate::userfault::Fault| Some((*self.numbers.get(fault.block)?, fault.offset));
+        let in_machine = |crate::userfault::Fault { block, offset, thread }| {
+            Some(Fault { block: *self.numbers.get(block)?, offset, thread })
+        };
         faults.extend(found.into_iter().filter_map(in_machine));
         Ok(())
     }
@@ -67,6 +68,12 @@ impl MissingPages for Paging {
     fn release(&self) -> MachineResult<()> {
         self.userfault.end();
         Ok((0..self.numbers.len()).try_for_each(|block| self.userfault.unregister(block))?)
+    }
+
+    fn thread_name(&self, thread: u32) -> String {
+        // It may have ended, and the kernel's have none.
+        let name = std::fs::read_to_string(format!("/proc/self/task/{thread}/comm"));
+        name.map_or_else(|_| "kernel".to_owned(), |name| name.trim_end().to_owned())
     }
 
     fn lost(&self, error: &engine::Error) {

@@ -3,10 +3,12 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use engine::{PAGE_BYTES, Snapshot, Status};
+use engine::{PAGE_BYTES, Postcopy, Snapshot, Status};
 
 use super::{Migrations, lock};
-use crate::control::{FerryDowntime, FerryMigration, MigrationInfo, MigrationStatus, RamStats};
+use crate::control::{
+    FerryDowntime, FerryMigration, FerryPostcopy, MigrationInfo, MigrationStatus, RamStats,
+};
 
 impl Migrations {
     /// What `query-migrate` answers, apart from what stands in the way of a migration.
@@ -32,6 +34,13 @@ impl Migrations {
             }
             Status::Completed => info.downtime = Some(milliseconds(snapshot.downtime.total)),
             _ => {}
+        }
+        if let Some(postcopy) = &snapshot.postcopy {
+            info.downtime = Some(milliseconds(snapshot.downtime.total));
+            if !current.outgoing {
+                info.postcopy_blocktime = Some(milliseconds(postcopy.blocktime));
+                info.postcopy_latency = u64::try_from(postcopy.latency_median.as_nanos()).ok();
+            }
         }
         info.error_desc = snapshot.error;
         Some(info)
@@ -65,6 +74,10 @@ impl Migrations {
                 handover: microseconds(downtime.handover),
                 resume: microseconds(downtime.resume),
             }),
+            postcopy: snapshot
+                .postcopy
+                .as_ref()
+                .map(|postcopy| ferry_postcopy(postcopy, snapshot.remaining_bytes)),
             detail: snapshot.handover_unknown.or(snapshot.error),
         })
     }
@@ -77,6 +90,9 @@ pub fn qmp_status(status: Status) -> Option<MigrationStatus> {
         Status::Setup => MigrationStatus::Setup,
         Status::Active => MigrationStatus::Active,
         Status::Device => MigrationStatus::Device,
+        Status::PostcopyActive => MigrationStatus::PostcopyActive,
+        Status::PostcopyPaused => MigrationStatus::PostcopyPaused,
+        Status::PostcopyRecover => MigrationStatus::PostcopyRecover,
         Status::Completed => MigrationStatus::Completed,
         Status::Failed => MigrationStatus::Failed,
         Status::Cancelling => MigrationStatus::Cancelling,
@@ -101,7 +117,26 @@ fn ram_stats(snapshot: &Snapshot) -> RamStats {
         pages_per_second,
         precopy_bytes: snapshot.transferred_bytes.saturating_sub(snapshot.downtime_bytes),
         downtime_bytes: snapshot.downtime_bytes,
+        postcopy_requests: snapshot.postcopy.as_ref().map_or(0, |postcopy| postcopy.requests),
+        postcopy_bytes: snapshot.postcopy.as_ref().map_or(0, |postcopy| postcopy.bytes),
         ..RamStats::default()
+    }
+}
+
+fn ferry_postcopy(postcopy: &Postcopy, missing_bytes: u64) -> FerryPostcopy {
+    let microseconds = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let threads = postcopy.threads.iter();
+    FerryPostcopy {
+        missing_bytes,
+        bytes: postcopy.bytes,
+        requests: postcopy.requests,
+        zero_faults: postcopy.zero_faults,
+        blocktime: microseconds(postcopy.blocktime),
+        thread_blocktime: threads.map(|(name, time)| (name.clone(), microseconds(*time))).collect(),
+        latency_median: microseconds(postcopy.latency_median),
+        latency_max: microseconds(postcopy.latency_max),
+        recoveries: postcopy.recoveries,
+        paused: postcopy.paused.clone(),
     }
 }
 

@@ -170,6 +170,12 @@ impl SourceMachine for Source {
         Ok(())
     }
 
+    fn is_needed_at_once(&self, block: &RamBlock) -> bool {
+        // It becomes a file before the guest runs.
+        let resources = self.machine.resources();
+        resources.ram().block(&block.name).is_some_and(|block| resources.is_region(block))
+    }
+
     fn finish(&mut self) {
         if let Err(error) = self.vmm.act(Action::HandedOver, |_| Ok(())) {
             log::error!("the guest has left, but: {error:#}");

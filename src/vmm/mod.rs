@@ -23,7 +23,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use engine::lease::Lease;
 use engine::{Reading, Taking};
 use transport::{Endpoint, Security, Uri, inherit};
@@ -53,6 +53,8 @@ pub enum Request {
     Quit,
     /// A migration away has ended, well or not.
     MigrationEnded,
+    /// The guest, which ran ahead of its memory, has all of it now, or never will.
+    MemoryArrived,
     /// Some memory of the guest that runs cannot be had; why.
     MemoryLost(anyhow::Error),
     /// The wait for an incoming guest has ended without one.
@@ -363,7 +365,11 @@ impl Vmm {
                         return self.shut_down(reason);
                     }
                 }
-                Request::Signal(_) => return self.shut_down(ShutdownCause::HostSignal),
+                Request::Signal(_) => match self.migrations.guest_needs_this_process() {
+                    // The second one ends the process at once.
+                    Some(reason) => log::error!("not ended by a signal: {reason} by another signal"),
+                    None => return self.shut_down(ShutdownCause::HostSignal),
+                },
                 Request::Quit => return self.shut_down(ShutdownCause::HostQmpQuit),
                 Request::MigrationEnded => {
                     if self.run_state() == RunState::PostMigrate {
@@ -372,6 +378,11 @@ impl Vmm {
                             return Ok(());
                         }
                     } else if let Some(reason) = self.serve_guest_event()? {
+                        return self.shut_down(reason);
+                    }
+                }
+                Request::MemoryArrived => {
+                    if let Some(reason) = self.serve_guest_event()? {
                         return self.shut_down(reason);
                     }
                 }
@@ -392,7 +403,8 @@ impl Vmm {
             None => return Ok(None),
             Some(event) => matches!(event, GuestEvent::Reset),
         };
-        if self.migrations.cancel() {
+        // A machine that is reset or halted touches memory: it has to be here.
+        if self.migrations.cancel() || self.migrations.guest_lacks_memory() {
             return Ok(None);
         }
         if let Some(GuestEvent::Failed(error)) =
@@ -456,8 +468,18 @@ impl Vmm {
         Ok(())
     }
 
+    /// Stops a guest some of whose memory is not here, if that can be done: what its disks work on waits for pages, which come only as
+    /// long as the link is there, and must not find others in their place.
+    fn halt_without_memory(&self) -> bool {
+        let machine = self.machine();
+        machine.is_none_or(|machine| !self.migrations.guest_waits_for_memory() && machine.halt().is_ok())
+    }
+
     /// Stops what runs, makes the images stable, and gives up images and lease. A guest that may be elsewhere is left alone.
     fn end(&self) -> anyhow::Result<()> {
+        if self.migrations.guest_lacks_memory() && !self.halt_without_memory() {
+            return self.give_up(anyhow!("it lacks memory that does not come"));
+        }
         self.migrations.stop();
         let _transition = lock(&self.transition);
         let state = self.run_state();

@@ -114,8 +114,12 @@ impl Operations for Control {
         self.0.ask_for_reset().map_err(|refused| Refusal(refused.to_string()))
     }
 
-    fn quit(&self) {
+    fn quit(&self, force: bool) -> Result<(), Refusal> {
+        if !force && let Some(reason) = self.0.migrations.guest_needs_this_process() {
+            return Err(Refusal(reason));
+        }
         self.0.request(Request::Quit);
+        Ok(())
     }
 
     fn migrate(&self, target: MigrationTarget) -> Result<(), Refusal> {
@@ -131,6 +135,22 @@ impl Operations for Control {
     fn migrate_cancel(&self) -> Result<(), Refusal> {
         self.0.migrations.cancel();
         Ok(())
+    }
+
+    fn migrate_start_postcopy(&self) -> Result<(), Refusal> {
+        self.0.migrations.start_postcopy().map_err(|error| refusal(&error))
+    }
+
+    fn migrate_recover(&self, uri: Option<&str>) -> Result<(), Refusal> {
+        self.0.migrations.recover(uri).map_err(|error| refusal(&error))
+    }
+
+    fn postcopy_ram(&self) -> bool {
+        self.0.migrations.may_follow()
+    }
+
+    fn set_postcopy_ram(&self, on: bool) {
+        self.0.migrations.set_may_follow(on);
     }
 
     fn decide_handover(&self, word: Word) -> Result<(), Refusal> {

@@ -84,13 +84,6 @@ fn a_guest_whose_time_is_over_stays_or_is_stopped_as_the_user_wants() {
     assert!(source.owns_a_running_guest());
     done = works(&mut source, &done);
 
-    let postcopy = Limits { on_timeout: Some(OnTimeout::Postcopy), ..Limits::default() };
-    source.client().set_limits(&postcopy).expect("limits that make sense");
-    source.migrate(destination.uri());
-    let reason = source.not_migrated();
-    assert!(reason.contains("postcopy"), "{reason}");
-    assert!(source.owns_a_running_guest());
-
     let force = Limits { on_timeout: Some(OnTimeout::Force), ..Limits::default() };
     source.client().set_limits(&force).expect("limits that make sense");
     source.migrate(destination.uri());

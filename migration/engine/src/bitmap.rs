@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::PAGE_BYTES;
 
 /// One bit for each page of a RAM block. Page n is bit n % 64 of word n / 64, as in KVM's dirty log.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PageBitmap {
     words: Vec<u64>,
     pages: u64,
@@ -75,6 +75,34 @@ impl PageBitmap {
             }
             page += count;
         }
+    }
+
+    /// Takes the pages of `range` out.
+    pub fn clear_range(&mut self, range: Range<u64>) {
+        let end = range.end.min(self.pages);
+        let mut page = range.start;
+        while page < end {
+            let bit = page % 64;
+            let count = (64 - bit).min(end - page);
+            if let Some(word) = self.words.get_mut((page / 64) as usize) {
+                *word &= !((u64::MAX >> (64 - count)) << bit);
+            }
+            page += count;
+        }
+    }
+
+    /// The words, as [`Self::from_words`] takes them.
+    #[must_use]
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
+    /// The first run at or after `from`, of `pages_max` pages at most.
+    #[must_use]
+    pub fn run_from(&self, from: u64, pages_max: u64) -> Option<Range<u64>> {
+        let start = self.next(from, false)?;
+        let end = self.next(start, true).unwrap_or(self.pages);
+        Some(start..end.min(start.saturating_add(pages_max)))
     }
 
     /// Adds every page that the byte range touches.
@@ -181,6 +209,9 @@ mod tests {
         let mut single = PageBitmap::new(300);
         ranges.iter().cloned().flatten().for_each(|page| single.set(page));
         assert_eq!(single, bitmap);
+        assert_eq!(PageBitmap::from_words(bitmap.words().to_vec(), 300), bitmap);
+        assert_eq!((bitmap.run_from(4, 10), bitmap.run_from(290, 10)), (Some(4..14), Some(299..300)));
+        assert_eq!((bitmap.run_from(64, 10), bitmap.run_from(300, 10)), (Some(65..66), None));
         (0..1000).filter(|page| *page != 129).for_each(|page| single.clear(page));
         assert!(single.runs().eq(std::iter::once(129..130)));
     }

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use transport::{Connection, DESCRIPTORS_MAX, Listener};
+use transport::{Connection, DESCRIPTORS_MAX};
 
 use crate::channels::combined;
 use crate::channels::destination::{Incoming, Intake, agree, gather};
@@ -17,12 +17,15 @@ use crate::link::{Link, Step};
 use crate::local::Mapped;
 use crate::ownership::Answer;
 use crate::ownership::destination::{Action, Destination as Ownership, Event};
-use crate::protocol::{Agree, Commit, Hello, Message, Never, Prepare, Prepared, Query, Reasons, Running};
+use crate::postcopy::{Announced, Late};
+use crate::protocol::{
+    Agree, ChannelKey, Commit, Hello, Message, Never, Prepare, Prepared, Query, Reasons, Running,
+};
 use crate::ram::Receiver;
 use crate::reception::{Reception, Visit, next_visit};
 use crate::{
-    DestinationFactory, DestinationMachine, Error, PAGE_BYTES, Parameters, Patience, RamBlock, RunState,
-    Statistics, Status, features,
+    DestinationFactory, DestinationMachine, Error, PAGE_BYTES, Parameters, Patience, RunState, Statistics,
+    Status, features,
 };
 
 /// A process that waits for a guest.
@@ -51,7 +54,17 @@ pub struct Arrived<M> {
     pub error: Option<Error>,
     /// The source knows. If not, and without a lease, only [`Destination::answer`] can tell it.
     pub acknowledged: bool,
-    running: Running,
+    pub(crate) running: Running,
+    /// Memory that it lacks still, which [`Destination::answer`] brings.
+    pub(crate) late: Option<Late>,
+}
+
+impl<M> Arrived<M> {
+    /// Whether it lacks memory still.
+    #[must_use]
+    pub fn lacks_memory(&self) -> bool {
+        self.late.is_some()
+    }
 }
 
 impl<'a> Destination<'a> {
@@ -86,12 +99,12 @@ impl<'a> Destination<'a> {
     pub fn receive<F: DestinationFactory>(
         &mut self,
         factory: &mut F,
-        listener: &Listener,
+        incoming: &dyn Incoming,
     ) -> Result<Option<Arrived<F::Machine>>, Error> {
         let mut reception = Reception::new(self.patience.handshake);
         while !self.parameters.cancelled() {
-            if let Some(visit) = next_visit(&mut reception, listener)?
-                && let Some(arrived) = self.receive_visit(factory, visit, Some(listener))
+            if let Some(visit) = next_visit(&mut reception, incoming)?
+                && let Some(arrived) = self.receive_visit(factory, visit, Some(incoming))
             {
                 return Ok(Some(arrived));
             }
@@ -99,7 +112,7 @@ impl<'a> Destination<'a> {
         Ok(None)
     }
 
-    /// Hears one peer; gives the guest if it arrived. No data channels come in.
+    /// Hears one peer; gives the guest if it arrived. No further links come in.
     pub fn serve<F: DestinationFactory>(
         &mut self,
         factory: &mut F,
@@ -109,7 +122,7 @@ impl<'a> Destination<'a> {
         self.receive_visit(factory, visit, None)
     }
 
-    /// The same with data channels, which come in from `incoming`.
+    /// The same with further links, which come in from `incoming`.
     pub fn serve_with<F: DestinationFactory>(
         &mut self,
         factory: &mut F,
@@ -135,8 +148,14 @@ impl<'a> Destination<'a> {
                 self.statistics.start();
                 match self.attempt(factory, &mut link, &hello, incoming) {
                     Ok(mut arrived) => {
-                        self.statistics.set_status(Status::Completed);
                         let end = Instant::now() + self.patience.answer;
+                        if let Some(late) = &mut arrived.late {
+                            self.statistics.set_status(Status::PostcopyActive);
+                            arrived.acknowledged = self.acknowledged(&mut link, &arrived.running, end);
+                            self.begin_postcopy(late, arrived.acknowledged.then_some(link));
+                            return Some(arrived);
+                        }
+                        self.statistics.set_status(Status::Completed);
                         arrived.acknowledged = self.acknowledged(&mut link, &arrived.running, end);
                         link.close(self.patience.last_words);
                         Some(arrived)
@@ -152,16 +171,25 @@ impl<'a> Destination<'a> {
                     }
                 }
             }
+            said => {
+                self.answer_stranger(Visit { peer, link, said, passes_descriptors });
+                None
+            }
+        }
+    }
+
+    /// Hears who wants something else than to move a guest here.
+    pub(crate) fn answer_stranger(&mut self, visit: Visit) {
+        let Visit { peer, mut link, said, .. } = visit;
+        match said {
             Ok(Message::Query(query)) => {
                 let answer = self.answer_to(&query);
                 let _it_asks_again = link.send(&answer, self.handshake("answering a query"));
                 link.close(self.patience.last_words);
-                None
             }
             Ok(other) => {
                 log::warn!("{peer} began with {}", other.name());
                 link.close(Duration::ZERO);
-                None
             }
             Err(error) => {
                 log::info!("{peer}: {}", error.chain());
@@ -169,24 +197,27 @@ impl<'a> Destination<'a> {
                     let refusal = Error::Refused { reasons: vec![error.chain()] };
                     let _said = self.farewell(link, refusal, Id::default());
                 }
-                None
             }
         }
     }
 
-    /// After a guest arrived and its source may not know: answers queries until it asked or `stop` is set.
+    /// After a guest arrived: brings what it lacks of its memory, if anything, and answers queries until its source knows, or
+    /// until `stop` is set. A guest that lacks memory then waits for it as long as this process lives.
     ///
     /// # Errors
     /// The listener is broken.
     pub fn answer<M>(
         &mut self,
         arrived: &mut Arrived<M>,
-        listener: &Listener,
+        incoming: &dyn Incoming,
         stop: &AtomicBool,
     ) -> Result<(), Error> {
+        if let Some(mut late) = arrived.late.take() {
+            return self.bring(arrived, &mut late, incoming, stop);
+        }
         let mut reception = Reception::new(self.patience.handshake);
         while !arrived.acknowledged && !stop.load(Ordering::SeqCst) {
-            if let Some(visit) = next_visit(&mut reception, listener)? {
+            if let Some(visit) = next_visit(&mut reception, incoming)? {
                 self.answer_visit(arrived, visit);
             }
         }
@@ -200,7 +231,7 @@ impl<'a> Destination<'a> {
         }
     }
 
-    fn answer_visit<M>(&mut self, arrived: &mut Arrived<M>, visit: Visit) {
+    pub(crate) fn answer_visit<M>(&mut self, arrived: &mut Arrived<M>, visit: Visit) {
         let Visit { peer, mut link, said, .. } = visit;
         let answer = match said {
             Ok(Message::Query(query)) => self.answer_to(&query),
@@ -235,33 +266,52 @@ impl<'a> Destination<'a> {
         let (mut machine, agree) = self.agree(factory, link, hello, incoming.is_some())?;
         let is_local = agree.features & features::LOCAL != 0;
         let mapped = if is_local { Some(self.map(&mut machine, link)?) } else { None };
-        let channels = match incoming {
-            Some(incoming) => {
+        let (mut channels, mut pages) = (Vec::new(), None);
+        if let Some(incoming) = incoming {
+            if agree.features & features::CHANNELS != 0 {
                 let step = self.handshake("waiting for data channels");
-                let channels =
+                let gathered =
                     gather(&agree, hello.session, link, incoming, step, &mut |visit| self.put_off(visit));
-                channels.map_err(|error| Self::explained(link, error))?
+                channels = gathered.map_err(|error| Self::explained(link, error))?;
+            } else if agree.features & features::POSTCOPY != 0
+                && let Some(ChannelKey { key }) = agree.key
+            {
+                pages = Some((self.page_channel(incoming, link, (hello.session, key))?, key));
             }
-            None => Vec::new(),
-        };
+        }
         let mut receiver = match &mapped {
             Some(_) => Receiver::local(factory.expected()),
             None => Receiver::live(factory.expected(), machine.ram_blocks()),
         };
-        let (prepare, digests) = self.place_all(link, &mut receiver, channels, &machine.ram_blocks())?;
+        let mut announced = Announced::new(&machine.ram_blocks());
+        let (prepare, digests) =
+            self.place_all(link, &mut receiver, channels, (&mut machine, &mut announced))?;
+        let late = match pages.take() {
+            Some(channel) if announced.is_complete() => {
+                let memory = machine.missing_pages().ok_or_else(|| Error::Machine {
+                    doing: "run a guest ahead of its memory",
+                    source: "this host does not let missing pages be brought".into(),
+                })?;
+                Some(Late::new(memory, announced, channel, self.patience)?)
+            }
+            _ => None,
+        };
         self.load(&mut machine, link, receiver, &prepare, digests)?;
         let room = mapped.as_ref().map_or(0, |_| DESCRIPTORS_MAX);
         let (commit, passed) = self.await_commit(link, room)?;
+        if let Some(late) = &late {
+            late.own().map_err(|error| Error::Never { reason: error.chain() })?;
+        }
         let memory = mapped.map(|mapped| (mapped, passed));
-        let state = RunState::from(prepare.running);
-        let (state, error, resume) = self.take(&mut machine, &commit, memory, state)?;
+        let taken = self.take(&mut machine, &commit, memory, RunState::from(prepare.running));
+        let (state, error, resume) = taken.inspect_err(|_| late.iter().for_each(Late::disown))?;
         let running = Running {
             session: commit.session,
             running: state == RunState::Running,
             resume_ns: nanoseconds(resume),
         };
         self.running = Some(running.clone());
-        Ok(Arrived { machine, state, error, acknowledged: false, running })
+        Ok(Arrived { machine, state, error, acknowledged: false, running, late })
     }
 
     /// Everything that can be checked before RAM moves, and the machine.
@@ -282,6 +332,13 @@ impl<'a> Destination<'a> {
                 hello.page_bytes
             ));
         }
+        let features = features::granted(hello.features);
+        if features & features::POSTCOPY != 0
+            && let Err(error) =
+                factory.can_miss_pages().map_err(Error::machine("run a guest ahead of its memory"))
+        {
+            reasons.push(format!("postcopy: {}", error.chain()));
+        }
         if self.ownership.on(Event::Hello { session: hello.session }) == Action::Refuse {
             reasons.push("this session has ended here before".to_owned());
         }
@@ -295,7 +352,18 @@ impl<'a> Destination<'a> {
         if !machine.takes_memory() {
             granted &= !features::LOCAL;
         }
-        let agree = agree(hello, granted, self.instance, has_way_in)?;
+        if !has_way_in || granted & features::LOCAL != 0 {
+            granted &= !features::POSTCOPY;
+        }
+        // What is placed while it is sent, and what is placed when it is touched, are two ways that are not mixed.
+        if granted & features::POSTCOPY != 0 {
+            granted &= !features::CHANNELS;
+        }
+        let mut agree = agree(hello, granted, self.instance, has_way_in)?;
+        if agree.features & features::POSTCOPY != 0 {
+            let key = random_id().map_err(Error::machine_io("draw a key for the channel for pages"))?;
+            agree.key = Some(ChannelKey { key });
+        }
         link.send(&Message::Agree(agree.clone()), self.handshake("agreeing"))?;
         Ok((machine, agree))
     }
@@ -347,14 +415,15 @@ impl<'a> Destination<'a> {
         link: &mut Link,
         receiver: &mut Receiver<'_>,
         channels: Vec<Connection>,
-        blocks: &[RamBlock],
+        (machine, announced): (&mut dyn DestinationMachine, &mut Announced),
     ) -> Result<(Prepare, Vec<u64>), Error> {
         if channels.is_empty() {
-            return Ok((self.place(link, receiver, None)?, Vec::new()));
+            return Ok((self.place(link, receiver, None, (machine, announced))?, Vec::new()));
         }
+        let blocks = machine.ram_blocks();
         let placed = std::thread::scope(|scope| {
-            let intake = Intake::start(scope, channels, blocks, self.parameters, &self.patience)?;
-            let prepare = self.place(link, receiver, Some(&intake))?;
+            let intake = Intake::start(scope, channels, &blocks, self.parameters, &self.patience)?;
+            let prepare = self.place(link, receiver, Some(&intake), (machine, announced))?;
             Ok((prepare, intake.finish()?))
         });
         placed.map_err(|error| Self::explained(link, error))
@@ -372,6 +441,7 @@ impl<'a> Destination<'a> {
         link: &mut Link,
         receiver: &mut Receiver<'_>,
         intake: Option<&Intake>,
+        (machine, announced): (&mut dyn DestinationMachine, &mut Announced),
     ) -> Result<Prepare, Error> {
         let doing = "receiving RAM and devices";
         let step =
@@ -403,6 +473,14 @@ impl<'a> Destination<'a> {
                     receiver.feed(link.body())?;
                 }
                 Message::Progress(progress) => self.statistics.told(&progress),
+                Message::Missing(missing) => {
+                    announced.add(&missing, |block, pages| machine.discard(block, pages))?;
+                }
+                Message::Listed => {
+                    if announced.listed() {
+                        link.send(&Message::Listed, step)?;
+                    }
+                }
                 Message::Prepare(prepare) => return Ok(prepare),
                 other => return Err(unexpected(other, doing)),
             }
@@ -622,7 +700,7 @@ impl<'a> Destination<'a> {
     }
 }
 
-fn unexpected(message: Message, doing: &'static str) -> Error {
+pub(crate) fn unexpected(message: Message, doing: &'static str) -> Error {
     match message {
         Message::Cancel(reasons) => Error::Peer { reason: reasons.sentences().join("; ") },
         other => Error::Protocol { doing, reason: format!("the source sent {}", other.name()) },

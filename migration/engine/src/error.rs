@@ -75,6 +75,14 @@ pub enum Error {
         "the guest is to be moved ahead of its memory (postcopy) when rounds or time are used up, and the two sides have not agreed on that"
     )]
     PostcopyNotAgreed,
+    /// The process was told to end while the guest, which is elsewhere, still needs memory of it.
+    #[error(
+        "this process was told to end, and the guest at the destination cannot go on: it lacks {bytes} bytes that were only here"
+    )]
+    LeftBehind {
+        /// What it lacks.
+        bytes: u64,
+    },
     /// The link broke.
     #[error("connection lost while {doing}")]
     Lost {
@@ -162,6 +170,10 @@ impl Error {
             Ok(error) => Self::Transport(error),
             Err(source) => Self::Lost { doing, source },
         }
+    }
+
+    pub(crate) fn machine_io(doing: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Machine { doing, source: source.into() }
     }
 
     /// A failure of the stream; one of the link or of the user below it comes out again.

@@ -17,7 +17,7 @@ pub const LZ4: u64 = 1 << 4;
 pub const ZSTD: u64 = 1 << 5;
 
 /// What this build can do as a destination.
-pub const SUPPORTED: u64 = CHANNELS | LOCAL | LZ4 | ZSTD;
+pub const SUPPORTED: u64 = CHANNELS | LOCAL | POSTCOPY | LZ4 | ZSTD;
 
 /// What is granted to a source that offers `features`.
 #[must_use]

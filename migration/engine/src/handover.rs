@@ -12,6 +12,7 @@ use crate::lease::{Id, Record, Settlement, show_id};
 use crate::link::{Dial, Link, Step};
 use crate::ownership::Answer;
 use crate::ownership::source::{Action, Event, Source};
+use crate::postcopy::Remainder;
 use crate::protocol::{Commit, Message, Query, Running};
 use crate::source::{bring_back, report, unexpected};
 use crate::{Context, Error, Outcome, RunState, SourceMachine, Status};
@@ -33,6 +34,8 @@ pub struct Handover {
     running: Option<Running>,
     /// What the lease said when it was someone else's.
     record: Option<Box<Record>>,
+    /// Memory that the destination has not got with the guest.
+    remainder: Option<Box<Remainder>>,
 }
 
 /// Where the guest goes.
@@ -92,6 +95,11 @@ impl Handover {
         Self { memory, ..self }
     }
 
+    /// Guest memory follows after the guest.
+    pub(crate) fn with_remainder(self, remainder: Option<Box<Remainder>>) -> Self {
+        Self { remainder, ..self }
+    }
+
     /// The lease of `generation` was to say that the guest is in `file`, and that failed for `cause`.
     pub(crate) fn suspended(
         file: Published,
@@ -106,8 +114,8 @@ impl Handover {
 
     fn of(ownership: Source, way: Way, state: RunState, since: Instant) -> Self {
         let (session, generation, memory) = (Id::default(), 0, Vec::new());
-        let (cause, running, record) = (None, None, None);
-        Self { ownership, session, generation, way, state, since, memory, cause, running, record }
+        let (cause, running, record, remainder) = (None, None, None, None);
+        Self { ownership, session, generation, way, state, since, memory, cause, running, record, remainder }
     }
 
     /// Hands over. `link` is where COMMIT goes; it is dropped once it gave no answer that the guest runs, so that the destination
@@ -181,7 +189,7 @@ impl Handover {
                     }
                 }
                 Action::Resume => return self.ours(machine),
-                Action::Finish => return self.completed(machine, context),
+                Action::Finish => return self.completed(machine, link, dial, context),
                 Action::StayPaused => return self.theirs(machine),
             };
             action = self.ownership.on(event);
@@ -304,7 +312,9 @@ impl Handover {
     }
 
     /// Nobody else has it: it goes on here.
-    fn ours(self, machine: &mut dyn SourceMachine) -> Outcome {
+    fn ours(mut self, machine: &mut dyn SourceMachine) -> Outcome {
+        // Nobody reads its memory any more.
+        self.remainder = None;
         let error = lost(self.cause);
         let tracking = match self.way {
             Way::Peer { .. } => true,
@@ -352,7 +362,13 @@ impl Handover {
     }
 
     /// The guest is theirs.
-    fn completed(self, machine: &mut dyn SourceMachine, context: &mut Context<'_>) -> Outcome {
+    fn completed(
+        mut self,
+        machine: &mut dyn SourceMachine,
+        link: &mut Option<Link>,
+        dial: &mut Dial<'_>,
+        context: &mut Context<'_>,
+    ) -> Outcome {
         self.note_downtime(context);
         if let Some(lease) = &mut context.lease
             && let Err(error) = lease.leave()
@@ -361,6 +377,11 @@ impl Handover {
             log::warn!("{}", Error::from(error).chain());
         }
         machine.finish();
+        if let Some(remainder) = self.remainder.take()
+            && let Err(error) = remainder.bring(link.take(), dial, context)
+        {
+            return Outcome::Failed { error, paused: None };
+        }
         context.statistics.set_status(Status::Completed);
         Outcome::Completed { note: self.note() }
     }

@@ -18,6 +18,8 @@
 //!                       <-------------------------- PREPARED
 //!                 lease := offered, COMMIT -------> lease := taken, starts
 //!                       <-------------------------- RUNNING | NEVER, or nothing: ask again, settle by the lease
+//! postcopy        (memory that was left behind) --->                 places what is touched at once, and the rest
+//!                       <-------------------------- RECEIVED
 //! ```
 //!
 //! - [`lease`]: the record that alone decides who runs the guest.
@@ -27,6 +29,7 @@
 //! - [`converge()`]: when to stop, and what to do about a guest that is faster than the link, a pure function; `rounds` does it.
 //! - `local`: to a process of the same host the memory itself goes, instead of its contents in rounds.
 //! - [`protocol`]: the messages; `link` gives each a deadline.
+//! - `postcopy`: memory that follows after its guest.
 //! - [`suspend_to_file`] and [`restore_from_file`]: the same guest in a file; [`snapshot_to_file`]: it goes on, and is there as well.
 //!
 //! Invariants: before the first byte of COMMIT any failure leaves the source running as if nothing had happened; from
@@ -36,7 +39,7 @@
 //! maximum. Both sides report the same cause. Who may be a peer at all is decided below (crate `transport`): with TLS no
 //! message is read or written before both ends have proven who they are, on this link and on every later one.
 //!
-//! Absent: postcopy, storage migration. The hello has room for them.
+//! Absent: storage migration. The hello has room for it.
 #![forbid(unsafe_code)]
 
 mod bandwidth;
@@ -56,6 +59,7 @@ mod machine;
 mod ownership;
 mod parameters;
 mod patience;
+mod postcopy;
 pub mod protocol;
 mod ram;
 mod reception;
@@ -79,14 +83,14 @@ pub use file::{
 pub use handover::Handover;
 pub use link::Dial;
 pub use machine::{
-    DestinationFactory, DestinationMachine, Image, ImageCopy, MachineResult, MemoryDescriptors, MissingPages,
-    RamBlock, RunState, SaveFor, SourceMachine,
+    DestinationFactory, DestinationMachine, Fault, Image, ImageCopy, MachineResult, MemoryDescriptors,
+    MissingPages, RamBlock, RunState, SaveFor, SourceMachine,
 };
 pub use ownership::source::Word;
-pub use parameters::Parameters;
+pub use parameters::{Parameters, PostcopyStart};
 pub use patience::Patience;
 pub use source::{Context, Outcome, migrate};
-pub use statistics::{Downtime, Snapshot, Statistics, Status};
+pub use statistics::{Downtime, Postcopy, Snapshot, Statistics, Status};
 
 /// A page of guest memory, the unit of dirty tracking.
 pub const PAGE_BYTES: u64 = 4096;

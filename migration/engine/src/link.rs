@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use stream::frame::{self, HEADER_BYTES, Header, Kind};
 use transport::{Connection, Identity, Received};
 
+use crate::postcopy::{MISSING_BYTES_MAX, PAGES_BYTES_MAX};
 use crate::protocol::{HELLO_BYTES_MAX, MEMORY_BYTES_MAX, Message, NEVER_BYTES_MAX, REASONS_BYTES_MAX};
 use crate::{Error, Parameters, local};
 
@@ -244,6 +245,12 @@ impl Link {
         }
     }
 
+    /// Another handle on the connection, to send by while a thread receives here, or to cut it.
+    pub fn handle(&self) -> Result<Connection, Error> {
+        let doing = "sharing the connection";
+        self.connection.try_clone().map_err(|source| Error::lost(doing, source))
+    }
+
     /// The body of the last message.
     pub fn body(&self) -> &[u8] {
         &self.body
@@ -393,6 +400,8 @@ fn body_bytes_max(kind: Kind) -> u32 {
         Kind::Refuse | Kind::Reject | Kind::Cancel => REASONS_BYTES_MAX as u32,
         Kind::Never => NEVER_BYTES_MAX as u32,
         Kind::Memory => MEMORY_BYTES_MAX as u32,
+        Kind::Missing => MISSING_BYTES_MAX as u32,
+        Kind::Pages => PAGES_BYTES_MAX as u32,
         _ => SHORT_BYTES_MAX,
     }
 }

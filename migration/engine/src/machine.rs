@@ -216,8 +216,13 @@ pub trait SourceMachine {
     /// The guest stays paused.
     fn resume(&mut self, state: RunState) -> MachineResult<()>;
 
+    /// Whether this block must be at the destination before the guest runs there, and cannot follow.
+    fn is_needed_at_once(&self, _block: &RamBlock) -> bool {
+        false
+    }
+
     /// The guest runs elsewhere, or lies in a file: this machine is `postmigrate` and never runs again. Guest memory is
-    /// released.
+    /// released, as far as the engine has no [block](RamBlock) of it any more.
     fn finish(&mut self);
 }
 
@@ -241,6 +246,14 @@ pub trait DestinationFactory {
     /// The device sections that must come, and how much RAM at most.
     fn expected(&self) -> Expected;
 
+    /// Whether guest memory may follow after the guest here: the host lets this process [bring](MissingPages) what is touched.
+    ///
+    /// # Errors
+    /// Why not.
+    fn can_miss_pages(&mut self) -> MachineResult<()> {
+        Err("this machine cannot run before all of its memory is here".into())
+    }
+
     /// Creates everything that can be created before RAM arrives: memory slots, irqchip, vCPUs, threads, open
     /// descriptors. Guest memory is fresh: all of it holes. Images are looked at (size, identity) but neither locked nor
     /// written.
@@ -250,18 +263,29 @@ pub trait DestinationFactory {
     fn build(&mut self, source: &Description) -> MachineResult<Self::Machine>;
 }
 
+/// Somebody waits for a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Number of the block.
+    pub block: usize,
+    /// First byte of the page in its block.
+    pub offset: u64,
+    /// Which thread waits; 0 if that is not known.
+    pub thread: u32,
+}
+
 /// Guest memory that is placed when it is touched, by whichever vCPU, device model or request. Blocks have the numbers that they have in
 /// [`DestinationMachine::ram_blocks`]. Several threads place.
 pub trait MissingPages: Send + Sync {
     /// Whether who touches a missing page of the block waits for it. Pages of other blocks are never missing.
     fn has(&self, block: usize) -> bool;
 
-    /// Waits until somebody touches missing pages, and adds block and offset of each; adds nothing once [`release`](Self::release)
+    /// Waits until somebody touches missing pages, and adds all that is waited for; adds nothing once [`release`](Self::release)
     /// was called.
     ///
     /// # Errors
     /// The host does not tell.
-    fn faults(&self, faults: &mut Vec<(usize, u64)>) -> MachineResult<()>;
+    fn faults(&self, faults: &mut Vec<Fault>) -> MachineResult<()>;
 
     /// Places whole pages, as this process's own writes are *not*: nobody has changed them. Pages that are there stay as they are;
     /// whoever waits for one goes on.
@@ -281,6 +305,11 @@ pub trait MissingPages: Send + Sync {
     /// # Errors
     /// The host goes on to have them waited for.
     fn release(&self) -> MachineResult<()>;
+
+    /// What the user calls a thread of this process.
+    fn thread_name(&self, thread: u32) -> String {
+        format!("thread {thread}")
+    }
 
     /// The guest runs, and some of its memory cannot be had: it must not go on. Whoever waits goes on waiting.
     fn lost(&self, error: &EngineError);
@@ -320,6 +349,14 @@ pub trait DestinationMachine {
     /// One is not of the memory that was mapped, or cannot write.
     fn adopt_memory(&mut self, passed: Vec<OwnedFd>) -> MachineResult<()> {
         Err(format!("this machine takes no memory, and {} descriptors of some came", passed.len()).into())
+    }
+
+    /// Drops what is in these pages of block number `block` of [`ram_blocks`](Self::ram_blocks): they are missing again.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    fn discard(&mut self, _block: usize, _pages: Range<u64>) -> MachineResult<()> {
+        Err("this machine cannot run before all of its memory is here".into())
     }
 
     /// Checks the contents of every section and builds the devices from them; takes all of the sections out of the set.

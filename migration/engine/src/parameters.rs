@@ -22,6 +22,32 @@ pub struct Parameters {
     wished: AtomicBool,
     /// What the operator says of an undecided hand-over.
     word: Mutex<Option<Word>>,
+    /// A [`PostcopyStart`].
+    postcopy: AtomicU8,
+    /// Memory is to follow the guest from now on.
+    postcopy_wished: AtomicBool,
+    /// A link that memory was lost on is to be replaced.
+    recovery: AtomicBool,
+    /// The process ends, whoever needs memory of it.
+    abandoned: AtomicBool,
+}
+
+/// When guest memory begins to follow after the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PostcopyStart {
+    /// Never: the destination need not even be able to.
+    #[default]
+    Never,
+    /// When it is [asked for](Parameters::start_postcopy), or [`converge`](crate::converge()) says so.
+    WhenAsked,
+    /// After the first pass over memory, if the rest cannot be sent within the downtime limit.
+    AfterFirstRound,
+    /// Without any pass.
+    AtOnce,
+}
+
+impl PostcopyStart {
+    const ALL: [Self; 4] = [Self::Never, Self::WhenAsked, Self::AfterFirstRound, Self::AtOnce];
 }
 
 const OPEN: u8 = 0;
@@ -41,6 +67,10 @@ impl Default for Parameters {
             end: AtomicU8::new(OPEN),
             wished: AtomicBool::new(false),
             word: Mutex::default(),
+            postcopy: AtomicU8::new(PostcopyStart::Never as u8),
+            postcopy_wished: AtomicBool::new(false),
+            recovery: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
         }
     }
 }
@@ -160,6 +190,47 @@ impl Parameters {
         self.wished.store(false, Ordering::SeqCst);
         self.end.store(OPEN, Ordering::SeqCst);
         *self.word() = None;
+        self.postcopy_wished.store(false, Ordering::SeqCst);
+        self.recovery.store(false, Ordering::SeqCst);
+    }
+
+    /// When memory may follow after the guest, in the next migration.
+    #[must_use]
+    pub fn postcopy(&self) -> PostcopyStart {
+        let found = self.postcopy.load(Ordering::SeqCst);
+        PostcopyStart::ALL.into_iter().find(|start| *start as u8 == found).unwrap_or_default()
+    }
+
+    /// See [`postcopy`](Self::postcopy).
+    pub fn set_postcopy(&self, start: PostcopyStart) {
+        self.postcopy.store(start as u8, Ordering::SeqCst);
+    }
+
+    /// Lets memory follow after the guest as soon as it can, in a migration for which [`postcopy`](Self::postcopy) allows it.
+    pub fn start_postcopy(&self) {
+        self.postcopy_wished.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn postcopy_is_wished(&self) -> bool {
+        self.postcopy_wished.load(Ordering::SeqCst)
+    }
+
+    /// Replaces the link that was lost while the guest's memory followed.
+    pub fn recover(&self) {
+        self.recovery.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn take_recovery(&self) -> bool {
+        self.recovery.swap(false, Ordering::SeqCst)
+    }
+
+    /// The process ends: also if a guest elsewhere needs memory of it, which does not go on then.
+    pub fn abandon(&self) {
+        self.abandoned.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::SeqCst)
     }
 
     /// The operator's word on a hand-over that nothing else can decide. It is used once, and only if the destination does not

@@ -7,6 +7,7 @@ use stream::frame::Kind;
 use vmstate::VmState;
 
 use crate::lease::Id;
+use crate::postcopy::{Missing, PageRequest, Recover};
 use crate::{Description, RamBlock, RunState};
 
 /// Above what the largest machine has: 30 controllers with 1024 namespaces of four properties each, 64 vCPUs with 256 leaves
@@ -54,12 +55,25 @@ pub enum Message {
     Cancel(Reasons),
     /// Source, on a link of its own: it is for guest memory.
     Channel(ChannelHello),
-    /// Source: the figures, for the other side's user. After RUNNING it also says that RUNNING arrived.
+    /// Source: the figures, for the other side's user. After RUNNING it also says that RUNNING arrived, and after RECEIVED that
+    /// this did.
     Progress(Progress),
     /// Source: this is guest memory; descriptors that read it go along.
     Memory(MemoryBlocks),
     /// Destination: mapped.
     Mapped,
+    /// Both: pages that the destination lacks.
+    Missing(Missing),
+    /// Both: all of these are named; the destination also repeats it when it has dropped what it had of them.
+    Listed,
+    /// Destination: somebody waits for this page.
+    PageRequest(PageRequest),
+    /// Source: pages. Head and contents stay with the link.
+    Pages,
+    /// Source, on a new link: the destination's guest still lacks memory.
+    Recover(Recover),
+    /// Destination: the guest has all of its memory.
+    Received,
 }
 
 /// Text, cut to what the wire carries.
@@ -273,6 +287,8 @@ pub struct ChannelHello {
 impl ChannelHello {
     /// [`purpose`](Self::purpose): guest memory, round by round.
     pub const MEMORY: u8 = 0;
+    /// [`purpose`](Self::purpose): pages that the guest at the destination waits for.
+    pub const PAGES: u8 = 1;
 }
 
 /// See [`Message::Memory`].
@@ -417,6 +433,12 @@ impl Message {
             Self::Progress(_) => "progress",
             Self::Memory(_) => "memory",
             Self::Mapped => "mapped",
+            Self::Missing(_) => "missing",
+            Self::Listed => "listed",
+            Self::PageRequest(_) => "page request",
+            Self::Pages => "pages",
+            Self::Recover(_) => "recover",
+            Self::Received => "received",
         }
     }
 
@@ -439,6 +461,12 @@ impl Message {
             Self::Progress(body) => (Kind::Progress, vmstate::to_bytes(body)),
             Self::Memory(body) => (Kind::Memory, vmstate::to_bytes(body)),
             Self::Mapped => (Kind::Mapped, Vec::new()),
+            Self::Missing(body) => (Kind::Missing, vmstate::to_bytes(body)),
+            Self::Listed => (Kind::Listed, Vec::new()),
+            Self::PageRequest(body) => (Kind::PageRequest, vmstate::to_bytes(body)),
+            Self::Pages => (Kind::Pages, Vec::new()),
+            Self::Recover(body) => (Kind::Recover, vmstate::to_bytes(body)),
+            Self::Received => (Kind::Received, Vec::new()),
         }
     }
 
@@ -465,7 +493,12 @@ impl Message {
             Kind::Mapped if body.is_empty() => Self::Mapped,
             Kind::Mapped => return Err(format!("mapped: {} bytes too many", body.len())),
             Kind::ChannelHello => Self::Channel(state(body)?),
-            Kind::PageRequest => return Err(format!("{kind:?} was not agreed on")),
+            Kind::Missing => Self::Missing(state(body)?),
+            Kind::Listed => Self::Listed,
+            Kind::PageRequest => Self::PageRequest(state(body)?),
+            Kind::Pages => Self::Pages,
+            Kind::Recover => Self::Recover(state(body)?),
+            Kind::Received => Self::Received,
         })
     }
 }
@@ -532,6 +565,8 @@ mod tests {
                 key: Some(ChannelKey { key: [6; 16] }),
             }),
             Message::Channel(ChannelHello { session, key: [6; 16], index: 1, purpose: 0 }),
+            Message::PageRequest(PageRequest { block: 3, page: 1 << 40 }),
+            Message::Recover(Recover { session, key: [6; 16] }),
             Message::Refuse(reasons.clone()),
             Message::Prepare(Prepare { digest: 5, running: true }),
             Message::Prepared(Prepared { digest: 5, load_ns: 6 }),

@@ -7,8 +7,8 @@ use crate::features::POSTCOPY;
 use crate::ram::Outgoing;
 use crate::speed::{Sample, Speed};
 use crate::{
-    Context, Decision, Error, OnTimeout, PAGE_BYTES, PageBitmap, Parameters, Situation, SourceMachine, Trend,
-    converge,
+    Context, Decision, Error, OnTimeout, PAGE_BYTES, PageBitmap, Parameters, PostcopyStart, Situation,
+    SourceMachine, Trend, converge,
 };
 
 /// How often the stop is prepared: a guest that always dirties much meanwhile is stopped in the end without.
@@ -28,14 +28,28 @@ pub(crate) fn check_way_out(parameters: &Parameters, granted: u64) -> Result<(),
     }
 }
 
-/// Sends what is dirty until the rest is small. Leaves in `pages` what the stop must send.
+/// What becomes of the pages that are left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rest {
+    /// They are sent while the guest is stopped.
+    Stops,
+    /// They follow after the guest.
+    Follows,
+}
+
+/// Sends what is dirty until the rest is small, or is to follow after the guest, where that `may_follow`. Leaves it in `pages`.
 pub(crate) fn rounds(
     machine: &mut dyn SourceMachine,
     context: &Context<'_>,
     ram: &mut Outgoing<'_>,
     pages: &mut [PageBitmap],
-) -> Result<(), Error> {
+    may_follow: bool,
+) -> Result<Rest, Error> {
     let (statistics, parameters) = (context.statistics, context.parameters);
+    let postcopy = parameters.postcopy();
+    if may_follow && postcopy == PostcopyStart::AtOnce {
+        return lets_follow(machine, context, ram, pages);
+    }
     let mut speed = Speed::default();
     let mut throttle = Throttle::new(context);
     let mut portion_pages = PORTION_PAGES;
@@ -97,13 +111,34 @@ pub(crate) fn rounds(
             decision = converge(&situation);
         }
         throttle.heed(&situation, decision, machine)?;
+        // What can be sent in the stop needs no guest that waits for its memory.
+        let is_wished = postcopy == PostcopyStart::AfterFirstRound
+            && situation.expected_downtime() > situation.downtime_limit;
+        let is_asked = decision == Decision::Postcopy || parameters.postcopy_is_wished();
+        if may_follow && (is_wished || is_asked) {
+            return lets_follow(machine, context, ram, pages);
+        }
         match decision {
             Decision::AnotherRound | Decision::Throttle { .. } => {}
-            Decision::Stop => return Ok(()),
+            Decision::Stop => return Ok(Rest::Stops),
             Decision::Postcopy => return Err(Error::PostcopyNotAgreed),
             Decision::GiveUp => return Err(given_up(&situation)),
         }
     }
+}
+
+/// Does what would lengthen the stop, before the rest of memory is named.
+fn lets_follow(
+    machine: &mut dyn SourceMachine,
+    context: &Context<'_>,
+    ram: &mut Outgoing<'_>,
+    pages: &mut [PageBitmap],
+) -> Result<Rest, Error> {
+    prepare_stop(machine, context, ram);
+    // The guest went on meanwhile.
+    let more = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
+    unite(pages, &more);
+    Ok(Rest::Follows)
 }
 
 /// Sends `pages` in portions. Those that are not sent when the time is over stay.
@@ -124,7 +159,9 @@ fn send(
         let start = Instant::now();
         ram.round(&portion)?;
         let is_last = room > 0 || count(pages) == 0;
-        if is_last || context.parameters.convergence().is_out_of_time(context.statistics.elapsed()) {
+        let parameters = context.parameters;
+        let is_out_of_time = parameters.convergence().is_out_of_time(context.statistics.elapsed());
+        if is_last || is_out_of_time || parameters.postcopy_is_wished() {
             return ram.out().send();
         }
         let took = start.elapsed();

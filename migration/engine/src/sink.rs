@@ -97,8 +97,18 @@ impl<'a> Sink<'a> {
 
     /// Tells the destination's user.
     pub fn report(&mut self, progress: &Progress) -> Result<(), Error> {
+        self.tell(&Message::Progress(progress.clone()))
+    }
+
+    /// Sends a message after what is there.
+    pub fn tell(&mut self, message: &Message) -> Result<(), Error> {
         self.send()?;
-        self.link.send(&Message::Progress(progress.clone()), self.step)
+        self.link.send(message, self.step)
+    }
+
+    /// What the destination says to that.
+    pub fn hear(&mut self, doing: &'static str) -> Result<Message, Error> {
+        self.link.receive(Step { doing, ..self.step })
     }
 
     /// Sends what is there, even if it is little.

@@ -12,9 +12,10 @@ use crate::lease::{Id, Lease, random_id};
 use crate::link::{Dial, Link, Step, Until};
 use crate::local::{Memory, prepare_until_little_is_left};
 use crate::ownership::source::{Action, Event, Source};
+use crate::postcopy::{self, Followers, Remainder, announce};
 use crate::protocol::{Hello, Message, Prepare, Properties, Reasons};
 use crate::ram::Outgoing;
-use crate::rounds::{check_way_out, prepare_stop, rounds};
+use crate::rounds::{Rest, check_way_out, prepare_stop, rounds};
 use crate::sink::Sink;
 use crate::{
     Description, Error, PageBitmap, Parameters, Patience, RamBlock, RunState, SaveFor, SourceMachine,
@@ -90,6 +91,11 @@ struct Attempt {
     memory: Option<Memory>,
     /// They stay open until leave was taken.
     channels: Option<Opened>,
+    /// Where the destination asks for pages, and what it shows there.
+    pages: Option<Link>,
+    key: Id,
+    /// Guest memory that follows after the guest.
+    remainder: Option<Box<Remainder>>,
     tracking: bool,
     stopped: Option<Stopped>,
     disks_touched: bool,
@@ -111,6 +117,9 @@ impl Attempt {
             link: None,
             memory: None,
             channels: None,
+            pages: None,
+            key: Id::default(),
+            remainder: None,
             tracking: false,
             stopped: None,
             disks_touched: false,
@@ -139,6 +148,7 @@ impl Attempt {
         let Stopped { state, since, .. } = self.stopped.expect("transfer stops the guest");
         let link = self.link.as_ref().expect("agree leaves a link");
         let handover = Handover::new(self.ownership, self.session, link, self.instance, state, since);
+        let handover = handover.with_remainder(self.remainder.take());
         Ok(match self.memory.take() {
             Some(memory) => handover.with_memory(memory.into_writable()),
             None => handover,
@@ -164,7 +174,11 @@ impl Attempt {
         let memory = Memory::to_offer(machine, link, context);
         let mut hello = Hello::new(self.session, lease, description);
         hello.features = memory.as_ref().map_or(0, |_| features::LOCAL);
-        hello.features |= if link.can_be_joined() { offered(context.parameters) } else { 0 };
+        let postcopy = postcopy::offered(context.parameters);
+        if link.can_be_joined() {
+            // What is placed while it is sent, and what is placed when it is touched, are two ways that are not mixed.
+            hello.features |= if postcopy == 0 { offered(context.parameters) } else { postcopy };
+        }
         hello.channels = context.parameters.channels();
         link.send_with(
             &Message::Hello(Box::new(hello)),
@@ -175,16 +189,20 @@ impl Attempt {
         match link.receive(Step { doing, patience: build, cancel, until: None })? {
             Message::Agree(agree) => {
                 self.instance = agree.instance;
-                check_way_out(context.parameters, agree.features)?;
                 let granted = agree.features & features::LOCAL != 0;
                 if memory.is_some() && !granted {
                     log::warn!("the destination takes no memory itself: its contents are sent instead");
                 }
                 self.memory = memory.filter(|_| granted);
                 if !granted {
+                    check_way_out(context.parameters, agree.features)?;
                     let step =
                         Step { doing: "opening data channels", patience: handshake, cancel, until: None };
-                    self.channels = open(&agree, self.session, dial, context.parameters, step)?;
+                    if agree.features & features::CHANNELS != 0 {
+                        self.channels = open(&agree, self.session, dial, context.parameters, step)?;
+                    }
+                    self.key = agree.key.as_ref().map(|key| key.key).unwrap_or_default();
+                    self.pages = postcopy::open(&agree, self.session, dial, context)?;
                 }
                 Ok(())
             }
@@ -230,10 +248,22 @@ impl Attempt {
             s.handed_over_bytes = handed_over.unwrap_or_default();
         });
         statistics.set_status(Status::Active);
-        if self.tracking {
-            rounds(machine, context, &mut ram, &mut pages)?;
-        } else {
+        let mut followers = None;
+        let mut missing = Vec::new();
+        if !self.tracking {
             prepare_until_little_is_left(|| prepare_stop(machine, context, &mut ram));
+        } else if rounds(machine, context, &mut ram, &mut pages, self.pages.is_some())? == Rest::Follows {
+            let followers = followers.insert(Followers::of(machine, &blocks));
+            ram.round(&followers.needed(&pages))?;
+            missing = followers.follow(&pages);
+            // All of this costs time, and the stop then only has to name what is dirtied meanwhile.
+            announce(&blocks, &missing, |message| ram.out().tell(message))?;
+            let doing = "waiting until the destination has dropped old pages";
+            match ram.out().hear(doing)? {
+                Message::Listed => {}
+                other => return Err(unexpected(other, doing)),
+            }
+            pages = blocks.iter().map(|block| PageBitmap::for_bytes(block.length_bytes())).collect();
         }
 
         let since = Instant::now();
@@ -253,6 +283,12 @@ impl Attempt {
         }
         ram.out().unlimited(until);
         let before = ram.out().sent_bytes();
+        if let Some(followers) = &followers {
+            let more = followers.follow(&pages);
+            announce(&blocks, &more, |message| ram.out().tell(message))?;
+            missing.iter_mut().zip(&more).for_each(|(bitmap, more)| bitmap.union(more));
+            pages = followers.needed(&pages);
+        }
         ram.last_round(&pages)?;
         sections.iter().try_for_each(|section| ram.device(section))?;
         let beside = ram.out().beside_bytes();
@@ -265,8 +301,15 @@ impl Attempt {
             s.downtime.last_pass = saved_at.elapsed();
             s.downtime_bytes = sent_bytes;
             s.transferred_bytes = link.sent_bytes() + beside;
-            s.remaining_bytes = 0;
+            s.remaining_bytes = missing.iter().map(PageBitmap::count).sum::<u64>() * crate::PAGE_BYTES;
         });
+        if let Some(channel) = self.pages.take()
+            && followers.is_some()
+        {
+            let key = (self.session, self.key);
+            let remainder = Remainder::new(key, &blocks, &missing, channel, link, context.patience)?;
+            self.remainder = Some(Box::new(remainder));
+        }
         Ok(digest)
     }
 
@@ -317,6 +360,7 @@ impl Attempt {
         }
         let action = self.ownership.on(Event::Failed);
         debug_assert_eq!(action, Action::Resume, "nothing was given away yet");
+        (self.remainder, self.pages) = (None, None);
         let state = self.stopped.map(|stopped| stopped.state);
         let paused = bring_back(machine, self.tracking, self.disks_touched, state).err();
         Outcome::Failed { error, paused }

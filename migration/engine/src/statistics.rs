@@ -18,6 +18,12 @@ pub enum Status {
     Active,
     /// The guest is stopped; last pages, device state, the switch. Also `handover-unknown`.
     Device,
+    /// The guest runs at the destination, and the rest of its memory follows.
+    PostcopyActive,
+    /// The same, and the link is lost.
+    PostcopyPaused,
+    /// The link comes about again.
+    PostcopyRecover,
     /// The guest runs at the destination.
     Completed,
     /// It failed; the guest runs at the source.
@@ -29,6 +35,12 @@ pub enum Status {
 }
 
 impl Status {
+    /// Whether the guest runs at the destination without all of its memory.
+    #[must_use]
+    pub fn is_postcopy(self) -> bool {
+        matches!(self, Self::PostcopyActive | Self::PostcopyPaused | Self::PostcopyRecover)
+    }
+
     /// QEMU's name.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -37,6 +49,9 @@ impl Status {
             Self::Setup => "setup",
             Self::Active => "active",
             Self::Device => "device",
+            Self::PostcopyActive => "postcopy-active",
+            Self::PostcopyPaused => "postcopy-paused",
+            Self::PostcopyRecover => "postcopy-recover",
             Self::Completed => "completed",
             Self::Failed => "failed",
             Self::Cancelling => "cancelling",
@@ -70,6 +85,29 @@ pub struct Downtime {
     pub handover: Duration,
     /// Lease, image locks, images and start at the destination.
     pub resume: Duration,
+}
+
+/// Memory that follows after the guest. What a side does not see is zero there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Postcopy {
+    /// Pages that the destination asked for.
+    pub requests: u64,
+    /// Pages of holes that were touched and only had to be cleared.
+    pub zero_faults: u64,
+    /// Bytes that were sent, or placed, since the guest was handed over.
+    pub bytes: u64,
+    /// Time in which anybody waited for a page.
+    pub blocktime: Duration,
+    /// How long each thread waited, by name.
+    pub threads: Vec<(String, Duration)>,
+    /// Half of the waits were shorter.
+    pub latency_median: Duration,
+    /// The longest wait.
+    pub latency_max: Duration,
+    /// Times that a lost link was replaced.
+    pub recoveries: u32,
+    /// Why nothing comes at present.
+    pub paused: Option<String>,
 }
 
 /// All figures at one moment.
@@ -113,6 +151,8 @@ pub struct Snapshot {
     pub elapsed: Duration,
     /// The stop; zero before.
     pub downtime: Downtime,
+    /// What is special where memory follows the guest.
+    pub postcopy: Option<Postcopy>,
     /// Why it failed.
     pub error: Option<String>,
     /// The answer to COMMIT is outstanding and nothing else has decided: what is known.

@@ -82,6 +82,16 @@ kinds! {
     Memory = 16,
     /// The destination has mapped it.
     Mapped = 17,
+    /// Pages that the destination lacks: the source names them before it hands the guest over, the destination after a lost link.
+    Missing = 20,
+    /// All of them are named.
+    Listed = 21,
+    /// Pages, with their contents.
+    Pages = 22,
+    /// The source goes on with what a lost link has interrupted.
+    Recover = 23,
+    /// The destination has all pages.
+    Received = 24,
 }
 
 impl TryFrom<u16> for Kind {

@@ -36,6 +36,7 @@ struct State {
     migration: Option<MigrationInfo>,
     blockers: Vec<String>,
     parameters: MigrationParameters,
+    postcopy_ram: bool,
 }
 
 impl Machine {
@@ -78,13 +79,31 @@ impl Operations for Machine {
         Ok(())
     }
 
-    fn quit(&self) {
+    fn quit(&self, force: bool) -> Result<(), Refusal> {
         let event = Event::Shutdown { reason: ShutdownCause::HostQmpQuit };
-        self.did("quit", RunState::Shutdown, event).unwrap();
+        self.did(if force { "quit by force" } else { "quit" }, RunState::Shutdown, event)
+    }
+
+    fn migrate_start_postcopy(&self) -> Result<(), Refusal> {
+        self.set(|state| state.asked.push("start postcopy".to_owned()));
+        Ok(())
+    }
+
+    fn migrate_recover(&self, uri: Option<&str>) -> Result<(), Refusal> {
+        self.set(|state| state.asked.push(format!("recover {uri:?}")));
+        Ok(())
+    }
+
+    fn postcopy_ram(&self) -> bool {
+        self.state.lock().unwrap().postcopy_ram
+    }
+
+    fn set_postcopy_ram(&self, on: bool) {
+        self.set(|state| state.postcopy_ram = on);
     }
 
     fn migrate(&self, target: MigrationTarget) -> Result<(), Refusal> {
-        let MigrationTarget { uri, tls_dir, insecure, descriptor, local } = target;
+        let MigrationTarget { uri, tls_dir, insecure, descriptor, local, postcopy } = target;
         let folder = tls_dir.as_ref().map(|folder| format!(" with {}", folder.display()));
         let what: String =
             [uri.as_str(), &*folder.unwrap_or_default(), if insecure { " insecurely" } else { "" }].concat();
@@ -92,6 +111,7 @@ impl Operations for Machine {
             descriptor.map(|descriptor| std::io::read_to_string(std::fs::File::from(descriptor)).unwrap());
         let what = what + &said.map(|said| format!(" where one hears {said}")).unwrap_or_default();
         let what = what + if local { " locally" } else { "" };
+        let what = what + &postcopy.map(|start| format!(", memory follows {start:?}")).unwrap_or_default();
         let status = MigrationStatus::Setup;
         self.set(|state| state.migration = Some(MigrationInfo::new(status)));
         self.did(&format!("migrate {what}"), RunState::Running, Event::Migration { status })
@@ -197,6 +217,7 @@ impl Setup {
             migration: None,
             blockers: Vec::new(),
             parameters: MigrationParameters::default(),
+            postcopy_ram: false,
         };
         let machine = Arc::new(Machine { events: events.clone(), state: Mutex::new(state) });
         let server = Some(Server::start(&path, machine.clone(), events.clone()).unwrap());

@@ -57,8 +57,8 @@ fn malformed_requests_get_the_words_of_qemu() {
             "Invalid parameter type for 'uri', expected: string",
         ),
         (
-            r#"{"execute":"migrate","arguments":{"uri":"unix:x","resume":true}}"#,
-            "Parameter 'resume': there is no postcopy migration to resume",
+            r#"{"execute":"migrate","arguments":{"uri":"unix:x","x-ferry-postcopy":"later"}}"#,
+            "Parameter 'x-ferry-postcopy' does not accept value 'later': after-first-round or now",
         ),
         (
             r#"{"execute":"migrate-set-parameters","arguments":{"max-bandwidth":-1}}"#,
@@ -199,6 +199,7 @@ fn migration_is_reported_in_the_shape_of_qemu() {
         json!({ "return": [
             { "capability": "events", "state": true },
             { "capability": "auto-converge", "state": false },
+            { "capability": "postcopy-ram", "state": false },
         ] })
     );
     let event = raw.ask(r#"{"execute":"migrate_cancel"}"#);
@@ -459,4 +460,24 @@ fn access_to_namespaces_is_set_by_group_or_by_namespace() {
     let event = raw.read();
     assert_eq!(event["event"], "X_FERRY_ANA");
     assert_eq!(event["data"], json!({ "controller": "c", "group": 2, "state": "persistent-loss" }));
+}
+
+#[test]
+fn memory_that_follows_is_allowed_begun_and_recovered() {
+    let setup = Setup::new();
+    let mut raw = setup.negotiated();
+    let done = json!({ "return": {} });
+    for request in [
+        r#"{"execute":"migrate-set-capabilities","arguments":{"capabilities":[{"capability":"postcopy-ram","state":true}]}}"#,
+        r#"{"execute":"migrate-start-postcopy"}"#,
+        r#"{"execute":"migrate-recover","arguments":{"uri":"unix:b"}}"#,
+        r#"{"execute":"migrate-recover"}"#,
+        r#"{"execute":"migrate","arguments":{"uri":"unix:c","resume":true}}"#,
+    ] {
+        assert_eq!(raw.ask(request), done, "{request}");
+    }
+    assert!(setup.machine.postcopy_ram());
+    let asked = setup.machine.state.lock().unwrap().asked.clone();
+    let recovered = ["Some(\"unix:b\")", "None", "Some(\"unix:c\")"].map(|uri| format!("recover {uri}"));
+    assert_eq!(asked, [&["start postcopy".to_owned()][..], &recovered].concat());
 }

@@ -99,6 +99,8 @@ fn ask(client: &dyn Operations, row: &str) -> Result<(), Refusal> {
         "x-ferry-snapshot" => client.snapshot(Path::new("/nowhere/kept"), true),
         "system_reset" => client.system_reset(),
         "migrate_cancel" => client.migrate_cancel(),
+        "migrate-start-postcopy" => client.migrate_start_postcopy(),
+        "migrate-recover" => client.migrate_recover(None),
         "x-ferry-confirm" => client.decide_handover(Word::Confirm),
         "x-ferry-reclaim" => client.decide_handover(Word::Reclaim),
         "x-ferry-namespace-add" => client.add_namespace(&new),
@@ -109,13 +111,15 @@ fn ask(client: &dyn Operations, row: &str) -> Result<(), Refusal> {
     }
 }
 
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 14] = [
     "cont",
     "stop",
     "migrate",
     "x-ferry-snapshot",
     "system_reset",
     "migrate_cancel",
+    "migrate-start-postcopy",
+    "migrate-recover",
     "x-ferry-confirm",
     "x-ferry-reclaim",
     "x-ferry-namespace-add",

@@ -285,7 +285,7 @@ impl Shared {
             faults.clear();
             let served = self.pages.faults(&mut faults).map_err(Error::machine("hear who waits for memory"));
             let served = served.and_then(|()| {
-                faults.iter().try_for_each(|(block, offset)| self.answer(*block, *offset, &mut buffer))
+                faults.iter().try_for_each(|fault| self.answer(fault.block, fault.offset, &mut buffer))
             });
             if let Err(error) = served {
                 return self.fail(error);

@@ -155,13 +155,27 @@ fn the_user_changes_his_mind_while_it_runs() {
 }
 
 #[test]
-fn postcopy_that_was_not_agreed_on_is_refused_before_memory_moves() {
+fn a_guest_whose_rounds_are_used_up_moves_ahead_of_its_memory() {
     let world = World::new();
     let ending = hot(&world, 10, five_rounds(OnTimeout::Postcopy)).run();
+    let Some((Outcome::Completed { .. }, _)) = ending.source else {
+        panic!("{:?}", ending.source.map(|(outcome, _)| outcome));
+    };
+    assert_eq!((ending.source_statistics.rounds, world.running()), (5, vec!["destination".to_owned()]));
+    assert!(ending.arrived.unwrap().machine.0.missing.is_some(), "memory followed");
+}
+
+#[test]
+fn a_way_out_that_nobody_agreed_on_is_none() {
+    let world = World::new();
+    let mut play = hot(&world, 90, Convergence::default());
+    let parameters = std::sync::Arc::clone(&play.parameters);
+    play.source.on_look =
+        Some(Box::new(move |_| parameters.set_convergence(five_rounds(OnTimeout::Postcopy))));
+    let ending = play.run();
     assert!(matches!(
         ending.source,
         Some((Outcome::Failed { error: Error::PostcopyNotAgreed, paused: None }, _))
     ));
     assert_stayed(&world, &ending);
-    assert_eq!(ending.source_statistics.normal_pages, 0);
 }

@@ -13,7 +13,7 @@ use vm_memory::{Bytes, VolatileMemory};
 use super::file::{files, suspended};
 use super::mock::{Arriving, Factory, World};
 use crate::lease::State;
-use crate::machine::MissingPages;
+use crate::machine::{Fault, MissingPages};
 use crate::{
     Description, DestinationFactory, DestinationMachine, Error, Fill, MachineResult, PAGE_BYTES, Parameters,
     RamBlock, Reading, Restored, RunState, Statistics, Taking, restore_from_file,
@@ -28,7 +28,7 @@ struct Pages {
 
 #[derive(Default)]
 struct PagesState {
-    faults: Vec<(usize, u64)>,
+    faults: Vec<Fault>,
     placed: BTreeSet<(usize, u64)>,
     released: bool,
     lost: Option<String>,
@@ -56,7 +56,7 @@ impl Pages {
         let is_there = |state: &PagesState| state.released || state.placed.contains(&(block, offset));
         self.change(|state| {
             if !is_there(state) {
-                state.faults.push((block, offset));
+                state.faults.push(Fault { block, offset, thread: 0 });
             }
         });
         let there = self.wait(|state| match is_there(state) {
@@ -87,7 +87,7 @@ impl MissingPages for Pages {
         true
     }
 
-    fn faults(&self, faults: &mut Vec<(usize, u64)>) -> MachineResult<()> {
+    fn faults(&self, faults: &mut Vec<Fault>) -> MachineResult<()> {
         let come = |state: &mut PagesState| {
             let ready = state.released || !state.faults.is_empty();
             ready.then(|| std::mem::take(&mut state.faults))

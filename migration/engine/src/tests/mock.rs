@@ -6,16 +6,18 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::JoinHandle;
 
 use stream::{DeviceSection, Expected, SectionSet};
 use vm_memory::{Bytes, VolatileMemory};
 use vmstate::VmState;
 
+use super::missing::{Found, MockMemory};
 use super::passed::Memory;
 use crate::lease::{Lease, Owner};
 use crate::{
     Description, DestinationFactory, DestinationMachine, Image, ImageCopy, MachineResult, MemoryDescriptors,
-    PAGE_BYTES, PageBitmap, RamBlock, RunState, SaveFor, SourceMachine,
+    MissingPages, PAGE_BYTES, PageBitmap, RamBlock, RunState, SaveFor, SourceMachine,
 };
 
 /// Blocks of the mock machine: name, pages, and the pages that the memfd has.
@@ -165,6 +167,12 @@ pub struct Guest {
     pub trouble: Option<Trouble>,
     /// At this step the lease becomes unreadable, as on storage that is gone for a while.
     pub lease_lost_at: Option<&'static str>,
+    /// Some of its memory is to follow.
+    pub lacks_pages: bool,
+    /// Memory that follows it.
+    pub missing: Option<Arc<MockMemory>>,
+    /// What runs while memory follows.
+    pub threads: Vec<JoinHandle<Vec<Found>>>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, VmState)]
@@ -196,6 +204,9 @@ impl Guest {
             device,
             trouble: None,
             lease_lost_at: None,
+            lacks_pages: false,
+            missing: None,
+            threads: Vec::new(),
         }
     }
 
@@ -496,6 +507,8 @@ pub struct Factory {
     pub less_ram: bool,
     /// Its machines take memory itself.
     pub takes_memory: bool,
+    /// Why no memory may follow the guest, if so.
+    pub needs_all: Option<&'static str>,
     /// How many machines were built.
     pub built: u32,
 }
@@ -509,6 +522,7 @@ impl Factory {
             cpus: 2,
             less_ram: false,
             takes_memory: true,
+            needs_all: None,
             built: 0,
         }
     }
@@ -528,6 +542,10 @@ impl DestinationFactory for Factory {
 
     fn expected(&self) -> Expected {
         expected()
+    }
+
+    fn can_miss_pages(&mut self) -> MachineResult<()> {
+        self.needs_all.map_or(Ok(()), |reason| Err(reason.into()))
     }
 
     fn build(&mut self, _source: &Description) -> MachineResult<Arriving> {
@@ -567,8 +585,29 @@ impl DestinationMachine for Arriving {
         all.into_iter().try_for_each(|((block, memory), passed)| memory.adopt(block, passed))
     }
 
+    fn discard(&mut self, block: usize, pages: Range<u64>) -> MachineResult<()> {
+        self.0.lacks_pages = true;
+        // As the machine has them, from the last to the first.
+        let block = self.0.blocks.len() - 1 - block;
+        pages.for_each(|page| self.0.zero(block, page));
+        Ok(())
+    }
+
+    fn missing_pages(&mut self) -> Option<Arc<dyn MissingPages>> {
+        if !self.0.lacks_pages {
+            return None;
+        }
+        let memory = MockMemory::new(&self.ram_blocks());
+        self.0.missing = Some(Arc::clone(&memory));
+        Some(memory)
+    }
+
     fn load_devices(&mut self, mut sections: SectionSet) -> MachineResult<()> {
         self.0.step("load")?;
+        if let Some(memory) = &self.0.missing {
+            // The guest's last write: the source has named it a moment ago, and answers before it gave anything away.
+            memory.touch(1, 599, 99);
+        }
         self.0.device = sections.take("mock", 0)?;
         sections.finish()?;
         Ok(())
@@ -589,6 +628,9 @@ impl DestinationMachine for Arriving {
 
     fn start(&mut self, state: RunState) -> MachineResult<()> {
         self.0.step("start")?;
+        if let Some(memory) = &self.0.missing {
+            self.0.threads = vec![memory.run_guest(0, 7), memory.run_guest(1, 11)];
+        }
         let Guest { blocks, memory, .. } = &mut self.0;
         let mut handed_over = false;
         for (block, memory) in blocks.iter_mut().zip(memory) {

@@ -8,14 +8,17 @@ mod fill;
 mod link;
 mod local;
 mod migrate;
+mod missing;
 mod mock;
 mod operator;
 mod passed;
+mod postcopy;
 mod secure;
 mod snapshot;
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -25,8 +28,8 @@ use transport::{Connection, Link};
 
 use crate::lease::Lease;
 use crate::{
-    Arrived, Context, Destination, Error, Incoming, Outcome, Parameters, Patience, Statistics,
-    migrate as move_out,
+    Arrived, Context, Destination, Error, Incoming, OnTimeout, Outcome, Parameters, Patience, PostcopyStart,
+    Statistics, Status, migrate as move_out,
 };
 use mock::{Arriving, Factory, Source, World};
 
@@ -70,14 +73,23 @@ pub enum End {
     Destination,
 }
 
+/// Hears of changes of status.
+pub type Listener = Box<dyn Fn(Status) + Send + Sync>;
+
 /// One migration to be played.
 pub struct Play {
     pub world: World,
     pub source: Source,
     pub factory: Factory,
     pub with_lease: bool,
-    /// At the first link only.
+    /// At one link only: the first, unless [`fault_link`](Self::fault_link) says otherwise.
     pub fault: Option<(End, u32, Fault)>,
+    /// How many links come before the one with the fault.
+    pub fault_link: u32,
+    /// The first link is cut when the guest has gone.
+    pub breaks_after_handover: bool,
+    /// Hears of every change of the source's status, and of the destination's.
+    pub listeners: (Option<Listener>, Option<Listener>),
     pub parameters: Arc<Parameters>,
     pub patience: Patience,
     /// Where it is not the source's.
@@ -116,6 +128,9 @@ impl Play {
             factory: Factory::new(world, "destination"),
             with_lease: true,
             fault: None,
+            fault_link: 0,
+            breaks_after_handover: false,
+            listeners: (None, None),
             parameters: Arc::new(Parameters::new()),
             patience: patience(),
             destination_patience: None,
@@ -144,6 +159,9 @@ impl Play {
             mut factory,
             with_lease,
             mut fault,
+            fault_link,
+            mut breaks_after_handover,
+            listeners,
             parameters,
             patience,
             destination_patience,
@@ -156,6 +174,9 @@ impl Play {
         } = self;
         let (links, arriving) = channel::<Connection>();
         parameters.set_channels(channels.max(1));
+        let joins = channels > 0
+            || parameters.postcopy() != PostcopyStart::Never
+            || parameters.convergence().on_timeout == OnTimeout::Postcopy;
         let mut source_lease = lease_after.lock().unwrap().take();
         if with_lease {
             source_lease.get_or_insert_with(|| {
@@ -165,7 +186,9 @@ impl Play {
             });
             destination_lease.get_or_insert_with(|| world.lease("destination"));
         }
-        let (source_statistics, destination_statistics) = (Statistics::new(), Statistics::new());
+        let watched =
+            |listener: Option<Listener>| listener.map_or_else(Statistics::new, Statistics::with_listener);
+        let (source_statistics, destination_statistics) = (watched(listeners.0), watched(listeners.1));
         let witness: Mutex<Option<Witness>> = Mutex::default();
         let (source_end, received) = std::thread::scope(|scope| {
             let statistics = &destination_statistics;
@@ -174,7 +197,7 @@ impl Play {
                 let lease = destination_lease.as_mut();
                 let patience = destination_patience.unwrap_or(patience);
                 let mut destination = Destination::new(lease, statistics, patience, &parameters).unwrap();
-                let arrived = wait_for_guest(&mut destination, &mut factory, &arriving, channels > 0);
+                let arrived = wait_for_guest(&mut destination, &mut factory, &arriving, joins);
                 (arrived, destination_lease)
             });
             let (statistics, parameters, witness) = (&source_statistics, &parameters, &witness);
@@ -183,10 +206,15 @@ impl Play {
                 // Owns the way to the destination: when this thread ends, the destination's wait ends.
                 let mut dial = || -> Result<Connection, Error> {
                     let (mut near, mut far) = Connection::pair()?;
+                    if std::mem::take(&mut breaks_after_handover) {
+                        // Preamble, AGREE, LISTED, PREPARED, RUNNING.
+                        far = faulty::wrap(far, 4, Fault::CutAfter).0;
+                    }
                     dials += 1;
                     let channel_fault = channel_fault.take_if(|(_, dial, ..)| *dial + 1 == dials);
                     let channel_fault = channel_fault.map(|(end, _, at, fault)| (end, at, fault));
-                    if let Some((end, at, fault)) = fault.take().or(channel_fault) {
+                    let fault = fault.take_if(|_| fault_link + 1 == u32::from(dials));
+                    if let Some((end, at, fault)) = fault.or(channel_fault) {
                         let side = if end == End::Source { &mut near } else { &mut far };
                         let (spare, _) = Connection::pair()?;
                         let (wrapped, new) = faulty::wrap(std::mem::replace(side, spare), at, fault);
@@ -291,8 +319,33 @@ fn wait_for_guest(
             None => arrived = destination.serve(factory, connection),
             Some(arrived) => destination.answer_one(arrived, connection),
         }
+        if let Some(arrived) = &mut arrived
+            && arrived.lacks_memory()
+        {
+            let gone = AtomicBool::new(false);
+            destination.answer(arrived, &LastDoor { arriving, gone: &gone }, &gone).unwrap();
+        }
     }
     arrived
+}
+
+/// The way in for a source that may come back as long as it lives.
+struct LastDoor<'a> {
+    arriving: &'a Receiver<Connection>,
+    gone: &'a AtomicBool,
+}
+
+impl Incoming for LastDoor<'_> {
+    fn accept(&self, timeout: Duration) -> Result<Option<Connection>, transport::Error> {
+        match self.arriving.recv_timeout(timeout) {
+            Ok(connection) => Ok(Some(connection)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => {
+                self.gone.store(true, std::sync::atomic::Ordering::SeqCst);
+                Ok(None)
+            }
+        }
+    }
 }
 
 /// Where channels come in.

@@ -1,0 +1,233 @@
+//! A destination whose guest runs and lacks memory.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use super::Late;
+use super::destination::Now;
+use super::message::Recover;
+use crate::channels::destination::Incoming;
+use crate::destination::{Arrived, Destination, unexpected};
+use crate::lease::Id;
+use crate::link::{Link, Step};
+use crate::protocol::{ChannelHello, Message};
+use crate::reception::{Reception, Visit};
+use crate::{Error, Status};
+
+/// How often it looks who has come.
+const GLANCE: Duration = Duration::from_millis(20);
+/// How long it listens to those who are there before it looks whether more have come.
+const BLINK: Duration = Duration::from_millis(2);
+
+/// A source that is back, and is to open its channel for pages until then.
+struct Returning {
+    main: Link,
+    until: Instant,
+}
+
+impl Destination<'_> {
+    /// The link on which pages are asked for, which the source opens right after AGREE. On `main` it says nothing until it is open.
+    pub(crate) fn page_channel(
+        &mut self,
+        incoming: &dyn Incoming,
+        main: &mut Link,
+        (session, key): (Id, Id),
+    ) -> Result<Link, Error> {
+        let (doing, patience) = ("waiting for the channel for pages", self.patience.handshake);
+        let mut reception = Reception::new(patience);
+        let step = Step { doing, patience, cancel: Some(self.parameters), until: None };
+        let end = Instant::now() + patience;
+        while Instant::now() < end {
+            let Some(visit) = hear_visit(&mut reception, incoming, GLANCE)? else {
+                if main.is_spoken_to(step)? {
+                    return Err(unexpected(main.receive(step)?, doing));
+                }
+                continue;
+            };
+            match visit.said {
+                Ok(Message::Channel(hello)) if is_for_pages(&hello, session, key) => {
+                    return open_channel(visit.link, hello, step);
+                }
+                _ => self.answer_stranger(visit),
+            }
+        }
+        Err(Error::TimedOut { doing, waited: patience })
+    }
+
+    /// Brings the memory that the guest lacks, over lost links and new ones, until it has everything and the source knows, or
+    /// `stop` is set.
+    pub(crate) fn bring<M>(
+        &mut self,
+        arrived: &mut Arrived<M>,
+        late: &mut Late,
+        incoming: &dyn Incoming,
+        stop: &AtomicBool,
+    ) -> Result<(), Error> {
+        let mut reception = Reception::new(self.patience.handshake);
+        let (session, key) = (arrived.running.session, late.key());
+        let mut returning: Option<Returning> = None;
+        let (mut is_here, mut is_known) = (false, false);
+        while !is_known && !stop.load(Ordering::SeqCst) {
+            if !is_here {
+                let time = if late.is_connected() { GLANCE } else { Duration::ZERO };
+                match late.wait(time) {
+                    Now::Coming => {}
+                    Now::Lost(error) => self.pause(&error),
+                    Now::Here => {
+                        is_here = true;
+                        let farewell = late.finish(self.patience.last_words)?;
+                        self.publish(late);
+                        if let Some(progress) = farewell {
+                            self.statistics.told(&progress);
+                            is_known = true;
+                        }
+                        self.statistics.update(|s| s.remaining_bytes = 0);
+                        self.statistics.set_status(Status::Completed);
+                        continue;
+                    }
+                }
+                self.publish(late);
+            }
+            if returning.take_if(|returning| Instant::now() >= returning.until).is_some() {
+                self.pause(&Error::TimedOut {
+                    doing: "opening the channel for pages again",
+                    waited: self.patience.handshake,
+                });
+            }
+            let patience = if is_here || !late.is_connected() { GLANCE } else { Duration::ZERO };
+            let Some(mut visit) = hear_visit(&mut reception, incoming, patience)? else { continue };
+            match &visit.said {
+                Ok(Message::Recover(recover)) if *recover == (Recover { session, key }) => {
+                    log::info!("{} is back with memory that the guest lacks", visit.peer);
+                    match self.welcome(late, &mut visit) {
+                        Ok(Welcome::Known) => is_known = true,
+                        Ok(Welcome::Lacks) => {
+                            let until = Instant::now() + self.patience.handshake;
+                            returning = Some(Returning { main: visit.link, until });
+                        }
+                        Ok(Welcome::Silent) => {}
+                        Err(error) => self.pause(&error),
+                    }
+                }
+                Ok(Message::Channel(hello))
+                    if is_for_pages(hello, session, key)
+                        && let Some(Returning { main, .. }) = returning.take() =>
+                {
+                    let step = Step {
+                        doing: "opening the channel for pages",
+                        patience: self.patience.handshake,
+                        cancel: None,
+                        until: None,
+                    };
+                    let pages = open_channel(visit.link, hello.clone(), step);
+                    match pages.and_then(|pages| late.resume(main, pages)) {
+                        Ok(()) => self.go_on(),
+                        Err(error) => self.pause(&error),
+                    }
+                }
+                _ => self.answer_visit(arrived, visit),
+            }
+        }
+        if !is_here {
+            // Whoever stops this has ended the guest.
+            late.dismiss(self.patience.last_words);
+        }
+        Ok(())
+    }
+
+    /// Says what is missing still, on a link on which the source has asked to go on.
+    fn welcome(&mut self, late: &mut Late, visit: &mut Visit) -> Result<Welcome, Error> {
+        // The source has given the old links up.
+        late.hang_up();
+        let patience = self.patience.handshake;
+        let step =
+            Step { doing: "going on with a guest that lacks memory", patience, cancel: None, until: None };
+        if !late.tell_missing(&mut visit.link, step)? {
+            self.statistics.set_status(Status::PostcopyRecover);
+            return Ok(Welcome::Lacks);
+        }
+        match visit.link.receive(step) {
+            Ok(Message::Progress(progress)) => {
+                self.statistics.told(&progress);
+                Ok(Welcome::Known)
+            }
+            // It asks again.
+            _ => Ok(Welcome::Silent),
+        }
+    }
+
+    /// The guest runs here, and the source knows: what it lacks comes on `link`.
+    pub(crate) fn begin_postcopy(&mut self, late: &mut Late, link: Option<Link>) {
+        self.go_on();
+        let begun = match link {
+            Some(link) => late.go_on_with(link),
+            None => Err(Error::Closed { doing: "telling the source that the guest runs" }),
+        };
+        if let Err(error) = begun {
+            late.hang_up();
+            self.pause(&error);
+        }
+    }
+
+    fn go_on(&self) {
+        self.statistics.update(|s| s.postcopy.get_or_insert_default().paused = None);
+        self.statistics.set_status(Status::PostcopyActive);
+    }
+
+    fn pause(&self, error: &Error) {
+        log::warn!("memory that the guest lacks does not come any more: {}", error.chain());
+        self.statistics.update(|s| s.postcopy.get_or_insert_default().paused = Some(error.chain()));
+        self.statistics.set_status(Status::PostcopyPaused);
+    }
+
+    fn publish(&self, late: &Late) {
+        let figures = late.figures();
+        self.statistics.update(|s| {
+            s.remaining_bytes = figures.missing_bytes;
+            let postcopy = s.postcopy.get_or_insert_default();
+            postcopy.requests = figures.faults;
+            postcopy.zero_faults = figures.zero_faults;
+            postcopy.bytes = figures.placed_bytes;
+            postcopy.blocktime = figures.blocktime;
+            postcopy.threads = figures.threads;
+            postcopy.latency_median = figures.latency_median;
+            postcopy.latency_max = figures.latency_max;
+            postcopy.recoveries = figures.recoveries;
+        });
+    }
+}
+
+/// How a source that came back was received.
+enum Welcome {
+    /// It is told what is missing.
+    Lacks,
+    /// It knows that nothing is.
+    Known,
+    /// It was told so, and has not said that it knows.
+    Silent,
+}
+
+fn is_for_pages(hello: &ChannelHello, session: Id, key: Id) -> bool {
+    *hello == ChannelHello { session, key, index: 0, purpose: ChannelHello::PAGES }
+}
+
+/// Tells the source that its channel is open.
+fn open_channel(mut link: Link, hello: ChannelHello, step: Step<'_>) -> Result<Link, Error> {
+    link.send(&Message::Channel(hello), step)?;
+    Ok(link)
+}
+
+/// Lets whoever comes within `patience` in, and gives the next one that has said something, if one does soon.
+fn hear_visit(
+    reception: &mut Reception,
+    incoming: &dyn Incoming,
+    patience: Duration,
+) -> Result<Option<Visit>, Error> {
+    let (come, say) = if reception.is_empty() { (patience, Duration::ZERO) } else { (Duration::ZERO, BLINK) };
+    if let Some(connection) = incoming.accept(come)?
+        && let Err(error) = reception.admit(connection)
+    {
+        log::warn!("{}", error.chain());
+    }
+    Ok(reception.hear(say))
+}

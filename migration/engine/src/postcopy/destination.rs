@@ -1,0 +1,565 @@
+//! The memory that has not come yet with its guest.
+
+use std::collections::BTreeMap;
+use std::net::Shutdown;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use transport::Connection;
+
+use super::message::{self, Missing, PageRequest, Pages};
+use super::sets::PageSets;
+use super::{Blocktime, order_by_name};
+use crate::lease::Id;
+use crate::link::{Link, Step};
+use crate::protocol::{Message, Progress};
+use crate::{Error, Fault, MachineResult, MissingPages, PAGE_BYTES, PageBitmap, Patience, RamBlock};
+
+/// Between two attempts to get memory that there is not.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// What the source has named before it hands the guest over.
+pub(crate) struct Announced {
+    missing: PageSets,
+    order: Vec<usize>,
+    lists: u32,
+}
+
+impl Announced {
+    /// Nothing yet, of `blocks` as the machine has them.
+    pub fn new(blocks: &[RamBlock]) -> Self {
+        let order = order_by_name(blocks);
+        let block_pages = blocks.iter().map(|block| block.length_bytes() / PAGE_BYTES);
+        Self { missing: PageSets::none(block_pages), order, lists: 0 }
+    }
+
+    /// Adds what a message names; `discard` drops what is there of it, which is old.
+    pub fn add(
+        &mut self,
+        message: &Missing,
+        mut discard: impl FnMut(usize, std::ops::Range<u64>) -> MachineResult<()>,
+    ) -> Result<(), Error> {
+        let doing = "hearing which pages are missing";
+        message::add_missing(message, &self.order, &mut self.missing)
+            .map_err(|reason| Error::Protocol { doing, reason })?;
+        let Some(block) = self.order.get(usize::from(message.block)) else { return Ok(()) };
+        message
+            .runs()
+            .try_for_each(|run| discard(*block, run))
+            .map_err(Error::machine("drop the old copies of missing pages"))
+    }
+
+    /// A list has ended; whether it was the first, which is to be confirmed.
+    pub fn listed(&mut self) -> bool {
+        self.lists = self.lists.saturating_add(1);
+        self.lists == 1
+    }
+
+    /// Whether the guest has been stopped since, and nothing will be added any more.
+    pub fn is_complete(&self) -> bool {
+        self.lists > 1
+    }
+
+    /// Whether `memory` lets every page be missing that is.
+    fn check(&self, memory: &dyn MissingPages) -> Result<(), Error> {
+        let lacks = |pages: &PageBitmap| pages.runs().next().is_some();
+        let mut blocks = self.missing.bitmaps().iter().enumerate();
+        match blocks.find(|(block, pages)| lacks(pages) && !memory.has(*block)) {
+            None => Ok(()),
+            Some((block, _)) => Err(Error::Protocol {
+                doing: "hearing which pages are missing",
+                reason: format!("block number {block} must be here before the guest runs"),
+            }),
+        }
+    }
+}
+
+/// Memory that comes after its guest.
+pub(crate) struct Late {
+    /// What the source shows when it comes again.
+    key: Id,
+    shared: Arc<Shared>,
+    faults: Option<JoinHandle<()>>,
+    pages: Option<Channel>,
+    main: Option<Channel>,
+}
+
+/// A link, and the thread that receives there.
+struct Channel {
+    link: Connection,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        let _gone_already = self.link.shutdown(Shutdown::Both);
+        self.thread.take().map(JoinHandle::join);
+    }
+}
+
+struct Shared {
+    memory: Arc<dyn MissingPages>,
+    /// The machine's number of each block in the order of their names.
+    order: Vec<usize>,
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Where pages are asked for, and since which time that links came about.
+    requests: Mutex<Option<(u32, Link)>>,
+    patience: Patience,
+}
+
+struct State {
+    /// By the machine's numbers.
+    missing: PageSets,
+    waiting: BTreeMap<(usize, u64), Vec<Waiter>>,
+    blocktime: Blocktime,
+    placed_bytes: u64,
+    /// Why nothing comes any more.
+    lost: Option<Error>,
+    /// How often links were let go of: what fails on one of those means nothing.
+    epoch: u32,
+    /// The guest is ours.
+    owned: bool,
+    /// It will never be.
+    released: bool,
+    /// The source knows that we have everything, and said how it went.
+    farewell: Option<Progress>,
+    recoveries: u32,
+}
+
+struct Waiter {
+    thread: u32,
+    since: Instant,
+}
+
+/// What [`Late::wait`] waited for.
+#[derive(Debug)]
+pub(crate) enum Now {
+    /// Time has passed.
+    Coming,
+    /// Everything is there.
+    Here,
+    /// The links are lost.
+    Lost(Error),
+}
+
+impl Late {
+    /// Begins to bring what is missing of `memory`, over `pages`. The guest is the source's still.
+    pub fn new(
+        memory: Arc<dyn MissingPages>,
+        announced: Announced,
+        (pages, key): (Link, Id),
+        patience: Patience,
+    ) -> Result<Self, Error> {
+        announced.check(&*memory)?;
+        let Announced { missing, order, .. } = announced;
+        let state = State {
+            missing,
+            waiting: BTreeMap::new(),
+            blocktime: Blocktime::default(),
+            placed_bytes: 0,
+            lost: None,
+            epoch: 0,
+            owned: false,
+            released: false,
+            farewell: None,
+            recoveries: 0,
+        };
+        let shared = Arc::new(Shared {
+            memory,
+            order,
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            requests: Mutex::default(),
+            patience,
+        });
+        let mut late = Self { key, shared, faults: None, pages: None, main: None };
+        late.faults = Some(late.spawn("page-faults", Shared::watch)?);
+        late.pages = Some(late.ask_on(pages)?);
+        Ok(late)
+    }
+
+    fn spawn(
+        &self,
+        name: &str,
+        work: impl FnOnce(&Shared) + Send + 'static,
+    ) -> Result<JoinHandle<()>, Error> {
+        let shared = Arc::clone(&self.shared);
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || work(&shared));
+        thread.map_err(|source| Error::Machine {
+            doing: "start a thread that brings guest memory",
+            source: source.into(),
+        })
+    }
+
+    /// Receives on `link`.
+    fn receive_on(&self, name: &str, mut link: Link, is_main: bool) -> Result<Channel, Error> {
+        let (handle, epoch) = (link.handle()?, self.shared.state().epoch);
+        let thread = self.spawn(name, move |shared| {
+            if let Err(error) = shared.receive(&mut link, is_main) {
+                shared.lose(epoch, error);
+            }
+        })?;
+        Ok(Channel { link: handle, thread: Some(thread) })
+    }
+
+    /// Asks for pages on `link`, first for those that somebody waits for already.
+    fn ask_on(&self, link: Link) -> Result<Channel, Error> {
+        let requests = (self.shared.state().epoch, Link::new(link.handle()?)?);
+        *self.shared.requests() = Some(requests);
+        let channel = self.receive_on("pages", link, false)?;
+        let waiting: Vec<_> = self.shared.state().waiting.keys().copied().collect();
+        waiting.into_iter().for_each(|(block, page)| self.shared.ask(block, page));
+        Ok(channel)
+    }
+
+    /// What the source shows when it comes again.
+    pub fn key(&self) -> Id {
+        self.key
+    }
+
+    /// The guest becomes ours: from here on nobody who waits for a page goes on without it.
+    ///
+    /// # Errors
+    /// The links are lost already.
+    pub fn own(&self) -> Result<(), Error> {
+        let mut state = self.shared.state();
+        match state.lost.take() {
+            Some(error) => Err(error),
+            None if state.released => Err(Error::Closed { doing: "bringing guest memory" }),
+            None => {
+                state.owned = true;
+                Ok(())
+            }
+        }
+    }
+
+    /// It did not become ours after all.
+    pub fn disown(&self) {
+        self.shared.state().owned = false;
+    }
+
+    /// What comes in the background comes on `link` from now on.
+    pub fn go_on_with(&mut self, link: Link) -> Result<(), Error> {
+        self.main = Some(self.receive_on("memory", link, true)?);
+        Ok(())
+    }
+
+    /// Waits for `time`, or until it matters what has happened.
+    pub fn wait(&mut self, time: Duration) -> Now {
+        let state = self.shared.state();
+        let nothing = |state: &mut State| state.missing.count() > 0 && state.lost.is_none();
+        let (mut state, _) = self
+            .shared
+            .changed
+            .wait_timeout_while(state, time, nothing)
+            .unwrap_or_else(PoisonError::into_inner);
+        if state.missing.count() == 0 {
+            return Now::Here;
+        }
+        let lost = state.lost.take();
+        drop(state);
+        match lost {
+            None => Now::Coming,
+            Some(error) => {
+                self.hang_up();
+                Now::Lost(error)
+            }
+        }
+    }
+
+    /// Whether there are links, as far as is known.
+    pub fn is_connected(&self) -> bool {
+        self.main.is_some() && self.pages.is_some()
+    }
+
+    /// Lets go of the links.
+    pub fn hang_up(&mut self) {
+        {
+            let mut state = self.shared.state();
+            (state.lost, state.epoch) = (None, state.epoch.wrapping_add(1));
+        }
+        (self.main, self.pages) = (None, None);
+        *self.shared.requests() = None;
+    }
+
+    /// Tells the source on `link` what is missing still, or that nothing is.
+    pub fn tell_missing(&self, link: &mut Link, step: Step<'_>) -> Result<bool, Error> {
+        let missing: Vec<_> = {
+            let state = self.shared.state();
+            if state.missing.count() == 0 {
+                drop(state);
+                link.send(&Message::Received, step)?;
+                return Ok(true);
+            }
+            let bitmaps = state.missing.bitmaps();
+            self.shared.order.iter().filter_map(|block| bitmaps.get(*block).cloned()).collect()
+        };
+        Missing::of(&missing).try_for_each(|message| link.send(&Message::Missing(message), step))?;
+        link.send(&Message::Listed, step)?;
+        Ok(false)
+    }
+
+    /// Goes on with new links.
+    pub fn resume(&mut self, main: Link, pages: Link) -> Result<(), Error> {
+        self.hang_up();
+        self.pages = Some(self.ask_on(pages)?);
+        self.go_on_with(main)?;
+        self.shared.state().recoveries += 1;
+        Ok(())
+    }
+
+    /// Everything is there: ends the watching, tells the source, and says whether it knows and what it told.
+    pub fn finish(&mut self, patience: Duration) -> Result<Option<Progress>, Error> {
+        self.shared.state().released = true;
+        self.shared.memory.release().map_err(Error::machine("end the watch over guest memory"))?;
+        if !self.dismiss(patience) {
+            self.hang_up();
+            return Ok(None);
+        }
+        let state = self.shared.state();
+        let silent = |state: &mut State| state.farewell.is_none() && state.lost.is_none();
+        let (mut state, _) = self
+            .shared
+            .changed
+            .wait_timeout_while(state, patience, silent)
+            .unwrap_or_else(PoisonError::into_inner);
+        let farewell = state.farewell.take();
+        drop(state);
+        if farewell.is_none() {
+            self.hang_up();
+        }
+        Ok(farewell)
+    }
+
+    /// Tells the source, where there is one, that nothing is needed of it any more. Whether it was told.
+    pub fn dismiss(&self, patience: Duration) -> bool {
+        let step = Step { doing: "reporting that all memory is here", patience, cancel: None, until: None };
+        match self.shared.requests().as_mut().map(|(_, link)| link.send(&Message::Received, step)) {
+            Some(Ok(())) => true,
+            Some(Err(error)) => {
+                log::info!("{}", error.chain());
+                false
+            }
+            None => false,
+        }
+    }
+
+    /// The figures.
+    pub fn figures(&self) -> Figures {
+        let now = Instant::now();
+        let state = self.shared.state();
+        let threads = state.blocktime.threads();
+        Figures {
+            missing_bytes: state.missing.count() * PAGE_BYTES,
+            placed_bytes: state.placed_bytes,
+            recoveries: state.recoveries,
+            faults: state.blocktime.faults,
+            zero_faults: state.blocktime.zero_faults,
+            blocktime: state.blocktime.total(now),
+            latency_median: state.blocktime.median(),
+            latency_max: state.blocktime.longest(),
+            threads: threads.map(|(thread, time)| (self.shared.memory.thread_name(thread), time)).collect(),
+        }
+    }
+}
+
+/// How it goes.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Figures {
+    pub missing_bytes: u64,
+    pub placed_bytes: u64,
+    pub recoveries: u32,
+    pub faults: u64,
+    pub zero_faults: u64,
+    pub blocktime: Duration,
+    pub latency_median: Duration,
+    pub latency_max: Duration,
+    pub threads: Vec<(String, Duration)>,
+}
+
+impl Drop for Late {
+    fn drop(&mut self) {
+        self.hang_up();
+        let state = self.shared.state();
+        let keeps_waiting = state.owned && state.missing.count() > 0;
+        drop(state);
+        if keeps_waiting {
+            // The end of the process ends their waiting, before they could read anything. So does the thread that hears of them.
+            std::mem::forget(Arc::clone(&self.shared.memory));
+            return;
+        }
+        if let Err(error) = self.shared.memory.release() {
+            log::error!("cannot end the watch over guest memory: {error}");
+        }
+        self.faults.take().map(JoinHandle::join);
+    }
+}
+
+impl Shared {
+    /// Serves who touches missing pages.
+    fn watch(&self) {
+        let mut faults = Vec::new();
+        loop {
+            faults.clear();
+            if let Err(source) = self.memory.faults(&mut faults) {
+                // Whoever waits now waits for ever; the log says why.
+                let error = Error::Machine { doing: "hear who waits for guest memory", source };
+                log::error!("{}", error.chain());
+            }
+            if faults.is_empty() {
+                return;
+            }
+            for fault in &faults {
+                let mut told = false;
+                while let Err(error) = self.serve(*fault) {
+                    if self.state().released {
+                        break;
+                    }
+                    // There may be memory again in a moment, and nobody is to find what is not there.
+                    if !std::mem::replace(&mut told, true) {
+                        log::error!("cannot clear a page of guest memory: {error}");
+                    }
+                    std::thread::sleep(PAUSE);
+                }
+            }
+        }
+    }
+
+    fn serve(&self, Fault { block, offset, thread }: Fault) -> MachineResult<()> {
+        let page = offset / PAGE_BYTES;
+        let now = Instant::now();
+        let mut state = self.state();
+        if !state.missing.contains(block, page) {
+            state.blocktime.zero_faults += 1;
+            drop(state);
+            // The source never had anything there, or it came just now.
+            return self.memory.place_zeros(block, page * PAGE_BYTES, PAGE_BYTES);
+        }
+        state.blocktime.begins(now);
+        let waiters = state.waiting.entry((block, page)).or_default();
+        waiters.push(Waiter { thread, since: now });
+        let is_first = waiters.len() == 1;
+        drop(state);
+        if is_first {
+            self.ask(block, page);
+        }
+        Ok(())
+    }
+
+    /// Asks the source for a page. If the link is lost, it is asked again on the next.
+    fn ask(&self, block: usize, page: u64) {
+        let Some(theirs) = self.order.iter().position(|ours| *ours == block) else { return };
+        let request = Message::PageRequest(PageRequest { block: theirs as u16, page });
+        let patience = self.patience.silence;
+        let step = Step { doing: "asking for a page", patience, cancel: None, until: None };
+        let sent = self.requests().as_mut().map(|(epoch, link)| (*epoch, link.send(&request, step)));
+        if let Some((epoch, Err(error))) = sent {
+            self.lose(epoch, error);
+        }
+    }
+
+    /// Places what comes on a link until it ends.
+    fn receive(&self, link: &mut Link, is_main: bool) -> Result<(), Error> {
+        let doing = if is_main { "receiving the rest of guest memory" } else { "waiting for a page" };
+        let silence = self.patience.silence;
+        let step = Step { doing, patience: silence, cancel: None, until: None };
+        let mut heard = Instant::now();
+        loop {
+            if !link.is_spoken_to(step)? {
+                let since = if is_main { Some(heard) } else { self.waiting_since() };
+                if since.is_some_and(|since| since.elapsed() >= silence) && !self.is_complete() {
+                    return Err(Error::TimedOut { doing, waited: silence });
+                }
+                continue;
+            }
+            heard = Instant::now();
+            match link.receive(step)? {
+                Message::Pages => self.place(link.body(), doing)?,
+                Message::Progress(progress) if is_main && self.is_complete() => {
+                    self.state().farewell = Some(progress);
+                    self.changed.notify_all();
+                    return Ok(());
+                }
+                other => {
+                    let reason = format!("the source sent {}", other.name());
+                    return Err(Error::Protocol { doing, reason });
+                }
+            }
+        }
+    }
+
+    fn place(&self, body: &[u8], doing: &'static str) -> Result<(), Error> {
+        let wrong = |reason| Error::Protocol { doing, reason };
+        let (pages, contents) = Pages::decode(body).map_err(wrong)?;
+        let range = pages.range();
+        let block = self.order.get(usize::from(pages.block)).copied();
+        let block = block.ok_or_else(|| wrong(format!("pages of block number {}", pages.block)))?;
+        // What is there already came by the other link, and the guest may have written to it since.
+        let missing = self.state().missing.within(block, range.clone());
+        for run in &missing {
+            let placed = if pages.zeros {
+                self.memory.place_zeros(block, run.start * PAGE_BYTES, (run.end - run.start) * PAGE_BYTES)
+            } else {
+                let bytes = |page: u64| ((page - range.start) * PAGE_BYTES) as usize;
+                let contents = contents.get(bytes(run.start)..bytes(run.end)).unwrap_or_default();
+                self.memory.place(block, run.start * PAGE_BYTES, contents)
+            };
+            match placed {
+                // It came by the other link just now, and was the last.
+                Err(_) if self.state().released => return Ok(()),
+                placed => placed.map_err(Error::machine("place guest memory"))?,
+            }
+        }
+        let now = Instant::now();
+        let mut state = self.state();
+        let State { missing: sets, waiting, blocktime, placed_bytes, .. } = &mut *state;
+        for run in missing {
+            *placed_bytes += sets.remove(block, run.clone()) * PAGE_BYTES;
+            let mut served = waiting.split_off(&(block, run.start));
+            waiting.append(&mut served.split_off(&(block, run.end)));
+            for Waiter { thread, since } in served.into_values().flatten() {
+                blocktime.ends(thread, since, now);
+            }
+        }
+        if sets.count() == 0 {
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// Nothing comes any more on the links of `epoch`, because of `error`.
+    fn lose(&self, epoch: u32, error: Error) {
+        let mut state = self.state();
+        if epoch == state.epoch {
+            state.lost.get_or_insert(error);
+        }
+        let release = !state.owned && !state.released;
+        if release {
+            // The guest is the source's: who waits here is a check that fails next.
+            state.released = true;
+            if let Err(error) = self.memory.release() {
+                log::error!("cannot end the watch over guest memory: {error}");
+            }
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn waiting_since(&self) -> Option<Instant> {
+        self.state().waiting.values().flatten().map(|waiter| waiter.since).min()
+    }
+
+    fn is_complete(&self) -> bool {
+        self.state().missing.count() == 0
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn requests(&self) -> MutexGuard<'_, Option<(u32, Link)>> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,146 @@
+//! Memory of a mock guest that waits for missing pages, as userfaultfd makes a real one wait.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+use vm_memory::{Bytes, VolatileMemory};
+
+use crate::ram::{PAGE_LENGTH, is_zero};
+use crate::{Error, Fault, MachineResult, MissingPages, PAGE_BYTES, PageBitmap, RamBlock};
+
+/// Where the mock guest at the destination writes in every page that it has looked at; a source writes before this.
+pub const MARK_OFFSET: usize = PAGE_LENGTH - 8;
+
+/// Missing pages, and who waits for them.
+#[derive(Debug)]
+pub struct MockMemory {
+    blocks: Vec<RamBlock>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    present: Vec<PageBitmap>,
+    faults: Vec<Fault>,
+    released: bool,
+    /// Pages that waited for the source or to be cleared.
+    touched_missing: u64,
+}
+
+/// What a guest thread found in a page.
+pub type Found = ((usize, u64), Vec<u8>);
+
+impl MockMemory {
+    /// `blocks`, of which those pages are there that hold something.
+    pub fn new(blocks: &[RamBlock]) -> Arc<Self> {
+        let present = |block: &RamBlock| {
+            let pages = block.length_bytes() / PAGE_BYTES;
+            let mut bitmap = PageBitmap::new(pages);
+            (0..pages).filter(|page| !is_zero(&contents(block, *page))).for_each(|page| bitmap.set(page));
+            bitmap
+        };
+        let state = State { present: blocks.iter().map(present).collect(), ..State::default() };
+        Arc::new(Self { blocks: blocks.to_vec(), state: Mutex::new(state), changed: Condvar::new() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Waits until the page is there, and gives what is in it. Zeros, if it never will be.
+    pub fn touch(&self, block: usize, page: u64, thread: u32) -> [u8; PAGE_LENGTH] {
+        let mut state = self.state();
+        if !state.present[block].contains(page) && !state.released {
+            state.touched_missing += 1;
+            state.faults.push(Fault { block, offset: page * PAGE_BYTES, thread });
+            self.changed.notify_all();
+            state = self
+                .changed
+                .wait_while(state, |state| !state.present[block].contains(page) && !state.released)
+                .unwrap();
+        }
+        drop(state);
+        contents(&self.blocks[block], page)
+    }
+
+    /// A guest thread looks at every page in an order of its own and writes to each; says what it had found.
+    pub fn run_guest(self: &Arc<Self>, thread: u32, stride: u64) -> JoinHandle<Vec<Found>> {
+        let memory = Arc::clone(self);
+        std::thread::spawn(move || {
+            let mut found = Vec::new();
+            for (block, ram) in memory.blocks.iter().enumerate() {
+                let pages = ram.length_bytes() / PAGE_BYTES;
+                for index in 0..pages {
+                    let page = index * stride % pages;
+                    found.push(((block, page), memory.touch(block, page, thread).to_vec()));
+                    let address = page as usize * PAGE_LENGTH + MARK_OFFSET;
+                    ram.mapping.as_volatile_slice().write_obj(u64::MAX, address).unwrap();
+                }
+            }
+            found
+        })
+    }
+
+    /// How often somebody touched what was missing.
+    pub fn touched_missing(&self) -> u64 {
+        self.state().touched_missing
+    }
+
+    fn put(&self, block: usize, page: u64, bytes: &[u8]) -> MachineResult<()> {
+        let mut state = self.state();
+        if state.released {
+            return Err("this memory is not watched any more".into());
+        }
+        if !state.present[block].contains(page) {
+            let slice = self.blocks[block].mapping.as_volatile_slice();
+            slice.write_slice(bytes, page as usize * PAGE_LENGTH).unwrap();
+            state.present[block].set(page);
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+}
+
+fn contents(block: &RamBlock, page: u64) -> [u8; PAGE_LENGTH] {
+    let mut bytes = [0; PAGE_LENGTH];
+    let slice = block.mapping.get_slice(page as usize * PAGE_LENGTH, PAGE_LENGTH).unwrap();
+    slice.copy_to(&mut bytes[..]);
+    bytes
+}
+
+impl MissingPages for MockMemory {
+    fn has(&self, _block: usize) -> bool {
+        true
+    }
+
+    fn faults(&self, faults: &mut Vec<Fault>) -> MachineResult<()> {
+        let quiet = |state: &mut State| state.faults.is_empty() && !state.released;
+        let mut state = self.changed.wait_while(self.state(), quiet).unwrap();
+        faults.append(&mut state.faults);
+        Ok(())
+    }
+
+    fn place(&self, block: usize, offset: u64, pages: &[u8]) -> MachineResult<()> {
+        let mut pages = (offset / PAGE_BYTES..).zip(pages.chunks(PAGE_LENGTH));
+        pages.try_for_each(|(page, bytes)| self.put(block, page, bytes))
+    }
+
+    fn place_zeros(&self, block: usize, offset: u64, length_bytes: u64) -> MachineResult<()> {
+        self.place(block, offset, &vec![0; length_bytes as usize])
+    }
+
+    fn release(&self) -> MachineResult<()> {
+        self.state().released = true;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn thread_name(&self, thread: u32) -> String {
+        format!("vcpu{thread}")
+    }
+
+    fn lost(&self, error: &Error) {
+        panic!("{}", error.chain());
+    }
+}

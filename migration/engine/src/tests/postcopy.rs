@@ -1,0 +1,222 @@
+//! Guests whose memory follows them, over links that break.
+
+use std::sync::Arc;
+
+use transport::faulty::Fault;
+
+use super::missing::MARK_OFFSET;
+use super::mock::World;
+use super::{End, Ending, Play};
+use crate::lease::State;
+use crate::ram::PAGE_LENGTH;
+use crate::{Outcome, Parameters, PostcopyStart, Status};
+
+/// More messages than either side ever sends on one link.
+const MESSAGES_MAX: u32 = 400;
+
+/// A migration in which memory follows as `start` says.
+fn play(world: &World, start: PostcopyStart) -> Play {
+    let mut play = Play::new(world);
+    play.parameters.set_postcopy(start);
+    // Nothing is small enough for a stop.
+    play.parameters.set_downtime_limit(std::time::Duration::ZERO);
+    let parameters = Arc::clone(&play.parameters);
+    play.listeners.0 = Some(Box::new(recover_each_time(parameters)));
+    play
+}
+
+/// An operator who replaces every link that is lost.
+fn recover_each_time(parameters: Arc<Parameters>) -> impl Fn(Status) + Send + Sync {
+    move |status| {
+        if status == Status::PostcopyPaused {
+            parameters.recover();
+        }
+    }
+}
+
+/// The guest has all that it had, though it wrote on while its memory came.
+fn assert_has_all(ending: &mut Ending, what: &str) {
+    let arrived = ending.arrived.as_mut().unwrap_or_else(|| panic!("{what}: nobody arrived"));
+    let guest = &mut arrived.machine.0;
+    let threads = std::mem::take(&mut guest.threads);
+    assert_eq!(threads.len(), 2, "{what}");
+    let found: Vec<_> = threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+    let memory = guest.missing.clone().unwrap();
+    let here = guest.contents();
+    let source = &ending.source.as_ref().unwrap_or_else(|| panic!("{what}: the source is gone")).1;
+    let there = source.guest.contents();
+    for found in found {
+        assert_eq!(found.len(), 640, "{what}");
+        for ((block, page), bytes) in found {
+            let block = there.len() - 1 - block;
+            let start = page as usize * PAGE_LENGTH;
+            let expected = &there[block][start..start + MARK_OFFSET];
+            assert!(bytes[..MARK_OFFSET] == *expected, "{what}: page {page} of block {block} was not there");
+        }
+    }
+    for (block, (here, there)) in here.iter().zip(&there).enumerate() {
+        let pages = here.chunks(PAGE_LENGTH).zip(there.chunks(PAGE_LENGTH));
+        for (page, (here, there)) in pages.enumerate() {
+            assert!(here[..MARK_OFFSET] == there[..MARK_OFFSET], "{what}: page {page} of block {block}");
+            assert_eq!(here[MARK_OFFSET..], [0xff; 8], "{what}: page {page} of block {block} came again");
+        }
+    }
+    assert!(memory.touched_missing() > 0, "{what}");
+}
+
+fn assert_moved(world: &World, ending: &mut Ending, what: &str) {
+    assert_has_all(ending, what);
+    let Some((Outcome::Completed { .. }, source)) = &ending.source else {
+        panic!("{what}: {:?}\n{:#?}", ending.source.as_ref().map(|(outcome, _)| outcome), world.log());
+    };
+    assert!(source.finished, "{what}");
+    assert_eq!(world.running(), ["destination"], "{what}");
+    let statistics = (&ending.source_statistics, &ending.destination_statistics);
+    assert_eq!((statistics.0.status, statistics.1.status), (Status::Completed, Status::Completed), "{what}");
+    assert_eq!((statistics.0.remaining_bytes, statistics.1.remaining_bytes), (0, 0), "{what}");
+    world.assert_sound(what);
+}
+
+#[test]
+fn memory_follows_a_guest_from_the_start() {
+    let world = World::new();
+    let play = play(&world, PostcopyStart::AtOnce);
+    // The background sends 64 pages, and then hardly anything: the guest gets the rest by asking.
+    play.parameters.set_max_bandwidth(Parameters::MAX_BANDWIDTH_LEAST);
+    let mut ending = play.run();
+    assert_moved(&world, &mut ending, "from the start");
+    let (source, destination) = (&ending.source_statistics, &ending.destination_statistics);
+    assert_eq!(source.rounds, 0, "no round was made");
+    let (sent, got) = (source.postcopy.as_ref().unwrap(), destination.postcopy.as_ref().unwrap());
+    // Two thirds of 432 pages hold something, and all of the 432 are populated.
+    assert!(got.bytes >= 432 * 4096 && sent.bytes > 280 * 4096, "{sent:?} {got:?}");
+    assert!(got.requests > 100 && sent.requests > 100 && got.zero_faults > 0, "{sent:?} {got:?}");
+    let vcpus = got.threads.iter().filter(|(name, time)| name.starts_with("vcpu") && !time.is_zero());
+    assert!(vcpus.count() > 0, "{got:?}");
+    assert!(!got.blocktime.is_zero() && got.latency_max >= got.latency_median, "{got:?}");
+    let record = world.lease("reader").read().unwrap().unwrap();
+    assert!(matches!(record.state, State::Taken { .. }) && record.owner.vm == "destination", "{record}");
+}
+
+#[test]
+fn what_was_dirtied_since_the_first_round_follows() {
+    let world = World::new();
+    let mut ending = play(&world, PostcopyStart::AfterFirstRound).run();
+    assert_moved(&world, &mut ending, "after the first round");
+    let (source, destination) = (&ending.source_statistics, &ending.destination_statistics);
+    assert_eq!(source.rounds, 1);
+    let got = destination.postcopy.as_ref().unwrap();
+    assert!((1..400 * 4096).contains(&got.bytes), "{got:?}");
+}
+
+#[test]
+fn a_user_lets_memory_follow_while_it_moves() {
+    let world = World::new();
+    let mut play = play(&world, PostcopyStart::WhenAsked);
+    play.source.writes = vec![500; 100];
+    let parameters = Arc::clone(&play.parameters);
+    play.listeners.1 = Some(Box::new(move |status| {
+        if status == Status::Active {
+            parameters.start_postcopy();
+        }
+    }));
+    let mut ending = play.run();
+    assert_moved(&world, &mut ending, "when asked");
+    assert!(ending.source_statistics.rounds >= 1);
+}
+
+#[test]
+fn a_guest_that_can_be_stopped_for_the_rest_is() {
+    let world = World::new();
+    let play = play(&world, PostcopyStart::AfterFirstRound);
+    play.parameters.set_downtime_limit(std::time::Duration::from_secs(300));
+    let ending = play.run();
+    assert!(matches!(ending.source, Some((Outcome::Completed { .. }, _))));
+    assert!(ending.arrived.unwrap().machine.0.missing.is_none(), "nothing was missing");
+    assert_eq!(ending.source_statistics.postcopy, None);
+}
+
+#[test]
+fn a_destination_that_cannot_miss_pages_says_so_before_anything_moves() {
+    let world = World::new();
+    let mut play = play(&world, PostcopyStart::AfterFirstRound);
+    play.factory.needs_all = Some("no userfaultfd here");
+    let ending = play.run();
+    let cause = ending.source_statistics.error.unwrap();
+    assert!(cause.contains("postcopy") && cause.ends_with("no userfaultfd here"), "{cause}");
+    assert_eq!((ending.source_statistics.normal_pages, world.running()), (0, vec!["source".to_owned()]));
+    assert_eq!(ending.destination_statistics.error, Some(cause));
+}
+
+/// Plays a fault at every message of one end of one of the links, until it does not strike.
+fn at_every_message(link: u32, end: End, start: PostcopyStart, fault: impl Fn() -> Fault) -> u32 {
+    for at in 0..MESSAGES_MAX {
+        let world = World::new();
+        let mut play = play(&world, start);
+        (play.fault, play.fault_link) = (Some((end, at, fault())), link);
+        let mut ending = play.run();
+        let what = format!("{:?} at message {at} of the {end:?} on link {link}, {start:?}", fault());
+        world.assert_sound(&what);
+        match world.running().first().map(String::as_str) {
+            Some("source") => {
+                assert!(ending.arrived.is_none(), "{what}");
+                assert!(matches!(ending.source, Some((Outcome::Failed { paused: None, .. }, _))), "{what}");
+            }
+            Some("destination") => assert_moved(&world, &mut ending, &what),
+            other => panic!("{what}: {other:?} runs the guest\n{:#?}", world.log()),
+        }
+        if !ending.struck {
+            return at;
+        }
+    }
+    panic!("more than {MESSAGES_MAX} messages");
+}
+
+/// The same on a link of a recovery: the operator wants one although nothing is broken when the guest has gone.
+fn recovery_at_every_message(link: u32, end: End, fault: impl Fn() -> Fault) {
+    for at in 0..MESSAGES_MAX {
+        let world = World::new();
+        let mut play = play(&world, PostcopyStart::AtOnce);
+        (play.fault, play.fault_link) = (Some((end, at, fault())), link);
+        play.breaks_after_handover = true;
+        let mut ending = play.run();
+        let what = format!("{:?} at message {at} of the {end:?} on link {link}", fault());
+        assert_moved(&world, &mut ending, &what);
+        if !ending.struck {
+            return;
+        }
+    }
+    panic!("more than {MESSAGES_MAX} messages");
+}
+
+#[test]
+fn no_page_is_lost_with_any_message_of_the_main_link() {
+    for end in [End::Source, End::Destination] {
+        for fault in [|| Fault::CutBefore, || Fault::CutMiddle, || Fault::CutAfter] {
+            assert!(at_every_message(0, end, PostcopyStart::AtOnce, fault) >= 5);
+        }
+    }
+    // Many more messages, of few pages each.
+    at_every_message(0, End::Source, PostcopyStart::AfterFirstRound, || Fault::CutMiddle);
+}
+
+/// The first link breaks late, in the background; what replaces it breaks too.
+#[test]
+fn no_page_is_lost_with_any_message_of_a_recovery() {
+    for link in [2, 3] {
+        for end in [End::Source, End::Destination] {
+            for fault in [|| Fault::CutBefore, || Fault::CutAfter] {
+                recovery_at_every_message(link, end, fault);
+            }
+        }
+    }
+}
+
+#[test]
+fn no_page_is_lost_with_any_message_of_the_channel_for_pages() {
+    for end in [End::Source, End::Destination] {
+        for fault in [|| Fault::CutBefore, || Fault::CutMiddle, || Fault::CutAfter] {
+            assert!(at_every_message(1, end, PostcopyStart::AtOnce, fault) > 1);
+        }
+    }
+}
