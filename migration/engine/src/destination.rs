@@ -5,7 +5,6 @@
 //! fails before that, the machine is dropped, the session is fenced (it will never run here), and the next peer is heard.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use transport::{Connection, DESCRIPTORS_MAX};
@@ -19,7 +18,7 @@ use crate::ownership::Answer;
 use crate::ownership::destination::{Action, Destination as Ownership, Event};
 use crate::postcopy::{Announced, Late};
 use crate::protocol::{
-    Agree, ChannelKey, Commit, Hello, Message, Never, Prepare, Prepared, Query, Reasons, Running,
+    Agree, ChannelKey, Commit, Hello, Message, Never, Prepare, Prepared, Reasons, Running,
 };
 use crate::ram::Receiver;
 use crate::reception::{Reception, Visit, next_visit};
@@ -38,10 +37,10 @@ pub struct Destination<'a> {
     pub patience: Patience,
     /// [`Parameters::cancel`] ends the waiting, until a guest is ours.
     pub parameters: &'a Parameters,
-    instance: Id,
-    ownership: Ownership,
+    pub(crate) instance: Id,
+    pub(crate) ownership: Ownership,
     /// What the source is told, once a guest is here.
-    running: Option<Running>,
+    pub(crate) running: Option<Running>,
 }
 
 /// A guest that is ours.
@@ -176,82 +175,6 @@ impl<'a> Destination<'a> {
                 None
             }
         }
-    }
-
-    /// Hears who wants something else than to move a guest here.
-    pub(crate) fn answer_stranger(&mut self, visit: Visit) {
-        let Visit { peer, mut link, said, .. } = visit;
-        match said {
-            Ok(Message::Query(query)) => {
-                let answer = self.answer_to(&query);
-                let _it_asks_again = link.send(&answer, self.handshake("answering a query"));
-                link.close(self.patience.last_words);
-            }
-            Ok(other) => {
-                log::warn!("{peer} began with {}", other.name());
-                link.close(Duration::ZERO);
-            }
-            Err(error) => {
-                log::info!("{peer}: {}", error.chain());
-                if let Error::Protocol { .. } = error {
-                    let refusal = Error::Refused { reasons: vec![error.chain()] };
-                    let _said = self.farewell(link, refusal, Id::default());
-                }
-            }
-        }
-    }
-
-    /// After a guest arrived: brings what it lacks of its memory, if anything, and answers queries until its source knows, or
-    /// until `stop` is set. A guest that lacks memory then waits for it as long as this process lives.
-    ///
-    /// # Errors
-    /// The listener is broken.
-    pub fn answer<M>(
-        &mut self,
-        arrived: &mut Arrived<M>,
-        incoming: &dyn Incoming,
-        stop: &AtomicBool,
-    ) -> Result<(), Error> {
-        if let Some(mut late) = arrived.late.take() {
-            return self.bring(arrived, &mut late, incoming, stop);
-        }
-        let mut reception = Reception::new(self.patience.handshake);
-        while !arrived.acknowledged && !stop.load(Ordering::SeqCst) {
-            if let Some(visit) = next_visit(&mut reception, incoming)? {
-                self.answer_visit(arrived, visit);
-            }
-        }
-        Ok(())
-    }
-
-    /// Answers one peer while the guest runs here.
-    pub fn answer_one<M>(&mut self, arrived: &mut Arrived<M>, connection: Connection) {
-        if let Some(visit) = Visit::of(connection, self.patience.handshake) {
-            self.answer_visit(arrived, visit);
-        }
-    }
-
-    pub(crate) fn answer_visit<M>(&mut self, arrived: &mut Arrived<M>, visit: Visit) {
-        let Visit { peer, mut link, said, .. } = visit;
-        let answer = match said {
-            Ok(Message::Query(query)) => self.answer_to(&query),
-            Ok(_) => Message::Refuse(Reasons::new(&["this process runs a guest already"])),
-            Err(error) => {
-                log::info!("{peer}: {}", error.chain());
-                return;
-            }
-        };
-        let patience = self.patience.last_words;
-        if let Message::Running(running) = &answer {
-            // That it was sent says nothing: the link may break before the source has read it.
-            arrived.acknowledged |= self.acknowledged(&mut link, running, Instant::now() + patience);
-        } else {
-            let step = Step { doing: "answering a query", patience, cancel: None, until: None };
-            if let Err(error) = link.send(&answer, step) {
-                log::info!("{peer}: {}", error.chain());
-            }
-        }
-        link.close(patience);
     }
 
     /// From the hello to the running guest.
@@ -394,19 +317,6 @@ impl<'a> Destination<'a> {
                 Some(format!("lease: the destination has {path}, the source has none"))
             }
         })
-    }
-
-    /// Who comes while a guest is on its way: it has to wait.
-    fn put_off(&mut self, visit: Visit) {
-        let Visit { peer, mut link, said, .. } = visit;
-        let answer = match said {
-            Ok(Message::Query(query)) => self.answer_to(&query),
-            Ok(Message::Hello(_)) => Message::Refuse(Reasons::new(&["another guest is arriving here"])),
-            Ok(other) => return log::warn!("{peer} began with {}", other.name()),
-            Err(error) => return log::info!("{peer}: {}", error.chain()),
-        };
-        let _it_asks_again = link.send(&answer, self.handshake("putting off a peer"));
-        link.close(Duration::ZERO);
     }
 
     /// RAM and devices, until the source asks to load them: over the link and `channels`. The digests of the channels.
@@ -638,49 +548,8 @@ impl<'a> Destination<'a> {
         }
     }
 
-    /// Tells the source, as often as it asks within the patience for an answer; whether it knows.
-    fn acknowledged(&mut self, link: &mut Link, running: &Running, end: Instant) -> bool {
-        let doing = "telling the source that the guest runs";
-        let step = Step { doing, patience: self.patience.last_words, cancel: None, until: None };
-        let mut sent = link.send(&Message::Running(running.clone()), step);
-        while sent.is_ok() && Instant::now() < end {
-            sent = match link.receive(step) {
-                Ok(Message::Progress(progress)) => {
-                    self.statistics.told(&progress);
-                    return true;
-                }
-                // Again: the answer is the same.
-                Ok(Message::Commit(Commit { session, generation }))
-                    if self.ownership.on(Event::Commit { session, generation })
-                        == Action::Answer { session, answer: Answer::Running } =>
-                {
-                    link.send(&Message::Running(running.clone()), step)
-                }
-                Ok(other) => Err(unexpected(other, doing)),
-                Err(error) => Err(error),
-            };
-        }
-        false
-    }
-
-    /// What became of a session, as far as this process may say.
-    fn answer_to(&mut self, query: &Query) -> Message {
-        let Query { session, instance } = *query;
-        let action = self.ownership.on(Event::Query { session, to_us: instance == self.instance });
-        match (action, &self.running) {
-            (Action::Answer { answer: Answer::Running, .. }, Some(running)) => {
-                Message::Running(running.clone())
-            }
-            (Action::Answer { answer: Answer::Never, .. }, _) => {
-                let reason = "the guest of this session does not run here".into();
-                Message::Never(Never { session, reason })
-            }
-            _ => Message::Refuse(Reasons::new(&["the session was agreed on with another process"])),
-        }
-    }
-
     /// Tells the source why, or hears why from it. The machine is gone and the session fenced by now.
-    fn farewell(&self, mut link: Link, error: Error, session: Id) -> Error {
+    pub(crate) fn farewell(&self, mut link: Link, error: Error, session: Id) -> Error {
         let patience = self.patience.last_words;
         let message = match &error {
             // Nothing that could be said is known to be true.
@@ -695,7 +564,7 @@ impl<'a> Destination<'a> {
         error
     }
 
-    fn handshake(&self, doing: &'static str) -> Step<'a> {
+    pub(crate) fn handshake(&self, doing: &'static str) -> Step<'a> {
         Step { doing, patience: self.patience.handshake, cancel: Some(self.parameters), until: None }
     }
 }

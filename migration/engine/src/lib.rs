@@ -42,6 +42,7 @@
 //! Absent: storage migration. The hello has room for it.
 #![forbid(unsafe_code)]
 
+mod answers;
 mod bandwidth;
 mod bitmap;
 mod channels;
