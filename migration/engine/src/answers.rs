@@ -15,6 +15,9 @@ use crate::ownership::destination::{Action, Event};
 use crate::protocol::{Commit, Message, Never, Query, Reasons, Running};
 use crate::reception::{Reception, Visit, next_visit};
 
+/// How many sources wait at most; each has sent a hello, which may be long.
+const WAITING_MAX: usize = 2;
+
 impl Destination<'_> {
     /// After a guest arrived: brings what it lacks of its memory, if anything, and answers queries until its source knows, or
     /// until `stop` is set. A guest that lacks memory then waits for it as long as this process lives.
@@ -92,16 +95,28 @@ impl Destination<'_> {
         }
     }
 
-    /// Who comes while a guest is on its way: it has to wait.
+    /// Who comes while a guest is on its way: a source waits until it is known whether that one arrives. Its own attempt before may
+    /// have left that one to us a moment ago.
     pub(crate) fn put_off(&mut self, visit: Visit) {
-        let Visit { peer, mut link, said, .. } = visit;
-        let answer = match said {
-            Ok(Message::Query(query)) => self.answer_to(&query),
-            Ok(Message::Hello(_)) => Message::Refuse(Reasons::new(&["another guest is arriving here"])),
-            Ok(other) => return log::warn!("{peer} began with {}", other.name()),
-            Err(error) => return log::info!("{peer}: {}", error.chain()),
-        };
-        let _it_asks_again = link.send(&answer, self.handshake("putting off a peer"));
+        match &visit.said {
+            Ok(Message::Hello(_)) if self.waiting.len() < WAITING_MAX => self.waiting.push(visit),
+            Ok(Message::Hello(_)) => self.refuse(visit, "other guests are waiting here"),
+            _ => self.answer_stranger(visit),
+        }
+    }
+
+    /// A guest has arrived, and there is room for one.
+    pub(crate) fn send_others_away(&mut self) {
+        for visit in std::mem::take(&mut self.waiting) {
+            self.refuse(visit, "this process runs a guest already");
+        }
+    }
+
+    fn refuse(&self, visit: Visit, reason: &str) {
+        let Visit { peer, mut link, .. } = visit;
+        log::info!("{peer}: {reason}");
+        let _it_finds_out_by_itself =
+            link.send(&Message::Refuse(Reasons::new(&[reason])), self.handshake("sending a peer away"));
         link.close(Duration::ZERO);
     }
 

@@ -41,6 +41,8 @@ pub struct Destination<'a> {
     pub(crate) ownership: Ownership,
     /// What the source is told, once a guest is here.
     pub(crate) running: Option<Running>,
+    /// Sources that came while a guest was on its way: each may be the next, if that one does not arrive.
+    pub(crate) waiting: Vec<Visit>,
 }
 
 /// A guest that is ours.
@@ -87,6 +89,7 @@ impl<'a> Destination<'a> {
             instance: random_id().map_err(failed)?,
             ownership: Ownership::new(),
             running: None,
+            waiting: Vec::new(),
         })
     }
 
@@ -102,9 +105,14 @@ impl<'a> Destination<'a> {
     ) -> Result<Option<Arrived<F::Machine>>, Error> {
         let mut reception = Reception::new(self.patience.handshake);
         while !self.parameters.cancelled() {
-            if let Some(visit) = next_visit(&mut reception, incoming)?
+            let visit = match self.waiting.is_empty() {
+                true => next_visit(&mut reception, incoming)?,
+                false => Some(self.waiting.remove(0)),
+            };
+            if let Some(visit) = visit
                 && let Some(arrived) = self.receive_visit(factory, visit, Some(incoming))
             {
+                self.send_others_away();
                 return Ok(Some(arrived));
             }
         }

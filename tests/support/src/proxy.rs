@@ -165,6 +165,12 @@ impl Shared {
             let hold = if header.kind == self.kind { self.holds.lock().ok()?.take() } else { None };
             let Some(hold) = hold else {
                 passing::write(to, header, &body, &descriptors).ok()?;
+                if header.kind == Kind::ChannelHello {
+                    // No frames follow.
+                    let (mut from, mut to) = (from, to);
+                    std::io::copy(&mut from, &mut to).ok()?;
+                    return None;
+                }
                 continue;
             };
             let (until, dropped) = channel::<()>();

@@ -48,7 +48,7 @@ impl Destination<'_> {
                 Ok(Message::Channel(hello)) if is_for_pages(&hello, session, key) => {
                     return open_channel(visit.link, hello, step);
                 }
-                _ => self.answer_stranger(visit),
+                _ => self.put_off(visit),
             }
         }
         Err(Error::TimedOut { doing, waited: patience })
