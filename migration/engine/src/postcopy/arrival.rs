@@ -45,7 +45,9 @@ impl Destination<'_> {
                 continue;
             };
             match visit.said {
-                Ok(Message::Channel(hello)) if is_for_pages(&hello, session, key) => {
+                Ok(Message::Channel(hello))
+                    if is_for_pages(&hello, session, key) && visit.link.identity() == main.identity() =>
+                {
                     return open_channel(visit.link, hello, step);
                 }
                 _ => self.put_off(visit),
@@ -97,7 +99,9 @@ impl Destination<'_> {
             let patience = if is_here || !late.is_connected() { GLANCE } else { Duration::ZERO };
             let Some(mut visit) = hear_visit(&mut reception, incoming, patience)? else { continue };
             match &visit.said {
-                Ok(Message::Recover(recover)) if *recover == (Recover { session, key }) => {
+                Ok(Message::Recover(recover))
+                    if *recover == (Recover { session, key }) && late.is_peer(&visit.link) =>
+                {
                     log::info!("{} is back with memory that the guest lacks", visit.peer);
                     match self.welcome(late, &mut visit) {
                         Ok(Welcome::Known) => is_known = true,
@@ -111,6 +115,7 @@ impl Destination<'_> {
                 }
                 Ok(Message::Channel(hello))
                     if is_for_pages(hello, session, key)
+                        && late.is_peer(&visit.link)
                         && let Some(Returning { main, .. }) = returning.take() =>
                 {
                     let step = Step {

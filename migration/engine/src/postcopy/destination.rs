@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use transport::Connection;
+use transport::{Connection, Identity};
 
 use super::message::{self, Missing, PageRequest, Pages};
 use super::sets::PageSets;
@@ -77,8 +77,9 @@ impl Announced {
 
 /// Memory that comes after its guest.
 pub(crate) struct Late {
-    /// What the source shows when it comes again.
+    /// What the source shows when it comes again, and who it is.
     key: Id,
+    identity: Option<Identity>,
     shared: Arc<Shared>,
     faults: Option<JoinHandle<()>>,
     pages: Option<Channel>,
@@ -174,7 +175,8 @@ impl Late {
             requests: Mutex::default(),
             patience,
         });
-        let mut late = Self { key, shared, faults: None, pages: None, main: None };
+        let identity = pages.identity();
+        let mut late = Self { key, identity, shared, faults: None, pages: None, main: None };
         late.faults = Some(late.spawn("page-faults", Shared::watch)?);
         late.pages = Some(late.ask_on(pages)?);
         Ok(late)
@@ -217,6 +219,11 @@ impl Late {
     /// What the source shows when it comes again.
     pub fn key(&self) -> Id {
         self.key
+    }
+
+    /// Whether whoever is at the other end of `link` is who the source has proven to be.
+    pub fn is_peer(&self, link: &Link) -> bool {
+        link.identity() == self.identity
     }
 
     /// The guest becomes ours: from here on nobody who waits for a page goes on without it.

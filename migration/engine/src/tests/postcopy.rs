@@ -153,6 +153,8 @@ fn at_every_message(link: u32, end: End, start: PostcopyStart, fault: impl Fn() 
     for at in 0..MESSAGES_MAX {
         let world = World::new();
         let mut play = play(&world, start);
+        // Each of these pages is a message of its own.
+        play.source.writes = vec![40; 8];
         (play.fault, play.fault_link) = (Some((end, at, fault())), link);
         let mut ending = play.run();
         let what = format!("{:?} at message {at} of the {end:?} on link {link}, {start:?}", fault());
@@ -196,7 +198,7 @@ fn no_page_is_lost_with_any_message_of_the_main_link() {
             assert!(at_every_message(0, end, PostcopyStart::AtOnce, fault) >= 5);
         }
     }
-    // Many more messages, of few pages each.
+    // More messages, of few pages each.
     at_every_message(0, End::Source, PostcopyStart::AfterFirstRound, || Fault::CutMiddle);
 }
 
