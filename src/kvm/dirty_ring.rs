@@ -5,9 +5,10 @@
 //! (`KVM_EXIT_DIRTY_RING_FULL`) until that was done ("The Definitive KVM API Documentation", 8.29). What was taken out is kept
 //! here until it is asked for, so that the vCPU threads can make room as well.
 //!
-//! KVM stops a vCPU in time as long as each exit from the guest makes few entries. Where it interprets the guest's kernel (`kvm_pvm`) one
-//! exit may stand for thousands of instructions, and a ring can be overrun: entries are lost. That never passes for a clean page: from then
-//! on no dirty pages are told any more ([`Error::DirtyRingOverrun`]), and the guest goes on.
+//! KVM keeps some entries free for what one exit from the guest may need. Where it interprets the guest's kernel (`kvm_pvm`), a vCPU that
+//! fills its ring there makes its last entry again and again until something interrupts it, over entries that were not taken out. These
+//! are lost, and never pass for clean pages: from then on no dirty pages are told any more ([`Error::DirtyRingOverrun`]), and the guest
+//! goes on as soon as nobody tracks.
 //!
 //! A page that is written after its entry was taken out and before it was protected again gets no entry; its content is read
 //! after [`Vm::empty_dirty_rings`] returned. The same page may have several entries.
