@@ -23,6 +23,9 @@ const PIECE_BYTES: u64 = 64 << 20;
 /// Where the kernel tells of its huge pages.
 const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
 
+/// The file system of such files, as fstatfs(2) has it.
+const HUGETLBFS_MAGIC: i64 = libc::HUGETLBFS_MAGIC;
+
 /// What makes a memfd one of huge pages.
 pub(super) const FLAGS: MemfdFlags = MemfdFlags::HUGETLB.union(MemfdFlags::HUGE_2MB);
 
@@ -35,6 +38,11 @@ pub(super) fn map(memfd: &Arc<File>, size: usize) -> io::Result<GuestMapping> {
         .with_mmap_flags(libc::MAP_SHARED)
         .build()
         .map_err(io::Error::other)
+}
+
+/// Whether the pages of `memfd` are huge.
+pub(super) fn is_huge(memfd: &File) -> bool {
+    rustix::fs::fstatfs(memfd).is_ok_and(|found| i64::from(found.f_type) == HUGETLBFS_MAGIC)
 }
 
 /// How many huge pages nobody uses, if the kernel tells.
@@ -81,7 +89,7 @@ pub(super) fn populated_ranges(memfd: &File, mapping: &GuestMapping) -> io::Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{Error, GuestRam, RAM_LOW};
+    use crate::memory::{Error, GuestRam, PassedKind, RAM_LOW};
 
     /// On a host that has reserved some; elsewhere it says so, and checks that the refusal does as well.
     #[test]
@@ -111,6 +119,24 @@ mod tests {
         let other = map(&block.memfd, bytes as usize).unwrap();
         vm_memory::Bytes::write_obj(&vm_memory::VolatileMemory::as_volatile_slice(&other), 1_u8, 0).unwrap();
         assert!(block.populated_ranges().unwrap().into_iter().eq(std::iter::once(0..bytes)));
+
+        // Memory of another process: this mapping has touched nothing of it. What is not huge has holes of its own again.
+        for (huge, populated) in [(true, 0..bytes), (false, 0x3000..0x4000)] {
+            let there = GuestRam::with_pages(bytes, huge, &[], &[]).unwrap();
+            let there = there.block(RAM_LOW).unwrap();
+            there.write(0x3000, &[7]).unwrap();
+            let here = GuestRam::with_pages(bytes, true, &[], &[]).unwrap();
+            let here = here.block(RAM_LOW).unwrap();
+            let (readable, writable) = there.descriptors().unwrap();
+            here.map_passed(readable, PassedKind::Memory).unwrap();
+            here.adopt(writable).unwrap();
+            here.make_writable().unwrap();
+            assert_eq!(here.is_huge(), huge);
+            assert!(here.populated_ranges().unwrap().into_iter().eq(std::iter::once(populated)), "{huge}");
+            let mut byte = [0];
+            here.read(0x3000, &mut byte).unwrap();
+            assert_eq!(byte, [7]);
+        }
     }
 
     #[test]

@@ -143,8 +143,6 @@ pub struct RamBlock {
     passed: Arc<OnceLock<Passed>>,
     /// The file that it is instead, from some moment on.
     file: Arc<OnceLock<File>>,
-    /// Whether its pages are huge.
-    huge: bool,
     /// Where the guest sees it as RAM; `None` for memory that a device model reaches.
     pub guest_base: Option<u64>,
     /// The KVM memory slot: of RAM, and of device memory that the guest sees where and while it wants to.
@@ -194,7 +192,6 @@ impl RamBlock {
             memfd,
             passed: Arc::default(),
             file: Arc::default(),
-            huge,
             guest_base,
             kvm_slot,
         })
@@ -218,10 +215,10 @@ impl RamBlock {
         self.length_bytes() / PAGE_SIZE_BYTES
     }
 
-    /// Whether its pages are huge.
+    /// Whether its pages are huge. Those of memory that came from another process are as they were there.
     #[must_use]
     pub fn is_huge(&self) -> bool {
-        self.huge
+        huge::is_huge(self.memfd())
     }
 
     /// The bytes `[offset, offset + length_bytes)`.
@@ -281,7 +278,7 @@ impl RamBlock {
             let (name, block_bytes) = (self.name.clone(), self.length_bytes());
             return Err(Error::OutOfBounds { name, offset, length_bytes, block_bytes });
         }
-        if self.file.get().is_some() || self.huge {
+        if self.file.get().is_some() || self.is_huge() {
             // It has no holes, or none of this size.
             slice.copy_from(&vec![0u8; slice.len()]);
             return Ok(());
@@ -302,10 +299,10 @@ impl RamBlock {
         if self.file.get().is_some() {
             return Ok(std::iter::once(0..self.length_bytes()).collect());
         }
-        if self.huge {
+        if self.is_huge() {
             let what = "look for populated huge pages";
             let failed = |source| Error::Access { what, name: self.name.clone(), offset: 0, source };
-            return huge::populated_ranges(&self.memfd, &self.mapping).map_err(failed);
+            return huge::populated_ranges(self.memfd(), &self.mapping).map_err(failed);
         }
         let mut ranges = Vec::new();
         let mut end = 0;
