@@ -137,13 +137,15 @@ pub struct Connection {
     peer: String,
     /// Shared by all handles on a link that nobody can make again.
     only: Option<Arc<()>>,
+    /// A copy of memory that the link did not take, and from which byte of a message on.
+    untaken: Option<(usize, Vec<u8>)>,
 }
 
 impl Connection {
     /// A connection over any link.
     #[must_use]
     pub fn new(link: Box<dyn Link>, peer: impl Into<String>) -> Self {
-        Self { link, peer: peer.into(), only: None }
+        Self { link, peer: peer.into(), only: None, untaken: None }
     }
 
     pub(crate) fn from_unix(stream: UnixStream, peer: String) -> Result<Self, Error> {
@@ -179,8 +181,8 @@ impl Connection {
         self,
         change: impl FnOnce(Box<dyn Link>, &str) -> Result<Box<dyn Link>, Error>,
     ) -> Result<Self, Error> {
-        let Self { link, peer, only } = self;
-        Ok(Self { link: change(link, &peer)?, peer, only })
+        let Self { link, peer, only, untaken } = self;
+        Ok(Self { link: change(link, &peer)?, peer, only, untaken })
     }
 
     /// Something that lives as long as a handle on this link does.
@@ -222,7 +224,8 @@ impl Connection {
     /// # Errors
     /// No descriptor is left.
     pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self { link: self.link.try_clone()?, peer: self.peer.clone(), only: self.only.clone() })
+        let (link, peer, only) = (self.link.try_clone()?, self.peer.clone(), self.only.clone());
+        Ok(Self { link, peer, only, untaken: None })
     }
 
     /// See [`Link::set_read_timeout`].
@@ -272,7 +275,8 @@ impl Connection {
     }
 
     /// Sends `head` and then `memory`, from byte `skip` of both on, and returns how many bytes were taken. A socket takes them
-    /// from where they are; for other links they are copied.
+    /// from where they are; for other links they are copied. After an error the same is sent again or nothing any more: a link
+    /// may have begun with what it says that it did not take (TLS has), so it is shown the same bytes whatever the memory holds by then.
     ///
     /// # Errors
     /// As [`Write::write`].
@@ -285,18 +289,15 @@ impl Connection {
         if let Some(socket) = self.link.socket() {
             return memory::send(socket, head, memory, skip);
         }
-        let mut bytes = head.get(skip..).unwrap_or_default().to_vec();
-        for (slice, from) in memory::pieces_after(memory, skip.saturating_sub(head.len())) {
-            let start = bytes.len();
-            let length = (slice.len() - from).min(COPY_BYTES.saturating_sub(start));
-            if length == 0 {
-                break;
-            }
-            let slice = slice.subslice(from, length).map_err(io::Error::other)?;
-            bytes.resize(start + length, 0);
-            slice.copy_to(bytes.get_mut(start..).unwrap_or_default());
+        let bytes = match self.untaken.take() {
+            Some((start, bytes)) if start == skip => bytes,
+            _ => copied(head, memory, skip)?,
+        };
+        let result = self.link.write(&bytes);
+        if result.is_err() {
+            self.untaken = Some((skip, bytes));
         }
-        self.link.write(&bytes)
+        result
     }
 
     /// Receives into `memory` from its byte `skip` on, and returns how many bytes came: all that is missing, unless the time of
@@ -319,6 +320,22 @@ impl Connection {
         slice.copy_from(bytes.get(..count).unwrap_or_default());
         Ok(count)
     }
+}
+
+/// What is left of `head` and `memory` after `skip` bytes, as much as is copied at a time.
+fn copied<B: BitmapSlice>(head: &[u8], memory: &[VolatileSlice<'_, B>], skip: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = head.get(skip..).unwrap_or_default().to_vec();
+    for (slice, from) in memory::pieces_after(memory, skip.saturating_sub(head.len())) {
+        let start = bytes.len();
+        let length = (slice.len() - from).min(COPY_BYTES.saturating_sub(start));
+        if length == 0 {
+            break;
+        }
+        let slice = slice.subslice(from, length).map_err(io::Error::other)?;
+        bytes.resize(start + length, 0);
+        slice.copy_to(bytes.get_mut(start..).unwrap_or_default());
+    }
+    Ok(bytes)
 }
 
 impl Read for Connection {

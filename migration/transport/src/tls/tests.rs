@@ -8,6 +8,7 @@ use std::thread;
 
 use certificates::{Authority, Validity};
 use tempfile::TempDir;
+use vm_memory::VolatileSlice;
 
 use super::*;
 use crate::{Credentials, Endpoint, Listener, Security, Uri};
@@ -387,6 +388,39 @@ fn pauses_within_records_lose_nothing_in_either_direction() {
         threads.map(|thread| thread.join().unwrap())
     });
     assert!(pauses.iter().all(|&pauses| pauses > 10), "{pauses:?}");
+}
+
+/// A guest writes to its memory also while the link makes a pause.
+#[test]
+fn memory_that_changes_in_a_pause_is_sent_once() {
+    let (one, other) = Connection::pair().unwrap();
+    let (mut client, mut server) = over(Halting::over(one), Halting::over(other));
+    let mut block = vec![0; 700_000];
+    let (length, head) = (block.len(), b"head".as_slice());
+    let pauses = thread::scope(|scope| {
+        let sender = scope.spawn(move || {
+            let memory = [VolatileSlice::from(block.as_mut_slice())];
+            let (mut sent, mut pauses) = (0, 0_u8);
+            while sent < head.len() + length {
+                match client.send_memory(head, &memory, sent) {
+                    Ok(count) => sent += count,
+                    Err(error) if is_pause(&error) => {
+                        pauses = pauses.saturating_add(1);
+                        memory[0].copy_from(&vec![pauses; length]);
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            write_on(&mut client, b"done");
+            pauses
+        });
+        let mut bytes = vec![0; head.len() + length + 4];
+        read_on(&mut server, &mut bytes);
+        assert!(bytes.starts_with(head));
+        assert_eq!(&bytes[head.len() + length..], b"done", "nothing came twice");
+        sender.join().unwrap()
+    });
+    assert!(pauses > 10, "{pauses}");
 }
 
 #[test]
