@@ -20,8 +20,8 @@
 //! Invariants: each chunk of 256 pages belongs to one channel, so what comes last of a page is what was sent last, without
 //! waiting of one channel for another. A page that the guest wrote to while it was sent differs from its digest at the
 //! destination, and is dirty: it comes again. A page that differs at the end refuses the guest, and so does a digest of heads
-//! and tables that differs; PREPARE carries those of all channels. What a peer says costs at most two bits a page and three
-//! megabytes a channel, and contents never become larger than the pages that they are for.
+//! and tables that differs; PREPARE carries those of all channels. What a peer says costs each channel at most two bits a
+//! page and three megabytes, and contents never become larger than the pages that they are for.
 
 mod compress;
 pub(crate) mod destination;

@@ -1,6 +1,6 @@
 //! One channel into guest memory.
 
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use stream::PAGE_BYTES as PAGE_LENGTH;
 use vm_memory::VolatileMemory;
@@ -27,6 +27,8 @@ pub(crate) struct Inlet {
     shape: Shape,
     /// In the order of their names.
     blocks: Vec<RamBlock>,
+    /// Whether there is a file behind each that can be written to.
+    has_file: Vec<bool>,
     /// Pages of each block that hold something: the others are still the holes of fresh memory.
     placed: Vec<PageBitmap>,
     /// Pages that are not what the source saw: the guest wrote to them while they were sent, so they come again. At the end
@@ -57,6 +59,7 @@ impl Inlet {
         let nothing: Vec<_> = block_pages.iter().map(|pages| PageBitmap::new(*pages)).collect();
         Self {
             shape: Shape { block_pages, index, count },
+            has_file: blocks.iter().map(has_file).collect(),
             blocks,
             placed: nothing.clone(),
             differing: nothing,
@@ -103,10 +106,8 @@ impl Inlet {
     /// write into the file behind fresh memory costs half of what a page fault does, which also makes the page zero before.
     fn goes_through_a_buffer(&self, run: &Run) -> bool {
         let is_fresh = || {
-            let has_file =
-                self.blocks.get(run.block).is_some_and(|block| block.mapping.file_offset().is_some());
             let placed = self.placed.get(run.block);
-            has_file && placed.is_some_and(|placed| !run.range().all(|page| placed.contains(page)))
+            self.has_file(run) && placed.is_some_and(|placed| !run.range().all(|page| placed.contains(page)))
         };
         match run.kind {
             RunKind::Zero => false,
@@ -172,7 +173,7 @@ impl Inlet {
                     pages.as_slice()
                 }
             };
-            put(self.block(run)?, run, bytes)?;
+            self.put(run, bytes)?;
             for (page, bytes) in run.range().zip(bytes.as_chunks::<PAGE_LENGTH>().0) {
                 self.judge(run, page, digests.next() != Some(xxh3_64(bytes)));
             }
@@ -245,20 +246,31 @@ impl Inlet {
         }
     }
 
+    /// Writes contents where they belong.
+    fn put(&self, run: &Run, bytes: &[u8]) -> Result<(), Error> {
+        let mapping = &self.block(run)?.mapping;
+        if let Some(memory) = mapping.file_offset().filter(|_| self.has_file(run)) {
+            let offset = memory.start() + run.offset_bytes() as u64;
+            return memory.file().write_all_at(bytes, offset).map_err(unwritable);
+        }
+        mapping.get_slice(run.offset_bytes(), run.length_bytes()).map_err(unwritable)?.copy_from(bytes);
+        Ok(())
+    }
+
+    fn has_file(&self, run: &Run) -> bool {
+        self.has_file.get(run.block).copied().unwrap_or_default()
+    }
+
     fn block(&self, run: &Run) -> Result<&RamBlock, Error> {
         self.blocks.get(run.block).ok_or_else(|| no_block(run))
     }
 }
 
-/// Writes contents where they belong.
-fn put(block: &RamBlock, run: &Run, bytes: &[u8]) -> Result<(), Error> {
-    if let Some(memory) = block.mapping.file_offset() {
-        let offset = memory.start() + run.offset_bytes() as u64;
-        return memory.file().write_all_at(bytes, offset).map_err(unwritable);
-    }
-    let slice = block.mapping.get_slice(run.offset_bytes(), run.length_bytes());
-    slice.map_err(unwritable)?.copy_from(bytes);
-    Ok(())
+/// Whether the memory of a block can be written to through its file. One of huge pages has a file that is mapped and nothing else
+/// (hugetlbfs).
+fn has_file(block: &RamBlock) -> bool {
+    let found = block.mapping.file_offset().and_then(|memory| memory.file().metadata().ok());
+    found.is_some_and(|found| found.blksize() <= PAGE_BYTES)
 }
 
 fn no_block(run: &Run) -> Error {

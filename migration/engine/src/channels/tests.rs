@@ -147,6 +147,39 @@ fn holes_stay_holes_and_pages_that_became_zero_are_zero() {
     assert!(contents(&destination)[0].iter().all(|byte| *byte == 0));
 }
 
+/// Fresh memory whose file is one of huge pages, which takes no writes. What is mapped is other memory: the host may have reserved none.
+fn memory_with_huge_file() -> Option<Vec<RamBlock>> {
+    use rustix::fs::MemfdFlags;
+
+    let mut blocks = memory(false);
+    for (block, (_, pages)) in blocks.iter_mut().zip(SIZES) {
+        let length = (pages * PAGE_BYTES) as usize;
+        let file = rustix::fs::memfd_create("huge", MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).ok()?;
+        rustix::fs::ftruncate(&file, (length as u64).next_multiple_of(2 << 20)).unwrap();
+        let bitmap = AtomicBitmap::new(length, NonZeroUsize::new(PAGE).unwrap());
+        let region = MmapRegionBuilder::new_with_bitmap(length, bitmap)
+            .with_mmap_prot(nix::libc::PROT_READ | nix::libc::PROT_WRITE)
+            .with_mmap_flags(nix::libc::MAP_ANONYMOUS | nix::libc::MAP_PRIVATE)
+            .with_file_offset(FileOffset::new(file.into(), 0));
+        block.mapping = Arc::new(region.build().unwrap());
+    }
+    Some(blocks)
+}
+
+#[test]
+fn huge_pages_are_written_where_they_are_mapped() {
+    let source = filled();
+    let all = bitmaps(&[(0, 0..520), (1, 0..8)]);
+    for compression in Compression::ALL {
+        let bytes = record(&source, &[&all], compression, 0, 1).unwrap();
+        let Some(destination) = memory_with_huge_file() else {
+            return println!("this kernel has no huge pages of 2 MiB");
+        };
+        place(&bytes, destination.clone(), 0, 1).unwrap();
+        assert!(contents(&source) == contents(&destination), "{compression}");
+    }
+}
+
 /// Adds a batch.
 fn append(bytes: &mut Vec<u8>, round: u32, runs: &[Run], digests: &[u64], contents: &[u8]) {
     let contents_bytes = contents.len();
