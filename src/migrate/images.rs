@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
@@ -80,32 +81,56 @@ pub fn copy(image: &Path, into: &File, how: ImageCopy) -> anyhow::Result<()> {
     }
 }
 
+/// What is read and written at a time where the kernel does not copy.
+const PIECE_BYTES: u64 = 1 << 20;
+
 /// Copies what is no hole.
 fn copy_data(from: &File, into: &File) -> io::Result<()> {
-    let length_bytes = from.metadata()?.len();
+    // Not by its metadata: a block device has a length only at its end.
+    let length_bytes = seek(from, SeekFrom::End(0))?;
     into.set_len(length_bytes)?;
     let mut end = 0;
-    loop {
+    while end < length_bytes {
         let mut start = match seek(from, SeekFrom::Data(end)) {
             Ok(start) => start,
             Err(Errno::NXIO) => return Ok(()),
+            // A block device has no holes that it tells of.
+            Err(Errno::INVAL) => end,
             Err(errno) => return Err(errno.into()),
         };
-        end = seek(from, SeekFrom::Hole(start))?;
-        let mut to = start;
+        end = match seek(from, SeekFrom::Hole(start)) {
+            Err(Errno::INVAL) => length_bytes,
+            hole => hole?,
+        };
         while start < end {
-            let left = usize::try_from(end - start).unwrap_or(usize::MAX);
-            match copy_file_range(from, Some(&mut start), into, Some(&mut to), left)? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                _ => continue,
-            }
+            start += copy_piece(from, into, start, end - start)?;
         }
+    }
+    Ok(())
+}
+
+/// Copies some of `left_bytes` from `start` on, and says how many; by the kernel, which can share blocks, where it does so.
+fn copy_piece(from: &File, into: &File, start: u64, left_bytes: u64) -> io::Result<u64> {
+    let (mut read_at, mut write_at) = (start, start);
+    let left = usize::try_from(left_bytes).unwrap_or(usize::MAX);
+    match copy_file_range(from, Some(&mut read_at), into, Some(&mut write_at), left) {
+        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(count) => Ok(count as u64),
+        // They are on different file systems, or on one that does not copy (copy_file_range(2)).
+        Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => {
+            let mut piece = vec![0; left_bytes.min(PIECE_BYTES) as usize];
+            from.read_exact_at(&mut piece, start)?;
+            into.write_all_at(&piece, start)?;
+            Ok(piece.len() as u64)
+        }
+        Err(errno) => Err(errno.into()),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{FileExt, MetadataExt};
+    use std::io::{Read, Seek};
+    use std::os::unix::fs::MetadataExt;
 
     use super::*;
 
@@ -131,6 +156,24 @@ mod tests {
             [0, 3 << 20, (3 << 20) + 69_999, (3 << 20) + 70_000, (64 << 20) - 1].map(byte),
             [0, 7, 7, 0, 9]
         );
+    }
+
+    /// A snapshot may lie elsewhere than the images.
+    #[test]
+    fn a_copy_on_another_file_system_is_what_the_image_is() {
+        let mut image = tempfile::tempfile().unwrap();
+        image.set_len(5 << 20).unwrap();
+        image.write_all_at(&[7; (2 << 20) + 5], 1 << 20).unwrap();
+        let copied = File::from(rustix::fs::memfd_create("copy", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        copy_data(&image, &copied).unwrap();
+        let contents = |file: &mut File| {
+            let mut bytes = Vec::new();
+            file.rewind().unwrap();
+            file.read_to_end(&mut bytes).unwrap();
+            bytes
+        };
+        assert!(copied.metadata().unwrap().blocks() * 512 < 3 << 20, "its holes are holes");
+        assert!(contents(&mut image) == contents(&mut { copied }));
     }
 
     #[test]
