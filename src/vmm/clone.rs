@@ -56,6 +56,8 @@ fn make(from: &Path, path: &Path, how: ImageCopy) -> anyhow::Result<()> {
     images::copy(from, draft.as_file(), how)?;
     draft.as_file().sync_all()?;
     draft.persist_noclobber(path)?;
+    // The name too, before a guest is told that anything in there is stable.
+    fs::File::open(folder)?.sync_all()?;
     Ok(())
 }
 
