@@ -24,7 +24,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::SealFlags;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
 
-use super::{Error, GuestRam, RamBlock};
+use super::{Error, GuestRam, PAGE_SIZE_BYTES, RamBlock};
 
 /// What came from another process.
 #[derive(Debug)]
@@ -139,8 +139,14 @@ impl RamBlock {
             Ok(_) => return Err(self.refuse("its size is not sealed".to_owned())),
             Err(_) => return Err(self.refuse("it is no memfd".to_owned())),
         }
-        let found =
-            passed.metadata().map_err(|source| self.failed("look at the memory that was passed", source))?;
+        let look = |file: &File| {
+            file.metadata().map_err(|source| self.failed("look at the memory that was passed", source))
+        };
+        let (found, own) = (look(passed)?, look(&self.memfd)?);
+        // What this block knows of its pages must be true of those that came.
+        if (found.blksize() > PAGE_SIZE_BYTES) != (own.blksize() > PAGE_SIZE_BYTES) {
+            return Err(self.refuse(format!("its pages have {} bytes", found.blksize())));
+        }
         match found.len() == self.length_bytes() {
             true => Ok(()),
             false => Err(self.refuse(format!("it has {} bytes", found.len()))),
