@@ -453,7 +453,7 @@ impl<'a> Destination<'a> {
         &mut self,
         machine: &mut dyn DestinationMachine,
         commit: &Commit,
-        mut memory: Option<(Mapped, Vec<OwnedFd>)>,
+        memory: Option<(Mapped, Vec<OwnedFd>)>,
         mut state: RunState,
     ) -> Result<(RunState, Option<Error>, Duration), Error> {
         let start = Instant::now();
@@ -461,7 +461,7 @@ impl<'a> Destination<'a> {
             return Err(Error::Never { reason: "the destination was told to quit".to_owned() });
         }
         let mut reason = "COMMIT of another session".to_owned();
-        let mut error = None;
+        let (mut error, mut memory) = (None, Ok(memory));
         let Commit { session, generation } = *commit;
         let mut action = self.ownership.on(Event::Commit { session, generation });
         loop {
@@ -529,7 +529,7 @@ impl<'a> Destination<'a> {
     fn take_under_lock(
         &mut self,
         machine: &mut dyn DestinationMachine,
-        memory: &mut Option<(Mapped, Vec<OwnedFd>)>,
+        memory: &mut Result<Option<(Mapped, Vec<OwnedFd>)>, String>,
         session: &Id,
         generation: u64,
     ) -> Result<(), NotTaken> {
@@ -538,8 +538,10 @@ impl<'a> Destination<'a> {
             let opened =
                 locked.and_then(|()| machine.open_images().map_err(Error::machine("open the images")));
             opened.map_err(|error| error.chain())?;
-            // Once: it stays where it is while the lease is tried again.
-            memory.take().map_or(Ok(()), |(mapped, passed)| mapped.adopt(machine, passed))
+            // Once: it stays where it is, or is not ours to write, as often as the lease is tried again.
+            let handed_over = memory.as_mut().map_err(|reason| reason.clone())?.take();
+            let adopted = handed_over.map_or(Ok(()), |(mapped, passed)| mapped.adopt(machine, passed));
+            adopted.inspect_err(|reason| *memory = Err(reason.clone()))
         };
         match &mut self.lease {
             Some(lease) => lease.take(session, generation, &mut images).map(drop),

@@ -141,7 +141,8 @@ pub(crate) fn add_missing(message: &Missing, order: &[usize], sets: &mut PageSet
     let pages = sets.pages_of(ours).ok_or_else(unknown)?;
     for run in message.runs() {
         if run.end > pages {
-            let end = run.end * PAGE_BYTES;
+            // Whatever the peer says.
+            let end = run.end.saturating_mul(PAGE_BYTES);
             return Err(format!("missing pages up to byte {end:#x} of block number {block}, beyond its end"));
         }
         sets.add(ours, run);
