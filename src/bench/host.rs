@@ -37,6 +37,17 @@ impl Host {
     }
 }
 
+/// Bytes of memory that new processes can have without others losing theirs, if the host tells.
+#[must_use]
+pub fn available_bytes() -> Option<u64> {
+    available(&std::fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+fn available(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
 fn processor(cpuinfo: &str) -> Option<&str> {
     let line = cpuinfo.lines().find(|line| line.starts_with("model name"))?;
     line.split_once(':').map(|(_, name)| name.trim())
@@ -66,5 +77,14 @@ mod tests {
         };
         assert_eq!(host.to_string(), "2 cores of A Processor, Linux 6.1.0, kvm_amd");
         assert!(Host::this().cores > 0);
+    }
+
+    #[test]
+    fn memory_that_is_left_is_found() {
+        let meminfo =
+            "MemTotal:       24683520 kB\nMemFree:          460800 kB\nMemAvailable:   22700032 kB\n";
+        assert_eq!(available(meminfo), Some(22_700_032 << 10));
+        assert_eq!(available("MemFree:          460800 kB"), None);
+        assert!(available_bytes().is_some_and(|bytes| bytes > 0));
     }
 }

@@ -1,41 +1,113 @@
-//! Migrations of a busy guest: one guest, moved from process to process as often as asked for.
+//! Migrations of a busy guest: for each case one guest, moved from process to process as often as asked for.
 //!
-//! The guest is the exerciser with one NVMe queue kept busy and nearly all of its RAM filled; it verifies its disk all the
-//! time, and all of its disk and RAM at the end. Between two moves it runs for a while, and the reference copy is made.
+//! The guest is the exerciser with one NVMe queue kept busy, its RAM filled as far as it reaches, and some of it rewritten all the time;
+//! it verifies its disk all the time, and all of its disk and RAM at the end. Between two moves it runs for a while, and the reference
+//! copy is made. [`table`](super::table) shows what came out.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 
 use anyhow::{Context, ensure};
+use exerciser::report::{Counters, Line};
 use indicatif::HumanBytes;
 use serde::Serialize;
 
-use super::copy::Contents;
-use super::host::Host;
+use super::copy::{Contents, Link};
+use super::host::{Host, available_bytes};
 use super::spread::Spread;
 use crate::config::display_size;
-use crate::control::FerryDowntime;
+use crate::control::{FerryDowntime, Limits, OnTimeout};
 use crate::demo::{Report, largest_parts, parts};
 use crate::drive::exerciser::{Gap, IMAGE, Reader, history};
-use crate::drive::{Ferry, Stage};
+use crate::drive::{Ferry, Process, Stage};
+use crate::memory::PAGE_SIZE_BYTES;
 
 /// Bytes of the one namespace, a file.
 const DISK_BYTES: u64 = 64 << 20;
 /// RAM that the exerciser needs for itself; the rest is filled.
 const GUEST_BYTES: u64 = 32 << 20;
+/// What is filled at most: in one piece, and the exerciser reaches the RAM below 3 GiB only. More stays unpopulated.
+const FILLED_BYTES_MAX: u64 = 5 << 29;
 /// Verified I/Os before the first move.
 const ENOUGH: u64 = 1000;
+/// Seconds of a migration after which a guest that dirties more than the link carries is stopped all the same.
+const PATIENCE_SECONDS: u32 = 60;
 
 /// What to measure.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Plan {
-    /// Number of migrations, from 1.
+    /// Number of migrations of each case, from 1.
     pub runs: u32,
+    /// The rows of the table.
+    pub cases: Vec<Case>,
+}
+
+/// A guest, and a way for it to move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Case {
     /// The guest's RAM.
     pub memory_bytes: u64,
+    /// What the guest is asked to rewrite of it each second.
+    pub dirty_bytes_per_second: u64,
     /// How it moves.
     pub transport: Transport,
+    /// Connections for its memory beside that for everything else; none where memory itself is handed over.
+    pub channels: Option<u16>,
+}
+
+impl Case {
+    /// Every combination, the guest with most memory last; where memory is handed over the number of channels makes no cases.
+    #[must_use]
+    pub fn all(memory: &[u64], dirty: &[u64], channels: &[u16], transports: &[Transport]) -> Vec<Self> {
+        let (mut memory, mut cases) = (memory.to_vec(), Vec::new());
+        memory.sort_unstable();
+        for memory_bytes in memory {
+            for &transport in transports {
+                for &dirty_bytes_per_second in dirty {
+                    let case = |channels| Self { memory_bytes, dirty_bytes_per_second, transport, channels };
+                    match transport {
+                        Transport::Local => cases.push(case(None)),
+                        _ => cases.extend(channels.iter().map(|&count| case(Some(count)))),
+                    }
+                }
+            }
+        }
+        cases
+    }
+
+    /// Bytes of RAM that the guest fills.
+    fn filled_bytes(&self) -> u64 {
+        self.memory_bytes.saturating_sub(GUEST_BYTES).min(FILLED_BYTES_MAX)
+    }
+
+    /// How often memory is there at the same time: source, destination, and the two of the reference copy.
+    fn copies(&self) -> u64 {
+        if self.transport == Transport::Local { 1 } else { 4 }
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        ensure!(self.filled_bytes() > 0, "the guest needs more than {} of RAM", HumanBytes(GUEST_BYTES));
+        let needed = self.filled_bytes() * self.copies();
+        let left = available_bytes().unwrap_or(u64::MAX);
+        ensure!(
+            needed <= left,
+            "{self}: that takes {} of memory, and the host has {} left",
+            HumanBytes(needed),
+            HumanBytes(left),
+        );
+        Ok(())
+    }
+}
+
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { memory_bytes, dirty_bytes_per_second, transport, channels } = *self;
+        let (memory, dirty) = (display_size(memory_bytes), display_size(dirty_bytes_per_second));
+        write!(f, "{memory} of RAM, dirties {dirty}/s, over {}", transport.describe())?;
+        channels.map_or(Ok(()), |channels| write!(f, ", channels: {channels}"))
+    }
 }
 
 /// How the two processes are connected.
@@ -59,6 +131,24 @@ impl Transport {
             Self::Local => "a Unix socket, handed over",
         }
     }
+
+    /// As it is typed.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Unix => "unix",
+            Self::Tcp => "tcp",
+            Self::Local => "local",
+        }
+    }
+
+    /// What the reference copy goes over, where there is one.
+    fn link(self) -> Option<Link> {
+        match self {
+            Self::Unix => Some(Link::Unix),
+            Self::Tcp => Some(Link::Tcp),
+            Self::Local => None,
+        }
+    }
 }
 
 /// One migration. Times in microseconds.
@@ -77,15 +167,23 @@ pub struct Run {
     pub rounds: u32,
     /// Disk commands in flight when the stop began.
     pub in_flight_at_stop: u32,
-    /// Time of the reference copy of as many bytes as the guest has RAM.
-    pub copy_milliseconds: f64,
-    /// Bytes a second of the migration by those of the copy.
-    pub throughput_ratio: f64,
+    /// What the guest rewrote of its RAM before it moved, in bytes a second by its clock.
+    pub dirtied_bytes_per_second: f64,
+    /// Bytes a second of the reference copy, which is of as many bytes as the guest has filled. None where memory is handed over.
+    pub copy_bytes_per_second: Option<f64>,
 }
 
 impl Run {
-    fn bytes_per_second(&self) -> f64 {
+    /// Bytes a second of the migration.
+    #[must_use]
+    pub fn bytes_per_second(&self) -> f64 {
         self.bytes as f64 * 1e3 / self.total_milliseconds.max(1) as f64
+    }
+
+    /// The same by those of the copy.
+    #[must_use]
+    pub fn throughput_ratio(&self) -> Option<f64> {
+        self.copy_bytes_per_second.map(|copy| self.bytes_per_second() / copy)
     }
 }
 
@@ -95,10 +193,19 @@ impl Run {
 pub struct Results {
     /// Where it was measured.
     pub host: Host,
-    /// The guest's RAM.
-    pub memory_bytes: u64,
-    /// How it moved.
-    pub transport: Transport,
+    /// Case by case.
+    pub rows: Vec<Row>,
+}
+
+/// The migrations of one case.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Row {
+    /// Which guest, and how it moved.
+    #[serde(flatten)]
+    pub case: Case,
+    /// Bytes of RAM that the guest had filled; the rest was not populated.
+    pub filled_bytes: u64,
     /// One by one.
     pub runs: Vec<Run>,
     /// Downtimes in milliseconds, by the host's clock.
@@ -113,42 +220,85 @@ pub struct Results {
     pub total_milliseconds: Spread,
     /// Bytes a second of the migrations.
     pub bytes_per_second: Spread,
-    /// Bytes a second of the migration by those of the copy.
-    pub throughput_ratio: Spread,
+    /// Bytes a second of the copies.
+    pub copy_bytes_per_second: Option<Spread>,
+    /// Bytes a second of the migration by those of the copy after it.
+    pub throughput_ratio: Option<Spread>,
+    /// Passes over RAM.
+    pub rounds: Spread,
+    /// Disk commands in flight when the stop began.
+    pub in_flight_at_stop: Spread,
+    /// What the guest rewrote, in bytes a second.
+    pub dirtied_bytes_per_second: Spread,
     /// I/Os that the guest verified in all.
     pub verified: u64,
 }
 
-/// Measures; `progress` sees each run.
+/// Measures; `progress` sees each case before its first run, then each run of it.
 ///
 /// # Errors
 /// A process failed or the guest found an error; with what both sides wrote last.
-pub fn run(stage: &mut Stage, plan: &Plan, mut progress: impl FnMut(&Run)) -> anyhow::Result<Results> {
-    ensure!(plan.runs > 0, "no runs: nothing to measure");
-    let filled = plan.memory_bytes.saturating_sub(GUEST_BYTES);
-    ensure!(filled > 0, "the guest needs more than {} of RAM", HumanBytes(GUEST_BYTES));
-    let (disk, kernel) = (stage.folder().join("disk.img"), stage.folder().join("exerciser.elf"));
+pub fn run(
+    stage: &mut Stage,
+    plan: &Plan,
+    mut progress: impl FnMut(&Case, Option<&Run>),
+) -> anyhow::Result<Results> {
+    ensure!(plan.runs > 0 && !plan.cases.is_empty(), "no runs: nothing to measure");
+    plan.cases.iter().try_for_each(Case::check)?;
+    let mut contents: Option<Contents> = None;
+    let mut rows = Vec::new();
+    for (number, case) in plan.cases.iter().enumerate() {
+        progress(case, None);
+        let filled = case.filled_bytes();
+        // Those of the case before go first.
+        contents = contents.filter(|there| there.bytes() == filled);
+        if contents.is_none() && case.transport.link().is_some() {
+            contents = Some(Contents::new(filled)?);
+        }
+        let seen = |run: &Run| progress(case, Some(run));
+        let row = measure(stage, number, plan.runs, case, contents.as_ref(), seen);
+        rows.push(row.with_context(|| case.to_string())?);
+    }
+    Ok(Results { host: Host::this(), rows })
+}
+
+fn measure(
+    stage: &mut Stage,
+    number: usize,
+    runs: u32,
+    case: &Case,
+    contents: Option<&Contents>,
+    mut progress: impl FnMut(&Run),
+) -> anyhow::Result<Row> {
+    let disk = stage.folder().join(format!("disk-{number}.img"));
+    let kernel = stage.folder().join("exerciser.elf");
     File::create(&disk)
         .and_then(|file| file.set_len(DISK_BYTES))
         .and_then(|()| std::fs::write(&kernel, IMAGE))
         .with_context(|| format!("cannot make the guest's files in {}", stage.folder().display()))?;
     let machine = stage.machine([
         "--memory".to_owned(),
-        display_size(plan.memory_bytes),
+        display_size(case.memory_bytes),
         "--nvme".to_owned(),
         format!("path={},serial=bench", disk.display()),
     ]);
-    let contents = Contents::new(plan.memory_bytes)?;
 
     // Each line takes the guest several milliseconds, so there are few of them.
-    let words = format!("queues=1 inflight=8 ram={filled} check=0 report=1000");
-    let mut source = machine.boot("process-0", &kernel, &words)?;
+    let words = format!(
+        "queues=1 inflight=8 ram={} dirty={} check=0 report=1000",
+        case.filled_bytes(),
+        case.dirty_bytes_per_second
+    );
+    let mut source = machine.boot(&format!("case-{number}-0"), &kernel, &words)?;
     stage.enter(&source)?;
-    Reader::new().wait_for_verified(&source, ENOUGH)?;
-    let mut runs = Vec::new();
-    for number in 1..=plan.runs {
-        let name = format!("process-{number}");
-        let mut destination = match plan.transport {
+    let mut reader = Reader::new();
+    reader.wait_for_verified(&source, ENOUGH)?;
+    reader.wait_for(&source, "another line, which gives a rate", |_| true)?;
+    let tsc_khz = tsc_khz(&source)?;
+    let mut done = Vec::new();
+    for turn in 1..=runs {
+        let name = format!("case-{number}-{turn}");
+        let mut destination = match case.transport {
             Transport::Unix | Transport::Local => machine.wait_for_guest(&name)?,
             Transport::Tcp => {
                 let uri = transport::Uri::Tcp { host: "127.0.0.1".to_owned(), port: 0 };
@@ -156,26 +306,35 @@ pub fn run(stage: &mut Stage, plan: &Plan, mut progress: impl FnMut(&Run)) -> an
             }
         };
         stage.enter(&destination)?;
-        let run = move_once(source, &mut destination, plan.transport, &contents)?;
+        let mut run = move_once(source, &mut destination, case, tsc_khz)?;
+        if let (Some(contents), Some(link)) = (contents, case.transport.link()) {
+            let time = contents.copy(&machine.program, link)?;
+            run.copy_bytes_per_second = Some(contents.bytes() as f64 / time.as_secs_f64());
+        }
         progress(&run);
-        runs.push(run);
+        done.push(run);
         source = destination;
     }
-    let done = Reader::new().finish(&mut source)?;
+    let last = Reader::new().finish(&mut source)?;
     source.wait_for_end()?;
-    Results::new(plan, runs, done.verified).context("there are no runs")
+    Row::new(case, done, last.verified).context("there are no runs")
 }
 
-/// Moves the guest, lets it run, and copies as much memory.
-fn move_once(
-    mut source: Ferry,
-    destination: &mut Ferry,
-    transport: Transport,
-    contents: &Contents,
-) -> anyhow::Result<Run> {
-    let finished = match transport {
-        Transport::Unix | Transport::Tcp => source.migrate_to(destination, |_| {})?,
-        Transport::Local => source.hand_over_to(destination)?,
+/// Moves the guest, and lets it run.
+fn move_once(mut source: Ferry, destination: &mut Ferry, case: &Case, tsc_khz: u64) -> anyhow::Result<Run> {
+    let dirtied =
+        dirtied_bytes_per_second(&history(&source), tsc_khz).context("the guest has said too little")?;
+    let finished = match case.channels {
+        Some(_) => {
+            let limits = Limits {
+                channels: case.channels,
+                timeout: Some(PATIENCE_SECONDS),
+                on_timeout: Some(OnTimeout::Force),
+                ..Limits::default()
+            };
+            source.migrate_within(limits, destination)?
+        }
+        None => source.hand_over_to(destination)?,
     };
     let mut before = history(&source);
     // The first line of a process that took the guest over tells of the move that brought it there.
@@ -187,35 +346,51 @@ fn move_once(
     let first = reader.wait_for(destination, "a line", |_| true)?;
     reader.wait_for(destination, "a line without a move in it", |_| true)?;
     let report = Report::new(&finished, "exerciser")?;
-    let copy = contents.copy()?.as_secs_f64();
-    let mut run = Run {
+    Ok(Run {
         downtime: report.downtime,
         guest_gap: Gap::new(&before, &first),
         total_milliseconds: report.total_milliseconds,
         bytes: report.bytes,
         rounds: report.rounds,
         in_flight_at_stop: report.in_flight_at_stop,
-        copy_milliseconds: copy * 1e3,
-        throughput_ratio: 0.0,
-    };
-    run.throughput_ratio = run.bytes_per_second() * copy / contents.bytes() as f64;
-    Ok(run)
+        dirtied_bytes_per_second: dirtied,
+        copy_bytes_per_second: None,
+    })
 }
 
-impl Results {
-    fn new(plan: &Plan, runs: Vec<Run>, verified: u64) -> Option<Self> {
+/// The frequency of the guest's clock, which it says when it boots.
+fn tsc_khz(process: &Process) -> anyhow::Result<u64> {
+    let lines = process.console.all();
+    let clock = lines.iter().map(|line| Line::parse(line)).find(|line| line.kind == "clock");
+    clock.and_then(|line| line.number("tsc_khz")).context("the guest does not say how fast its clock is")
+}
+
+/// What a guest rewrites of its RAM each second, from the first of its lines to the last.
+fn dirtied_bytes_per_second(lines: &[Counters], tsc_khz: u64) -> Option<f64> {
+    let (first, last) = (lines.first()?, lines.last()?);
+    let milliseconds = last.tsc.checked_sub(first.tsc)? as f64 / tsc_khz as f64;
+    let bytes = last.ram_dirtied.checked_sub(first.ram_dirtied)? as f64 * PAGE_SIZE_BYTES as f64;
+    (milliseconds > 0.0).then(|| bytes * 1e3 / milliseconds)
+}
+
+impl Row {
+    pub(super) fn new(case: &Case, runs: Vec<Run>, verified: u64) -> Option<Self> {
         let spread = |figure: fn(&Run) -> f64| Spread::of(runs.iter().map(figure));
+        let known = |figure: fn(&Run) -> Option<f64>| Spread::of(runs.iter().filter_map(figure));
         Some(Self {
-            host: Host::this(),
-            memory_bytes: plan.memory_bytes,
-            transport: plan.transport,
+            case: *case,
+            filled_bytes: case.filled_bytes(),
             downtime_milliseconds: spread(|run| run.downtime.total as f64 / 1e3)?,
             part_milliseconds: part_spreads(&runs),
             guest_gap_milliseconds: spread(|run| run.guest_gap.largest as f64 / 1e3)?,
             other_gap_milliseconds: spread(|run| run.guest_gap.before as f64 / 1e3)?,
             total_milliseconds: spread(|run| run.total_milliseconds as f64)?,
             bytes_per_second: spread(Run::bytes_per_second)?,
-            throughput_ratio: spread(|run| run.throughput_ratio)?,
+            copy_bytes_per_second: known(|run| run.copy_bytes_per_second),
+            throughput_ratio: known(Run::throughput_ratio),
+            rounds: spread(|run| f64::from(run.rounds))?,
+            in_flight_at_stop: spread(|run| f64::from(run.in_flight_at_stop))?,
+            dirtied_bytes_per_second: spread(|run| run.dirtied_bytes_per_second)?,
             verified,
             runs,
         })
@@ -234,7 +409,7 @@ impl fmt::Display for Run {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "downtime {:6.1} ms ({}), guest's clock {:.1} ms (before: {:.1}), {} in {:.3} s, {} rounds, {} in flight, copy {:.3} s",
+            "downtime {:6.1} ms ({}), guest's clock {:.1} ms (before: {:.1}), {} in {:.3} s, {} rounds, {} in flight",
             self.downtime.total as f64 / 1e3,
             largest_parts(&self.downtime),
             self.guest_gap.largest as f64 / 1e3,
@@ -243,47 +418,17 @@ impl fmt::Display for Run {
             self.total_milliseconds as f64 / 1e3,
             self.rounds,
             self.in_flight_at_stop,
-            self.copy_milliseconds / 1e3,
-        )
-    }
-}
-
-impl fmt::Display for Results {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mebibytes = 1.0 / f64::from(1 << 20);
-        writeln!(
-            f,
-            "{} migrations of {} of RAM over {}, one busy NVMe queue\n{}\n",
-            self.runs.len(),
-            HumanBytes(self.memory_bytes),
-            self.transport.describe(),
-            self.host,
         )?;
-        writeln!(f, "  {:<32}{:>10}{:>10}{:>10}", "", "median", "min", "max")?;
-        let mut row = |name: &str, spread: &Spread, scale: f64, digits: usize| {
-            let [median, min, max] = [spread.median, spread.min, spread.max].map(|figure| figure * scale);
-            writeln!(f, "  {name:<32}{median:>10.digits$}{min:>10.digits$}{max:>10.digits$}")
-        };
-        row("downtime, ms", &self.downtime_milliseconds, 1.0, 1)?;
-        for (name, spread) in &self.part_milliseconds {
-            row(&format!("  {name}"), spread, 1.0, 1)?;
-        }
-        row("largest gap for the guest, ms", &self.guest_gap_milliseconds, 1.0, 1)?;
-        row("  while it does not move", &self.other_gap_milliseconds, 1.0, 1)?;
-        row("time of the migration, ms", &self.total_milliseconds, 1.0, 0)?;
-        if self.transport != Transport::Local {
-            row("throughput, MiB/s", &self.bytes_per_second, mebibytes, 0)?;
-            row("  by that of a plain copy", &self.throughput_ratio, 1.0, 2)?;
-        }
-        writeln!(f, "\n{} verified I/Os, no error", self.verified)
+        self.copy_bytes_per_second.map_or(Ok(()), |copy| write!(f, ", copy {}/s", HumanBytes(copy as u64)))
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn sample(downtime: u64) -> Run {
+    /// A migration that took half a second.
+    pub(in super::super) fn sample(downtime: u64) -> Run {
         Run {
             downtime: FerryDowntime { total: downtime, handover: downtime, ..FerryDowntime::default() },
             guest_gap: Gap { largest: downtime + 100, before: 100, added: downtime },
@@ -291,36 +436,60 @@ mod tests {
             bytes: 1 << 29,
             rounds: 2,
             in_flight_at_stop: 3,
-            copy_milliseconds: 500.0,
-            throughput_ratio: 0.5,
+            dirtied_bytes_per_second: f64::from(90 << 20),
+            copy_bytes_per_second: Some(2.0 * f64::from(1 << 30)),
         }
     }
 
     #[test]
-    fn results_sum_up_the_runs() {
-        let plan = Plan { runs: 3, memory_bytes: 1 << 30, transport: Transport::Tcp };
-        assert!(Results::new(&plan, Vec::new(), 0).is_none());
-        let results = Results::new(&plan, [9_000, 5_000, 30_000].map(sample).to_vec(), 4321).unwrap();
-        assert_eq!(results.downtime_milliseconds, Spread { median: 9.0, min: 5.0, max: 30.0 });
-        assert_eq!(results.bytes_per_second.median, f64::from(1 << 30));
-        let text = results.to_string();
-        assert!(text.starts_with("3 migrations of 1.00 GiB of RAM over TCP"), "{text}");
-        let row = |name: &str| {
-            let line = text.lines().find(|line| line.trim_start().starts_with(name)).unwrap();
-            line.replace(name, "").split_whitespace().map(str::to_owned).collect::<Vec<_>>()
-        };
-        assert_eq!(row("downtime, ms"), ["9.0", "5.0", "30.0"]);
-        assert_eq!(row("hand-over"), ["9.0", "5.0", "30.0"]);
-        assert_eq!(row("resume"), ["0.0", "0.0", "0.0"]);
-        assert_eq!(row("throughput, MiB/s"), ["1024", "1024", "1024"]);
-        assert!(text.ends_with("4321 verified I/Os, no error\n"), "{text}");
+    fn cases_are_all_combinations_the_largest_guest_last() {
+        let (unix, local) = (Transport::Unix, Transport::Local);
+        let cases = Case::all(&[4 << 30, 256 << 20], &[0, 100 << 20], &[1, 2], &[unix, local]);
+        let text: Vec<String> = cases.iter().map(Case::to_string).collect();
+        let one = [
+            "256M of RAM, dirties 0/s, over a Unix socket, channels: 1",
+            "256M of RAM, dirties 0/s, over a Unix socket, channels: 2",
+            "256M of RAM, dirties 100M/s, over a Unix socket, channels: 1",
+            "256M of RAM, dirties 100M/s, over a Unix socket, channels: 2",
+            "256M of RAM, dirties 0/s, over a Unix socket, handed over",
+            "256M of RAM, dirties 100M/s, over a Unix socket, handed over",
+        ];
+        let other = one.map(|line| line.replace("256M", "4G"));
+        assert_eq!(text[..6], one);
+        assert_eq!(text[6..], other);
     }
 
     #[test]
-    fn memory_that_is_handed_over_has_no_throughput() {
-        let plan = Plan { runs: 1, memory_bytes: 1 << 30, transport: Transport::Local };
-        let text = Results::new(&plan, vec![sample(2_000)], 1).unwrap().to_string();
-        assert!(text.contains("over a Unix socket, handed over") && !text.contains("throughput"), "{text}");
+    fn a_guest_fills_what_it_reaches() {
+        let filled =
+            |memory_bytes| Case::all(&[memory_bytes], &[0], &[1], &[Transport::Unix])[0].filled_bytes();
+        assert_eq!(filled(1 << 30), (1 << 30) - GUEST_BYTES);
+        assert_eq!([filled(4 << 30), filled(8 << 30)], [FILLED_BYTES_MAX; 2]);
+        let small = Case::all(&[GUEST_BYTES], &[0], &[1], &[Transport::Unix])[0];
+        assert!(small.check().unwrap_err().to_string().contains("needs more than 32.00 MiB"));
+    }
+
+    #[test]
+    fn a_rate_is_what_the_guest_did_by_its_clock() {
+        let line = |tsc, ram_dirtied| Counters { tsc, ram_dirtied, ..Counters::default() };
+        let lines = [line(1_000_000, 500), line(2_000_000, 600), line(5_000_000, 1_500)];
+        // 1000 pages in 4 million counts of a clock of 2 MHz.
+        assert_eq!(dirtied_bytes_per_second(&lines, 2_000), Some(500.0 * 4096.0));
+        assert_eq!(dirtied_bytes_per_second(&lines[..1], 2_000), None);
+        assert_eq!(dirtied_bytes_per_second(&[], 2_000), None);
+    }
+
+    #[test]
+    fn a_row_sums_up_the_runs() {
+        let case = Case::all(&[1 << 30], &[0], &[2], &[Transport::Tcp])[0];
+        assert!(Row::new(&case, Vec::new(), 0).is_none());
+        let row = Row::new(&case, [9_000, 5_000, 30_000].map(sample).to_vec(), 4321).unwrap();
+        assert_eq!(row.downtime_milliseconds, Spread { median: 9.0, min: 5.0, max: 30.0 });
+        assert_eq!(row.bytes_per_second.median, f64::from(1 << 30));
+        assert_eq!(row.throughput_ratio.unwrap().median, 0.5);
+        let local = Case::all(&[1 << 30], &[0], &[2], &[Transport::Local])[0];
+        let run = Run { copy_bytes_per_second: None, ..sample(2_000) };
+        assert_eq!(Row::new(&local, vec![run], 1).unwrap().throughput_ratio, None);
     }
 
     #[test]
@@ -329,6 +498,6 @@ mod tests {
         assert!(text.starts_with(
             "downtime    9.0 ms (hand-over 9.0), guest's clock 9.1 ms (before: 0.1), 512.00 MiB in"
         ));
-        assert!(!text.contains('\n'));
+        assert!(text.ends_with("3 in flight, copy 2.00 GiB/s") && !text.contains('\n'), "{text}");
     }
 }

@@ -1,6 +1,6 @@
 //! Measurements, repeated, with a reference from the same minutes and the host that they hold for.
 //!
-//! [`migrate`] moves a busy guest again and again; [`copy`] is what the host's own sockets and memory give at best; [`nvme`] counts the
+//! [`migrate`] moves busy guests again and again, and [`table`] shows it; [`copy`] is what the host's own sockets and memory give at best; [`nvme`] counts the
 //! commands that a guest gets done, [`costs`] what they cost besides time; [`fio`] is what the host does with the same file itself;
 //! [`host`] says which host it was; [`spread`] is how repeated figures are summed up. Figures never decide a test.
 
@@ -11,3 +11,4 @@ pub mod host;
 pub mod migrate;
 pub mod nvme;
 pub mod spread;
+pub mod table;

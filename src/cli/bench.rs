@@ -1,13 +1,14 @@
 //! `ferry bench`.
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use clap::{Args, Subcommand};
 
-use crate::bench::migrate::{self, Plan, Transport};
-use crate::bench::nvme;
+use crate::bench::migrate::{self, Case, Plan, Transport};
+use crate::bench::{copy, nvme};
 use crate::config;
 use crate::drive::Stage;
 use crate::io_poll::IoPoll;
@@ -25,10 +26,14 @@ pub struct BenchArguments {
 pub enum Benchmark {
     /// Migrate a guest with a busy NVMe queue and filled RAM, again and again.
     ///
-    /// One guest moves from process to process; each run says how long the guest stood still (by the host's clock, which
-    /// is split into its parts, and by the guest's own), how long the whole migration took, and how its throughput
-    /// compares with a plain copy of as many bytes through a Unix socket pair. The guest verifies its disk all the time, and
-    /// disk and RAM at the end. Needs memory for the guest four times over.
+    /// For each combination of the lists one guest moves from process to process; each run says how long the guest stood still (by the
+    /// host's clock, which is split into its parts, and by the guest's own), how long the whole migration took, and how its throughput
+    /// compares with a plain copy of as many bytes, in writes of 1 MiB, to another process through a socket of the same kind. The guest
+    /// verifies its disk all the time, and disk and RAM at the end. It fills its RAM up to 2.5 GiB, and more stays unpopulated; the table
+    /// says how much is filled, and how much the guest found time to dirty. Needs memory for what is filled four times over.
+    ///
+    /// A guest that dirties more than goes is stopped after a minute all the same, which its downtime shows. On a host that others use,
+    /// give it a real-time priority: chrt --rr 20 ferry bench migrate.
     Migrate(MigrateBenchmark),
     /// Count the NVMe commands that a guest gets done each second.
     ///
@@ -40,6 +45,12 @@ pub enum Benchmark {
     /// to the process, doorbells that KVM took), entered io_uring, woke a thread and interrupted the guest. A guest that is looked after
     /// without sleep does next to none of that, apart from what it prints: each byte on its console is an exit.
     Nvme(NvmeBenchmark),
+    /// Take what a plain copy brings over standard input, a socket.
+    #[command(hide = true)]
+    Receive {
+        /// How many bytes.
+        bytes: u64,
+    },
 }
 
 /// How often, and which guest. Its help stands at [`Benchmark::Migrate`].
@@ -47,19 +58,25 @@ pub enum Benchmark {
 #[command(after_help = "\
 Examples:
   ferry bench migrate
-  ferry bench migrate --memory 4G --runs 5 --transport tcp
+  ferry bench migrate --runs 5 --memory 256M,1G,4G,8G --dirty 0,100M,500M --channels 1,2 --transport unix,tcp,local
   ferry bench migrate --memory 8G --transport local
-  ferry bench migrate --json | jq .\"downtime-milliseconds\".median")]
+  ferry bench migrate --json | jq '.rows[] | [.\"memory-bytes\", .\"downtime-milliseconds\".median]'")]
 pub struct MigrateBenchmark {
-    /// Number of migrations.
+    /// Number of migrations of each guest.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub runs: u32,
     /// The guest's RAM, for example 512M or 3G.
-    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = config::parse_size)]
-    pub memory: u64,
+    #[arg(long, value_name = "SIZE,..", default_value = "1G", value_delimiter = ',', value_parser = config::parse_size)]
+    pub memory: Vec<u64>,
+    /// What the guest rewrites of its RAM each second, for example 100M; it may not find time for more than some hundred.
+    #[arg(long, value_name = "SIZE,..", default_value = "0", value_delimiter = ',', value_parser = config::parse_size)]
+    pub dirty: Vec<u64>,
+    /// Connections for guest memory beside that for everything else: 1 to 64, or 0 to send all over one.
+    #[arg(long, value_name = "N,..", default_value = "1", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(0..=i64::from(engine::CHANNELS_MAX)))]
+    pub channels: Vec<u16>,
     /// What connects the two processes.
-    #[arg(long, value_enum, default_value_t)]
-    pub transport: Transport,
+    #[arg(long, value_enum, default_value = "unix", value_delimiter = ',')]
+    pub transport: Vec<Transport>,
     /// Print the results in JSON.
     #[arg(long)]
     pub json: bool,
@@ -111,21 +128,32 @@ impl BenchArguments {
         match &self.benchmark {
             Benchmark::Migrate(benchmark) => benchmark.execute(),
             Benchmark::Nvme(benchmark) => benchmark.execute(),
+            Benchmark::Receive { bytes } => {
+                let link = std::io::stdin().as_fd().try_clone_to_owned().context("no standard input")?;
+                copy::receive(link, *bytes)
+            }
         }
     }
 }
 
 impl MigrateBenchmark {
     fn execute(&self) -> anyhow::Result<()> {
-        let Self { runs, memory: memory_bytes, transport, json } = *self;
+        let Self { runs, memory, dirty, channels, transport, json } = self;
+        let plan = Plan { runs: *runs, cases: Case::all(memory, dirty, channels, transport) };
         let mut stage = Stage::open()?;
         let mut number = 0;
-        let result = migrate::run(&mut stage, &Plan { runs, memory_bytes, transport }, |run| {
-            number += 1;
-            eprintln!("{number:3}: {run}");
+        let result = migrate::run(&mut stage, &plan, |case, run| match run {
+            None => {
+                number = 0;
+                eprintln!("{case}");
+            }
+            Some(run) => {
+                number += 1;
+                eprintln!("{number:3}: {run}");
+            }
         });
         let results = stage.close(false, result)?;
-        if json {
+        if *json {
             println!("{}", serde_json::to_string(&results)?);
         } else {
             print!("\n{results}");
@@ -153,5 +181,48 @@ impl NvmeBenchmark {
             print!("\n{results}");
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Arguments, Command};
+
+    fn parse(words: &str) -> Result<MigrateBenchmark, String> {
+        let words = "ferry bench migrate ".to_owned() + words;
+        let arguments =
+            Arguments::try_parse_from(words.split_whitespace()).map_err(|error| error.to_string())?;
+        match arguments.command {
+            Command::Bench(BenchArguments { benchmark: Benchmark::Migrate(benchmark) }) => Ok(benchmark),
+            other => Err(format!("{other:?}")),
+        }
+    }
+
+    #[test]
+    fn what_to_migrate_is_given_in_lists() {
+        let small = parse("").unwrap();
+        assert_eq!((small.memory, small.dirty, small.channels), (vec![1 << 30], vec![0], vec![1]));
+        assert_eq!((small.transport, small.runs), (vec![Transport::Unix], 10));
+        let large =
+            parse("--memory 256M,1G,4G,8G --dirty 0,100M --channels 1,2 --transport unix,tcp,local").unwrap();
+        assert_eq!(large.memory, [256 << 20, 1 << 30, 4 << 30, 8 << 30]);
+        assert_eq!((large.dirty, large.channels), (vec![0, 100 << 20], vec![1, 2]));
+        assert_eq!(large.transport, [Transport::Unix, Transport::Tcp, Transport::Local]);
+    }
+
+    #[test]
+    fn a_bad_word_in_a_list_is_named() {
+        for (words, named) in [
+            ("--memory 1G,much", "much"),
+            ("--dirty 1G,", "--dirty"),
+            ("--channels 1,65", "65"),
+            ("--transport unix,pigeon", "pigeon"),
+        ] {
+            let error = parse(words).unwrap_err();
+            assert!(error.contains(named), "{words}: {error}");
+        }
     }
 }

@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::{Exit, Process};
 use crate::control::{
-    Client, FerryStatus, Finished, MigrateRequest, MigrationInfo, MigrationStatus, RunState,
+    Client, FerryStatus, Finished, Limits, MigrateRequest, MigrationInfo, MigrationStatus, RunState,
 };
 
 /// How long a process may take until it answers, and to do anything that takes milliseconds on an idle host.
@@ -137,7 +137,15 @@ impl Ferry {
         destination: &mut Self,
         progress: impl FnMut(&MigrationInfo),
     ) -> anyhow::Result<Finished> {
-        self.move_to(destination, false, progress)
+        self.move_to(destination, MigrateRequest::default(), progress)
+    }
+
+    /// The same after a change of limits.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn migrate_within(&mut self, limits: Limits, destination: &mut Self) -> anyhow::Result<Finished> {
+        self.move_to(destination, MigrateRequest { limits, ..MigrateRequest::default() }, |_| {})
     }
 
     /// Hands its guest over to `destination`, with its memory itself; as [`Self::migrate_to`].
@@ -145,7 +153,8 @@ impl Ferry {
     /// # Errors
     /// As there, or the memory was copied all the same.
     pub fn hand_over_to(&mut self, destination: &mut Self) -> anyhow::Result<Finished> {
-        let finished = self.move_to(destination, true, |_| {})?;
+        let request = MigrateRequest { local: true, ..MigrateRequest::default() };
+        let finished = self.move_to(destination, request, |_| {})?;
         let handed_over = finished.details.as_ref().is_some_and(|details| details.handed_over_bytes > 0);
         ensure!(handed_over, self.process.describe("its memory was copied, not handed over:"));
         Ok(finished)
@@ -154,11 +163,10 @@ impl Ferry {
     fn move_to(
         &mut self,
         destination: &mut Self,
-        local: bool,
+        request: MigrateRequest,
         progress: impl FnMut(&MigrationInfo),
     ) -> anyhow::Result<Finished> {
-        let request =
-            MigrateRequest { uri: destination.listens_at()?.to_owned(), local, ..MigrateRequest::default() };
+        let request = MigrateRequest { uri: destination.listens_at()?.to_owned(), ..request };
         let finished = self
             .try_migrate(&request, progress)
             .map_err(|error| destination.blame("the destination was", &error))?;
