@@ -42,7 +42,7 @@ pub(super) fn map(memfd: &Arc<File>, size: usize) -> io::Result<GuestMapping> {
 
 /// Whether the pages of `memfd` are huge.
 pub(super) fn is_huge(memfd: &File) -> bool {
-    rustix::fs::fstatfs(memfd).is_ok_and(|found| i64::from(found.f_type) == HUGETLBFS_MAGIC)
+    rustix::fs::fstatfs(memfd).is_ok_and(|found| found.f_type == HUGETLBFS_MAGIC)
 }
 
 /// How many huge pages nobody uses, if the kernel tells.
