@@ -100,23 +100,31 @@ impl Destination<'_> {
     pub(crate) fn put_off(&mut self, visit: Visit) {
         match &visit.said {
             Ok(Message::Hello(_)) if self.waiting.len() < WAITING_MAX => self.waiting.push(visit),
-            Ok(Message::Hello(_)) => self.refuse(visit, "other guests are waiting here"),
-            _ => self.answer_stranger(visit),
+            Ok(Message::Hello(_)) => self.send_away(visit, "other guests are waiting here"),
+            Ok(Message::Query(query)) => {
+                let answer = self.answer_to(query);
+                self.say_and_close(visit.link, &answer);
+            }
+            Ok(other) => log::warn!("{} began with {}", visit.peer, other.name()),
+            Err(error) => log::info!("{}: {}", visit.peer, error.chain()),
         }
     }
 
     /// A guest has arrived, and there is room for one.
     pub(crate) fn send_others_away(&mut self) {
         for visit in std::mem::take(&mut self.waiting) {
-            self.refuse(visit, "this process runs a guest already");
+            self.send_away(visit, "this process runs a guest already");
         }
     }
 
-    fn refuse(&self, visit: Visit, reason: &str) {
-        let Visit { peer, mut link, .. } = visit;
-        log::info!("{peer}: {reason}");
-        let _it_finds_out_by_itself =
-            link.send(&Message::Refuse(Reasons::new(&[reason])), self.handshake("sending a peer away"));
+    fn send_away(&self, visit: Visit, reason: &str) {
+        log::info!("{}: {reason}", visit.peer);
+        self.say_and_close(visit.link, &Message::Refuse(Reasons::new(&[reason])));
+    }
+
+    /// Nobody waits for whether it is heard: a guest is on its way.
+    fn say_and_close(&self, mut link: Link, answer: &Message) {
+        let _it_asks_again = link.send(answer, self.handshake("putting off a peer"));
         link.close(Duration::ZERO);
     }
 

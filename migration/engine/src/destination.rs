@@ -105,14 +105,9 @@ impl<'a> Destination<'a> {
     ) -> Result<Option<Arrived<F::Machine>>, Error> {
         let mut reception = Reception::new(self.patience.handshake);
         while !self.parameters.cancelled() {
-            let visit = match self.waiting.is_empty() {
-                true => next_visit(&mut reception, incoming)?,
-                false => Some(self.waiting.remove(0)),
-            };
-            if let Some(visit) = visit
-                && let Some(arrived) = self.receive_visit(factory, visit, Some(incoming))
+            if let Some(visit) = next_visit(&mut reception, incoming)?
+                && let Some(arrived) = self.receive_visits(factory, visit, Some(incoming))
             {
-                self.send_others_away();
                 return Ok(Some(arrived));
             }
         }
@@ -126,7 +121,7 @@ impl<'a> Destination<'a> {
         connection: Connection,
     ) -> Option<Arrived<F::Machine>> {
         let visit = Visit::of(connection, self.patience.handshake)?;
-        self.receive_visit(factory, visit, None)
+        self.receive_visits(factory, visit, None)
     }
 
     /// The same with further links, which come in from `incoming`.
@@ -137,7 +132,26 @@ impl<'a> Destination<'a> {
         incoming: &dyn Incoming,
     ) -> Option<Arrived<F::Machine>> {
         let visit = Visit::of(connection, self.patience.handshake)?;
-        self.receive_visit(factory, visit, Some(incoming))
+        self.receive_visits(factory, visit, Some(incoming))
+    }
+
+    /// Hears a peer, and then those that came meanwhile, until a guest has arrived.
+    fn receive_visits<F: DestinationFactory>(
+        &mut self,
+        factory: &mut F,
+        visit: Visit,
+        incoming: Option<&dyn Incoming>,
+    ) -> Option<Arrived<F::Machine>> {
+        let mut next = Some(visit);
+        while let Some(visit) = next {
+            if let Some(arrived) = self.receive_visit(factory, visit, incoming) {
+                self.send_others_away();
+                return Some(arrived);
+            }
+            let goes_on = !self.parameters.cancelled() && !self.waiting.is_empty();
+            next = goes_on.then(|| self.waiting.remove(0));
+        }
+        None
     }
 
     fn receive_visit<F: DestinationFactory>(
