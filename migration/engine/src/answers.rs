@@ -13,7 +13,7 @@ use crate::link::{Link, Step};
 use crate::ownership::Answer;
 use crate::ownership::destination::{Action, Event};
 use crate::protocol::{Commit, Message, Never, Query, Reasons, Running};
-use crate::reception::{Reception, Visit, next_visit};
+use crate::reception::{Visit, next_visit};
 
 /// How many sources wait at most; each has sent a hello, which may be long.
 const WAITING_MAX: usize = 2;
@@ -33,9 +33,8 @@ impl Destination<'_> {
         if let Some(mut late) = arrived.late.take() {
             return self.bring(arrived, &mut late, incoming, stop);
         }
-        let mut reception = Reception::new(self.patience.handshake);
         while !arrived.acknowledged && !stop.load(Ordering::SeqCst) {
-            if let Some(visit) = next_visit(&mut reception, incoming)? {
+            if let Some(visit) = next_visit(&mut self.reception, incoming)? {
                 self.answer_visit(arrived, visit);
             }
         }

@@ -43,6 +43,8 @@ pub struct Destination<'a> {
     pub(crate) running: Option<Running>,
     /// Sources that came while a guest was on its way: each may be the next, if that one does not arrive.
     pub(crate) waiting: Vec<Visit>,
+    /// Peers that have not said yet what they want, whatever goes on meanwhile.
+    pub(crate) reception: Reception,
 }
 
 /// A guest that is ours.
@@ -90,6 +92,7 @@ impl<'a> Destination<'a> {
             ownership: Ownership::new(),
             running: None,
             waiting: Vec::new(),
+            reception: Reception::new(patience.handshake),
         })
     }
 
@@ -103,9 +106,8 @@ impl<'a> Destination<'a> {
         factory: &mut F,
         incoming: &dyn Incoming,
     ) -> Result<Option<Arrived<F::Machine>>, Error> {
-        let mut reception = Reception::new(self.patience.handshake);
         while !self.parameters.cancelled() {
-            if let Some(visit) = next_visit(&mut reception, incoming)?
+            if let Some(visit) = next_visit(&mut self.reception, incoming)?
                 && let Some(arrived) = self.receive_visits(factory, visit, Some(incoming))
             {
                 return Ok(Some(arrived));
@@ -215,8 +217,12 @@ impl<'a> Destination<'a> {
         if let Some(incoming) = incoming {
             if agree.features & features::CHANNELS != 0 {
                 let step = self.handshake("waiting for data channels");
+                let fresh = Reception::new(self.patience.handshake);
+                let mut reception = std::mem::replace(&mut self.reception, fresh);
+                let sources = (&mut reception, incoming);
                 let gathered =
-                    gather(&agree, hello.session, link, incoming, step, &mut |visit| self.put_off(visit));
+                    gather(&agree, hello.session, link, sources, step, &mut |visit| self.put_off(visit));
+                self.reception = reception;
                 channels = gathered.map_err(|error| Self::explained(link, error))?;
             } else if agree.features & features::POSTCOPY != 0
                 && let Some(ChannelKey { key }) = agree.key

@@ -51,23 +51,22 @@ pub(crate) fn agree(hello: &Hello, granted: u64, instance: Id, has_way_in: bool)
 }
 
 /// Lets the channels in that were agreed on, each within the patience of a handshake after the one before. `stranger` sees
-/// whoever else comes; the source is there as long as its `link` is.
+/// whoever else comes, now or later; the source is there as long as its `link` is.
 pub(crate) fn gather(
     agree: &Agree,
     session: Id,
     link: &mut Link,
-    incoming: &dyn Incoming,
+    (reception, incoming): (&mut Reception, &dyn Incoming),
     step: Step<'_>,
     stranger: &mut dyn FnMut(Visit),
 ) -> Result<Vec<Connection>, Error> {
     let Some(ChannelKey { key }) = agree.key else { return Ok(Vec::new()) };
-    let mut reception = Reception::new(step.patience);
     let mut slots: Vec<Option<Connection>> = (0..agree.channels).map(|_| None).collect();
     let (mut since, mut looked) = (Instant::now(), Instant::now());
     while slots.iter().any(Option::is_none) {
         step.check()?;
         step.patient(since)?;
-        let Some(visit) = next_visit(&mut reception, incoming)? else {
+        let Some(visit) = next_visit(reception, incoming)? else {
             if looked.elapsed() >= LOOK_INTERVAL {
                 looked = Instant::now();
                 // What it says there can wait, and it may well speak before we have seen its last channel.

@@ -34,11 +34,10 @@ impl Destination<'_> {
         (session, key): (Id, Id),
     ) -> Result<Link, Error> {
         let (doing, patience) = ("waiting for the channel for pages", self.patience.handshake);
-        let mut reception = Reception::new(patience);
         let step = Step { doing, patience, cancel: Some(self.parameters), until: None };
         let end = Instant::now() + patience;
         while Instant::now() < end {
-            let Some(visit) = hear_visit(&mut reception, incoming, GLANCE)? else {
+            let Some(visit) = hear_visit(&mut self.reception, incoming, GLANCE)? else {
                 if main.is_spoken_to(step)? {
                     return Err(unexpected(main.receive(step)?, doing));
                 }
@@ -65,7 +64,6 @@ impl Destination<'_> {
         incoming: &dyn Incoming,
         stop: &AtomicBool,
     ) -> Result<(), Error> {
-        let mut reception = Reception::new(self.patience.handshake);
         let (session, key) = (arrived.running.session, late.key());
         let mut returning: Option<Returning> = None;
         let (mut is_here, mut is_known) = (false, false);
@@ -97,7 +95,7 @@ impl Destination<'_> {
                 });
             }
             let patience = if is_here || !late.is_connected() { GLANCE } else { Duration::ZERO };
-            let Some(mut visit) = hear_visit(&mut reception, incoming, patience)? else { continue };
+            let Some(mut visit) = hear_visit(&mut self.reception, incoming, patience)? else { continue };
             match &visit.said {
                 Ok(Message::Recover(recover))
                     if *recover == (Recover { session, key }) && late.is_peer(&visit.link) =>
@@ -126,7 +124,10 @@ impl Destination<'_> {
                     };
                     let pages = open_channel(visit.link, hello.clone(), step);
                     match pages.and_then(|pages| late.resume(main, pages)) {
-                        Ok(()) => self.go_on(),
+                        Ok(()) => {
+                            self.publish(late);
+                            self.go_on();
+                        }
                         Err(error) => self.pause(&error),
                     }
                 }

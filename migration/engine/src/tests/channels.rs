@@ -16,7 +16,8 @@ use crate::lease::{Id, random_id};
 use crate::link::Link;
 use crate::protocol::{Agree, ChannelHello, Hello, Message, Properties, Query};
 use crate::{
-    Compression, Context, DestinationFactory, Error, Outcome, Patience, Statistics, features, migrate,
+    Compression, Context, Destination, DestinationFactory, Error, Outcome, Parameters, Patience, Statistics,
+    features, migrate,
 };
 
 fn play(world: &World, channels: u16) -> Play {
@@ -400,11 +401,6 @@ fn strangers_disturb_no_attempt_and_get_no_channel() {
         let query = Query { session: [9; 16], instance: [9; 16] };
         asking.send(&Message::Query(query), step()).unwrap();
         assert!(matches!(asking.receive(step()), Ok(Message::Refuse(_))));
-        let mut other = connect();
-        let description = Factory::new(&world, "other").description().unwrap();
-        let hello = Hello::new([7; 16], None, Properties::try_from(&description).unwrap());
-        other.send(&Message::Hello(Box::new(hello)), step()).unwrap();
-
         // The attempt goes on, and what it says is heard.
         let mut channel = connect();
         let hello = ChannelHello { session, key, index: 0, purpose: 0 };
@@ -413,10 +409,44 @@ fn strangers_disturb_no_attempt_and_get_no_channel() {
         bytes.write_all(&[0xee; 16]).unwrap();
         let cause = rejected(&mut link);
         assert!(cause.contains("a batch begins with 0xee"), "{cause}");
+    });
+}
 
-        // Who came meanwhile has waited, and is heard now.
-        let Ok(Message::Refuse(reasons)) = other.receive(step()) else { panic!("not heard") };
-        assert!(reasons.sentences().concat().contains("lease"), "{reasons:?}");
+/// Its own attempt before may have been lost a moment ago, and the destination does not know yet.
+#[test]
+fn a_source_that_comes_while_another_guest_may_arrive_is_heard_when_that_one_does_not() {
+    let world = owned_world();
+    let uri: transport::Uri = format!("unix:{}", world.path("door").display()).parse().unwrap();
+    let listener = transport::Listener::bind(&uri).unwrap();
+    let connect = || {
+        let mut link = Link::new(uri.connect(patience().connect).unwrap()).unwrap();
+        link.greet(step()).unwrap();
+        link
+    };
+    let (statistics, parameters) = (Statistics::new(), Parameters::new());
+    std::thread::scope(|scope| {
+        let receiving = scope.spawn(|| {
+            let mut lease = world.lease("destination");
+            let mut factory = Factory::new(&world, "destination");
+            let mut destination =
+                Destination::new(Some(&mut lease), &statistics, patience(), &parameters).unwrap();
+            destination.receive(&mut factory, &listener).unwrap().is_some()
+        });
+        let mut first = connect();
+        agreed(&mut first, &world, 1);
+        let mut others = [connect(), connect()];
+        for (session, other) in others.iter_mut().enumerate() {
+            let description = Factory::new(&world, "other").description().unwrap();
+            let hello = Hello::new([session as u8; 16], None, Properties::try_from(&description).unwrap());
+            other.send(&Message::Hello(Box::new(hello)), step()).unwrap();
+        }
+        drop(first);
+        for mut other in others {
+            let Ok(Message::Refuse(reasons)) = other.receive(step()) else { panic!("not heard") };
+            assert!(reasons.sentences().concat().contains("the source has none"), "{reasons:?}");
+        }
+        parameters.cancel();
+        assert!(!receiving.join().unwrap());
     });
 }
 
