@@ -66,7 +66,7 @@ impl Destination<'_> {
     ) -> Result<(), Error> {
         let (session, key) = (arrived.running.session, late.key());
         let mut returning: Option<Returning> = None;
-        let (mut is_here, mut is_known) = (false, false);
+        let (mut is_here, mut is_known, mut is_deaf) = (false, false, false);
         while !is_known && !stop.load(Ordering::SeqCst) {
             if !is_here {
                 let time = if late.is_connected() { GLANCE } else { Duration::ZERO };
@@ -95,7 +95,19 @@ impl Destination<'_> {
                 });
             }
             let patience = if is_here || !late.is_connected() { GLANCE } else { Duration::ZERO };
-            let Some(mut visit) = hear_visit(&mut self.reception, incoming, patience)? else { continue };
+            let mut visit = match hear_visit(&mut self.reception, incoming, patience) {
+                Ok(Some(visit)) => visit,
+                Ok(None) => continue,
+                Err(error) => {
+                    // The guest needs whoever comes: perhaps there are descriptors again in a moment.
+                    if !std::mem::replace(&mut is_deaf, true) {
+                        log::error!("nobody can be heard while memory is missing: {}", error.chain());
+                    }
+                    std::thread::sleep(GLANCE);
+                    continue;
+                }
+            };
+            is_deaf = false;
             match &visit.said {
                 Ok(Message::Recover(recover))
                     if *recover == (Recover { session, key }) && late.is_peer(&visit.link) =>
