@@ -289,9 +289,9 @@ mod tests {
         let readable = File::from(readable);
         assert!(readable.write_at(b"x", 0).is_err());
         let start = std::ptr::null_mut();
+        let (write, shared) = (ProtFlags::WRITE, MapFlags::SHARED);
         // SAFETY: the kernel chooses a free range, if it maps anything.
-        let mapped =
-            unsafe { rustix::mm::mmap(start, 4096, ProtFlags::WRITE, MapFlags::SHARED, &readable, 0) };
+        let mapped = unsafe { rustix::mm::mmap(start, 4096, write, shared, &readable, 0) };
         assert_eq!(mapped, Err(rustix::io::Errno::ACCESS));
         File::from(writable).write_at(b"yes!", 0).unwrap();
         assert_eq!(&first_bytes(low(&ram)), b"yes!");

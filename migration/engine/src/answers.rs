@@ -13,7 +13,7 @@ use crate::link::{Link, Step};
 use crate::ownership::Answer;
 use crate::ownership::destination::{Action, Event};
 use crate::protocol::{Commit, Message, Never, Query, Reasons, Running};
-use crate::reception::{Visit, next_visit};
+use crate::reception::{GLANCE, Visit, next_visit};
 
 /// How many sources wait at most; each has sent a hello, which may be long.
 const WAITING_MAX: usize = 2;
@@ -34,7 +34,7 @@ impl Destination<'_> {
             return self.bring(arrived, &mut late, incoming, stop);
         }
         while !arrived.acknowledged && !stop.load(Ordering::SeqCst) {
-            if let Some(visit) = next_visit(&mut self.reception, incoming)? {
+            if let Some(visit) = next_visit(&mut self.reception, incoming, GLANCE)? {
                 self.answer_visit(arrived, visit);
             }
         }

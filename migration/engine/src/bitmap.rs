@@ -65,27 +65,23 @@ impl PageBitmap {
 
     /// Adds all pages of `range`, as far as the block has them.
     pub fn set_range(&mut self, range: Range<u64>) {
-        let end = range.end.min(self.pages);
-        let mut page = range.start;
-        while page < end {
-            let bit = page % 64;
-            let count = (64 - bit).min(end - page);
-            if let Some(word) = self.words.get_mut((page / 64) as usize) {
-                *word |= (u64::MAX >> (64 - count)) << bit;
-            }
-            page += count;
-        }
+        self.change(range, |word, mask| *word |= mask);
     }
 
     /// Takes the pages of `range` out.
     pub fn clear_range(&mut self, range: Range<u64>) {
+        self.change(range, |word, mask| *word &= !mask);
+    }
+
+    /// Changes each word that has pages of `range`, by the mask of them.
+    fn change(&mut self, range: Range<u64>, change: impl Fn(&mut u64, u64)) {
         let end = range.end.min(self.pages);
         let mut page = range.start;
         while page < end {
             let bit = page % 64;
             let count = (64 - bit).min(end - page);
             if let Some(word) = self.words.get_mut((page / 64) as usize) {
-                *word &= !((u64::MAX >> (64 - count)) << bit);
+                change(word, (u64::MAX >> (64 - count)) << bit);
             }
             page += count;
         }

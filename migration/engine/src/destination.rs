@@ -21,7 +21,7 @@ use crate::protocol::{
     Agree, ChannelKey, Commit, Hello, Message, Never, Prepare, Prepared, Reasons, Running,
 };
 use crate::ram::Receiver;
-use crate::reception::{Reception, Visit, next_visit};
+use crate::reception::{GLANCE, Reception, Visit, next_visit};
 use crate::{
     DestinationFactory, DestinationMachine, Error, PAGE_BYTES, Parameters, Patience, RunState, Statistics,
     Status, features,
@@ -107,7 +107,7 @@ impl<'a> Destination<'a> {
         incoming: &dyn Incoming,
     ) -> Result<Option<Arrived<F::Machine>>, Error> {
         while !self.parameters.cancelled() {
-            if let Some(visit) = next_visit(&mut self.reception, incoming)?
+            if let Some(visit) = next_visit(&mut self.reception, incoming, GLANCE)?
                 && let Some(arrived) = self.receive_visits(factory, visit, Some(incoming))
             {
                 return Ok(Some(arrived));

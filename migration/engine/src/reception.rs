@@ -19,7 +19,7 @@ use crate::{Error, local};
 const VISITORS_MAX: usize = 8;
 
 /// How often a waiting destination looks whether it is to end.
-const GLANCE: Duration = Duration::from_millis(50);
+pub(crate) const GLANCE: Duration = Duration::from_millis(50);
 /// How long it listens to those who are there before it looks whether more have come.
 const BLINK: Duration = Duration::from_millis(2);
 
@@ -118,9 +118,13 @@ impl Reception {
     }
 }
 
-/// Lets whoever comes in, and gives the next one that has said something, if one does soon.
-pub(crate) fn next_visit(reception: &mut Reception, incoming: &dyn Incoming) -> Result<Option<Visit>, Error> {
-    let (come, say) = if reception.is_empty() { (GLANCE, Duration::ZERO) } else { (Duration::ZERO, BLINK) };
+/// Lets whoever comes within `patience` in, and gives the next one that has said something, if one does soon.
+pub(crate) fn next_visit(
+    reception: &mut Reception,
+    incoming: &dyn Incoming,
+    patience: Duration,
+) -> Result<Option<Visit>, Error> {
+    let (come, say) = if reception.is_empty() { (patience, Duration::ZERO) } else { (Duration::ZERO, BLINK) };
     if let Some(connection) = incoming.accept(come)?
         && let Err(error) = reception.admit(connection)
     {

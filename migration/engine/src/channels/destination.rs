@@ -14,7 +14,7 @@ use super::receive::{Came, DOING, Inlet};
 use crate::lease::{Id, random_id};
 use crate::link::{Link, SLICE, Step};
 use crate::protocol::{Agree, ChannelHello, ChannelKey, Hello, Message};
-use crate::reception::{Reception, Visit, next_visit};
+use crate::reception::{GLANCE, Reception, Visit, next_visit};
 use crate::{Error, Parameters, Patience, RamBlock, features};
 
 /// Between two looks whether the source is still there.
@@ -66,7 +66,7 @@ pub(crate) fn gather(
     while slots.iter().any(Option::is_none) {
         step.check()?;
         step.patient(since)?;
-        let Some(visit) = next_visit(reception, incoming)? else {
+        let Some(visit) = next_visit(reception, incoming, GLANCE)? else {
             if looked.elapsed() >= LOOK_INTERVAL {
                 looked = Instant::now();
                 // What it says there can wait, and it may well speak before we have seen its last channel.

@@ -11,13 +11,11 @@ use crate::destination::{Arrived, Destination, unexpected};
 use crate::lease::Id;
 use crate::link::{Link, Step};
 use crate::protocol::{ChannelHello, Message};
-use crate::reception::{Reception, Visit};
+use crate::reception::{Visit, next_visit};
 use crate::{Error, Status};
 
 /// How often it looks who has come.
 const GLANCE: Duration = Duration::from_millis(20);
-/// How long it listens to those who are there before it looks whether more have come.
-const BLINK: Duration = Duration::from_millis(2);
 
 /// A source that is back, and is to open its channel for pages until then.
 struct Returning {
@@ -37,7 +35,7 @@ impl Destination<'_> {
         let step = Step { doing, patience, cancel: Some(self.parameters), until: None };
         let end = Instant::now() + patience;
         while Instant::now() < end {
-            let Some(visit) = hear_visit(&mut self.reception, incoming, GLANCE)? else {
+            let Some(visit) = next_visit(&mut self.reception, incoming, GLANCE)? else {
                 if main.is_spoken_to(step)? {
                     return Err(unexpected(main.receive(step)?, doing));
                 }
@@ -95,7 +93,7 @@ impl Destination<'_> {
                 });
             }
             let patience = if is_here || !late.is_connected() { GLANCE } else { Duration::ZERO };
-            let mut visit = match hear_visit(&mut self.reception, incoming, patience) {
+            let mut visit = match next_visit(&mut self.reception, incoming, patience) {
                 Ok(Some(visit)) => visit,
                 Ok(None) => continue,
                 Err(error) => {
@@ -233,19 +231,4 @@ fn is_for_pages(hello: &ChannelHello, session: Id, key: Id) -> bool {
 fn open_channel(mut link: Link, hello: ChannelHello, step: Step<'_>) -> Result<Link, Error> {
     link.send(&Message::Channel(hello), step)?;
     Ok(link)
-}
-
-/// Lets whoever comes within `patience` in, and gives the next one that has said something, if one does soon.
-fn hear_visit(
-    reception: &mut Reception,
-    incoming: &dyn Incoming,
-    patience: Duration,
-) -> Result<Option<Visit>, Error> {
-    let (come, say) = if reception.is_empty() { (patience, Duration::ZERO) } else { (Duration::ZERO, BLINK) };
-    if let Some(connection) = incoming.accept(come)?
-        && let Err(error) = reception.admit(connection)
-    {
-        log::warn!("{}", error.chain());
-    }
-    Ok(reception.hear(say))
 }
