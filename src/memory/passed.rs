@@ -1,8 +1,10 @@
 //! A block whose memory itself goes to another process of this host, or came from one.
 //!
 //! What comes takes the place of the block's own memory in three steps: mapped for reading, while the guest still runs in the other
-//! process ([`RamBlock::map_passed`]); mapped through a descriptor that can write, but still for reading ([`RamBlock::adopt`]);
-//! and writable, when the guest is ours ([`RamBlock::make_writable`]). Until then a store to it by this process ends the process, and
+//! process ([`RamBlock::map_passed`]); mapped elsewhere through a descriptor that can write, but still for reading ([`RamBlock::adopt`]);
+//! and that mapping made writable and moved here, when the guest is ours ([`RamBlock::make_writable`]). Where KVM shadows page tables
+//! each change of a slot's range costs it a look at every page of the slot, and so the guest, which stands still, has to wait
+//! for one only. Until then a store to it by this process ends the process, and
 //! one by a vCPU or by the kernel for it fails, wherever a mistake would let it happen.
 //!
 //! All three change what is mapped in the block's range and leave the range: KVM's memory slots, which cost milliseconds to register and so
@@ -14,15 +16,15 @@
 //! whose size is sealed: with any other file the peer could cut it short later and end this process by SIGBUS. The one
 //! exception is the file that a persistent memory region of this machine is, which the caller knows.
 
+use std::ffi::c_void;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::fs::SealFlags;
-use rustix::mm::{MapFlags, MprotectFlags, ProtFlags};
+use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 
 use super::{Error, GuestRam, PAGE_SIZE_BYTES, RamBlock};
 
@@ -32,7 +34,8 @@ pub(super) struct Passed {
     kind: Kind,
     readable: File,
     writable: OnceLock<File>,
-    is_writable: AtomicBool,
+    /// From the adoption until the guest is ours.
+    spare: Mutex<Option<Spare>>,
 }
 
 /// What the descriptors are of.
@@ -42,6 +45,51 @@ pub enum Kind {
     Memory,
     /// The file that this machine's block becomes when the guest is ours ([`RamBlock::attach`]).
     Attached,
+}
+
+/// A mapping for reading that nobody uses yet.
+#[derive(Debug)]
+struct Spare {
+    /// The address, as a number: no pointer is ever made from it but for the kernel.
+    start: usize,
+    length: usize,
+}
+
+impl Spare {
+    fn of(file: &File, length: usize) -> io::Result<Self> {
+        let (anywhere, flags) = (std::ptr::null_mut(), MapFlags::SHARED | MapFlags::NORESERVE);
+        // SAFETY: the kernel chooses a free range.
+        let start = unsafe { rustix::mm::mmap(anywhere, length, ProtFlags::READ, flags, file.as_fd(), 0) }?;
+        Ok(Self { start: start as usize, length })
+    }
+
+    /// Becomes writable, and what is mapped at `place`, for as many bytes. It is given back with the error otherwise.
+    fn take_the_place_of(self, place: *mut c_void) -> Result<(), (Self, io::Error)> {
+        let start = self.start as *mut c_void;
+        let protection = MprotectFlags::READ | MprotectFlags::WRITE;
+        // SAFETY: the range is ours, and nobody uses it.
+        let writable = unsafe { rustix::mm::mprotect(start, self.length, protection) };
+        let moved = writable.and_then(|()| {
+            // SAFETY: both ranges are as long and whole mappings: ours, which nobody uses, and that of a block, which stays mapped
+            // as the kernel replaces it. Nobody has a reference into it; those who access it do so by volatile reads and writes.
+            unsafe { rustix::mm::mremap_fixed(start, self.length, self.length, MremapFlags::MAYMOVE, place) }
+        });
+        match moved {
+            Ok(_) => {
+                // The range is not ours any more.
+                std::mem::forget(self);
+                Ok(())
+            }
+            Err(errno) => Err((self, errno.into())),
+        }
+    }
+}
+
+impl Drop for Spare {
+    fn drop(&mut self) {
+        // SAFETY: the range is ours, and nobody uses it. An error leaves it mapped.
+        let _ = unsafe { rustix::mm::munmap(self.start as *mut c_void, self.length) };
+    }
 }
 
 impl Passed {
@@ -72,8 +120,7 @@ impl RamBlock {
         if kind == Kind::Memory {
             self.check_memory(&readable)?;
         }
-        let passed =
-            Passed { kind, readable, writable: OnceLock::new(), is_writable: AtomicBool::new(false) };
+        let passed = Passed { kind, readable, writable: OnceLock::new(), spare: Mutex::default() };
         self.passed.set(passed).map_err(|_| self.refuse("memory was passed for it before".to_owned()))?;
         let passed = self.passed.get().expect("it was set just now");
         self.map_fixed("map the memory that was passed", &passed.readable, ProtFlags::READ)
@@ -99,8 +146,12 @@ impl RamBlock {
         if flags & rustix::fs::OFlags::RWMODE != rustix::fs::OFlags::RDWR {
             return Err(self.refuse("what came with the hand-over cannot write".to_owned()));
         }
-        let writable = before.writable.get_or_init(|| writable);
-        self.map_fixed("map the memory that is handed over", writable, ProtFlags::READ)
+        let spare = Spare::of(&writable, self.mapping.size())
+            .map_err(|source| self.failed("map the memory that is handed over", source))?;
+        *before.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(spare);
+        // An adoption that is made again is of the same memory.
+        let _ = before.writable.set(writable);
+        Ok(())
     }
 
     /// Lets this process and the guest write to memory that was [adopted](Self::adopt): the guest is ours. Harmless for any other.
@@ -108,18 +159,15 @@ impl RamBlock {
     /// # Errors
     /// [`Error::Create`]: the kernel refuses.
     pub fn make_writable(&self) -> Result<(), Error> {
-        let Some(passed) = self.passed.get().filter(|passed| passed.writable.get().is_some()) else {
-            return Ok(());
-        };
-        if passed.is_writable.load(Ordering::Acquire) {
-            return Ok(());
+        let Some(passed) = self.passed.get() else { return Ok(()) };
+        let mut spare = passed.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mapped) = spare.take() {
+            // One that could not be moved is there for another try.
+            mapped.take_the_place_of(self.mapping.as_ptr().cast()).map_err(|(mapped, source)| {
+                *spare = Some(mapped);
+                self.failed("make writable", source)
+            })?;
         }
-        let (start, protection) = (self.mapping.as_ptr(), MprotectFlags::READ | MprotectFlags::WRITE);
-        // SAFETY: the range is exactly the mapping, which the block keeps, and may be more than before. Nobody has a reference into it;
-        // those who access it do so by volatile reads and writes.
-        unsafe { rustix::mm::mprotect(start.cast(), self.mapping.size(), protection) }
-            .map_err(|errno| self.failed("make writable", errno.into()))?;
-        passed.is_writable.store(true, Ordering::Release);
         Ok(())
     }
 

@@ -419,6 +419,10 @@ impl<'a> Destination<'a> {
                         link.send(&Message::Listed, step)?;
                     }
                 }
+                Message::Settle(settle) => {
+                    intake.map_or(Ok(()), |intake| intake.settle(settle.channel_bytes))?;
+                    link.send(&Message::Settled, step)?;
+                }
                 Message::Prepare(prepare) => return Ok(prepare),
                 other => return Err(unexpected(other, doing)),
             }

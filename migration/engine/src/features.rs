@@ -15,9 +15,11 @@ pub const STORAGE: u64 = 1 << 3;
 pub const LZ4: u64 = 1 << 4;
 /// Channels compress with Zstandard.
 pub const ZSTD: u64 = 1 << 5;
+/// The destination says when all that was sent is in its place, before the guest stops.
+pub const SETTLE: u64 = 1 << 6;
 
 /// What this build can do as a destination.
-pub const SUPPORTED: u64 = CHANNELS | LOCAL | POSTCOPY | LZ4 | ZSTD;
+pub const SUPPORTED: u64 = CHANNELS | LOCAL | POSTCOPY | LZ4 | ZSTD | SETTLE;
 
 /// What is granted to a source that offers `features`.
 #[must_use]

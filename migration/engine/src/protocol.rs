@@ -62,6 +62,10 @@ pub enum Message {
     Memory(MemoryBlocks),
     /// Destination: mapped.
     Mapped,
+    /// Source: all that was sent is to be in its place before the guest stops.
+    Settle(Settle),
+    /// Destination: it is.
+    Settled,
     /// Both: pages that the destination lacks.
     Missing(Missing),
     /// Both: all of these are named; the destination also repeats it when it has dropped what it had of them.
@@ -343,6 +347,15 @@ pub struct Prepared {
     pub load_ns: u64,
 }
 
+/// See [`Message::Settle`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "settle", version = 1)]
+pub struct Settle {
+    /// What data channels have carried so far, all together: heads, tables and contents. What the link has carried, it carried before
+    /// this message.
+    pub channel_bytes: u64,
+}
+
 /// See [`Message::Commit`].
 #[derive(Clone, Debug, PartialEq, Eq, VmState)]
 #[vmstate(name = "commit", version = 1)]
@@ -433,6 +446,8 @@ impl Message {
             Self::Progress(_) => "progress",
             Self::Memory(_) => "memory",
             Self::Mapped => "mapped",
+            Self::Settle(_) => "settle",
+            Self::Settled => "settled",
             Self::Missing(_) => "missing",
             Self::Listed => "listed",
             Self::PageRequest(_) => "page request",
@@ -461,6 +476,8 @@ impl Message {
             Self::Progress(body) => (Kind::Progress, vmstate::to_bytes(body)),
             Self::Memory(body) => (Kind::Memory, vmstate::to_bytes(body)),
             Self::Mapped => (Kind::Mapped, Vec::new()),
+            Self::Settle(body) => (Kind::Settle, vmstate::to_bytes(body)),
+            Self::Settled => (Kind::Settled, Vec::new()),
             Self::Missing(body) => (Kind::Missing, vmstate::to_bytes(body)),
             Self::Listed => (Kind::Listed, Vec::new()),
             Self::PageRequest(body) => (Kind::PageRequest, vmstate::to_bytes(body)),
@@ -492,6 +509,8 @@ impl Message {
             Kind::Memory => Self::Memory(state(body)?),
             Kind::Mapped if body.is_empty() => Self::Mapped,
             Kind::Mapped => return Err(format!("mapped: {} bytes too many", body.len())),
+            Kind::Settle => Self::Settle(state(body)?),
+            Kind::Settled => Self::Settled,
             Kind::ChannelHello => Self::Channel(state(body)?),
             Kind::Missing => Self::Missing(state(body)?),
             Kind::Listed => Self::Listed,

@@ -100,7 +100,7 @@ pub(crate) fn rounds(
         let mut decision = converge(&situation);
         if decision == Decision::Stop && preparations < PREPARATIONS_MAX {
             preparations += 1;
-            prepare_stop(machine, context, ram);
+            ram.settle(|ram| prepare_stop(machine, context, ram))?;
             // That may have taken long, and the guest went on.
             let more = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
             unite(pages, &more);

@@ -96,6 +96,8 @@ struct Attempt {
     key: Id,
     /// Guest memory that follows after the guest.
     remainder: Option<Box<Remainder>>,
+    /// Whether the destination says when it has placed all.
+    settles: bool,
     tracking: bool,
     stopped: Option<Stopped>,
     disks_touched: bool,
@@ -120,6 +122,7 @@ impl Attempt {
             pages: None,
             key: Id::default(),
             remainder: None,
+            settles: false,
             tracking: false,
             stopped: None,
             disks_touched: false,
@@ -179,6 +182,7 @@ impl Attempt {
             // What is placed while it is sent, and what is placed when it is touched, are two ways that are not mixed.
             hello.features |= if postcopy == 0 { offered(context.parameters) } else { postcopy };
         }
+        hello.features |= features::SETTLE;
         hello.channels = context.parameters.channels();
         link.send_with(
             &Message::Hello(Box::new(hello)),
@@ -189,6 +193,7 @@ impl Attempt {
         match link.receive(Step { doing, patience: build, cancel, until: None })? {
             Message::Agree(agree) => {
                 self.instance = agree.instance;
+                self.settles = agree.features & features::SETTLE != 0;
                 let granted = agree.features & features::LOCAL != 0;
                 if memory.is_some() && !granted {
                     log::warn!("the destination takes no memory itself: its contents are sent instead");
@@ -228,7 +233,7 @@ impl Attempt {
             Some(opened) => Some(Channels::start(scope, opened, sent, context)?),
             None => None,
         };
-        let mut ram = Outgoing::start(sink, MACHINE, sent, channels, context)?;
+        let mut ram = Outgoing::start(sink, MACHINE, sent, channels, context)?.settling(self.settles);
 
         if handed_over.is_none() {
             machine.start_dirty_tracking().map_err(Error::machine("track dirty pages"))?;

@@ -82,6 +82,10 @@ kinds! {
     Memory = 16,
     /// The destination has mapped it.
     Mapped = 17,
+    /// The source will stop the guest once all that was sent is in its place.
+    Settle = 18,
+    /// The destination has placed it.
+    Settled = 19,
     /// Pages that the destination lacks: the source names them before it hands the guest over, the destination after a lost link.
     Missing = 20,
     /// All of them are named.

@@ -1,8 +1,7 @@
 //! All channels of a destination: who may join, and what they receive.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::Scope;
 use std::time::{Duration, Instant};
 
@@ -110,7 +109,14 @@ pub(crate) struct Intake {
 #[derive(Default)]
 struct Shared {
     watch: Watch,
-    bytes: AtomicU64,
+    bytes: Mutex<u64>,
+    more: Condvar,
+}
+
+impl Shared {
+    fn bytes(&self) -> MutexGuard<'_, u64> {
+        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Intake {
@@ -136,7 +142,8 @@ impl Intake {
                 loop {
                     match inlet.receive(&mut input) {
                         Ok(Came::Batch { bytes }) => {
-                            shared.bytes.fetch_add(bytes, Ordering::Relaxed);
+                            *shared.bytes() += bytes;
+                            shared.more.notify_all();
                         }
                         Ok(Came::End { digest }) => {
                             let _the_attempt_is_over = told.send((index, digest));
@@ -153,7 +160,22 @@ impl Intake {
 
     /// How much has come.
     pub fn bytes(&self) -> u64 {
-        self.shared.bytes.load(Ordering::Relaxed)
+        *self.shared.bytes()
+    }
+
+    /// Waits until as many `bytes` have come and are where they belong.
+    pub fn settle(&self, bytes: u64) -> Result<(), Error> {
+        let since = Instant::now();
+        let mut came = self.shared.bytes();
+        while *came < bytes {
+            let waited = self.shared.more.wait_timeout(came, SLICE);
+            came = waited.unwrap_or_else(PoisonError::into_inner).0;
+            self.check()?;
+            if since.elapsed() >= self.patience {
+                return Err(Error::TimedOut { doing: DOING, waited: self.patience });
+            }
+        }
+        Ok(())
     }
 
     /// Whether all goes well.

@@ -7,7 +7,9 @@ use stream::DeviceSection;
 use super::Sender;
 use crate::channels::combined;
 use crate::channels::source::{Channels, Work};
+use crate::protocol::{Message, Settle};
 use crate::sink::Sink;
+use crate::source::unexpected;
 use crate::{Context, Error, PageBitmap, RamBlock, Statistics};
 
 /// How often the destination hears of a round that takes long: its link is silent meanwhile.
@@ -23,6 +25,7 @@ pub(crate) struct Outgoing<'a> {
     statistics: &'a Statistics,
     report_interval: Duration,
     reported: Instant,
+    settles: bool,
 }
 
 impl<'a> Outgoing<'a> {
@@ -43,7 +46,31 @@ impl<'a> Outgoing<'a> {
             statistics,
             report_interval: REPORT_INTERVAL.min(context.patience.silence / 4),
             reported: Instant::now(),
+            settles: false,
         })
+    }
+
+    /// Whether the destination says when all that was sent is in its place.
+    pub fn settling(self, settles: bool) -> Self {
+        Self { settles, ..self }
+    }
+
+    /// Does `meanwhile` while the destination places what is on its way: what it still has to place when the guest stands still, the
+    /// guest waits for.
+    pub fn settle(&mut self, meanwhile: impl FnOnce(&mut Self)) -> Result<(), Error> {
+        if self.settles {
+            let channel_bytes = self.out().beside_bytes();
+            self.out().tell(&Message::Settle(Settle { channel_bytes }))?;
+        }
+        meanwhile(self);
+        if !self.settles {
+            return Ok(());
+        }
+        let doing = "waiting until the destination has placed what was sent";
+        match self.out().hear(doing)? {
+            Message::Settled => Ok(()),
+            other => Err(unexpected(other, doing)),
+        }
     }
 
     /// The link.
