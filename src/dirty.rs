@@ -16,6 +16,8 @@ use crate::memory::{GuestRam, RamBlock};
 pub struct DirtyTracker {
     vm: Arc<Vm>,
     blocks: Vec<RamBlock>,
+    /// A bitmap for each block that was written to before, so that the kernel need not look for memory while the guest stands still.
+    spare: Vec<PageBitmap>,
 }
 
 impl DirtyTracker {
@@ -24,7 +26,8 @@ impl DirtyTracker {
     /// # Errors
     /// [`Error::Call`]; nothing is tracked then.
     pub fn start(vm: &Arc<Vm>, ram: &GuestRam) -> Result<Self, Error> {
-        let tracker = Self { vm: Arc::clone(vm), blocks: ram.blocks().to_vec() };
+        let blocks = ram.blocks().to_vec();
+        let tracker = Self { vm: Arc::clone(vm), spare: blocks.iter().map(ready).collect(), blocks };
         let slots = tracker.blocks.iter().filter_map(|block| Some((block.kvm_slot?, block.pages())));
         vm.follow_dirty_rings(slots)?;
         vm.log_dirty_pages(true)?;
@@ -49,7 +52,9 @@ impl DirtyTracker {
     /// # Errors
     /// [`Error::Call`]. Pages may then be lost: begin anew.
     pub fn collect(&mut self) -> Result<Vec<PageBitmap>, Error> {
-        self.take(true)
+        self.take(true)?;
+        let spare = self.fresh();
+        Ok(std::mem::replace(&mut self.spare, spare))
     }
 
     /// As [`Self::collect`], for the last time, with every vCPU stopped: since nobody writes, no page need be
@@ -58,34 +63,48 @@ impl DirtyTracker {
     /// # Errors
     /// [`Error::Call`].
     pub fn collect_stopped(&mut self) -> Result<Vec<PageBitmap>, Error> {
-        self.take(false)
+        self.take(false)?;
+        Ok(std::mem::take(&mut self.spare))
     }
 
-    fn take(&mut self, clear: bool) -> Result<Vec<PageBitmap>, Error> {
+    fn fresh(&self) -> Vec<PageBitmap> {
+        self.blocks.iter().map(ready).collect()
+    }
+
+    /// Into what is spare.
+    fn take(&mut self, clear: bool) -> Result<(), Error> {
+        if self.spare.is_empty() {
+            self.spare = self.fresh();
+        }
         if clear {
             self.vm.empty_dirty_rings()?;
         } else {
             self.vm.take_dirty_rings()?;
         }
-        let take_block = |block: &RamBlock| {
-            let pages = block.pages();
-            let mut bitmap = PageBitmap::from_words(block.mapping.bitmap().get_and_reset(), pages);
+        for (block, bitmap) in self.blocks.iter().zip(&mut self.spare) {
             if let Some(slot) = block.kvm_slot {
-                let words = if self.vm.has_dirty_rings() {
-                    self.vm.dirty_ring_pages(slot)
+                if self.vm.has_dirty_rings() {
+                    *bitmap = PageBitmap::from_words(self.vm.dirty_ring_pages(slot), block.pages());
                 } else {
-                    let log = self.vm.dirty_log(slot, block.length_bytes())?;
+                    let length_bytes = block.length_bytes();
+                    self.vm.dirty_log(slot, length_bytes, bitmap.words_mut())?;
                     if clear {
-                        self.vm.clear_dirty_log(slot, block.length_bytes(), &log)?;
+                        self.vm.clear_dirty_log(slot, length_bytes, bitmap.words())?;
                     }
-                    log
-                };
-                bitmap.union(&PageBitmap::from_words(words, pages));
+                }
             }
-            Ok(bitmap)
-        };
-        self.blocks.iter().map(take_block).collect()
+            block.mapping.bitmap().take_into(bitmap.words_mut());
+        }
+        Ok(())
     }
+}
+
+/// No page, in memory that is there.
+fn ready(block: &RamBlock) -> PageBitmap {
+    let mut bitmap = PageBitmap::new(block.pages());
+    // Memory that was never written to is the zero page.
+    std::hint::black_box(bitmap.words_mut()).fill(0);
+    bitmap
 }
 
 impl Drop for DirtyTracker {
@@ -179,7 +198,10 @@ mod tests {
     fn tracking_ends_and_begins_again() {
         for_each_way(|guest| {
             drop(DirtyTracker::start(&guest.vm, &guest.ram).unwrap());
-            assert!(guest.vm.dirty_log(0, 1 << 20).is_err(), "there is no log when nothing is tracked");
+            assert!(
+                guest.vm.dirty_log(0, 1 << 20, &mut [0; 4]).is_err(),
+                "there is no log when nothing is tracked"
+            );
             let_it_write(&guest);
             let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
             assert_eq!(pages(&tracker.collect().unwrap()), NOTHING);

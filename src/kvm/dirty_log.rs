@@ -6,29 +6,49 @@
 //! cleared loses nothing: its content is read after this function returned.
 #![allow(unsafe_code)]
 
-use kvm_bindings::{KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1};
+use kvm_bindings::{
+    KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1,
+};
 use vmm_sys_util::ioctl::ioctl_with_ref;
-use vmm_sys_util::{errno, ioctl_iowr_nr};
+use vmm_sys_util::{errno, ioctl_iow_nr, ioctl_iowr_nr};
 
 use super::{Error, Vm};
 use crate::memory::PAGE_SIZE_BYTES;
 
+ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 
 /// Words of the bitmap that one call clears: 64 Ki pages, 256 MiB of guest memory.
 const CLEAR_CHUNK_WORDS: usize = 1024;
 
 impl Vm {
-    /// The pages of `slot` that vCPUs wrote since they were last cleared: bit n of word n/64 is page n. None of a slot that the guest does
-    /// not see.
-    pub(crate) fn dirty_log(&self, slot: u32, length_bytes: u64) -> Result<Vec<u64>, Error> {
-        let length = usize::try_from(length_bytes).expect("a slot's size was mapped, so it fits usize");
-        let log = self.with_slot(slot, || {
-            self.fd()
-                .get_dirty_log(slot, length)
-                .map_err(Error::call(format!("fetch the dirty log of memory slot {slot}")))
+    /// Writes the pages of `slot` that vCPUs wrote since they were last cleared over all of `words`: bit n of word n/64 is page n. None of a
+    /// slot that the guest does not see.
+    ///
+    /// # Panics
+    /// If `words` are fewer than a slot of `length_bytes` has.
+    pub(crate) fn dirty_log(&self, slot: u32, length_bytes: u64, words: &mut [u64]) -> Result<(), Error> {
+        let needed = (length_bytes / PAGE_SIZE_BYTES).div_ceil(64);
+        assert!(words.len() as u64 >= needed, "{} words for {length_bytes} bytes", words.len());
+        let fetched = self.with_slot(slot, || {
+            let request = kvm_dirty_log {
+                slot,
+                __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: words.as_mut_ptr().cast() },
+                ..Default::default()
+            };
+            // SAFETY: the descriptor is a VM's; the kernel writes a bit for each page of the slot, rounded up to words, all of which
+            // `words` has.
+            let result = unsafe { ioctl_with_ref(self.fd(), KVM_GET_DIRTY_LOG(), &request) };
+            if result < 0 {
+                let what = format!("fetch the dirty log of memory slot {slot}");
+                return Err(Error::Call { what, source: errno::Error::last() });
+            }
+            Ok(())
         });
-        log.unwrap_or_else(|| Ok(vec![0; (length_bytes / PAGE_SIZE_BYTES).div_ceil(64) as usize]))
+        fetched.unwrap_or_else(|| {
+            words.fill(0);
+            Ok(())
+        })
     }
 
     /// Clears in the log of `slot` the pages that are set in `bitmap`, a whole log of a slot of `length_bytes`, and

@@ -8,11 +8,12 @@ use std::process::Command;
 use serde_json::Value;
 
 /// For every crate of the workspace, the crates of ours that it may depend on.
-const MAY_KNOW: [(&str, &[&str]); 17] = [
+const MAY_KNOW: [(&str, &[&str]); 18] = [
     ("nvme-spec", &[]),
     ("vmstate-derive", &[]),
     ("vmstate", &["vmstate-derive"]),
-    ("bus", &["vmstate"]),
+    ("dirty-bitmap", &[]),
+    ("bus", &["dirty-bitmap", "vmstate"]),
     ("pci", &["bus", "vmstate"]),
     ("block", &["bus", "vmstate"]),
     ("legacy", &["bus", "vmstate"]),
@@ -20,7 +21,7 @@ const MAY_KNOW: [(&str, &[&str]); 17] = [
     ("virtio", &["bus", "pci", "vmstate"]),
     ("stream", &["vmstate"]),
     ("transport", &[]),
-    ("engine", &["stream", "transport", "vmstate"]),
+    ("engine", &["dirty-bitmap", "stream", "transport", "vmstate"]),
     ("exerciser", &["nvme-spec"]),
     ("certificates", &[]),
     (
@@ -46,6 +47,7 @@ const MAY_KNOW: [(&str, &[&str]); 17] = [
         &[
             "block",
             "bus",
+            "dirty-bitmap",
             "engine",
             "ferry",
             "legacy",

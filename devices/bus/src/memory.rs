@@ -1,6 +1,7 @@
 //! Guest memory as every device sees it.
 
-use vm_memory::bitmap::{AtomicBitmap, MS};
+use dirty_bitmap::DirtyBitmap;
+use vm_memory::bitmap::MS;
 use vm_memory::{
     GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
     MemoryRegionAddress, MmapRegion, VolatileSlice,
@@ -8,7 +9,7 @@ use vm_memory::{
 
 /// Pages that this process wrote: one bit a page of 4096 bytes. `Bytes` writes set it; whoever lets the kernel
 /// write (io_uring, preadv) sets it after completion, before the guest is told.
-pub type GuestBitmap = AtomicBitmap;
+pub type GuestBitmap = DirtyBitmap;
 
 /// One mapping of guest memory, with its bitmap.
 pub type GuestMapping = MmapRegion<GuestBitmap>;

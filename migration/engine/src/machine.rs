@@ -10,9 +10,9 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use dirty_bitmap::DirtyBitmap;
 use stream::{DeviceSection, Expected, SectionSet};
 use vm_memory::MmapRegion;
-use vm_memory::bitmap::AtomicBitmap;
 
 use crate::{Description, Error as EngineError, PageBitmap};
 
@@ -25,7 +25,7 @@ pub struct RamBlock {
     /// Unique, at most 255 bytes; for example `ram.low`.
     pub name: String,
     /// The memory. Its length is a multiple of the page size.
-    pub mapping: Arc<MmapRegion<AtomicBitmap>>,
+    pub mapping: Arc<MmapRegion<DirtyBitmap>>,
 }
 
 impl RamBlock {

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use dirty_bitmap::DirtyBitmap;
 use engine::replay::{place, record};
 use engine::{Compression, PAGE_BYTES, PageBitmap, RamBlock};
-use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
 use crate::streams;
@@ -12,7 +12,7 @@ use crate::streams;
 /// The model machine's memory.
 fn memory() -> Vec<RamBlock> {
     let block = |block: stream::RamBlock| {
-        let region = MmapRegion::<AtomicBitmap>::new(block.length_bytes as usize);
+        let region = MmapRegion::<DirtyBitmap>::new(block.length_bytes as usize);
         let region = region.expect("so little can be mapped");
         RamBlock { name: block.name, mapping: Arc::new(region) }
     };

@@ -8,6 +8,7 @@ use block::{
 use nvme_spec::opcode::{self, admin, nvm};
 use nvme_spec::{NSID_BROADCAST, Status, SubmissionEntry, feature, log, regs};
 use vm_memory::GuestMemoryBackend;
+use vm_memory::bitmap::Bitmap;
 
 use super::driver::{Guest, MEMORY_BYTES, memory_image, namespace, transfer};
 use super::messages::messages_of;
@@ -545,6 +546,6 @@ fn every_page_that_the_controller_changes_is_marked_dirty() {
     // Log, two pages of data, admin and I/O completion queue, shadow of the admin queue, event indexes.
     assert_eq!(changed.len(), 7);
     for page in changed {
-        assert!(region.bitmap().is_addr_set(page * 4096), "page {page} was changed and is not marked");
+        assert!(region.bitmap().dirty_at(page * 4096), "page {page} was changed and is not marked");
     }
 }

@@ -1,13 +1,13 @@
 //! One channel: what its bytes are, and what of them is refused.
 
 use std::fs::File;
-use std::num::NonZeroUsize;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use dirty_bitmap::DirtyBitmap;
 use transport::Connection;
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, VolatileMemory, VolatileSlice};
 
@@ -27,7 +27,7 @@ const SIZES: [(&str, u64); 2] = [("ram.low", 520), ("namespace", 8)];
 fn memory(with_file: bool) -> Vec<RamBlock> {
     let block = |(name, pages): &(&str, u64)| {
         let length = (pages * PAGE_BYTES) as usize;
-        let bitmap = AtomicBitmap::new(length, NonZeroUsize::new(PAGE).unwrap());
+        let bitmap = DirtyBitmap::with_len(length);
         let region = MmapRegionBuilder::new_with_bitmap(length, bitmap)
             .with_mmap_prot(nix::libc::PROT_READ | nix::libc::PROT_WRITE);
         let region = if with_file {
@@ -156,7 +156,7 @@ fn memory_with_huge_file() -> Option<Vec<RamBlock>> {
         let length = (pages * PAGE_BYTES) as usize;
         let file = rustix::fs::memfd_create("huge", MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB).ok()?;
         rustix::fs::ftruncate(&file, (length as u64).next_multiple_of(2 << 20)).unwrap();
-        let bitmap = AtomicBitmap::new(length, NonZeroUsize::new(PAGE).unwrap());
+        let bitmap = DirtyBitmap::with_len(length);
         let region = MmapRegionBuilder::new_with_bitmap(length, bitmap)
             .with_mmap_prot(nix::libc::PROT_READ | nix::libc::PROT_WRITE)
             .with_mmap_flags(nix::libc::MAP_ANONYMOUS | nix::libc::MAP_PRIVATE)

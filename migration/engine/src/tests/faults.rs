@@ -284,14 +284,29 @@ fn without_a_lease_a_cut_link_is_settled_by_asking() {
 fn a_destination_that_takes_too_long_does_not_keep_the_guest_stopped() {
     let world = World::new();
     let mut play = Play::new(&world);
-    // Preamble, AGREE, PREPARED.
-    play.fault = Some((End::Destination, 2, Fault::Swallow));
+    // Preamble, AGREE, SETTLED, PREPARED.
+    play.fault = Some((End::Destination, 3, Fault::Swallow));
     play.patience.stopped = std::time::Duration::ZERO;
     play.patience.last_words = std::time::Duration::from_millis(100);
     let ending = play.run();
     assert_eq!(checked(&world, &ending, "stopped"), Some("source"));
     let cause = ending.source_statistics.error.unwrap();
     assert!(cause.contains("more than 300ms while waiting for the destination to load"), "{cause}");
+}
+
+/// What is still on its way when the guest stops, the guest waits for: so it does not stop before the destination has placed it.
+#[test]
+fn a_guest_stops_only_when_the_destination_has_what_was_sent() {
+    let world = World::new();
+    let mut play = Play::new(&world);
+    // Preamble, AGREE, SETTLED.
+    play.fault = Some((End::Destination, 2, Fault::Swallow));
+    play.patience.silence = std::time::Duration::from_millis(500);
+    let ending = play.run();
+    assert_eq!(checked(&world, &ending, "settling"), Some("source"));
+    let cause = ending.source_statistics.error.unwrap();
+    assert!(cause.contains("waiting until the destination has placed what was sent"), "{cause}");
+    assert!(world.log().iter().all(|step| step != "source: stop"), "{:#?}", world.log());
 }
 
 /// A lease that cannot be read when an attempt is undone decides nothing yet: the guest waits for it, and goes on with it.

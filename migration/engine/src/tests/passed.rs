@@ -5,9 +5,10 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
+use dirty_bitmap::DirtyBitmap;
 use rustix::fs::{MemfdFlags, OFlags, fcntl_getfl, ftruncate, memfd_create};
 use vm_memory::FileOffset;
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 
 use crate::{MachineResult, MemoryDescriptors, RamBlock};
@@ -45,7 +46,7 @@ impl Memory {
         if self.file.metadata()?.len() != length as u64 {
             return Err(format!("{} has another length", block.name).into());
         }
-        let bitmap = AtomicBitmap::new(length, std::num::NonZeroUsize::new(4096).unwrap());
+        let bitmap = DirtyBitmap::with_len(length);
         let region = MmapRegionBuilder::new_with_bitmap(length, bitmap)
             .with_file_offset(FileOffset::new(self.file.try_clone()?, 0))
             .with_mmap_prot(nix::libc::PROT_READ)
