@@ -2,13 +2,14 @@
 
 use std::fmt::{self, Debug};
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bus::{GuestMemory, GuestRange};
 use vm_memory::GuestAddress;
 use vmstate::Migratability;
 
-use crate::IoContext;
+use crate::{DirtyBlocks, IoContext};
 
 /// What an image is, as far as another process could check it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -213,6 +214,22 @@ pub trait Backend: Send + Sync + Debug {
     /// # Errors
     /// Someone else holds the lock, or the image changed; the image is still released.
     fn acquire(&self) -> Result<(), crate::Error>;
+
+    /// The blocks that requests change, for whoever copies the image meanwhile; `None` of images that are guest RAM, or that nobody
+    /// could copy.
+    fn dirty_blocks(&self) -> Option<&DirtyBlocks> {
+        None
+    }
+
+    /// Where the image, which is held, is no hole: the first such range at or after `offset_bytes`. The rest reads as zeroes, unless it
+    /// is changed meanwhile. What is not known counts as no hole.
+    ///
+    /// # Errors
+    /// The operating system does not tell.
+    fn next_data(&self, offset_bytes: u64) -> Result<Option<Range<u64>>, crate::Error> {
+        let capacity_bytes = self.identity().capacity_bytes;
+        Ok((offset_bytes < capacity_bytes).then_some(offset_bytes..capacity_bytes))
+    }
 
     /// Blocking: makes the image, which is held, `capacity_bytes` large, or with `None` finds out how large it was made by others, and
     /// takes that for its capacity, which it returns. It never shrinks. Requests may be under way.

@@ -109,6 +109,14 @@ pub enum Error {
         /// What was found or wanted.
         now_bytes: u64,
     },
+    /// Where an image has holes is not known.
+    #[error("cannot find the holes of image {}", path.display())]
+    Holes {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// Acknowledged writes could not be made stable.
     #[error("cannot flush image {}", path.display())]
     Flush {

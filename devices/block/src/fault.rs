@@ -1,6 +1,7 @@
 //! An image that misbehaves when a test tells it to.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use vmstate::Migratability;
 
 use crate::transfer::Distortion;
-use crate::{Backend, Buffers, Error, Failure, Identity, IoContext, Operation, Request};
+use crate::{Backend, Buffers, DirtyBlocks, Error, Failure, Identity, IoContext, Operation, Request};
 
 /// What happens to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -203,6 +204,14 @@ impl Backend for FaultImage {
 
     fn acquire(&self) -> Result<(), Error> {
         self.inner.acquire()
+    }
+
+    fn dirty_blocks(&self) -> Option<&DirtyBlocks> {
+        self.inner.dirty_blocks()
+    }
+
+    fn next_data(&self, offset_bytes: u64) -> Result<Option<Range<u64>>, Error> {
+        self.inner.next_data(offset_bytes)
     }
 
     fn grow(&self, capacity_bytes: Option<u64>) -> Result<u64, Error> {

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,9 +11,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use arc_swap::ArcSwapOption;
 use nix::fcntl::{FcntlArg, fcntl};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
+use rustix::io::Errno;
 use vmstate::Migratability;
 
-use crate::{Backend, Error, Failure, Identity, IoContext, Operation, Request};
+use crate::{Backend, DirtyBlocks, Error, Failure, Identity, IoContext, Operation, Request};
 
 /// Kinds of access, as error messages call them.
 pub(crate) const READING: &str = "reading";
@@ -58,6 +60,7 @@ pub struct FileImage {
     stamp: Stamp,
     /// What it has grown to since.
     capacity_bytes: AtomicU64,
+    dirty: Arc<DirtyBlocks>,
     held: ArcSwapOption<OpenFile>,
 }
 
@@ -71,7 +74,8 @@ impl FileImage {
         let path = path.into();
         let stamp = Stamp::of(&open(&path, READING)?, &path)?;
         let capacity_bytes = AtomicU64::new(stamp.capacity_bytes);
-        Ok(Self { path, options, stamp, capacity_bytes, held: ArcSwapOption::empty() })
+        let dirty = Arc::default();
+        Ok(Self { path, options, stamp, capacity_bytes, dirty, held: ArcSwapOption::empty() })
     }
 
     /// Opens and locks the image.
@@ -176,8 +180,34 @@ impl Backend for FileImage {
             true => go_direct(&file, self.options.block_size_bytes),
             false => None,
         };
-        self.held.store(Some(Arc::new(OpenFile::new(file, alignment))));
+        self.held.store(Some(Arc::new(OpenFile::new(file, alignment, Arc::clone(&self.dirty)))));
         Ok(())
+    }
+
+    fn dirty_blocks(&self) -> Option<&DirtyBlocks> {
+        Some(&self.dirty)
+    }
+
+    fn next_data(&self, offset_bytes: u64) -> Result<Option<Range<u64>>, Error> {
+        let capacity_bytes = self.capacity_bytes.load(Ordering::Acquire);
+        let failed = |source| Error::Holes { path: self.path.clone(), source };
+        let file = self.held.load_full().ok_or_else(|| failed(io::Error::other("it is not held")))?;
+        if offset_bytes >= capacity_bytes {
+            return Ok(None);
+        }
+        let start = match rustix::fs::seek(&file.file, SeekFrom::Data(offset_bytes)) {
+            Ok(start) => start,
+            // Nothing but a hole follows.
+            Err(Errno::NXIO) => return Ok(None),
+            // A block device has no holes that it tells of.
+            Err(Errno::INVAL) => return Ok(Some(offset_bytes..capacity_bytes)),
+            Err(errno) => return Err(failed(errno.into())),
+        };
+        let end =
+            rustix::fs::seek(&file.file, SeekFrom::Hole(start)).map_err(|errno| failed(errno.into()))?;
+        let end = end.min(capacity_bytes);
+        // What was data a moment ago may have become a hole, which then is one more range.
+        Ok((start < capacity_bytes).then_some(start..end.max(start)))
     }
 
     fn grow(&self, capacity_bytes: Option<u64>) -> Result<u64, Error> {
@@ -218,12 +248,14 @@ pub(crate) struct OpenFile {
     alignment: Option<Alignment>,
     /// Something was written since the last [`OpenFile::sync`].
     written: AtomicBool,
+    /// Of the image.
+    dirty: Arc<DirtyBlocks>,
 }
 
 impl OpenFile {
-    fn new(file: File, alignment: Option<Alignment>) -> Self {
+    fn new(file: File, alignment: Option<Alignment>, dirty: Arc<DirtyBlocks>) -> Self {
         // Whoever held it before may have left something.
-        Self { file, alignment, written: AtomicBool::new(true) }
+        Self { file, alignment, written: AtomicBool::new(true), dirty }
     }
 
     /// Makes stable what was written and has ended; costs nothing if that was done already.
@@ -232,11 +264,16 @@ impl OpenFile {
         if !self.written.swap(false, Ordering::AcqRel) {
             return Ok(());
         }
-        self.file.sync_data().inspect_err(|_| self.note_write())
+        self.file.sync_data().inspect_err(|_| self.note_unsynced())
     }
 
-    /// A request that writes has ended, or part of it may have arrived.
-    pub(crate) fn note_write(&self) {
+    /// A request that writes to `range` has ended, or part of it may have arrived.
+    pub(crate) fn note_write(&self, range: Range<u64>) {
+        self.dirty.note(range);
+        self.note_unsynced();
+    }
+
+    fn note_unsynced(&self) {
         // Looked at first: threads that all write would otherwise take the line from each other.
         if !self.written.load(Ordering::Relaxed) {
             self.written.store(true, Ordering::Release);
@@ -251,7 +288,8 @@ impl OpenFile {
     /// A file whose device takes blocks of `granule_bytes` only, whatever the file system under the test says.
     #[cfg(test)]
     pub(crate) fn with_granule(file: File, granule_bytes: u64) -> Self {
-        Self::new(file, Some(Alignment { memory_bytes: granule_bytes as usize, granule_bytes }))
+        let alignment = Alignment { memory_bytes: granule_bytes as usize, granule_bytes };
+        Self::new(file, Some(alignment), Arc::default())
     }
 
     /// The file.

@@ -19,6 +19,7 @@
 //! - Flush and forced unit access mean stable storage (fdatasync, RWF_DSYNC). Write zeroes really writes or deallocates.
 //! - What is compared, verified or copied passes through bounded host memory, turn by turn, like any other transfer.
 //! - An image that can be written is locked as long as it is held.
+//! - Whoever copies an image that is in use learns of every change of it ([`DirtyBlocks`]).
 //!
 //! Images: [`FileImage`] (raw file or block device), [`Qcow2Image`], [`MemoryImage`] (travels like RAM), [`NullImage`] (measurement),
 //! [`FaultImage`] and [`VolatileImage`] (tests).
@@ -33,6 +34,7 @@ mod blocking;
 mod bounce;
 mod context;
 mod counters;
+mod dirty;
 mod error;
 mod fault;
 mod file;
@@ -52,6 +54,7 @@ mod tests;
 pub use backend::{Backend, Buffers, Completion, Failure, Identity, NOWHERE, Operation, Request};
 pub use context::IoContext;
 pub use counters::KernelCounters;
+pub use dirty::{DIRTY_BLOCK_BYTES, DirtyBlocks};
 pub use error::Error;
 pub use fault::{Fault, FaultControl, FaultImage, Target};
 pub use file::{FileImage, FileOptions};

@@ -145,7 +145,13 @@ fn run(shared: &Shared) {
 fn carry_out(transfer: &mut Transfer, memory: &GuestMemory) -> Result<(), Failure> {
     let file = transfer.file().ok_or(Failure::Released)?;
     loop {
-        let result = call(transfer, memory, &file)?;
+        let result = match call(transfer, memory, &file) {
+            Ok(result) => result,
+            Err(failure) => match transfer.give_up(memory, failure) {
+                Progress::Done(result) => return result,
+                Progress::Again => continue,
+            },
+        };
         let result = result.unwrap_or_else(|error| -error.raw_os_error());
         if let Progress::Done(result) = transfer.advance(memory, result) {
             return result;

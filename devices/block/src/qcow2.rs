@@ -10,7 +10,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use arc_swap::ArcSwapOption;
 use bus::{GuestMemory, GuestRange};
 use imago::qcow2::Qcow2;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder};
 use vmstate::Migratability;
 
 use crate::blocking::Blocking;
@@ -18,7 +18,7 @@ use crate::bounce::Bounce;
 use crate::error::failure_of;
 use crate::file::{self, READING, WRITING};
 use crate::guest::check_ranges;
-use crate::{Backend, Error, Failure, Identity, IoContext, Operation, Request};
+use crate::{Backend, DirtyBlocks, Error, Failure, Identity, IoContext, Operation, Request};
 
 type Access = FormatAccess<imago::file::File>;
 
@@ -31,6 +31,7 @@ pub struct Qcow2Image {
     read_only: bool,
     capacity_bytes: u64,
     held: ArcSwapOption<Held>,
+    dirty: Arc<DirtyBlocks>,
     threads: Blocking,
 }
 
@@ -53,7 +54,24 @@ impl Qcow2Image {
         let access = open_format(file::open(&path, READING)?, &path, false)?;
         let threads = Blocking::new()
             .map_err(|source| Error::System { what: "start threads for a qcow2 image", source })?;
-        Ok(Self { read_only, capacity_bytes: access.size(), path, held: ArcSwapOption::empty(), threads })
+        Ok(Self {
+            read_only,
+            capacity_bytes: access.size(),
+            path,
+            held: ArcSwapOption::empty(),
+            dirty: Arc::default(),
+            threads,
+        })
+    }
+
+    /// Makes `file`, which is at `path`, an image of `capacity_bytes` that has no contents. What was in there is lost.
+    ///
+    /// # Errors
+    /// It cannot be written, or no such image can be.
+    pub fn create(file: File, path: &Path, capacity_bytes: u64) -> Result<(), Error> {
+        let created = imago::file::File::try_from(file)
+            .and_then(|file| Qcow2::<imago::file::File>::create_builder(file).size(capacity_bytes).create());
+        created.map_err(|source| Error::Format { path: path.to_owned(), format: "qcow2", source })
     }
 
     /// Opens and locks the image.
@@ -74,9 +92,14 @@ impl Qcow2Image {
         check_ranges(&memory, &ranges)?;
         let ticket = context.defer(request.token).map_err(|_| Failure::Io(libc::EMFILE))?;
         let Request { operation, offset_bytes, length_bytes, .. } = *request;
+        let dirty = Arc::clone(&self.dirty);
         self.threads.start(Box::new(move || {
             let work = Work { memory, ranges, operation, offset_bytes, length_bytes };
             let result = work.carry_out(&held.access);
+            if operation.writes() {
+                // Whatever came of it: part of it may have.
+                dirty.note(offset_bytes..offset_bytes + length_bytes);
+            }
             // Whoever hears of the end may release the image at once.
             drop(held);
             ticket.complete(result);
@@ -202,6 +225,10 @@ impl Backend for Qcow2Image {
         if let Err(failure) = self.start(context, request) {
             context.complete(request.token, Err(failure));
         }
+    }
+
+    fn dirty_blocks(&self) -> Option<&DirtyBlocks> {
+        Some(&self.dirty)
     }
 
     fn sync(&self) -> Result<(), Error> {

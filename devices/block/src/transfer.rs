@@ -397,6 +397,12 @@ impl Transfer {
         }
     }
 
+    /// Ends the request, part of which may have been carried out, before its next step.
+    pub(crate) fn give_up(&mut self, memory: &GuestMemory, failure: Failure) -> Progress {
+        let private = self.private.clone();
+        self.finish(private.as_deref().unwrap_or(memory), Err(failure))
+    }
+
     /// Ends the request. What the kernel wrote is noted before anyone hears of it, after a failure too: part may have
     /// arrived.
     fn finish(&mut self, memory: &GuestMemory, result: Result<(), Failure>) -> Progress {
@@ -406,7 +412,8 @@ impl Transfer {
         if let Some(file) = self.file.take()
             && self.operation.writes()
         {
-            file.note_write();
+            let start = self.offset_bytes - self.done_bytes;
+            file.note_write(start..self.offset_bytes + self.remaining_bytes);
         }
         self.private = None;
         Progress::Done(result)

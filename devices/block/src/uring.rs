@@ -219,7 +219,7 @@ impl Ring {
             if progress == Progress::Again
                 && let Err(failure) = self.queue(index)
             {
-                progress = Progress::Done(Err(failure));
+                progress = self.slots[index as usize].give_up(&self.memory, failure);
             }
             if let Progress::Done(result) = progress {
                 self.free.push(index);

@@ -1,5 +1,6 @@
 //! Tests of all backends on both engines.
 
+mod dirty;
 mod durability;
 mod faults;
 mod files;
