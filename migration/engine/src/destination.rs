@@ -22,6 +22,7 @@ use crate::protocol::{
 };
 use crate::ram::Receiver;
 use crate::reception::{GLANCE, Reception, Visit, next_visit};
+use crate::storage::Arriving;
 use crate::{
     DestinationFactory, DestinationMachine, Error, PAGE_BYTES, Parameters, Patience, RunState, Statistics,
     Status, features,
@@ -45,6 +46,8 @@ pub struct Destination<'a> {
     pub(crate) waiting: Vec<Visit>,
     /// Peers that have not said yet what they want, whatever goes on meanwhile.
     pub(crate) reception: Reception,
+    /// Images that come with the guest that is on its way.
+    pub(crate) disks: Option<Arriving>,
 }
 
 /// A guest that is ours.
@@ -93,6 +96,7 @@ impl<'a> Destination<'a> {
             running: None,
             waiting: Vec::new(),
             reception: Reception::new(patience.handshake),
+            disks: None,
         })
     }
 
@@ -186,6 +190,7 @@ impl<'a> Destination<'a> {
                     Err(error) => {
                         // The machine is gone, and the session is fenced before the source hears of it.
                         self.ownership.on(Event::Failed);
+                        self.disks = None;
                         self.parameters.reopen();
                         let error = self.farewell(link, error, hello.session);
                         log::warn!("no guest from {peer}: {}", error.chain());
@@ -273,7 +278,8 @@ impl<'a> Destination<'a> {
         hello: &Hello,
         has_way_in: bool,
     ) -> Result<(F::Machine, Agree), Error> {
-        let source = hello.description();
+        let mut source = hello.description();
+        self.disks = Arriving::of(factory, hello, &mut source, self.statistics)?;
         let own = factory.description().map_err(Error::machine("describe this machine"))?;
         let mut reasons = factory.differences(&source, &own);
         reasons.extend(self.lease_differs(hello)?);
@@ -411,6 +417,12 @@ impl<'a> Destination<'a> {
                     receiver.feed(link.body())?;
                 }
                 Message::Progress(progress) => self.statistics.told(&progress),
+                Message::Blocks => {
+                    let disks = self.disks.as_mut().ok_or_else(|| unexpected(Message::Blocks, doing))?;
+                    self.statistics.set_status(Status::Active);
+                    disks.place(link.body(), self.statistics)?;
+                    moved = Instant::now();
+                }
                 Message::Missing(missing) => {
                     announced.add(&missing, |block, pages| machine.discard(block, pages))?;
                 }
@@ -441,7 +453,8 @@ impl<'a> Destination<'a> {
         let start = Instant::now();
         self.statistics.set_status(Status::Device);
         let mut received = receiver.finish()?;
-        received.digest = combined(received.digest, channels);
+        let blocks = self.disks.as_mut().map(Arriving::finish).transpose()?;
+        received.digest = combined(received.digest, channels.into_iter().chain(blocks));
         if received.digest != prepare.digest {
             return Err(Error::Protocol {
                 doing: "comparing what came with what was sent",
@@ -567,6 +580,9 @@ impl<'a> Destination<'a> {
             let adopted = handed_over.map_or(Ok(()), |(mapped, passed)| mapped.adopt(machine, passed));
             adopted.inspect_err(|reason| *memory = Err(reason.clone()))
         };
+        if let Some(disks) = &mut self.disks {
+            return disks.own(session, &mut images);
+        }
         match &mut self.lease {
             Some(lease) => lease.take(session, generation, &mut images).map(drop),
             None => images().map_err(|reason| NotTaken::Refused(lease::Error::Condition { reason })),
@@ -575,6 +591,9 @@ impl<'a> Destination<'a> {
 
     /// Lets the source have it back, though the record may say `taken`. The images are released already.
     fn give_back(&mut self, session: &Id) -> Result<(), Error> {
+        if let Some(disks) = &mut self.disks {
+            return disks.disown(session);
+        }
         match self.lease.as_mut().map(|lease| lease.give_back(session)) {
             // It was never ours.
             None | Some(Ok(()) | Err(lease::Error::Moved { .. })) => Ok(()),

@@ -19,7 +19,7 @@ pub const ZSTD: u64 = 1 << 5;
 pub const SETTLE: u64 = 1 << 6;
 
 /// What this build can do as a destination.
-pub const SUPPORTED: u64 = CHANNELS | LOCAL | POSTCOPY | LZ4 | ZSTD | SETTLE;
+pub const SUPPORTED: u64 = CHANNELS | LOCAL | POSTCOPY | STORAGE | LZ4 | ZSTD | SETTLE;
 
 /// What is granted to a source that offers `features`.
 #[must_use]

@@ -15,6 +15,7 @@ use crate::ownership::source::{Action, Event, Source};
 use crate::postcopy::Remainder;
 use crate::protocol::{Commit, Message, Query, Running};
 use crate::source::{bring_back, report, unexpected};
+use crate::storage::Leaving;
 use crate::{Context, Error, Outcome, RunState, SourceMachine, Status};
 
 /// A guest that stands still until it is known whose it is.
@@ -36,6 +37,8 @@ pub struct Handover {
     record: Option<Box<Record>>,
     /// Memory that the destination has not got with the guest.
     remainder: Option<Box<Remainder>>,
+    /// Images that the destination has got with the guest.
+    disks: Option<Box<Leaving>>,
 }
 
 /// Where the guest goes.
@@ -100,6 +103,11 @@ impl Handover {
         Self { remainder, ..self }
     }
 
+    /// The guest's images are at the destination, and those here stale once it has the guest.
+    pub(crate) fn with_disks(self, disks: Option<Box<Leaving>>) -> Self {
+        Self { disks, ..self }
+    }
+
     /// The lease of `generation` was to say that the guest is in `file`, and that failed for `cause`.
     pub(crate) fn suspended(
         file: Published,
@@ -114,8 +122,21 @@ impl Handover {
 
     fn of(ownership: Source, way: Way, state: RunState, since: Instant) -> Self {
         let (session, generation, memory) = (Id::default(), 0, Vec::new());
-        let (cause, running, record, remainder) = (None, None, None, None);
-        Self { ownership, session, generation, way, state, since, memory, cause, running, record, remainder }
+        let (cause, running, record, remainder, disks) = (None, None, None, None, None);
+        Self {
+            ownership,
+            session,
+            generation,
+            way,
+            state,
+            since,
+            memory,
+            cause,
+            running,
+            record,
+            remainder,
+            disks,
+        }
     }
 
     /// Hands over. `link` is where COMMIT goes; it is dropped once it gave no answer that the guest runs, so that the destination
@@ -205,7 +226,13 @@ impl Handover {
         }
     }
 
+    /// What the guest leaves here is marked first: from the first byte of COMMIT on nobody starts it from these images.
     fn release(&mut self, machine: &mut dyn SourceMachine) -> Event {
+        if let (Some(disks), Way::Peer { peer, .. }) = (&mut self.disks, &self.way)
+            && let Err(error) = disks.mark_moved(&self.session, peer)
+        {
+            return self.failed(error, Event::ReleaseFailed);
+        }
         match machine.release_image_locks().map_err(Error::machine("release the image locks")) {
             Ok(()) => Event::Released,
             Err(error) => self.failed(error, Event::ReleaseFailed),
@@ -324,8 +351,14 @@ impl Handover {
                 false
             }
         };
-        let paused = bring_back(machine, tracking, true, Some(self.state)).err();
-        Outcome::Failed { error, paused }
+        // A guest whose images would be refused the next time does not go on as if nothing were wrong.
+        let unmarked = match self.disks.take() {
+            Some(mut disks) => disks.take_back(&self.session),
+            None => Ok(()),
+        };
+        let state = if unmarked.is_ok() { self.state } else { RunState::Paused };
+        let paused = bring_back(machine, tracking, true, Some(state)).err();
+        Outcome::Failed { error, paused: paused.or(unmarked.err().map(|error| error.chain())) }
     }
 
     /// Someone else has it, though COMMIT was never sent, and it never runs here again.

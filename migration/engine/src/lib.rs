@@ -8,11 +8,12 @@
 //! source's first, and one that brings memory out of a file when it is touched.
 //!
 //! ```text
-//! source.rs       hello --------------------------> destination.rs   checks, builds
+//! source.rs       hello --------------------------> destination.rs   checks, builds, makes images that come along
 //!                       <-------------------------- agree
 //!                 opens data channels ------------> lets them in
 //!                 rounds (channels) ==============> (channels)       places
-//!                 stop, last pages ===============>
+//!                 rounds (storage) ---------------> (storage)        places, if images go along
+//!                 stop, last pages and blocks ====>
 //!                 devices (ram/send, sink) -------> (ram/receive)    loads
 //!                 PREPARE ------------------------>
 //!                       <-------------------------- PREPARED
@@ -27,6 +28,7 @@
 //! - `channels`: guest memory on connections of its own, one or many, compressed or not. To a process that knows none it goes
 //!   through the stream (`ram`), as it does into a file.
 //! - [`converge()`]: when to stop, and what to do about a guest that is faster than the link, a pure function; `rounds` does it.
+//! - [`storage`]: images that go with their guest, where the two ends have none in common.
 //! - `local`: to a process of the same host the memory itself goes, instead of its contents in rounds.
 //! - [`protocol`]: the messages; `link` gives each a deadline.
 //! - `postcopy`: memory that follows after its guest.
@@ -39,7 +41,7 @@
 //! maximum. Both sides report the same cause. Who may be a peer at all is decided below (crate `transport`): with TLS no
 //! message is read or written before both ends have proven who they are, on this link and on every later one.
 //!
-//! Absent: storage migration. The hello has room for it.
+//! Absent: images and postcopy at once; a choice of images: all that the guest may write go, or none.
 #![forbid(unsafe_code)]
 
 mod answers;
@@ -69,6 +71,7 @@ mod sink;
 mod source;
 mod speed;
 mod statistics;
+pub mod storage;
 
 pub use bitmap::PageBitmap;
 pub use channels::destination::Incoming;
@@ -91,7 +94,7 @@ pub use ownership::source::Word;
 pub use parameters::{Parameters, PostcopyStart};
 pub use patience::Patience;
 pub use source::{Context, Outcome, migrate};
-pub use statistics::{Downtime, Postcopy, Snapshot, Statistics, Status};
+pub use statistics::{Downtime, Postcopy, Snapshot, Statistics, Status, Storage};
 
 /// A page of guest memory, the unit of dirty tracking.
 pub const PAGE_BYTES: u64 = 4096;

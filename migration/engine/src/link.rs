@@ -10,6 +10,7 @@ use transport::{Connection, Identity, Received};
 
 use crate::postcopy::{MISSING_BYTES_MAX, PAGES_BYTES_MAX};
 use crate::protocol::{HELLO_BYTES_MAX, MEMORY_BYTES_MAX, Message, NEVER_BYTES_MAX, REASONS_BYTES_MAX};
+use crate::storage::BLOCKS_BYTES_MAX;
 use crate::{Error, Parameters, local};
 
 /// Of a message that carries numbers only.
@@ -228,7 +229,7 @@ impl Link {
                 let (kind, length) = (header.kind, header.length_bytes);
                 return Err(wrong(format!("{kind:?} of {length} bytes is longer than {longest}")));
             }
-            if matches!(header.kind, Kind::Stream | Kind::Hello) {
+            if matches!(header.kind, Kind::Stream | Kind::Hello | Kind::Blocks) {
                 since = Instant::now();
             }
             let start = body.len();
@@ -402,6 +403,7 @@ fn body_bytes_max(kind: Kind) -> u32 {
         Kind::Memory => MEMORY_BYTES_MAX as u32,
         Kind::Missing => MISSING_BYTES_MAX as u32,
         Kind::Pages => PAGES_BYTES_MAX as u32,
+        Kind::Blocks => BLOCKS_BYTES_MAX as u32,
         _ => SHORT_BYTES_MAX,
     }
 }

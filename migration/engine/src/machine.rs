@@ -14,6 +14,8 @@ use dirty_bitmap::DirtyBitmap;
 use stream::{DeviceSection, Expected, SectionSet};
 use vm_memory::MmapRegion;
 
+use crate::lease::Id;
+use crate::storage::{Disk, IncomingDisks, OutgoingDisks};
 use crate::{Description, Error as EngineError, PageBitmap};
 
 /// A machine's own failure. Its chain of sources is shown to the user on both sides.
@@ -190,6 +192,14 @@ pub trait SourceMachine {
         Err(format!("{} cannot be copied", image.path.display()).into())
     }
 
+    /// The images that the guest may write, to go with it.
+    ///
+    /// # Errors
+    /// Not everything that it may write is an image that can go, or there is none.
+    fn storage(&mut self) -> MachineResult<Box<dyn OutgoingDisks>> {
+        Err("this machine has no images that could go with it".into())
+    }
+
     /// Makes every acknowledged write to the images stable and closes their writers. The locks stay. Called while the
     /// destination loads.
     ///
@@ -245,6 +255,14 @@ pub trait DestinationFactory {
 
     /// The device sections that must come, and how much RAM at most.
     fn expected(&self) -> Expected;
+
+    /// Makes images for the guest of `session`, which brings what is in them, before its machine is [described](Self::description).
+    ///
+    /// # Errors
+    /// They do not fit this machine, there is something in their place, or no room.
+    fn receive_disks(&mut self, _session: &Id, _disks: &[Disk]) -> MachineResult<Box<dyn IncomingDisks>> {
+        Err("this machine has its own".into())
+    }
 
     /// Whether guest memory may follow after the guest here: the host lets this process [bring](MissingPages) what is touched.
     ///

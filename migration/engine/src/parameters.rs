@@ -13,6 +13,7 @@ pub struct Parameters {
     max_bandwidth: AtomicU64,
     convergence: Mutex<Convergence>,
     local: AtomicBool,
+    storage: AtomicBool,
     channels: AtomicU16,
     /// Its place in [`Compression::ALL`].
     compression: AtomicU8,
@@ -62,6 +63,7 @@ impl Default for Parameters {
             max_bandwidth: AtomicU64::new(0),
             convergence: Mutex::default(),
             local: AtomicBool::new(false),
+            storage: AtomicBool::new(false),
             channels: AtomicU16::new(1),
             compression: AtomicU8::new(0),
             end: AtomicU8::new(OPEN),
@@ -134,6 +136,17 @@ impl Parameters {
     /// See [`local`](Self::local). Counts for migrations that begin afterwards.
     pub fn set_local(&self, local: bool) {
         self.local.store(local, Ordering::Relaxed);
+    }
+
+    /// Whether the images go with the guest, to a process that has none of its own to see them on.
+    #[must_use]
+    pub fn storage(&self) -> bool {
+        self.storage.load(Ordering::Relaxed)
+    }
+
+    /// See [`storage`](Self::storage). Counts for migrations that begin afterwards.
+    pub fn set_storage(&self, storage: bool) {
+        self.storage.store(storage, Ordering::Relaxed);
     }
 
     /// How many data channels a migration that begins asks for; 0: guest memory goes over the link.

@@ -74,6 +74,8 @@ pub enum Message {
     PageRequest(PageRequest),
     /// Source: pages. Head and contents stay with the link.
     Pages,
+    /// Source: blocks of an image. Head and contents stay with the link.
+    Blocks,
     /// Source, on a new link: the destination's guest still lacks memory.
     Recover(Recover),
     /// Destination: the guest has all of its memory.
@@ -452,6 +454,7 @@ impl Message {
             Self::Listed => "listed",
             Self::PageRequest(_) => "page request",
             Self::Pages => "pages",
+            Self::Blocks => "blocks",
             Self::Recover(_) => "recover",
             Self::Received => "received",
         }
@@ -482,6 +485,7 @@ impl Message {
             Self::Listed => (Kind::Listed, Vec::new()),
             Self::PageRequest(body) => (Kind::PageRequest, vmstate::to_bytes(body)),
             Self::Pages => (Kind::Pages, Vec::new()),
+            Self::Blocks => (Kind::Blocks, Vec::new()),
             Self::Recover(body) => (Kind::Recover, vmstate::to_bytes(body)),
             Self::Received => (Kind::Received, Vec::new()),
         }
@@ -516,6 +520,7 @@ impl Message {
             Kind::Listed => Self::Listed,
             Kind::PageRequest => Self::PageRequest(state(body)?),
             Kind::Pages => Self::Pages,
+            Kind::Blocks => Self::Blocks,
             Kind::Recover => Self::Recover(state(body)?),
             Kind::Received => Self::Received,
         })

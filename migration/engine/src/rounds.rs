@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use crate::features::POSTCOPY;
 use crate::ram::Outgoing;
 use crate::speed::{Sample, Speed};
+use crate::storage::Leaving;
 use crate::{
     Context, Decision, Error, OnTimeout, PAGE_BYTES, PageBitmap, Parameters, PostcopyStart, Situation,
     SourceMachine, Trend, converge,
@@ -43,7 +44,7 @@ pub(crate) fn rounds(
     context: &Context<'_>,
     ram: &mut Outgoing<'_>,
     pages: &mut [PageBitmap],
-    may_follow: bool,
+    (may_follow, mut disks): (bool, Option<&mut Leaving>),
 ) -> Result<Rest, Error> {
     let (statistics, parameters) = (context.statistics, context.parameters);
     let postcopy = parameters.postcopy();
@@ -58,30 +59,45 @@ pub(crate) fn rounds(
     loop {
         round = round.saturating_add(1);
         let planned_pages = count(pages);
+        let planned_bytes = planned_pages * PAGE_BYTES + remaining_bytes(disks.as_deref());
         statistics.update(|s| {
             s.rounds = round;
             s.remaining_bytes = planned_pages * PAGE_BYTES;
         });
         let start = Instant::now();
         let (before, waited, sending) = (ram.out().sent_bytes(), ram.out().waited(), ram.out().sending());
+        let sent_blocks = match &mut disks {
+            // Before memory, which changes faster: what is sent last is what is least out of date.
+            Some(disks) => disks.round(context, ram.out())?,
+            None => 0,
+        };
         send(context, ram, pages, &mut portion_pages)?;
         let sent = ram.out().sent_bytes() - before;
         let sending = ram.out().sending() - sending;
         let working = start.elapsed().saturating_sub(ram.out().waited() - waited + sending);
         // All, unless the time ended.
         let sent_pages = planned_pages - count(pages);
-        speed.add(&Sample { pages: sent_pages, working, sent_bytes: sent, sending });
+        // A page of an image costs what one of memory does: both are read, looked at and sent.
+        let looked_at = sent_pages + sent_blocks / PAGE_BYTES;
+        speed.add(&Sample { pages: looked_at, working, sent_bytes: sent, sending });
 
         let dirty = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
         let dirty_pages = count(&dirty);
         unite(pages, &dirty);
+        let dirty_blocks = match &mut disks {
+            Some(disks) => disks.look(statistics)?,
+            None => 0,
+        };
         let elapsed = start.elapsed();
-        throttle.saw(Trend { sent_bytes: sent_pages * PAGE_BYTES, dirtied_bytes: dirty_pages * PAGE_BYTES });
+        throttle.saw(Trend {
+            sent_bytes: looked_at * PAGE_BYTES,
+            dirtied_bytes: dirty_pages * PAGE_BYTES + dirty_blocks,
+        });
         let mut situation = Situation {
             rounds: round,
             elapsed: statistics.elapsed(),
-            remaining_bytes: count(pages) * PAGE_BYTES,
-            previous_remaining_bytes: planned_pages * PAGE_BYTES,
+            remaining_bytes: count(pages) * PAGE_BYTES + remaining_bytes(disks.as_deref()),
+            previous_remaining_bytes: planned_bytes,
             bytes_per_second: speed.bytes_per_second(),
             downtime_limit: parameters.downtime_limit(),
             fixed_cost: FIXED_COST,
@@ -91,7 +107,7 @@ pub(crate) fn rounds(
         };
         let seconds = elapsed.as_secs_f64().max(1e-6);
         statistics.update(|s| {
-            s.remaining_bytes = situation.remaining_bytes;
+            s.remaining_bytes = count(pages) * PAGE_BYTES;
             s.dirty_pages_per_second = (dirty_pages as f64 / seconds) as u64;
             s.bytes_per_second = (sent as f64 / seconds) as u64;
             s.expected_downtime = situation.expected_downtime();
@@ -104,8 +120,11 @@ pub(crate) fn rounds(
             // That may have taken long, and the guest went on.
             let more = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
             unite(pages, &more);
+            if let Some(disks) = &mut disks {
+                disks.look(statistics)?;
+            }
             situation.elapsed = statistics.elapsed();
-            situation.remaining_bytes = count(pages) * PAGE_BYTES;
+            situation.remaining_bytes = count(pages) * PAGE_BYTES + remaining_bytes(disks.as_deref());
             // Whether rounds pay is not known of this: one shows it.
             situation.previous_remaining_bytes = u64::MAX;
             decision = converge(&situation);
@@ -171,6 +190,10 @@ fn send(
             *portion_pages = (*portion_pages / 2).max(PORTION_PAGES);
         }
     }
+}
+
+fn remaining_bytes(disks: Option<&Leaving>) -> u64 {
+    disks.map_or(0, Leaving::remaining_bytes)
 }
 
 fn count(pages: &[PageBitmap]) -> u64 {

@@ -121,6 +121,20 @@ impl<'a> Sink<'a> {
         self.link.send_frame(Kind::Stream, &mut self.frame, self.step)?;
         self.sending += begun.elapsed();
         self.frame.truncate(HEADER_BYTES);
+        self.pace(bytes)
+    }
+
+    /// Sends a message after what is there, at the same speed. Its body begins behind the room for a header.
+    pub fn send_frame(&mut self, kind: Kind, frame: &mut [u8]) -> Result<(), Error> {
+        self.send()?;
+        let begun = Instant::now();
+        self.link.send_frame(kind, frame, self.step)?;
+        self.sending += begun.elapsed();
+        self.pace(frame.len())
+    }
+
+    /// Counts what was sent, and waits as long as the limit says.
+    fn pace(&mut self, bytes: usize) -> Result<(), Error> {
         let sent = self.link.sent_bytes() + self.beside.sent_bytes;
         self.statistics.update(|s| s.transferred_bytes = sent);
         let Some(bucket) = &mut self.bucket else { return Ok(()) };

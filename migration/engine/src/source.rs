@@ -6,6 +6,7 @@
 use std::thread::Scope;
 use std::time::Instant;
 
+use crate::channels::combined;
 use crate::channels::source::{Channels, Opened, offered, open};
 use crate::handover::Handover;
 use crate::lease::{Id, Lease, random_id};
@@ -17,6 +18,7 @@ use crate::protocol::{Hello, Message, Prepare, Properties, Reasons};
 use crate::ram::Outgoing;
 use crate::rounds::{Rest, check_way_out, prepare_stop, rounds};
 use crate::sink::Sink;
+use crate::storage::Leaving;
 use crate::{
     Description, Error, PageBitmap, Parameters, Patience, RamBlock, RunState, SaveFor, SourceMachine,
     Statistics, Status, features,
@@ -98,6 +100,8 @@ struct Attempt {
     remainder: Option<Box<Remainder>>,
     /// Whether the destination says when it has placed all.
     settles: bool,
+    /// Images that go with the guest.
+    disks: Option<Box<Leaving>>,
     tracking: bool,
     stopped: Option<Stopped>,
     disks_touched: bool,
@@ -123,6 +127,7 @@ impl Attempt {
             key: Id::default(),
             remainder: None,
             settles: false,
+            disks: None,
             tracking: false,
             stopped: None,
             disks_touched: false,
@@ -151,7 +156,7 @@ impl Attempt {
         let Stopped { state, since, .. } = self.stopped.expect("transfer stops the guest");
         let link = self.link.as_ref().expect("agree leaves a link");
         let handover = Handover::new(self.ownership, self.session, link, self.instance, state, since);
-        let handover = handover.with_remainder(self.remainder.take());
+        let handover = handover.with_remainder(self.remainder.take()).with_disks(self.disks.take());
         Ok(match self.memory.take() {
             Some(memory) => handover.with_memory(memory.into_writable()),
             None => handover,
@@ -167,17 +172,28 @@ impl Attempt {
     ) -> Result<(), Error> {
         let Patience { handshake, build, .. } = context.patience;
         let cancel = Some(context.parameters);
-        let description = told(&machine.description().map_err(Error::machine("describe this machine"))?)?;
+        self.disks = Leaving::of(machine, context)?.map(Box::new);
+        let mut description = machine.description().map_err(Error::machine("describe this machine"))?;
+        if let Some(disks) = &self.disks {
+            disks.describe(&mut description);
+        }
+        let description = told(&description)?;
         let lease = match &context.lease {
             Some(lease) => lease.read()?.map(|record| record.lease),
             None => None,
         };
         let link = self.link.insert(Link::new(dial()?)?);
         link.greet(Step { doing: "greeting the destination", patience: handshake, cancel, until: None })?;
-        let memory = Memory::to_offer(machine, link, context);
+        let memory = match &self.disks {
+            Some(_) => None,
+            None => Memory::to_offer(machine, link, context),
+        };
         let mut hello = Hello::new(self.session, lease, description);
         hello.features = memory.as_ref().map_or(0, |_| features::LOCAL);
-        let postcopy = postcopy::offered(context.parameters);
+        let postcopy = if self.disks.is_some() { 0 } else { postcopy::offered(context.parameters) };
+        if self.disks.is_some() {
+            hello.features |= features::STORAGE;
+        }
         if link.can_be_joined() {
             // What is placed while it is sent, and what is placed when it is touched, are two ways that are not mixed.
             hello.features |= if postcopy == 0 { offered(context.parameters) } else { postcopy };
@@ -194,6 +210,10 @@ impl Attempt {
             Message::Agree(agree) => {
                 self.instance = agree.instance;
                 self.settles = agree.features & features::SETTLE != 0;
+                if self.disks.is_some() && agree.features & features::STORAGE == 0 {
+                    let reasons = vec!["it takes no images, and this guest brings its own".to_owned()];
+                    return Err(Error::Refused { reasons });
+                }
                 let granted = agree.features & features::LOCAL != 0;
                 if memory.is_some() && !granted {
                     log::warn!("the destination takes no memory itself: its contents are sent instead");
@@ -239,6 +259,9 @@ impl Attempt {
             machine.start_dirty_tracking().map_err(Error::machine("track dirty pages"))?;
             self.tracking = true;
         }
+        if let Some(disks) = &mut self.disks {
+            disks.begin()?;
+        }
         // Tracking comes first: a page that is filled while the holes are looked for is dirty.
         let mut pages = Vec::with_capacity(sent.len());
         for block in sent {
@@ -257,7 +280,14 @@ impl Attempt {
         let mut missing = Vec::new();
         if !self.tracking {
             prepare_until_little_is_left(|| prepare_stop(machine, context, &mut ram));
-        } else if rounds(machine, context, &mut ram, &mut pages, self.pages.is_some())? == Rest::Follows {
+        } else if rounds(
+            machine,
+            context,
+            &mut ram,
+            &mut pages,
+            (self.pages.is_some(), self.disks.as_deref_mut()),
+        )? == Rest::Follows
+        {
             let followers = followers.insert(Followers::of(machine, &blocks));
             ram.round(&followers.needed(&pages))?;
             missing = followers.follow(&pages);
@@ -294,10 +324,13 @@ impl Attempt {
             missing.iter_mut().zip(&more).for_each(|(bitmap, more)| bitmap.union(more));
             pages = followers.needed(&pages);
         }
+        if let Some(disks) = &mut self.disks {
+            disks.last_round(statistics, ram.out())?;
+        }
         ram.last_round(&pages)?;
         sections.iter().try_for_each(|section| ram.device(section))?;
         let beside = ram.out().beside_bytes();
-        let digest = ram.finish_live()?;
+        let digest = combined(ram.finish_live()?, self.disks.iter().map(|disks| disks.digest()));
         let link = self.link.as_mut().expect("agree leaves a link");
         let sent_bytes = link.sent_bytes() + beside - before;
         statistics.update(|s| {
@@ -365,7 +398,7 @@ impl Attempt {
         }
         let action = self.ownership.on(Event::Failed);
         debug_assert_eq!(action, Action::Resume, "nothing was given away yet");
-        (self.remainder, self.pages) = (None, None);
+        (self.remainder, self.pages, self.disks) = (None, None, None);
         let state = self.stopped.map(|stopped| stopped.state);
         let paused = bring_back(machine, self.tracking, self.disks_touched, state).err();
         Outcome::Failed { error, paused }

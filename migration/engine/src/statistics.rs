@@ -110,6 +110,21 @@ pub struct Postcopy {
     pub paused: Option<String>,
 }
 
+/// Images that go with the guest. What a side does not see is zero there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Storage {
+    /// Of all images, holes included.
+    pub total_bytes: u64,
+    /// On the link so far, or received.
+    pub transferred_bytes: u64,
+    /// What is known to be left.
+    pub remaining_bytes: u64,
+    /// Begun, the last with the guest stopped not counted.
+    pub rounds: u32,
+    /// What of the images was left when the guest was stopped.
+    pub downtime_bytes: u64,
+}
+
 /// All figures at one moment.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
@@ -153,6 +168,8 @@ pub struct Snapshot {
     pub downtime: Downtime,
     /// What is special where memory follows the guest.
     pub postcopy: Option<Postcopy>,
+    /// The images, where they go with the guest.
+    pub storage: Option<Storage>,
     /// Why it failed.
     pub error: Option<String>,
     /// The answer to COMMIT is outstanding and nothing else has decided: what is known.

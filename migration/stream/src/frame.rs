@@ -96,6 +96,8 @@ kinds! {
     Recover = 23,
     /// The destination has all pages.
     Received = 24,
+    /// Blocks of an image that goes with its guest.
+    Blocks = 25,
 }
 
 impl TryFrom<u16> for Kind {

@@ -18,6 +18,7 @@
 //! know that.
 
 mod copy;
+mod moved;
 mod record;
 pub(crate) mod rules;
 
@@ -32,6 +33,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
 pub use copy::Kept;
+use moved::refusal;
 use record::{FILE_BYTES, SLOT_BYTES, SLOT_STRIDE_BYTES};
 pub use record::{Id, Owner, Record, State, random_id, show_id};
 
@@ -89,6 +91,14 @@ pub enum Error {
     /// The guest lies in a file.
     #[error("lease {path}: the guest lies suspended in a file: {record}")]
     Suspended {
+        /// The lease.
+        path: PathBuf,
+        /// What it says.
+        record: Box<Record>,
+    },
+    /// The images beside it are not all here, or went elsewhere.
+    #[error("lease {path}: the images beside it have no guest: {record}")]
+    WithoutGuest {
         /// The lease.
         path: PathBuf,
         /// What it says.
@@ -235,26 +245,30 @@ impl Lease {
         Ok(i32::from(range.l_type) != libc::F_UNLCK)
     }
 
-    /// At the start of a VM: makes us the owner, if nobody living is, and no file holds the guest. Returns our generation, and
-    /// what the record said before.
+    /// At the start of a VM: makes us the owner, if nobody living is, no file holds the guest, and it has not gone elsewhere with its
+    /// images. Returns our generation, and what the record said before.
     ///
     /// # Errors
-    /// [`Error::Held`] names the holder; [`Error::Suspended`].
+    /// [`Error::Held`] names the holder; [`Error::Suspended`]; [`Error::WithoutGuest`].
     pub fn claim(&mut self) -> Result<(u64, Option<Record>), Error> {
-        self.claim_if("start", |record| !record.is_some_and(Record::is_in_file)).map_err(
-            |error| match error {
-                Error::Moved { path, record, .. } => Error::Suspended { path, record },
-                error => error,
-            },
-        )
+        self.claim_unless(|record| record.is_in_file() || record.is_without_guest())
     }
 
     /// As [`Self::claim`], and gives up a guest that lies in a file: that cannot be restored any more.
     ///
     /// # Errors
-    /// [`Error::Held`] names the holder.
+    /// [`Error::Held`] names the holder; [`Error::WithoutGuest`].
     pub fn claim_anew(&mut self) -> Result<(u64, Option<Record>), Error> {
-        self.claim_if("start", |_| true)
+        self.claim_unless(Record::is_without_guest)
+    }
+
+    fn claim_unless(&mut self, refused: impl Fn(&Record) -> bool) -> Result<(u64, Option<Record>), Error> {
+        self.claim_as(State::Owned, "start", |record| !record.is_some_and(&refused)).map_err(|error| {
+            match error {
+                Error::Moved { path, record, .. } => refusal(path, record),
+                error => error,
+            }
+        })
     }
 
     /// Whether [`Self::claim`] would be refused now, without changing anything.
@@ -265,7 +279,7 @@ impl Lease {
         let (path, record) = (self.path.clone(), self.read()?.map(Box::new));
         match record {
             Some(record) if self.is_someone_present()? => Err(Error::Held { path, record }),
-            Some(record) if record.is_in_file() => Err(Error::Suspended { path, record }),
+            Some(record) if record.is_in_file() || record.is_without_guest() => Err(refusal(path, record)),
             _ => Ok(()),
         }
     }
@@ -277,14 +291,15 @@ impl Lease {
     pub fn claim_file(&mut self, lease: &Id, generation: u64, digest: u64) -> Result<u64, Error> {
         let action = format!("restore a file that was written at generation {generation}");
         let in_file = State::InFile { digest };
-        let (generation, _) = self.claim_if(&action, |record| {
+        let (generation, _) = self.claim_as(State::Owned, &action, |record| {
             record.is_some_and(|r| r.lease == *lease && r.generation == generation && r.state == in_file)
         })?;
         Ok(generation)
     }
 
-    fn claim_if(
+    fn claim_as(
         &mut self,
+        state: State,
         action: &str,
         allowed: impl Fn(Option<&Record>) -> bool,
     ) -> Result<(u64, Option<Record>), Error> {
@@ -310,7 +325,7 @@ impl Lease {
                 Some(record) => record.lease,
                 None => random_id().map_err(|source| self.io("draw its name", source))?,
             };
-            locked.write(lease, generation, State::Owned)?;
+            locked.write(lease, generation, state)?;
             // From exclusive to shared in one step: nobody comes between.
             self.lock(libc::F_RDLCK, PRESENCE_RANGE)?;
             (generation, previous)

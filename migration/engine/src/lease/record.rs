@@ -105,6 +105,18 @@ pub enum State {
         /// [`crate::file`] says of what.
         digest: u64,
     },
+    /// The images beside the record come from elsewhere in `session` and are nobody's until all of them is here.
+    Incoming {
+        /// The migration.
+        session: Id,
+    },
+    /// The guest has gone to `peer` in `session` with all that is in its images, or may have: those beside the record are stale.
+    Moved {
+        /// The migration.
+        session: Id,
+        /// The destination, for messages.
+        peer: String,
+    },
 }
 
 impl State {
@@ -116,6 +128,8 @@ impl State {
             Self::Returned { .. } => 4,
             Self::Released => 5,
             Self::InFile { .. } => 6,
+            Self::Incoming { .. } => 7,
+            Self::Moved { .. } => 8,
         }
     }
 }
@@ -129,6 +143,8 @@ impl fmt::Display for State {
             Self::Returned { session } => write!(f, "returned in session {}", show_id(session)),
             Self::Released => write!(f, "released"),
             Self::InFile { digest } => write!(f, "in a file with digest {digest:016x}"),
+            Self::Incoming { session } => write!(f, "incoming in session {}", show_id(session)),
+            Self::Moved { session, peer } => write!(f, "moved to {peer} in session {}", show_id(session)),
         }
     }
 }
@@ -177,10 +193,18 @@ impl Record {
         matches!(self.state, State::InFile { .. })
     }
 
+    /// Whether the images beside it are no guest's: not all of one yet, or what one was before it went elsewhere.
+    #[must_use]
+    pub fn is_without_guest(&self) -> bool {
+        matches!(self.state, State::Incoming { .. } | State::Moved { .. })
+    }
+
     pub(super) fn to_slot(&self, sequence: u64) -> [u8; SLOT_BYTES] {
         let (session, peer, digest) = match &self.state {
-            State::Offered { session, peer } => (*session, peer.as_str(), 0),
-            State::Taken { session } | State::Returned { session } => (*session, "", 0),
+            State::Offered { session, peer } | State::Moved { session, peer } => (*session, peer.as_str(), 0),
+            State::Taken { session } | State::Returned { session } | State::Incoming { session } => {
+                (*session, "", 0)
+            }
             State::InFile { digest } => ([0; 16], "", *digest),
             State::Owned | State::Released => ([0; 16], "", 0),
         };
@@ -228,6 +252,8 @@ impl Record {
             4 => State::Returned { session },
             5 => State::Released,
             6 => State::InFile { digest: slot.digest },
+            7 => State::Incoming { session },
+            8 => State::Moved { session, peer: text(&slot.peer) },
             _ => return None,
         };
         let owner = Owner {
@@ -325,6 +351,8 @@ mod tests {
             State::Returned { session },
             State::Released,
             State::InFile { digest: 0x1234 },
+            State::Incoming { session },
+            State::Moved { session, peer: "tcp:x:1".into() },
         ] {
             let record = record(state);
             assert_eq!(Record::from_slot(&record.to_slot(11)), Some((11, record)));

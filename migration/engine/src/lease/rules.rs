@@ -32,14 +32,20 @@ pub(crate) fn offer(record: &Record, me: &Id, session: &Id, peer: &str) -> Optio
     holds(record, me).then_some(Change { generation: record.generation, state })
 }
 
-/// The destination `me` of `session` takes what COMMIT offered it; again, if it did so and could not tell.
+/// The destination `me` of `session` takes what COMMIT offered it, or what it has received beside its own record; again, if it did so
+/// and could not tell.
 pub(crate) fn take(record: &Record, me: &Id, session: &Id, generation: u64) -> Option<Change> {
     let offered = matches!(&record.state, State::Offered { session: s, .. } if s == session);
     // A record at the last generation can never move again.
     let next = generation.checked_add(1)?;
-    ((offered && record.generation == generation)
+    (((offered || is_incoming(record, me, session)) && record.generation == generation)
         || (is_taken(record, me, session) && record.generation == next))
         .then_some(Change { generation: next, state: State::Taken { session: *session } })
+}
+
+/// Whether the record says that `me` receives the images beside it in `session`.
+pub(crate) fn is_incoming(record: &Record, me: &Id, session: &Id) -> bool {
+    record.state == State::Incoming { session: *session } && record.owner.id == *me
 }
 
 /// Whether the record says that `me` took the guest in `session`.
@@ -63,6 +69,8 @@ pub(crate) fn settle(record: &Record, me: &Id, present: bool, session: &Id) -> S
         State::InFile { .. } => present && ours,
         State::Owned | State::Taken { .. } if ours => return Settle::Kept,
         State::Owned | State::Taken { .. } | State::Released => false,
+        // Those of a guest that goes with its images are taken back otherwise: no record that both sides see decides about it.
+        State::Incoming { .. } | State::Moved { .. } => false,
     };
     match record.generation.checked_add(1) {
         Some(generation) if back => Settle::Back(Change { generation, state: State::Owned }),

@@ -12,9 +12,11 @@ use stream::{DeviceSection, Expected, SectionSet};
 use vm_memory::{Bytes, VolatileMemory};
 use vmstate::VmState;
 
+use super::disks::{Images, Incoming, Outgoing};
 use super::missing::{Found, MockMemory};
 use super::passed::Memory;
-use crate::lease::{Lease, Owner};
+use crate::lease::{Id, Lease, Owner};
+use crate::storage::{Disk, IncomingDisks, OutgoingDisks};
 use crate::{
     Description, DestinationFactory, DestinationMachine, Image, ImageCopy, MachineResult, MemoryDescriptors,
     MissingPages, PAGE_BYTES, PageBitmap, RamBlock, RunState, SaveFor, SourceMachine,
@@ -44,11 +46,20 @@ struct WorldState {
     lease: Vec<u8>,
     /// Properties that every machine has beside those of a small one.
     more_properties: u32,
+    /// Nothing is shared: each host has images of its own, and no lock of them is the other's.
+    images_of_each: bool,
 }
 
 impl World {
     pub fn new() -> Self {
         Self { state: Arc::default(), folder: Arc::new(tempfile::tempdir().unwrap()) }
+    }
+
+    /// The same, of hosts that share nothing.
+    pub fn with_images_of_each() -> Self {
+        let world = Self::new();
+        world.lock().images_of_each = true;
+        world
     }
 
     fn lock(&self) -> MutexGuard<'_, WorldState> {
@@ -101,7 +112,7 @@ impl World {
         self.lock().more_properties = properties;
     }
 
-    fn note(&self, name: &str, what: &str) {
+    pub fn note(&self, name: &str, what: &str) {
         self.lock().log.push(format!("{name}: {what}"));
     }
 
@@ -112,7 +123,7 @@ impl World {
             let violation = format!("{name} starts while {other} runs");
             state.violations.push(violation);
         }
-        if state.image.as_deref() != Some(name) {
+        if state.image.as_deref() != Some(name) && !state.images_of_each {
             let violation = format!("{name} starts while the image is held by {:?}", state.image);
             state.violations.push(violation);
         }
@@ -120,7 +131,7 @@ impl World {
         state.running.push(name.to_owned());
     }
 
-    fn violate(&self, violation: String) {
+    pub fn violate(&self, violation: String) {
         self.lock().violations.push(violation);
     }
 
@@ -131,7 +142,9 @@ impl World {
     fn take_image(&self, name: &str) -> MachineResult<()> {
         let mut state = self.lock();
         match &state.image {
-            Some(holder) if holder != name => Err(format!("the image is locked by {holder}").into()),
+            Some(holder) if holder != name && !state.images_of_each => {
+                Err(format!("the image is locked by {holder}").into())
+            }
             _ => {
                 state.image = Some(name.to_owned());
                 Ok(())
@@ -171,6 +184,8 @@ pub struct Guest {
     pub lacks_pages: bool,
     /// Memory that follows it.
     pub missing: Option<Arc<MockMemory>>,
+    /// What it has on its host, if that is its own.
+    pub images: Option<Arc<Images>>,
     /// What runs while memory follows.
     pub threads: Vec<JoinHandle<Vec<Found>>>,
 }
@@ -206,8 +221,14 @@ impl Guest {
             lease_lost_at: None,
             lacks_pages: false,
             missing: None,
+            images: None,
             threads: Vec::new(),
         }
+    }
+
+    fn run(&self) {
+        self.images.iter().for_each(|images| images.run());
+        self.world.run(&self.name);
     }
 
     fn step(&self, step: &'static str) -> MachineResult<()> {
@@ -428,6 +449,7 @@ impl SourceMachine for Source {
         // The last writes before the vCPUs stand still.
         self.guest.write(0, 599, 0xfeed);
         self.guest.write(1, 39, 0xbeef);
+        self.guest.images.iter().for_each(|images| images.last_change());
         self.guest.world.halt(&self.guest.name);
         self.stopped_with = Some(self.guest.contents());
         self.throttle_percent = 0;
@@ -459,6 +481,11 @@ impl SourceMachine for Source {
         Ok(write!(into, "{how} of the image")?)
     }
 
+    fn storage(&mut self) -> MachineResult<Box<dyn OutgoingDisks>> {
+        let images = self.guest.images.as_ref().ok_or("it has no images that could go with it")?;
+        Ok(Box::new(Outgoing(Arc::clone(images))))
+    }
+
     fn quiesce_disks(&mut self) -> MachineResult<()> {
         self.guest.step("quiesce")
     }
@@ -482,7 +509,7 @@ impl SourceMachine for Source {
         }
         assert_eq!(self.throttle_percent, 0, "the guest runs as it did before");
         if state == RunState::Running {
-            self.guest.world.run(&self.guest.name);
+            self.guest.run();
         }
         Ok(())
     }
@@ -511,6 +538,8 @@ pub struct Factory {
     pub needs_all: Option<&'static str>,
     /// How many machines were built.
     pub built: u32,
+    /// What comes with a guest.
+    pub images: Option<Arc<Images>>,
 }
 
 impl Factory {
@@ -524,6 +553,7 @@ impl Factory {
             takes_memory: true,
             needs_all: None,
             built: 0,
+            images: None,
         }
     }
 }
@@ -544,6 +574,11 @@ impl DestinationFactory for Factory {
         expected()
     }
 
+    fn receive_disks(&mut self, session: &Id, disks: &[Disk]) -> MachineResult<Box<dyn IncomingDisks>> {
+        let images = self.images.as_ref().ok_or("this machine has its own")?;
+        Ok(Box::new(Incoming::begin(images, session, disks)?))
+    }
+
     fn can_miss_pages(&mut self) -> MachineResult<()> {
         self.needs_all.map_or(Ok(()), |reason| Err(reason.into()))
     }
@@ -551,6 +586,7 @@ impl DestinationFactory for Factory {
     fn build(&mut self, _source: &Description) -> MachineResult<Arriving> {
         let mut guest = Guest::new(&self.name, &self.world);
         guest.trouble = self.trouble;
+        guest.images = self.images.clone();
         guest.step("build")?;
         self.built += 1;
         Ok(Arriving(guest, self.takes_memory))
@@ -637,7 +673,7 @@ impl DestinationMachine for Arriving {
             handed_over |= memory.make_writable(block)?;
         }
         if state == RunState::Running {
-            self.0.world.run(&self.0.name);
+            self.0.run();
             if handed_over {
                 // What the guest does first here must never be seen by one that goes on there.
                 self.0.write(0, 17, 0x5eed);

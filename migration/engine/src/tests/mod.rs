@@ -2,6 +2,7 @@
 
 mod channels;
 mod convergence;
+mod disks;
 mod faults;
 mod file;
 mod fill;
@@ -15,6 +16,7 @@ mod passed;
 mod postcopy;
 mod secure;
 mod snapshot;
+mod storage;
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;

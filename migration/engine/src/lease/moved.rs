@@ -1,0 +1,235 @@
+//! The lease of a guest that goes with its images: one record at each end, each beside its own images, and none that both see.
+//!
+//! ```text
+//! source       owned ----mark-moved----> moved ----take-back----> owned      (generation + 1)
+//! destination  nothing, or a record that nobody holds ----expect----> incoming ----take----> taken
+//!                 ^------------------------------------------------ forget | expect_again --'
+//! ```
+//! `moved` is written before the first byte of COMMIT, `taken` before the guest runs, each by one write that is whole or never
+//! happened. So whatever is cut off at whatever moment: a record that lets a guest start lies at one end at most. Between the two
+//! writes it lies at neither, and only who knows both ends can tell; that is the operator's word, to a source that lives
+//! ([`Word`](crate::Word)), or by [`Lease::claim_stale`] to one that does not.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::{Error, Id, Lease, Record, State, rules};
+
+/// What keeps a guest that is not here from being started.
+pub(super) fn refusal(path: PathBuf, record: Box<Record>) -> Error {
+    match record.is_in_file() {
+        true => Error::Suspended { path, record },
+        false => Error::WithoutGuest { path, record },
+    }
+}
+
+impl Lease {
+    /// Source, before the first byte of COMMIT: the images beside the record are stale, or will be. Safe to call again.
+    ///
+    /// # Errors
+    /// [`Error::Moved`]: the guest is not ours to give. Others: the record may say it all the same.
+    pub fn mark_moved(&mut self, session: &Id, peer: &str) -> Result<(), Error> {
+        let action = "mark its images as moved";
+        let mut locked = self.locked()?;
+        let record = locked.current(action)?;
+        let state = State::Moved { session: *session, peer: peer.to_owned() };
+        if record.state == state && record.owner.id == self.owner.id {
+            return Ok(());
+        }
+        if !rules::holds(&record, &self.owner.id) {
+            return Err(locked.moved(action, record));
+        }
+        locked.write(record.lease, record.generation, state)
+    }
+
+    /// Source: the destination never will run the guest of `session`, which is ours as before. Harmless if it never said otherwise.
+    ///
+    /// # Errors
+    /// [`Error::Moved`]: someone else wrote it. Others: the record may still say that the images have moved.
+    pub fn take_back(&mut self, session: &Id) -> Result<(), Error> {
+        let action = "take the images back";
+        let mut locked = self.locked()?;
+        let record = locked.current(action)?;
+        if rules::holds(&record, &self.owner.id) {
+            return Ok(());
+        }
+        let ours = record.owner.id == self.owner.id
+            && matches!(&record.state, State::Moved { session: s, .. } if s == session);
+        if !ours {
+            return Err(locked.moved(action, record));
+        }
+        let next = self.next(record.generation)?;
+        locked.write(record.lease, next, State::Owned)
+    }
+
+    /// At the start of a VM whose guest has gone elsewhere with its images: makes us the owner all the same. Who does that knows that
+    /// it does not run there.
+    ///
+    /// # Errors
+    /// As [`claim`](Self::claim), but for images that have moved.
+    pub fn claim_stale(&mut self) -> Result<(u64, Option<Record>), Error> {
+        self.claim_unless(|record| record.is_in_file() || matches!(record.state, State::Incoming { .. }))
+    }
+
+    /// Destination, before anything is written to an image: what is beside the record is nobody's from now on. `replace` says that a
+    /// guest may be given up for it whose record this is; without, there must be none, or one that never came to be a guest. Returns
+    /// the generation to [take](Self::take), and what the record said.
+    ///
+    /// # Errors
+    /// [`Error::Held`]; [`Error::Moved`]: there is a guest.
+    pub fn expect(&mut self, session: &Id, replace: bool) -> Result<(u64, Option<Record>), Error> {
+        let action = "receive images where those of a guest are";
+        let incoming = State::Incoming { session: *session };
+        self.claim_as(incoming, action, |record| {
+            replace || record.is_none_or(|record| matches!(record.state, State::Incoming { .. }))
+        })
+    }
+
+    /// Destination: it was taken, or may have been, but nothing ran and nothing ever will.
+    ///
+    /// # Errors
+    /// The record may still say that the guest is ours.
+    pub fn expect_again(&mut self, session: &Id) -> Result<(), Error> {
+        let action = "give up the images of a guest that did not come";
+        {
+            let mut locked = self.locked()?;
+            let record = locked.current(action)?;
+            if rules::is_taken(&record, &self.owner.id, session) {
+                locked.write(record.lease, record.generation, State::Incoming { session: *session })?;
+            } else if !rules::is_incoming(&record, &self.owner.id, session) {
+                return Err(locked.moved(action, record));
+            }
+        }
+        self.leave()
+    }
+
+    /// Destination: nothing came, and the images are gone. Removes the record, if it is still ours.
+    ///
+    /// # Errors
+    /// It stays.
+    pub fn forget(self, session: &Id) -> Result<(), Error> {
+        let locked = self.locked()?;
+        let record = locked.current("remove it")?;
+        if !rules::is_incoming(&record, &self.owner.id, session) {
+            return Err(locked.moved("remove it", record));
+        }
+        match std::fs::remove_file(&self.path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(self.io("remove it", error)),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{NotTaken, Owner};
+    use super::*;
+
+    const SESSION: Id = [3; 16];
+
+    struct Hosts {
+        folder: tempfile::TempDir,
+    }
+
+    impl Hosts {
+        fn new() -> Self {
+            Self { folder: tempfile::tempdir().unwrap() }
+        }
+
+        fn lease(&self, host: &str) -> Lease {
+            Lease::open(&self.folder.path().join(host), Owner::this_process(host).unwrap()).unwrap()
+        }
+
+        /// Whether a guest would start there once nobody lives any more.
+        fn starts(&self, host: &str) -> bool {
+            let path = self.folder.path().join(host);
+            // The power is back: no lock of before is there.
+            let copy = self.folder.path().join("after");
+            std::fs::copy(path, &copy).unwrap();
+            let mut lease = Lease::open(&copy, Owner::this_process("later").unwrap()).unwrap();
+            lease.claim().is_ok()
+        }
+
+        fn starting(&self) -> Vec<&'static str> {
+            ["source", "destination"].into_iter().filter(|host| self.starts(host)).collect()
+        }
+    }
+
+    #[test]
+    fn whenever_the_power_is_cut_one_end_at_most_starts_the_guest_and_neither_only_during_the_hand_over() {
+        let hosts = Hosts::new();
+        let (mut source, mut destination) = (hosts.lease("source"), hosts.lease("destination"));
+        source.claim().unwrap();
+        let (generation, before) = destination.expect(&SESSION, false).unwrap();
+        assert_eq!(before, None);
+        assert_eq!(hosts.starting(), ["source"], "images come");
+        source.mark_moved(&SESSION, "there").unwrap();
+        source.mark_moved(&SESSION, "there").unwrap();
+        assert!(hosts.starting().is_empty(), "COMMIT is on its way");
+        destination.take(&SESSION, generation, || Ok(())).unwrap();
+        assert_eq!(hosts.starting(), ["destination"], "it arrived");
+        assert!(matches!(source.take_back(&[4; 16]), Err(Error::Moved { .. })));
+        drop(destination);
+        assert_eq!(hosts.starting(), ["destination"]);
+    }
+
+    #[test]
+    fn a_guest_that_was_not_taken_starts_at_its_source() {
+        let hosts = Hosts::new();
+        let (mut source, mut destination) = (hosts.lease("source"), hosts.lease("destination"));
+        let (first, _) = source.claim().unwrap();
+        source.take_back(&SESSION).unwrap();
+        let (generation, _) = destination.expect(&SESSION, false).unwrap();
+        source.mark_moved(&SESSION, "there").unwrap();
+        let refused = destination.take(&SESSION, generation, || Err("a disk is gone".to_owned()));
+        assert!(matches!(refused, Err(NotTaken::Refused(Error::Condition { .. }))));
+        destination.expect_again(&SESSION).unwrap();
+        assert!(hosts.starting().is_empty());
+        source.take_back(&SESSION).unwrap();
+        assert_eq!(hosts.starting(), ["source"]);
+        assert_eq!(source.read().unwrap().unwrap().generation, first + 1);
+        destination.forget(&SESSION).unwrap();
+        assert!(!hosts.folder.path().join("destination").exists());
+    }
+
+    #[test]
+    fn what_was_taken_and_never_ran_is_given_up_before_the_source_may_have_it() {
+        let hosts = Hosts::new();
+        let mut destination = hosts.lease("destination");
+        let (generation, _) = destination.expect(&SESSION, false).unwrap();
+        destination.take(&SESSION, generation, || Ok(())).unwrap();
+        destination.expect_again(&SESSION).unwrap();
+        assert!(!hosts.starts("destination"));
+        assert!(matches!(destination.take(&[9; 16], generation, || Ok(())), Err(NotTaken::Refused(_))));
+    }
+
+    #[test]
+    fn stale_and_unfinished_images_are_refused_and_only_the_stale_ones_by_force_not() {
+        let hosts = Hosts::new();
+        let mut moved = hosts.lease("source");
+        moved.claim().unwrap();
+        moved.mark_moved(&SESSION, "there").unwrap();
+        drop(moved);
+        let mut again = hosts.lease("source");
+        for error in [again.check_claim(), again.claim().map(drop), again.claim_anew().map(drop)] {
+            let error = error.unwrap_err();
+            assert!(matches!(error, Error::WithoutGuest { .. }), "{error}");
+            assert!(error.to_string().contains("moved to there in session 0303"), "{error}");
+        }
+        let other = hosts.lease("source").expect(&[5; 16], false).unwrap_err();
+        assert!(matches!(other, Error::Moved { .. }), "{other}");
+        again.claim_stale().unwrap();
+        drop(again);
+
+        let mut unfinished = hosts.lease("destination");
+        unfinished.expect(&SESSION, false).unwrap();
+        let held = hosts.lease("destination").expect(&[5; 16], true).unwrap_err();
+        assert!(matches!(held, Error::Held { .. }), "{held}");
+        drop(unfinished);
+        let mut again = hosts.lease("destination");
+        for error in [again.check_claim(), again.claim().map(drop), again.claim_stale().map(drop)] {
+            assert!(error.unwrap_err().to_string().contains("incoming in session 0303"));
+        }
+        again.expect(&[5; 16], false).unwrap();
+    }
+}

@@ -1,0 +1,142 @@
+//! Images on their way in.
+
+use std::fmt;
+use std::ops::Range;
+
+use super::wire::{DigestTable, Kind, Run};
+use super::{Disk, IncomingDisks, described};
+use crate::lease::{Id, NotTaken};
+use crate::protocol::Hello;
+use crate::{Description, DestinationFactory, Error, PageBitmap, Statistics, features};
+
+/// The step, in errors.
+const DOING: &str = "receiving images";
+
+/// The images of a guest that comes. Dropping it gives them up, unless they are owned.
+pub(crate) struct Arriving {
+    disks: Vec<Disk>,
+    images: Box<dyn IncomingDisks>,
+    /// Blocks that were spoken of, for each image: at the end all were.
+    came: Vec<PageBitmap>,
+    /// Blocks that may be no zeroes.
+    filled: Vec<PageBitmap>,
+    table: DigestTable,
+}
+
+impl fmt::Debug for Arriving {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Arriving").field("disks", &self.disks).finish_non_exhaustive()
+    }
+}
+
+impl Arriving {
+    /// Makes room for what `hello` says that comes, if any, and takes that out of its description.
+    pub fn of<F: DestinationFactory>(
+        factory: &mut F,
+        hello: &Hello,
+        source: &mut Description,
+        statistics: &Statistics,
+    ) -> Result<Option<Self>, Error> {
+        if hello.features & features::STORAGE == 0 {
+            return Ok(None);
+        }
+        let refused = |reason: String| Error::Refused { reasons: vec![reason] };
+        let disks = described(source).map_err(refused)?;
+        let images = factory
+            .receive_disks(&hello.session, &disks)
+            .map_err(|source| refused(Error::Machine { doing: "receive the images", source }.chain()))?;
+        let total_bytes = disks.iter().map(|disk| disk.length_bytes).sum();
+        statistics.update(|s| {
+            s.storage = Some(crate::Storage { total_bytes, ..crate::Storage::default() });
+        });
+        let none = |disk: &Disk| PageBitmap::new(disk.blocks());
+        let filled = |(index, disk): (usize, &Disk)| {
+            let mut filled = none(disk);
+            if !images.is_blank(index) {
+                filled.set_range(0..disk.blocks());
+            }
+            filled
+        };
+        Ok(Some(Self {
+            came: disks.iter().map(none).collect(),
+            filled: disks.iter().enumerate().map(filled).collect(),
+            table: DigestTable::new(&disks),
+            disks,
+            images,
+        }))
+    }
+
+    /// Places a run of blocks.
+    pub fn place(&mut self, body: &[u8], statistics: &Statistics) -> Result<(), Error> {
+        let (run, contents) = Run::decode(body, &self.disks).map_err(wrong)?;
+        let index = usize::from(run.disk);
+        let (Some(came), Some(filled)) = (self.came.get_mut(index), self.filled.get_mut(index)) else {
+            return Ok(());
+        };
+        came.set_range(run.blocks());
+        let written = match run.kind {
+            Kind::Data => {
+                filled.set_range(run.blocks());
+                self.images.write(index, run.range.start, contents)
+            }
+            Kind::Zeroes => {
+                // What is no zeroes by now. Holes stay holes, and nobody has to look.
+                let mut from = run.blocks().start;
+                let mut written = Ok(());
+                while written.is_ok()
+                    && let Some(blocks) = next_of(filled, from..run.blocks().end)
+                {
+                    from = blocks.end;
+                    filled.clear_range(blocks.clone());
+                    let end = (blocks.end * super::BLOCK_BYTES).min(run.range.end);
+                    written = self.images.write_zeroes(index, blocks.start * super::BLOCK_BYTES..end);
+                }
+                written
+            }
+        };
+        written.map_err(|source| Error::Machine { doing: "write an image", source })?;
+        self.table.add(&run);
+        statistics.update(|s| {
+            if let Some(storage) = &mut s.storage {
+                storage.transferred_bytes += body.len() as u64;
+            }
+        });
+        Ok(())
+    }
+
+    /// Everything has come: makes it stable. Returns the digest of all of it.
+    pub fn finish(&mut self) -> Result<u64, Error> {
+        for (disk, came) in self.disks.iter().zip(&self.came) {
+            let missing = disk.blocks() - came.count();
+            if missing > 0 {
+                return Err(wrong(format!("{missing} blocks of image {} did not come", disk.name)));
+            }
+        }
+        self.images.sync().map_err(Error::machine("make the images stable"))?;
+        Ok(self.table.digest())
+    }
+
+    /// See [`IncomingDisks::own`].
+    pub fn own(
+        &mut self,
+        session: &Id,
+        open: &mut dyn FnMut() -> Result<(), String>,
+    ) -> Result<(), NotTaken> {
+        self.images.own(session, open)
+    }
+
+    /// See [`IncomingDisks::disown`].
+    pub fn disown(&mut self, session: &Id) -> Result<(), Error> {
+        self.images.disown(session).map_err(Error::machine("give the images up"))
+    }
+}
+
+/// The next blocks of `filled` in `range`.
+fn next_of(filled: &PageBitmap, range: Range<u64>) -> Option<Range<u64>> {
+    let run = filled.run_from(range.start, u64::MAX)?;
+    (run.start < range.end).then(|| run.start..run.end.min(range.end))
+}
+
+fn wrong(reason: String) -> Error {
+    Error::Protocol { doing: DOING, reason }
+}
