@@ -13,7 +13,9 @@ use signal_hook::consts::SIGINT;
 use transport::Uri;
 
 use super::control::word;
-use crate::control::{Client, Finished, Limits, MigrateRequest, MigrationInfo, MigrationStatus, RamStats};
+use crate::control::{
+    Client, DiskStats, Finished, Limits, MigrateRequest, MigrationInfo, MigrationStatus, RamStats,
+};
 
 /// Exit status after a second Ctrl-C: the shell's for SIGINT.
 const INTERRUPTED: i32 = 130;
@@ -37,6 +39,7 @@ Examples:
   ferry migrate --api vm.sock --local unix:/run/move.sock
   ferry migrate --api vm.sock fd:7 7<>/dev/tcp/127.0.0.1/4444      # in bash
   ferry migrate --api vm.sock --postcopy tcp:127.0.0.1:4444
+  ferry migrate --api vm.sock --with-storage --tls-dir /etc/ferry tcp:node2.example:4444
   ferry migrate --api vm.sock file:suspended.ferry")]
 pub struct MigrateArguments {
     /// Control socket of the machine (its --api).
@@ -62,6 +65,11 @@ pub struct MigrateArguments {
     /// both processes and dies with either; a lost link is replaced by `ferry recover`.
     #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "after-first-round")]
     pub postcopy: Option<PostcopyWhen>,
+    /// Take the images along that the guest may write, to a host that shares none with this one and waits with ferry run --with-storage.
+    /// Holes stay holes. What is left here when the guest has gone is stale, and refused by ferry run. Each host has its own lease, so that
+    /// a link that breaks at the very end may need an operator (ferry confirm, ferry reclaim).
+    #[arg(long, conflicts_with_all = ["local", "postcopy"])]
+    pub with_storage: bool,
     /// Print the report in JSON.
     #[arg(long)]
     pub json: bool,
@@ -153,6 +161,7 @@ impl MigrateArguments {
             insecure: self.insecure,
             local: self.local,
             postcopy: self.postcopy.map(|start| start.name().to_owned()),
+            storage: self.with_storage,
         };
         let mut display = Display::new();
         let finished = client.migrate(&request, &*cancelled_by_interrupt()?, |info| display.show(info));
@@ -255,6 +264,9 @@ fn progress(info: &MigrationInfo) -> String {
             HumanBytes(*remaining)
         );
     }
+    if let Some(DiskStats { remaining, total, .. }) = &info.disk {
+        text += &format!(", {} of {} of images remain", HumanBytes(*remaining), HumanBytes(*total));
+    }
     if let Some(expected) = info.expected_downtime.filter(|expected| *expected > 0) {
         text += &format!(", would stop for {expected} ms");
     }
@@ -285,6 +297,9 @@ fn summary(finished: &Finished) -> String {
     } else if let Some(ram) = &info.ram {
         let rounds = if ram.dirty_sync_count == 1 { "round" } else { "rounds" };
         parts.push(format!("{} {rounds}, {} sent", ram.dirty_sync_count, HumanBytes(ram.transferred)));
+    }
+    if let Some(DiskStats { transferred, .. }) = &info.disk {
+        parts.push(format!("{} of them of images", HumanBytes(*transferred)));
     }
     if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) }
 }
@@ -319,6 +334,9 @@ mod tests {
             progress(&active()),
             "active, round 3, 1.00 MiB/s, dirties 1.00 MiB/s, 1.00 MiB remain, would stop for 7 ms"
         );
+        let disk = Some(DiskStats { remaining: 3 << 20, total: 5 << 30, ..DiskStats::default() });
+        let text = progress(&MigrationInfo { disk, ..active() });
+        assert!(text.contains("3.00 MiB of 5.00 GiB of images remain"), "{text}");
         let slowed = MigrationInfo { cpu_throttle_percentage: Some(30), ..active() };
         assert!(progress(&slowed).ends_with(", would stop for 7 ms, vCPUs slowed down by 30 %"));
     }

@@ -42,6 +42,10 @@ Examples:
       --ns controller=c0,nsid=5,backend=memory,size=64M,lba=4096 \\
       --ns controller=c0,nsid=9,backend=file,path=b.raw,ro
 
+  # A guest that brings its disk from a host with which this one shares nothing:
+  ferry run --nvme path=new.raw,serial=disk0 --api new.sock --incoming tcp:0.0.0.0:4444 --tls-dir /etc/ferry --with-storage
+  ferry migrate --api vm.sock --tls-dir /etc/ferry --with-storage tcp:node2.example:4444       # there
+
 Ctrl-C and SIGTERM end the guest and the process; `ferry status|stop|cont|migrate|quit --api vm.sock` ask it for less.")]
 #[allow(rustdoc::broken_intra_doc_links, reason = "brackets of optional parts, as --help shows them")]
 pub struct RunArguments {
@@ -137,6 +141,18 @@ pub struct RunArguments {
     /// Read and verify all of the file of --incoming file:PATH before the guest runs, instead of what it touches while it runs.
     #[arg(long, requires = "incoming")]
     pub verify: bool,
+    /// Expect a guest that brings its images (ferry migrate --with-storage): those that it may write are made here when it comes, where
+    /// nothing is, or nothing in it. Until the guest is here they are nobody's, and if it does not come they are removed. Images that it
+    /// only reads must be here.
+    #[arg(long, requires = "incoming", conflicts_with = "clone")]
+    pub with_storage: bool,
+    /// With --with-storage: give up what is in the place of the images, for the guest that comes. Block devices need it.
+    #[arg(long, requires = "with_storage")]
+    pub overwrite: bool,
+    /// Start the guest from images that it has left for another host. What it did there since is lost; say so only if it does not run
+    /// there.
+    #[arg(long, conflicts_with = "incoming")]
+    pub force_stale: bool,
     /// Start the guest anew though it lies suspended in a file, which can then not be restored any more.
     #[arg(long, conflicts_with = "incoming")]
     pub discard_suspended: bool,

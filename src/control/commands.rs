@@ -135,9 +135,11 @@ fn migrate(context: &Context, mut arguments: Arguments) -> Result<Value, QmpErro
     let tls_dir = arguments.optional_string("x-ferry-tls-dir")?.map(PathBuf::from);
     let insecure = arguments.optional_bool("x-ferry-insecure")?.unwrap_or(false);
     let local = arguments.optional_bool("x-ferry-local")?.unwrap_or(false);
+    let storage = arguments.optional_bool("x-ferry-with-storage")?.unwrap_or(false);
     arguments.finish()?;
     let descriptor = uri.strip_prefix("fd:").map(|name| context.descriptors.take(name)).transpose()?;
-    context.operations.migrate(MigrationTarget { uri, postcopy, tls_dir, insecure, descriptor, local })?;
+    let target = MigrationTarget { uri, postcopy, tls_dir, insecure, descriptor, local, storage };
+    context.operations.migrate(target)?;
     nothing()
 }
 

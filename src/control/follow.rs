@@ -29,6 +29,8 @@ pub struct MigrateRequest {
     pub local: bool,
     /// When memory may follow after the guest, as `migrate` has it; what the machine's capability says, if nothing is said.
     pub postcopy: Option<String>,
+    /// Whether the images that the guest may write go along.
+    pub storage: bool,
 }
 
 /// How a migration ended.
@@ -63,6 +65,7 @@ impl Client {
         target.extend(request.insecure.then(|| ("x-ferry-insecure".to_owned(), json!(true))));
         target.extend(request.local.then(|| ("x-ferry-local".to_owned(), json!(true))));
         target.extend(request.postcopy.as_ref().map(|start| ("x-ferry-postcopy".to_owned(), json!(start))));
+        target.extend(request.storage.then(|| ("x-ferry-with-storage".to_owned(), json!(true))));
         self.execute("migrate", target.into())?;
         self.follow_unless_cancelled(cancel, progress)
     }

@@ -49,9 +49,10 @@ pub use cpu::FerryCpu;
 pub use event::{Event, EventBus, NamespaceChange, ShutdownCause};
 pub use follow::{Finished, MigrateRequest};
 pub use operations::{
-    AccessScope, AccessState, FerryAccess, FerryDisk, FerryDowntime, FerryLease, FerryMember, FerryMigration,
-    FerryOwnership, FerryPostcopy, FerryStart, FerryStatus, MigrationInfo, MigrationParameters,
-    MigrationStatus, MigrationTarget, MultifdCompression, Operations, RamStats, Refusal, RunState,
+    AccessScope, AccessState, DiskStats, FerryAccess, FerryDisk, FerryDowntime, FerryLease, FerryMember,
+    FerryMigration, FerryOwnership, FerryPostcopy, FerryStart, FerryStatus, MigrationInfo,
+    MigrationParameters, MigrationStatus, MigrationTarget, MultifdCompression, Operations, RamStats, Refusal,
+    RunState,
 };
 pub use server::Server;
 

@@ -104,6 +104,8 @@ pub struct MigrationTarget {
     pub local: bool,
     /// When guest memory may follow after the guest; what the capability says, if nothing is said.
     pub postcopy: Option<engine::PostcopyStart>,
+    /// The images that the guest may write go along.
+    pub storage: bool,
 }
 
 impl From<&str> for MigrationTarget {
@@ -208,6 +210,9 @@ pub struct MigrationInfo {
     /// RAM, once it moves.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ram: Option<RamStats>,
+    /// Images that go with the guest, by QEMU's name for what it had of the kind.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub disk: Option<DiskStats>,
     /// Milliseconds since it began, or that it took.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub total_time: Option<u64>,
@@ -243,6 +248,7 @@ impl MigrationInfo {
         Self {
             status,
             ram: None,
+            disk: None,
             total_time: None,
             setup_time: None,
             expected_downtime: None,
@@ -294,6 +300,22 @@ pub struct RamStats {
     pub postcopy_bytes: u64,
     /// Failures of zero-copy.
     pub dirty_sync_missed_zero_copy: u64,
+}
+
+/// What QEMU's `MigrationStats` says of images that go with the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct DiskStats {
+    /// Bytes sent, or received.
+    pub transferred: u64,
+    /// Bytes still to send, as of the last look at the dirty blocks; 0 at a destination.
+    pub remaining: u64,
+    /// Bytes of the images, holes included.
+    pub total: u64,
+    /// Times that the dirty blocks were collected.
+    pub dirty_sync_count: u64,
+    /// Bytes of the images that were sent while the guest was stopped.
+    pub downtime_bytes: u64,
 }
 
 /// QEMU's `MigrationParameters`, as far as they are known here.

@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use engine::lease::Id;
+use engine::storage::{Disk, IncomingDisks};
 use engine::{
     Description, DestinationFactory, DestinationMachine, MachineResult, MissingPages, PAGE_BYTES, RamBlock,
     RunState,
@@ -11,6 +13,7 @@ use engine::{
 use stream::{Expected, SectionSet};
 
 use super::paging::Paging;
+use super::storage::Incoming;
 use super::{description, processor, ram_blocks};
 use crate::kvm::GuestTime;
 use crate::machine::{Action, Machine, Resources};
@@ -28,13 +31,22 @@ pub struct Factory {
     offer: Offer,
     /// Its memory.
     blocks: Vec<stream::RamBlock>,
+    /// The images of the attempt that begins have been made.
+    has_images: bool,
 }
 
 impl Factory {
     /// For guests that come over a link or out of a file, which decides how their clocks go on.
     #[must_use]
     pub fn new(vmm: &Arc<Vmm>, time: GuestTime) -> Self {
-        Self { vmm: Arc::clone(vmm), time, machine: None, offer: Offer::default(), blocks: Vec::new() }
+        Self {
+            vmm: Arc::clone(vmm),
+            time,
+            machine: None,
+            offer: Offer::default(),
+            blocks: Vec::new(),
+            has_images: false,
+        }
     }
 
     fn prepare(&mut self) -> anyhow::Result<Machine> {
@@ -55,7 +67,24 @@ impl DestinationFactory for Factory {
         Machine::expected(&self.vmm.spec, self.blocks.clone())
     }
 
+    fn receive_disks(&mut self, session: &Id, disks: &[Disk]) -> MachineResult<Box<dyn IncomingDisks>> {
+        let come = self.vmm.images_come;
+        let come =
+            come.ok_or("the destination has its own: start it with --with-storage for those of the source")?;
+        // One that was built on images of before.
+        self.machine = None;
+        let mut images = Incoming::make(&self.vmm, come, session, disks)?;
+        let machine = self.prepare()?;
+        images.open(machine.resources())?;
+        self.machine = Some(machine);
+        self.has_images = true;
+        Ok(Box::new(images))
+    }
+
     fn description(&mut self) -> MachineResult<Description> {
+        if self.vmm.images_come.is_some() && !std::mem::take(&mut self.has_images) {
+            return Err("it was started --with-storage, and the source keeps its images (ferry migrate --with-storage)".into());
+        }
         // What guests create in a folder changes while one waits for them: it is looked at anew.
         if self.vmm.spec.controllers.iter().any(|controller| controller.subsystem.is_some()) {
             self.machine = None;

@@ -20,6 +20,8 @@ pub enum Job {
         local: bool,
         /// When memory may follow after the guest.
         postcopy: PostcopyStart,
+        /// Its images go along.
+        storage: bool,
     },
     /// It goes on, and is in a file as well.
     Snapshot {

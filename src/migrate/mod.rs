@@ -15,6 +15,7 @@ mod paging;
 mod processor;
 mod report;
 mod source;
+mod storage;
 
 use std::os::fd::OwnedFd;
 use std::str::FromStr;
@@ -38,6 +39,7 @@ use destination::Factory;
 use following::{ProcessDoor, Ways};
 pub use job::Job;
 use source::Source;
+pub use storage::ImagesCome;
 
 /// Between two rounds of attempts to settle a hand-over whose outcome is unknown.
 const SETTLE_INTERVAL: Duration = Duration::from_secs(1);
@@ -128,11 +130,24 @@ impl Migrations {
         let security = Security::chosen(target.tls_dir.as_deref(), target.insecure)?;
         ensure_link(&uri, &security)?;
         let (endpoint, descriptor) = (Endpoint { uri, security }, target.descriptor);
-        let postcopy = target.postcopy.unwrap_or(match self.may_follow() {
+        let (local, storage) = (target.local, target.storage);
+        if storage {
+            let is_file = matches!(endpoint.uri, Uri::File { .. });
+            ensure!(!is_file, "a file takes no images along: ferry snapshot copies them");
+            ensure!(
+                !local,
+                "a process of this host can have the images themselves, and not only what is in them"
+            );
+            ensure!(
+                target.postcopy.is_none(),
+                "a guest that brings its images waits until all of it has gone"
+            );
+        }
+        let postcopy = target.postcopy.unwrap_or(match self.may_follow() && !storage {
             true => PostcopyStart::WhenAsked,
             false => PostcopyStart::Never,
         });
-        self.begin(vmm, Job::Move { endpoint, descriptor, local: target.local, postcopy })
+        self.begin(vmm, Job::Move { endpoint, descriptor, local, postcopy, storage })
     }
 
     /// Begins to move the guest, or to write it into a file; returns when the migration thread runs.
@@ -176,6 +191,7 @@ impl Migrations {
         // Here and not on its thread: a cancel that follows on the command must not be lost.
         self.parameters.begin();
         self.parameters.set_local(matches!(job, Job::Move { local: true, .. }));
+        self.parameters.set_storage(matches!(job, Job::Move { storage: true, .. }));
         if let Job::Move { endpoint, postcopy, .. } = &job {
             self.parameters.set_postcopy(*postcopy);
             self.ways.begin(Some(endpoint));
@@ -201,7 +217,9 @@ impl Migrations {
 
     /// The migration thread of a source.
     fn send(&self, vmm: &Vmm, source: &mut Source, job: Job, statistics: &Statistics) {
-        let mut lease = vmm.take_lease();
+        // Of images that go along each end has a lease of its own: it says where they are, and decides nothing.
+        let with_storage = matches!(job, Job::Move { storage: true, .. });
+        let mut lease = if with_storage { None } else { vmm.take_lease() };
         let patience = Patience::default();
         let mut context =
             Context { lease: lease.as_mut(), parameters: &self.parameters, statistics, patience };
@@ -233,7 +251,9 @@ impl Migrations {
             }
             outcome = handover.resolve(source, &mut dial, &mut context);
         }
-        vmm.return_lease(lease);
+        if !with_storage {
+            vmm.return_lease(lease);
+        }
     }
 
     /// Begins to wait for a guest from `endpoint`, which may be the socket `descriptor`.
@@ -265,7 +285,9 @@ impl Migrations {
                 let mut lease = vmm.take_lease();
                 let result =
                     vmm.migrations.receive(&vmm, lease.as_mut(), &uri, listener.as_ref(), &statistics);
-                vmm.return_lease(lease);
+                if vmm.images_come.is_none() {
+                    vmm.return_lease(lease);
+                }
                 ended.end();
                 if let Err(error) = result {
                     vmm.request(Request::IncomingFailed(error));

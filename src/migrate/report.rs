@@ -7,7 +7,7 @@ use engine::{PAGE_BYTES, Postcopy, Snapshot, Status};
 
 use super::{Migrations, lock};
 use crate::control::{
-    FerryDowntime, FerryMigration, FerryPostcopy, MigrationInfo, MigrationStatus, RamStats,
+    DiskStats, FerryDowntime, FerryMigration, FerryPostcopy, MigrationInfo, MigrationStatus, RamStats,
 };
 
 impl Migrations {
@@ -27,6 +27,13 @@ impl Migrations {
             info.setup_time = Some(milliseconds(snapshot.setup));
             info.ram = Some(ram_stats(&snapshot));
         }
+        info.disk = snapshot.storage.map(|storage| DiskStats {
+            transferred: storage.transferred_bytes,
+            remaining: storage.remaining_bytes,
+            total: storage.total_bytes,
+            dirty_sync_count: storage.rounds.into(),
+            downtime_bytes: storage.downtime_bytes,
+        });
         match snapshot.status {
             Status::Active => {
                 info.expected_downtime = Some(milliseconds(snapshot.expected_downtime));

@@ -2,18 +2,21 @@
 
 use std::fs::File;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
+use engine::lease::Lease;
+use engine::storage::OutgoingDisks;
 use engine::{
     Description, Image, ImageCopy, MachineResult, MemoryDescriptors, PageBitmap, RamBlock, RunState, SaveFor,
     SourceMachine,
 };
 use stream::{DeviceSection, Expected};
 
-use super::{description, images, ram_blocks};
+use super::storage::Outgoing;
+use super::{description, images, lock, ram_blocks};
 use crate::dirty::DirtyTracker;
 use crate::machine::{Action, Machine, RunState as State};
 use crate::vmm::Vmm;
@@ -28,12 +31,14 @@ pub struct Source {
     tracker: Option<DirtyTracker>,
     /// Commands in flight when the stop began.
     in_flight_at_stop: Arc<AtomicU32>,
+    /// The lease of images that go along.
+    lease: Arc<Mutex<Option<Lease>>>,
 }
 
 impl Source {
     /// `machine`, which is that of `vmm`. How many commands were in flight when the stop began goes to `in_flight_at_stop`.
     pub fn new(vmm: &Arc<Vmm>, machine: Arc<Machine>, in_flight_at_stop: Arc<AtomicU32>) -> Self {
-        Self { vmm: Arc::clone(vmm), machine, tracker: None, in_flight_at_stop }
+        Self { vmm: Arc::clone(vmm), machine, tracker: None, in_flight_at_stop, lease: Arc::default() }
     }
 
     /// The guest is ours again but cannot go on; `cont` tries again.
@@ -143,6 +148,10 @@ impl SourceMachine for Source {
         Ok(images::copy(&image.path, into, how)?)
     }
 
+    fn storage(&mut self) -> MachineResult<Box<dyn OutgoingDisks>> {
+        Ok(Box::new(Outgoing::new(&self.vmm, &self.machine, &self.lease)?))
+    }
+
     fn quiesce_disks(&mut self) -> MachineResult<()> {
         Ok(self.machine.resources().sync_images()?)
     }
@@ -177,6 +186,12 @@ impl SourceMachine for Source {
     }
 
     fn finish(&mut self) {
+        if let Some(lease) = &mut *lock(&self.lease)
+            && let Err(error) = lease.leave()
+        {
+            // Presence ends with the process at the latest.
+            log::warn!("{error}");
+        }
         if let Err(error) = self.vmm.act(Action::HandedOver, |_| Ok(())) {
             log::error!("the guest has left, but: {error:#}");
         }

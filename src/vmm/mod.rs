@@ -13,7 +13,7 @@
 
 mod clone;
 mod operations;
-mod ownership;
+pub(crate) mod ownership;
 pub mod phases;
 mod signals;
 #[cfg(test)]
@@ -34,13 +34,22 @@ use crate::console::Console;
 use crate::control::{Event, EventBus, Server, ShutdownCause};
 use crate::kvm::Host;
 use crate::machine::{Action, EventSink, GuestEvent, Machine, Refused, Resources, RunState};
-use crate::migrate::Migrations;
+use crate::migrate::{ImagesCome, Migrations};
 
 /// How long clients may still ask how the guest has left, before the process ends.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How long the requests of a process that was killed may keep its images locked.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
+
+/// What keeps a guest from being started, and is given up.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Despite {
+    /// It lies in a file.
+    pub discard_suspended: bool,
+    /// It has gone elsewhere with its images.
+    pub force_stale: bool,
+}
 
 /// What the main thread is asked to do.
 #[derive(Debug)]
@@ -84,6 +93,8 @@ pub struct Vmm {
     exit_when_migrated: bool,
     /// How a guest comes out of a file.
     restoring: (Reading, Taking),
+    /// A guest that comes brings its images.
+    pub images_come: Option<ImagesCome>,
 }
 
 /// Runs the virtual machine of `arguments` until it ends.
@@ -118,11 +129,16 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
         );
     }
     match &arguments.incoming {
-        None => vmm.boot_first(arguments.discard_suspended)?,
+        None => vmm.boot_first(Despite {
+            discard_suspended: arguments.discard_suspended,
+            force_stale: arguments.force_stale,
+        })?,
         Some(uri) => {
-            let lease = match arguments.clone {
-                true => ownership::open_lease(&vmm.spec)?,
-                false => ownership::open_existing_lease(&vmm.spec)?,
+            let lease = match (arguments.clone, vmm.images_come) {
+                (true, _) => ownership::open_lease(&vmm.spec)?,
+                // It is made with the images, when they come.
+                (false, Some(_)) => None,
+                (false, None) => ownership::open_existing_lease(&vmm.spec)?,
             };
             vmm.return_lease(lease);
             let security = Security::chosen(arguments.tls_dir.as_deref(), arguments.insecure)?;
@@ -165,6 +181,7 @@ impl Vmm {
             machine: Mutex::default(),
             exit_when_migrated: arguments.exit_when_migrated,
             restoring: (reading, taking),
+            images_come: arguments.with_storage.then_some(ImagesCome { overwrite: arguments.overwrite }),
         });
         Ok((vmm, receiver))
     }
@@ -180,15 +197,15 @@ impl Vmm {
     }
 
     /// The first boot: becomes the owner, builds the machine, starts it.
-    fn boot_first(self: &Arc<Self>, discard_suspended: bool) -> anyhow::Result<()> {
-        ownership::check(&self.spec, discard_suspended)?;
+    fn boot_first(self: &Arc<Self>, despite: Despite) -> anyhow::Result<()> {
+        ownership::check(&self.spec, despite)?;
         let resources = Arc::new(Resources::open(&self.spec, false)?);
         self.acquire_images(&resources)?;
         let machine = self.boot(resources)?;
         // Last, so that a machine that cannot be built leaves no trace.
         let mut lease = ownership::open_lease(&self.spec)?;
         if let Some(lease) = &mut lease {
-            ownership::claim(lease, discard_suspended)?;
+            ownership::claim(lease, despite)?;
         }
         self.return_lease(lease);
         // A destination looks for it.

@@ -5,8 +5,9 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
-use engine::lease::{Error, Lease, Owner, Record};
+use engine::lease::{Error, Lease, Owner, Record, State};
 
+use super::Despite;
 use crate::config::MachineSpec;
 use crate::machine::first_writable_file;
 
@@ -33,6 +34,10 @@ pub fn open_existing_lease(spec: &MachineSpec) -> anyhow::Result<Option<Lease>> 
 #[must_use]
 pub fn decides_alone(spec: &MachineSpec) -> Option<String> {
     if let Some((path, record)) = record(spec) {
+        if matches!(record.state, State::Moved { .. }) {
+            // It is this end's alone.
+            return None;
+        }
         return Some(format!("the lease {} decides alone, and says {record}", path.display()));
     }
     let path = lease_path(spec).ok()??;
@@ -42,7 +47,11 @@ pub fn decides_alone(spec: &MachineSpec) -> Option<String> {
 /// The record of a machine that writes no image of the host's, in its folder.
 const LEASE_IN_FOLDER: &str = "ferry-lease";
 
-fn owner(spec: &MachineSpec) -> anyhow::Result<Owner> {
+/// Who this process is in the record of `spec`.
+///
+/// # Errors
+/// The kernel has no randomness.
+pub fn owner(spec: &MachineSpec) -> anyhow::Result<Owner> {
     Owner::this_process(&spec.name).context("cannot name this process in the lease record")
 }
 
@@ -58,12 +67,18 @@ pub fn record(spec: &MachineSpec) -> Option<(PathBuf, Record)> {
 /// between two processes, disturbs nobody.
 ///
 /// # Errors
-/// A living process owns the guest, or a file holds it and `discard_suspended` does not give that up.
-pub fn check(spec: &MachineSpec, discard_suspended: bool) -> anyhow::Result<()> {
+/// A living process owns the guest, or a file holds it, or it went elsewhere, and `despite` does not give that up; or its images are not
+/// all here.
+pub fn check(spec: &MachineSpec, despite: Despite) -> anyhow::Result<()> {
     // A record that cannot be opened is told of by `open_lease`.
     let Ok(Some(lease)) = open_existing_lease(spec) else { return Ok(()) };
     match lease.check_claim() {
-        Err(Error::Suspended { .. }) if discard_suspended => Ok(()),
+        Err(Error::Suspended { .. }) if despite.discard_suspended => Ok(()),
+        Err(Error::WithoutGuest { record, .. })
+            if despite.force_stale && matches!(record.state, State::Moved { .. }) =>
+        {
+            Ok(())
+        }
         result => result.map_err(explain),
     }
 }
@@ -72,8 +87,12 @@ pub fn check(spec: &MachineSpec, discard_suspended: bool) -> anyhow::Result<()> 
 ///
 /// # Errors
 /// As [`check`], or the record cannot be written.
-pub fn claim(lease: &mut Lease, discard_suspended: bool) -> anyhow::Result<()> {
-    let claimed = if discard_suspended { lease.claim_anew() } else { lease.claim() };
+pub fn claim(lease: &mut Lease, despite: Despite) -> anyhow::Result<()> {
+    let claimed = match despite {
+        Despite { discard_suspended: true, .. } => lease.claim_anew(),
+        Despite { force_stale: true, .. } => lease.claim_stale(),
+        Despite { .. } => lease.claim(),
+    };
     claimed.map(drop).map_err(explain)
 }
 
@@ -83,6 +102,14 @@ fn explain(error: Error) -> anyhow::Error {
         Error::Suspended { .. } => {
             "restore it with --incoming file:PATH, or give it up with --discard-suspended".to_owned()
         }
+        Error::WithoutGuest { record, .. } => match &record.state {
+            State::Moved { peer, .. } => format!(
+                "the guest of these images has gone to {peer} with all it had: run it there. Only if it never arrived, and what is \
+                 there still says incoming, run what is here with --force-stale"
+            ),
+            _ => "these images never came whole: let the guest come again with --overwrite, or remove them"
+                .to_owned(),
+        },
         _ => return error.into(),
     };
     anyhow::Error::new(error).context(help)
@@ -103,7 +130,11 @@ pub fn has_lease(spec: &MachineSpec) -> anyhow::Result<bool> {
     Ok(lease_path(spec)?.is_some())
 }
 
-fn lease_path(spec: &MachineSpec) -> anyhow::Result<Option<PathBuf>> {
+/// Where the record of `spec` is, if it has one.
+///
+/// # Errors
+/// It would lie beside a block device.
+pub fn lease_path(spec: &MachineSpec) -> anyhow::Result<Option<PathBuf>> {
     if let Some(path) = &spec.lease {
         return Ok(Some(path.clone()));
     }

@@ -103,7 +103,7 @@ impl Operations for Machine {
     }
 
     fn migrate(&self, target: MigrationTarget) -> Result<(), Refusal> {
-        let MigrationTarget { uri, tls_dir, insecure, descriptor, local, postcopy } = target;
+        let MigrationTarget { uri, tls_dir, insecure, descriptor, local, postcopy, storage } = target;
         let folder = tls_dir.as_ref().map(|folder| format!(" with {}", folder.display()));
         let what: String =
             [uri.as_str(), &*folder.unwrap_or_default(), if insecure { " insecurely" } else { "" }].concat();
@@ -111,6 +111,7 @@ impl Operations for Machine {
             descriptor.map(|descriptor| std::io::read_to_string(std::fs::File::from(descriptor)).unwrap());
         let what = what + &said.map(|said| format!(" where one hears {said}")).unwrap_or_default();
         let what = what + if local { " locally" } else { "" };
+        let what = what + if storage { " with its images" } else { "" };
         let what = what + &postcopy.map(|start| format!(", memory follows {start:?}")).unwrap_or_default();
         let status = MigrationStatus::Setup;
         self.set(|state| state.migration = Some(MigrationInfo::new(status)));

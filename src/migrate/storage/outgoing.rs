@@ -1,0 +1,133 @@
+//! The images of a machine that leaves.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use anyhow::Context;
+use block::Backend;
+use engine::lease::{Id, Lease, show_id};
+use engine::storage::{Disk, OutgoingDisks};
+use engine::{MachineResult, PageBitmap};
+
+use super::{ImageIo, Place, places};
+use crate::machine::Machine;
+use crate::migrate::{images, lock};
+use crate::vmm::Vmm;
+
+/// The images of the machine of a [`Vmm`], for one attempt. The lease is here meanwhile, and goes back in the end.
+pub struct Outgoing {
+    vmm: Arc<Vmm>,
+    /// Shared with the machine, which says in the end that nobody is here any more.
+    lease: Arc<Mutex<Option<Lease>>>,
+    images: Vec<(Place, Arc<dyn Backend>)>,
+    io: ImageIo,
+}
+
+impl Outgoing {
+    /// Those of `machine`, which is that of `vmm`. The lease goes into `lease`.
+    ///
+    /// # Errors
+    /// The guest may write something that is no image of the host's, or nobody has a lease.
+    pub fn new(vmm: &Arc<Vmm>, machine: &Machine, lease: &Arc<Mutex<Option<Lease>>>) -> anyhow::Result<Self> {
+        // What cannot be copied into a snapshot cannot go along either.
+        images::of(&vmm.spec, machine)?;
+        let backend = |place: Place| {
+            let disk = machine.resources().disks().get(place.controller);
+            let images = disk.map(|disk| disk.subsystem.images()).unwrap_or_default();
+            let image = images.into_iter().find(|(nsid, _)| *nsid == place.nsid);
+            let (_, image) = image.with_context(|| format!("there is no image {}", place.name))?;
+            Ok((place, image))
+        };
+        let images = places(&vmm.spec).into_iter().map(backend).collect::<anyhow::Result<Vec<_>>>()?;
+        let io = ImageIo::new()?;
+        let found =
+            vmm.take_lease().context("there is no lease record beside an image, to say where they went")?;
+        *lock(lease) = Some(found);
+        Ok(Self { vmm: Arc::clone(vmm), lease: Arc::clone(lease), images, io })
+    }
+
+    fn image(&self, disk: usize) -> anyhow::Result<(&Place, &Arc<dyn Backend>)> {
+        let (place, image) = self.images.get(disk).with_context(|| format!("there is no image {disk}"))?;
+        Ok((place, image))
+    }
+
+    fn with_lease<T>(
+        &self,
+        change: impl FnOnce(&mut Lease) -> Result<T, engine::lease::Error>,
+    ) -> anyhow::Result<T> {
+        let mut lease = lock(&self.lease);
+        Ok(change(lease.as_mut().context("the lease is with somebody else")?)?)
+    }
+}
+
+impl Drop for Outgoing {
+    fn drop(&mut self) {
+        for (_, image) in &self.images {
+            if let Some(dirty) = image.dirty_blocks() {
+                dirty.disarm();
+            }
+        }
+        self.vmm.return_lease(lock(&self.lease).take());
+    }
+}
+
+impl OutgoingDisks for Outgoing {
+    fn disks(&self) -> Vec<Disk> {
+        let disk = |(place, image): &(Place, Arc<dyn Backend>)| {
+            let capacity_bytes = image.identity().capacity_bytes;
+            Disk {
+                name: place.name.clone(),
+                length_bytes: capacity_bytes - capacity_bytes % place.block_bytes,
+                format: place.format.to_owned(),
+            }
+        };
+        self.images.iter().map(disk).collect()
+    }
+
+    fn start_tracking(&mut self) -> MachineResult<()> {
+        for (place, image) in &self.images {
+            let dirty = image.dirty_blocks();
+            let dirty = dirty.with_context(|| format!("changes of image {} are not seen", place.name))?;
+            dirty.arm(image.identity().capacity_bytes);
+        }
+        Ok(())
+    }
+
+    fn populated(&mut self, disk: usize) -> MachineResult<Vec<Range<u64>>> {
+        let (_, image) = self.image(disk)?;
+        let (mut ranges, mut from) = (Vec::new(), 0);
+        while let Some(range) = image.next_data(from)? {
+            from = range.end;
+            ranges.push(range);
+        }
+        Ok(ranges)
+    }
+
+    fn collect_dirty(&mut self) -> MachineResult<Vec<PageBitmap>> {
+        let disks = self.disks();
+        let collect = |((place, image), disk): (&(Place, Arc<dyn Backend>), &Disk)| {
+            let words = image.dirty_blocks().and_then(block::DirtyBlocks::take);
+            let words = words.with_context(|| format!("changes of image {} are not seen", place.name))?;
+            Ok(PageBitmap::from_words(words, disk.blocks()))
+        };
+        Ok(self.images.iter().zip(&disks).map(collect).collect::<anyhow::Result<_>>()?)
+    }
+
+    fn read(&mut self, disk: usize, offset_bytes: u64, into: &mut [u8]) -> MachineResult<()> {
+        let (place, image) = self.image(disk)?;
+        let (name, image) = (place.name.clone(), Arc::clone(image));
+        let read = self.io.read(&*image, offset_bytes, into);
+        Ok(read.with_context(|| format!("cannot read image {name}"))?)
+    }
+
+    fn mark_moved(&mut self, id: &Id, peer: &str) -> MachineResult<()> {
+        Ok(self.with_lease(|lease| lease.mark_moved(id, peer))?)
+    }
+
+    fn take_back(&mut self, id: &Id) -> MachineResult<()> {
+        let taken = self.with_lease(|lease| lease.take_back(id));
+        Ok(taken.with_context(|| {
+            format!("if session {} never ran elsewhere, start it again with --force-stale", show_id(id))
+        })?)
+    }
+}
