@@ -29,5 +29,6 @@ mod qmp;
 mod refused;
 mod secure;
 mod signals;
+mod storage;
 mod suspend;
 mod tools;
