@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use vmstate::{Bitmap, Value};
 
-use crate::digest::Pieces;
+use crate::digest::{Digests, Pieces};
 use crate::mapped::MappedBlock;
 use crate::ram::{self, PAGE_BYTES, RamBlock, flag};
 use crate::wire::mark;
@@ -15,6 +15,7 @@ use crate::{Error, page_map};
 /// RAM in the mapped layout, which must be finished before a device is written.
 ///
 /// Pages are written to their places in any order. Those that hold nothing but zeros are not written: they stay holes of the file.
+/// In a [`layer`](Self::layer) over another file they are there all the same, as holes that the bitmap has.
 #[derive(Debug)]
 #[must_use = "RAM that is not finished breaks the file"]
 pub struct MappedRamWriter {
@@ -25,6 +26,8 @@ pub struct MappedRamWriter {
     present: Vec<Bitmap>,
     /// Of pages that may be written again, the digest of each that was written. Empty if they may not.
     digests: Vec<Vec<u64>>,
+    /// Pages of zeros are in the file too.
+    keeps_zeros: bool,
 }
 
 impl<W: Write + Seek> StreamWriter<W> {
@@ -63,6 +66,7 @@ impl<W: Write + Seek> StreamWriter<W> {
             places,
             present: present.collect(),
             digests: Vec::new(),
+            keeps_zeros: false,
         })
     }
 
@@ -78,6 +82,12 @@ impl MappedRamWriter {
         let pages = |place: &MappedBlock| vec![0; ram::pages(place.block.length_bytes) as usize];
         self.digests = self.places.iter().map(pages).collect();
         self
+    }
+
+    /// What is not written is not zero, but what another file has in its place. Costs as much as [`following`](Self::following), which it
+    /// includes.
+    pub fn layer(self) -> Self {
+        MappedRamWriter { keeps_zeros: true, ..self.following() }
     }
 
     /// Where the blocks are in the file.
@@ -102,28 +112,40 @@ impl MappedRamWriter {
         let (place, present) = (&self.places[block], &mut self.present[block]); // one for each block
         let first = ram::pages(offset) as usize;
         let count = pages.len() / PAGE_BYTES;
-        let mut written = (first..first + count).filter(|page| present.get(*page));
+        let written: Vec<_> = (first..first + count).filter(|page| present.get(*page)).collect();
         if let Some(digests) = self.digests.get(block) {
-            let written: Vec<_> = written.collect();
-            for page in written {
+            for &page in &written {
                 stream.digests.forget_ram_page(block, (page * PAGE_BYTES) as u64, digests[page]);
                 present.set(page, false);
             }
-        } else if let Some(page) = written.next() {
+        } else if let Some(page) = written.first() {
             let name = &place.block.name;
             return Err(Error::Ram(format!("page {page:#x} of block {name:?} is written a second time")));
         }
+        let mut note = |digests: &mut Digests, at: u64, page: &[u8]| {
+            let digest = digests.ram_page(block, at, page);
+            present.set(ram::pages(at) as usize, true);
+            if let Some(digests) = self.digests.get_mut(block) {
+                digests[ram::pages(at) as usize] = digest; // one for each page
+            }
+        };
         let resume = stream.out.stream_position().map_err(Error::write("RAM"))?;
         for run in runs_of_data(pages) {
             let bytes = &pages[run.clone()];
             stream.write_at(place.pages_offset + offset + run.start as u64, bytes)?;
             for (index, page) in bytes.chunks(PAGE_BYTES).enumerate() {
-                let at = offset + (run.start + index * PAGE_BYTES) as u64;
-                let digest = stream.digests.ram_page(block, at, page);
-                present.set(ram::pages(at) as usize, true);
-                if let Some(digests) = self.digests.get_mut(block) {
-                    digests[ram::pages(at) as usize] = digest; // one for each page
+                note(&mut stream.digests, offset + (run.start + index * PAGE_BYTES) as u64, page);
+            }
+        }
+        if self.keeps_zeros {
+            let zeros = pages.chunks(PAGE_BYTES).zip(first..).filter(|(page, _)| holds_only_zeros(page));
+            for (page, number) in zeros {
+                let at = (number * PAGE_BYTES) as u64;
+                // A hole reads as zeros; what was written there before does not.
+                if written.binary_search(&number).is_ok() {
+                    stream.write_at(place.pages_offset + at, page)?;
                 }
+                note(&mut stream.digests, at, page);
             }
         }
         stream.out.seek(SeekFrom::Start(resume)).map_err(Error::write("RAM"))?;

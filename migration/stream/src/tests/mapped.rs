@@ -336,3 +336,25 @@ proptest! {
         }
     }
 }
+
+/// What is not in it is not zero, so what is zero is in it.
+#[test]
+fn a_layer_has_pages_of_zeros() {
+    let mut writer = StreamWriter::new(Cursor::new(Vec::new()), &Configuration::mapped("ferry-1")).unwrap();
+    let mut ram = writer.start_mapped_ram(&blocks()).unwrap().layer();
+    ram.pages(&mut writer, 0, 4096, &[[0x11; 4096], [0; 4096], [0x22; 4096]].concat()).unwrap();
+    // Zeros over what was written, and the other way round.
+    ram.pages(&mut writer, 0, 4096, &[[0; 4096], [0x33; 4096]].concat()).unwrap();
+    ram.finish(&mut writer).unwrap();
+    writer.device(&DeviceSection::save("clock", 0, &Clock { nanoseconds: 99 })).unwrap();
+    let file = writer.finish_file().unwrap().into_inner();
+    let ram = open(&file).unwrap();
+    assert!(ram.extents(0).eq(std::iter::once(4096..16_384)));
+    let mut buffer = vec![0xff; MIB as usize];
+    ram.read_chunk(0, 0, &mut buffer).unwrap();
+    assert_eq!([buffer[4096], buffer[8191], buffer[8192], buffer[12_288]], [0, 0, 0x33, 0x22]);
+    ram.verify().unwrap();
+    let mut damaged = file.clone();
+    damaged[(MIB + 4096) as usize] = 1;
+    assert!(open(&damaged).unwrap().verify().is_err(), "its zeros have a digest too");
+}
