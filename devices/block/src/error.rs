@@ -51,6 +51,24 @@ pub enum Error {
         /// What is wrong with it.
         source: io::Error,
     },
+    /// An overlay and its base do not belong together.
+    #[error("image {} cannot be used over {}: {reason}", path.display(), base.display())]
+    Overlay {
+        /// The overlay.
+        path: PathBuf,
+        /// What it is to lie over.
+        base: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+    /// An image cannot be made.
+    #[error("cannot make the image {}", path.display())]
+    Create {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// Someone else holds the image. The kernel does not say who.
     #[error("image {} is locked: another process has it (lock for {access} refused)", path.display())]
     Locked {

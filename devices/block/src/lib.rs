@@ -21,8 +21,8 @@
 //! - An image that can be written is locked as long as it is held.
 //! - Whoever copies an image that is in use learns of every change of it ([`DirtyBlocks`]).
 //!
-//! Images: [`FileImage`] (raw file or block device), [`Qcow2Image`], [`MemoryImage`] (travels like RAM), [`NullImage`] (measurement),
-//! [`FaultImage`] and [`VolatileImage`] (tests).
+//! Images: [`FileImage`] (raw file or block device), [`Qcow2Image`] (also as an overlay over a [`Base`]), [`MemoryImage`] (travels like
+//! RAM), [`NullImage`] (measurement), [`FaultImage`] and [`VolatileImage`] (tests).
 //!
 //! Absent: metadata as a thing of their own, caching of our own, ordering between requests in flight (as with real disks there is none),
 //! knowledge of NVMe. The only threads are those of `pool`, where the kernel offers no io_uring, and of images whose library
@@ -41,6 +41,7 @@ mod file;
 mod guest;
 mod memory;
 mod null;
+mod overlay;
 mod pool;
 mod qcow2;
 mod transfer;
@@ -60,5 +61,6 @@ pub use fault::{Fault, FaultControl, FaultImage, Target};
 pub use file::{FileImage, FileOptions};
 pub use memory::MemoryImage;
 pub use null::NullImage;
+pub use overlay::{Base, BaseFormat, create_overlay};
 pub use qcow2::Qcow2Image;
 pub use volatile::VolatileImage;

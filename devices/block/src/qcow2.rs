@@ -18,17 +18,20 @@ use crate::bounce::Bounce;
 use crate::error::failure_of;
 use crate::file::{self, READING, WRITING};
 use crate::guest::check_ranges;
-use crate::{Backend, DirtyBlocks, Error, Failure, Identity, IoContext, Operation, Request};
+use crate::{Backend, Base, DirtyBlocks, Error, Failure, Identity, IoContext, Operation, Request};
 
-type Access = FormatAccess<imago::file::File>;
+/// An open image of any format.
+pub(crate) type Access = FormatAccess<imago::file::File>;
 
 /// An image in a qcow2 file, locked while it is held as a raw file is. Its capacity is what the format says, not the file's size.
 ///
-/// Files with a backing file or an external data file are refused: their names are the file's own, and it is not trusted.
+/// Files with a backing file or an external data file are refused: their names are the file's own, and it is not trusted. An overlay is
+/// opened [over the base](Self::inspect_over) that the caller names.
 #[derive(Debug)]
 pub struct Qcow2Image {
     path: PathBuf,
     read_only: bool,
+    base: Option<Base>,
     capacity_bytes: u64,
     held: ArcSwapOption<Held>,
     dirty: Arc<DirtyBlocks>,
@@ -41,6 +44,8 @@ struct Held {
     access: RwLock<Access>,
     /// The same open file description, for the lock.
     file: File,
+    /// The base, for its lock.
+    base: Option<File>,
 }
 
 impl Qcow2Image {
@@ -50,12 +55,32 @@ impl Qcow2Image {
     /// # Errors
     /// The file cannot be opened for reading, or is no qcow2 image that can be used.
     pub fn inspect(path: impl Into<PathBuf>, read_only: bool) -> Result<Self, Error> {
-        let path = path.into();
-        let access = open_format(file::open(&path, READING)?, &path, false)?;
+        Self::look(path.into(), None, read_only)
+    }
+
+    /// As [`Qcow2Image::inspect`], of an overlay over `base`, which is held with it, locked for reading. To the guest it is an image of
+    /// the kind that the base is, so that an overlay can be in the place of a copy.
+    ///
+    /// # Errors
+    /// As [`Qcow2Image::inspect`], of either; it was not [made](crate::create_overlay) over what the base is.
+    pub fn inspect_over(path: impl Into<PathBuf>, base: Base, read_only: bool) -> Result<Self, Error> {
+        Self::look(path.into(), Some(base), read_only)
+    }
+
+    fn look(path: PathBuf, base: Option<Base>, read_only: bool) -> Result<Self, Error> {
+        let file = file::open(&path, READING)?;
+        let access = match &base {
+            None => open_format(file, &path, false, None)?,
+            Some(base) => {
+                let (base_file, base_access) = base.open()?;
+                open_over(file, &path, false, base, (&base_file, base_access))?
+            }
+        };
         let threads = Blocking::new()
             .map_err(|source| Error::System { what: "start threads for a qcow2 image", source })?;
         Ok(Self {
             read_only,
+            base,
             capacity_bytes: access.size(),
             path,
             held: ArcSwapOption::empty(),
@@ -108,16 +133,40 @@ impl Qcow2Image {
     }
 }
 
-/// Opens the format in `file`.
-fn open_format(file: File, path: &Path, writable: bool) -> Result<Access, Error> {
+/// Opens the format in `file`, over `base` if it is an overlay.
+pub(crate) fn open_format(
+    file: File,
+    path: &Path,
+    writable: bool,
+    base: Option<Access>,
+) -> Result<Access, Error> {
     let opened = imago::file::File::try_from(file).and_then(|file| {
-        Qcow2::<imago::file::File>::builder(file).write(writable).open(DenyImplicitOpenGate::default())
+        let builder = Qcow2::<imago::file::File>::builder(file).write(writable);
+        let builder = if base.is_some() { builder.backing(base) } else { builder };
+        builder.open(DenyImplicitOpenGate::default())
     });
     opened.map(FormatAccess::new).map_err(|source| Error::Format {
         path: path.to_owned(),
         format: "qcow2",
         source,
     })
+}
+
+/// Opens the overlay in `file` over `base`, which is open as `base_file`.
+fn open_over(
+    file: File,
+    path: &Path,
+    writable: bool,
+    base: &Base,
+    (base_file, base_access): (&File, Access),
+) -> Result<Access, Error> {
+    base.check(base_file, &file, path)?;
+    let base_bytes = base_access.size();
+    let access = open_format(file, path, writable, Some(base_access))?;
+    if access.size() != base_bytes {
+        return Err(base.unfit(path, format!("it has {} bytes, and that {base_bytes}", access.size())));
+    }
+    Ok(access)
 }
 
 /// A request with all that it needs.
@@ -214,7 +263,8 @@ fn failure(error: std::io::Error) -> Failure {
 
 impl Backend for Qcow2Image {
     fn identity(&self) -> Identity {
-        Identity { kind: "qcow2", capacity_bytes: self.capacity_bytes, read_only: self.read_only }
+        let kind = self.base.as_ref().map_or("qcow2", |base| base.format.kind());
+        Identity { kind, capacity_bytes: self.capacity_bytes, read_only: self.read_only }
     }
 
     fn migratability(&self) -> Migratability {
@@ -241,12 +291,15 @@ impl Backend for Qcow2Image {
         self.sync()?;
         let Some(held) = self.held.swap(None) else { return Ok(()) };
         // Requests hold it: with one under way the lock must not go.
-        let Held { access, file } = Arc::try_unwrap(held).map_err(|held| {
+        let Held { access, file, base } = Arc::try_unwrap(held).map_err(|held| {
             self.held.store(Some(held));
             Error::InUse { path: self.path.clone() }
         })?;
         // All of it is on the disk; nothing is written afterwards.
         drop(access);
+        if let (Some(file), Some(base)) = (&base, &self.base) {
+            file::unlock(file, &base.path)?;
+        }
         file::unlock(&file, &self.path)
     }
 
@@ -260,7 +313,15 @@ impl Backend for Qcow2Image {
         let again =
             file.try_clone().map_err(|source| Error::Open { path: self.path.clone(), access, source })?;
         // Only now: whoever held it before may have written its tables until the lock was free.
-        let format = open_format(again, &self.path, !self.read_only)?;
+        let (format, base) = match &self.base {
+            None => (open_format(again, &self.path, !self.read_only, None)?, None),
+            Some(base) => {
+                let (base_file, base_access) = base.open()?;
+                file::lock(&base_file, &base.path, READING)?;
+                let opened = (&base_file, base_access);
+                (open_over(again, &self.path, !self.read_only, base, opened)?, Some(base_file))
+            }
+        };
         if format.size() != self.capacity_bytes {
             return Err(Error::Changed {
                 path: self.path.clone(),
@@ -268,7 +329,7 @@ impl Backend for Qcow2Image {
                 now: format!("{} bytes", format.size()),
             });
         }
-        self.held.store(Some(Arc::new(Held { access: RwLock::new(format), file })));
+        self.held.store(Some(Arc::new(Held { access: RwLock::new(format), file, base })));
         Ok(())
     }
 }

@@ -8,6 +8,7 @@ mod hostile;
 mod images;
 mod locks;
 mod operations;
+mod overlays;
 mod qcow2;
 mod refused;
 mod steps;
