@@ -4,9 +4,9 @@
 //! **Take the bitmap first, then read pages.** A page that is written again after its bit was taken is in the next
 //! bitmap; a page that was read before its bit was taken may be sent stale and never again.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use engine::PageBitmap;
+use engine::{PageBitmap, Since};
 
 use crate::kvm::{Error, Vm};
 use crate::memory::{GuestRam, RamBlock};
@@ -57,8 +57,8 @@ impl DirtyTracker {
         Ok(std::mem::replace(&mut self.spare, spare))
     }
 
-    /// As [`Self::collect`], for the last time, with every vCPU stopped: since nobody writes, no page need be
-    /// protected again, which would be most of the cost. Afterwards only dropping it makes sense.
+    /// As [`Self::collect`], with every vCPU stopped: since nobody writes, no page need be protected again, which would be most of the
+    /// cost. Whoever goes on with it has to take these pages for written until the next [`Self::collect`].
     ///
     /// # Errors
     /// [`Error::Call`].
@@ -105,6 +105,23 @@ fn ready(block: &RamBlock) -> PageBitmap {
     // Memory that was never written to is the zero page.
     std::hint::black_box(bitmap.words_mut()).fill(0);
     bitmap
+}
+
+/// A tracker that goes on between two snapshots, and what is known already. It ends with the machine.
+#[derive(Debug, Default)]
+pub struct Noted(Mutex<Option<(DirtyTracker, Since)>>);
+
+impl Noted {
+    /// Keeps `tracker` and `since`, in the place of others.
+    pub fn keep(&self, tracker: DirtyTracker, since: Since) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some((tracker, since));
+    }
+
+    /// What was kept. Dropping it ends the tracking.
+    #[must_use]
+    pub fn take(&self) -> Option<(DirtyTracker, Since)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 impl Drop for DirtyTracker {
@@ -191,6 +208,35 @@ mod tests {
             let_it_write(&guest);
             guest.low().write(0x30_000, &[1]).unwrap();
             assert_eq!(pages(&tracker.collect_stopped().unwrap()), [vec![0x10, 0x12, 0x30], vec![]]);
+        });
+    }
+
+    /// As from a snapshot to its child: what was found in the stop counts as written, and all else is seen.
+    #[test]
+    fn tracking_goes_on_after_the_guest_was_stopped() {
+        for_each_way(|guest| {
+            let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
+            let_it_write(&guest);
+            assert_eq!(pages(&tracker.collect().unwrap()), [vec![0x10, 0x12], vec![]]);
+            guest.low().write(0x30_000, &[1]).unwrap();
+            let known = tracker.collect_stopped().unwrap();
+            assert_eq!(pages(&known), [vec![0x30], vec![]]);
+
+            let_it_write(&guest);
+            guest.low().write(0x40_000, &[1]).unwrap();
+            let mut found = tracker.collect().unwrap();
+            found.iter_mut().zip(&known).for_each(|(found, known)| found.union(known));
+            assert_eq!(pages(&found), [vec![0x10, 0x12, 0x30, 0x40], vec![]]);
+
+            let_it_write(&guest);
+            tracker.collect_stopped().unwrap();
+            tracker.collect().unwrap();
+            let_it_write(&guest);
+            assert_eq!(
+                pages(&tracker.collect().unwrap()),
+                [vec![0x10, 0x12], vec![]],
+                "they are protected again"
+            );
         });
     }
 

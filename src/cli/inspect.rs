@@ -6,12 +6,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
+use engine::FileState;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::Value;
 use stream::ReadAt;
 use stream::description::{Description, Node};
 
-use crate::inspect::{self, Contents, Diff, Input, Limited, OUTPUT_BYTES_MAX, Section, Tree, Visitor};
+use crate::inspect::{
+    self, Contents, Diff, Finder, Input, Limited, OUTPUT_BYTES_MAX, Section, Tree, Visitor,
+};
 
 /// The longest file with a description or a schema that is read.
 const JSON_BYTES_MAX: u64 = 16 << 20;
@@ -23,6 +26,7 @@ Examples:
   ferry inspect suspended.ferry                            # everything in it, as a tree
   ferry inspect suspended.ferry --section nvme --format json | jq '.sections[].state.fields[].name'
   ferry inspect suspended.ferry --verify                   # are these the bytes that were written?
+  ferry inspect tuesday.ferry --verify                     # and those of the snapshots that it needs, beside it?
   ferry inspect --diff before.ferry after.ferry            # status 1 if they differ
   ferry inspect nvme.section --description nvme.vmdesc.json    # one section without a stream around it
   ferry inspect --schema >schema.json                      # what this build writes
@@ -124,6 +128,9 @@ impl InspectArguments {
         // What came before an error is on the screen first.
         out.flush()?;
         let contents = contents.with_context(failed)?;
+        if self.format == Format::Tree && self.section.is_none() {
+            self.layers(path, &input, out).with_context(failed)?;
+        }
         ensure!(
             !self.verify || contents.verified,
             "{} holds no digests: it was not written by ferry",
@@ -149,6 +156,17 @@ impl InspectArguments {
             );
         }
         Ok(())
+    }
+
+    /// The files that it needs, if it does not hold all.
+    fn layers<R: ReadAt>(&self, path: &Path, input: &Input<R>, out: &mut impl Write) -> anyhow::Result<()> {
+        let mut finder = Finder::default();
+        // What is wrong with the file was told.
+        let _told = self.walk(input, &mut finder);
+        match finder.state.as_ref().and_then(FileState::parent) {
+            Some(parent) => inspect::print_layers(path, parent, self.verify, out),
+            None => Ok(()),
+        }
     }
 
     fn walk<R: ReadAt>(&self, input: &Input<R>, visitor: &mut dyn Visitor) -> anyhow::Result<Contents> {

@@ -1,6 +1,6 @@
 //! `ferry namespace add|remove|resize`: namespaces of the host's, while the guest runs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
@@ -151,13 +151,14 @@ fn addition(option: &NamespaceOption) -> anyhow::Result<Value> {
         arguments["pi-first"] = json!(metadata.protection_first);
     }
     match backend {
-        BackendSpec::File(path) | BackendSpec::Qcow2(path) => {
-            let path =
-                std::path::absolute(path).with_context(|| format!("cannot find {}", path.display()))?;
-            let Some(path) = path.to_str() else { bail!("{} is not UTF-8", path.display()) };
+        BackendSpec::File(path) | BackendSpec::Qcow2(path) | BackendSpec::Overlay { path, .. } => {
             let is_raw = matches!(backend, BackendSpec::File(_));
             arguments["backend"] = json!(if is_raw { "file" } else { "qcow2" });
-            arguments["path"] = json!(path);
+            arguments["path"] = json!(absolute(path)?);
+            if let BackendSpec::Overlay { base, .. } = backend {
+                arguments["base"] = json!(absolute(&base.path)?);
+                arguments["base-format"] = json!(base.format.to_string());
+            }
         }
         BackendSpec::Null { size_bytes } => {
             arguments["backend"] = json!("null");
@@ -168,6 +169,12 @@ fn addition(option: &NamespaceOption) -> anyhow::Result<Value> {
         }
     }
     Ok(arguments)
+}
+
+fn absolute(path: &Path) -> anyhow::Result<String> {
+    let path = std::path::absolute(path).with_context(|| format!("cannot find {}", path.display()))?;
+    let Some(path) = path.to_str() else { bail!("{} is not UTF-8", path.display()) };
+    Ok(path.to_owned())
 }
 
 #[cfg(test)]
@@ -202,6 +209,9 @@ mod tests {
         let relative = addition_of("controller=c,nsid=7,backend=file,path=a.raw").unwrap();
         let here = std::env::current_dir().unwrap().join("a.raw");
         assert_eq!(relative["path"], json!(here.to_str().unwrap()), "the machine is elsewhere");
+        let over = addition_of("controller=c,nsid=7,backend=qcow2,path=/a,base=/b").unwrap();
+        let said = ["backend", "path", "base", "base-format"].map(|name| over[name].clone());
+        assert_eq!(said, [json!("qcow2"), json!("/a"), json!("/b"), json!("raw")]);
         let error = addition_of("controller=c,nsid=8,backend=memory,size=1M").unwrap_err().to_string();
         assert!(error.contains("RAM"), "{error}");
     }

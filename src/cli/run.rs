@@ -36,6 +36,13 @@ Examples:
       --ns controller=c0,nsid=1,backend=file,path=a.raw \\
       --ns controller=c0,nsid=2,backend=file,path=b.raw,attached=c1
 
+  # Two copies of the guest of a snapshot, each with what it writes in an overlay of its own; the same flags without --incoming and
+  # --clone start it anew later:
+  ferry run --name a --nvme path=a.qcow2,base=/snapshots/monday.ferry.disk0-1.raw,serial=disk0 \\
+      --incoming file:/snapshots/monday.ferry --clone --api a.sock
+  ferry run --name b --nvme path=b.qcow2,base=/snapshots/monday.ferry.disk0-1.raw,serial=disk0 \\
+      --incoming file:/snapshots/monday.ferry --clone --api b.sock
+
   # One controller with three namespaces; identifiers may have holes:
   ferry run --kernel vmlinux --nvme serial=c0,queues=8 \\
       --ns controller=c0,nsid=1,backend=file,path=a.raw \\
@@ -89,7 +96,9 @@ pub struct RunArguments {
     /// Where the serial console goes: stdio, null, file:PATH or unix:PATH.
     #[arg(long, default_value = "stdio", value_name = "WHERE")]
     pub serial: SerialOutput,
-    /// An NVMe controller: serial=S[,queues=64][,msix=N][,mdts=N][,cqr][,cmb=SIZE][,pmr=SIZE]; path=P,serial=S also gives it one file namespace.
+    /// An NVMe controller: serial=S[,queues=64][,msix=N][,mdts=N][,cqr][,cmb=SIZE][,pmr=SIZE]; path=P,serial=S also gives it one file namespace,
+    /// or with path=P,base=B[,base-format=raw|qcow2],serial=S one in a qcow2 file P that holds only what was written since it was made
+    /// over the image B, which is only read (see --clone).
     /// subsystem=DIR[,capacity=SIZE] keeps in DIR what outlives its power (counters, saved features, firmware slots), and
     /// images of the namespaces that the guest creates, SIZE in all [default: 0]; a destination needs the same DIR.
     /// subsystem-of=S makes it one more controller of the subsystem of S, which is declared before it.
@@ -97,7 +106,7 @@ pub struct RunArguments {
     /// migrations included.
     #[arg(long, value_name = "OPTIONS")]
     pub nvme: Vec<NvmeOption>,
-    /// A namespace: controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,lba=512|4096]
+    /// A namespace: controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,base=B[,base-format=raw|qcow2]][,lba=512|4096]
     /// [,metadata=8|64[,extended][,pi=0..3[,pi-first]]][,ro][,buffered][,attached=S+S].
     /// It is one of the controller's subsystem, and attached to all controllers of that, or to those of attached=S+S.
     /// With metadata each block has 8 bytes of them (64 only with lba=4096), which are behind all blocks in the image and leave
@@ -132,12 +141,17 @@ pub struct RunArguments {
     #[arg(long, requires = "incoming")]
     pub insecure: bool,
     /// Run a copy of the guest of a snapshot, which stays as it is. The images of this machine are made anew, from those beside the
-    /// snapshot, and have a lease of their own.
+    /// snapshot, and have a lease of their own. An image whose base=B is the one beside the snapshot is made as an overlay over that, at
+    /// once and whatever the file system; it needs B as it is now for as long as it is used. The others are copies.
     #[arg(long, requires = "incoming")]
     pub clone: bool,
     /// With --clone: copy the images byte by byte where the file system cannot share their blocks.
     #[arg(long, requires = "clone")]
     pub copy_disks: bool,
+    /// Note what the guest writes from its start on, so that the file of --incoming file:PATH can be the --parent of its next snapshot. See
+    /// `ferry snapshot --track`.
+    #[arg(long, requires = "incoming")]
+    pub track: bool,
     /// Read and verify all of the file of --incoming file:PATH before the guest runs, instead of what it touches while it runs.
     #[arg(long, requires = "incoming")]
     pub verify: bool,

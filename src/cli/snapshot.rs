@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use engine::{ImageCopy, SnapshotOptions};
 
 use super::migrate::Display;
 use crate::control::{Client, MigrationStatus};
@@ -16,7 +17,12 @@ Examples:
   ferry snapshot --api vm.sock /snapshots/monday.ferry
   # The guest as it was then, once, on the copy of its disk:
   ferry run --memory 512M --nvme path=/snapshots/monday.ferry.disk0-1.raw,serial=disk0 \\
-      --incoming file:/snapshots/monday.ferry")]
+      --incoming file:/snapshots/monday.ferry
+
+  # All of its memory on Monday, then only what it has written since the day before:
+  ferry snapshot --api vm.sock --track /snapshots/monday.ferry
+  ferry snapshot --api vm.sock --track --parent /snapshots/monday.ferry /snapshots/tuesday.ferry
+  ferry snapshot --api vm.sock --parent /snapshots/tuesday.ferry /snapshots/wednesday.ferry")]
 pub struct SnapshotArguments {
     /// Control socket of the machine (its --api).
     #[arg(long, value_name = "PATH")]
@@ -24,6 +30,15 @@ pub struct SnapshotArguments {
     /// Copy the images byte by byte where the file system cannot share their blocks. The guest stands still for as long as that takes.
     #[arg(long)]
     pub copy_disks: bool,
+    /// Write only the memory that the guest has written since this snapshot, which was taken with --track, is in the same folder, and has
+    /// to stay there as it is: a restore needs both. Refused if the guest's writes are not known since then. Images are copied whole.
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub parent: Option<PathBuf>,
+    /// Note what the guest writes from now on, so that this snapshot can be the --parent of the next one. Costs the guest a fault at the
+    /// first write to each page, and huge pages, until a snapshot with --parent but without --track is taken, a migration begins, or the
+    /// guest is reset.
+    #[arg(long)]
+    pub track: bool,
     /// Print the report in JSON.
     #[arg(long)]
     pub json: bool,
@@ -40,10 +55,12 @@ impl SnapshotArguments {
     pub fn execute(&self) -> anyhow::Result<()> {
         // The machine may have another working directory.
         let path = std::path::absolute(&self.path).with_context(|| format!("{}", self.path.display()))?;
+        let parent = self.parent.as_ref().map(std::path::absolute).transpose()?;
+        let images = if self.copy_disks { ImageCopy::Bytes } else { ImageCopy::Reflink };
+        let options = SnapshotOptions { images, parent, track: self.track };
         let mut client = Client::connect(&self.api)?;
         let mut display = Display::new();
-        let taken =
-            client.snapshot(&path, self.copy_disks, &AtomicBool::new(false), |info| display.show(info));
+        let taken = client.snapshot(&path, &options, &AtomicBool::new(false), |info| display.show(info));
         display.end();
         let finished = taken.with_context(|| format!("the snapshot {}", path.display()))?;
         if self.json {

@@ -1,7 +1,9 @@
 //! `--nvme` and `--ns`: controllers and their namespaces.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
+
+use block::{Base, BaseFormat};
 
 use super::{Error, Options};
 
@@ -23,16 +25,16 @@ pub const MAX_NSID: u32 = 1024;
 pub const MAX_SERIAL_BYTES: usize = 20;
 
 /// A controller as declared: `serial=S[,queues=N][,msix=N][,mdts=N][,cqr][,cmb=SIZE][,pmr=SIZE][,subsystem=DIR[,capacity=SIZE]]`, or short
-/// `path=P,serial=S[,lba=N][,metadata=N[,extended][,pi=N[,pi-first]]][,ro][,buffered]` for a controller with one file namespace;
-/// `subsystem-of=S` makes it one more of a subsystem.
+/// `path=P,serial=S[,base=B[,base-format=F]][,lba=N][,metadata=N[,extended][,pi=N[,pi-first]]][,ro][,buffered]` for a controller with one
+/// file namespace; `subsystem-of=S` makes it one more of a subsystem.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NvmeOption {
     /// The controller.
     pub controller: ControllerSpec,
 }
 
-/// A namespace as declared: `controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,lba=512|4096]
-/// [,metadata=8|64[,extended][,pi=0..3[,pi-first]]][,ro][,buffered][,attached=S+S]`.
+/// A namespace as declared: `controller=S,nsid=N,backend=file|qcow2|memory|null[,path=|size=][,base=B[,base-format=raw|qcow2]]
+/// [,lba=512|4096][,metadata=8|64[,extended][,pi=0..3[,pi-first]]][,ro][,buffered][,attached=S+S]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NamespaceOption {
     /// Serial of a controller of its subsystem.
@@ -148,6 +150,13 @@ pub enum BackendSpec {
     File(PathBuf),
     /// A qcow2 file; the format says its capacity.
     Qcow2(PathBuf),
+    /// A qcow2 file that holds only what was written since it was made, over an image that is only read.
+    Overlay {
+        /// The file.
+        path: PathBuf,
+        /// The image.
+        base: Base,
+    },
     /// Memory of this process; it migrates with guest RAM.
     Memory {
         /// Capacity in bytes.
@@ -158,6 +167,17 @@ pub enum BackendSpec {
         /// Capacity in bytes.
         size_bytes: u64,
     },
+}
+
+impl BackendSpec {
+    /// The file that may be written, if it is one.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::File(path) | Self::Qcow2(path) | Self::Overlay { path, .. } => Some(path),
+            Self::Memory { .. } | Self::Null { .. } => None,
+        }
+    }
 }
 
 impl ControllerSpec {
@@ -198,8 +218,11 @@ impl FromStr for NvmeOption {
         let mut namespaces = Vec::new();
         if let Some(path) = options.text("path")? {
             let (block_bytes, metadata, read_only) = block_options(&mut options)?;
-            let backend = BackendSpec::File(path.into());
-            let buffered = options.flag("buffered")?;
+            let path = PathBuf::from(path);
+            let (backend, buffered) = match base(&mut options)? {
+                Some(base) => (BackendSpec::Overlay { path, base }, false),
+                None => (BackendSpec::File(path), options.flag("buffered")?),
+            };
             let attached = Vec::new();
             namespaces.push(NamespaceSpec {
                 nsid: 1,
@@ -227,7 +250,7 @@ impl FromStr for NvmeOption {
             return Err(options.error(format!("a subsystem has one folder: give it to {first:?}")));
         }
         options.finish(
-            "serial, queues, msix, mdts, cqr, cmb, pmr, subsystem-of, subsystem and capacity; with path also lba, metadata, extended, pi, pi-first, ro and buffered",
+            "serial, queues, msix, mdts, cqr, cmb, pmr, subsystem-of, subsystem and capacity; with path also lba, metadata, extended, pi, pi-first, ro, and buffered or base and base-format",
         )?;
         let controller = ControllerSpec {
             serial,
@@ -261,7 +284,14 @@ impl FromStr for NamespaceOption {
             "file" | "qcow2" => {
                 let path = options.text("path")?;
                 let path = path.ok_or_else(|| options.error(format!("backend={kind} needs path=…")))?.into();
-                if kind == "file" { BackendSpec::File(path) } else { BackendSpec::Qcow2(path) }
+                match (kind.as_str(), base(&mut options)?) {
+                    ("file", None) => BackendSpec::File(path),
+                    ("file", Some(_)) => {
+                        return Err(options.error("an image over a base is qcow2: say so with backend=qcow2"));
+                    }
+                    (_, Some(base)) => BackendSpec::Overlay { path, base },
+                    (_, None) => BackendSpec::Qcow2(path),
+                }
             }
             "memory" | "null" => {
                 let size = options.size("size")?;
@@ -285,10 +315,27 @@ impl FromStr for NamespaceOption {
         let attached: Vec<String> =
             attached.iter().flat_map(|list| list.split('+')).map(str::to_owned).collect();
         options.finish(
-            "controller, nsid, backend, path, size, lba, metadata, extended, pi, pi-first, ro and attached; with a file also buffered",
+            "controller, nsid, backend, path, size, lba, metadata, extended, pi, pi-first, ro and attached; with a file also buffered, with qcow2 base and base-format",
         )?;
         let namespace = NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, metadata, attached };
         Ok(Self { controller, namespace })
+    }
+}
+
+/// What an image lies over.
+fn base(options: &mut Options) -> Result<Option<Base>, Error> {
+    let (path, format) = (options.text("base")?, options.text("base-format")?);
+    let format = match format.as_deref() {
+        None | Some("raw") => BaseFormat::Raw,
+        Some("qcow2") => BaseFormat::Qcow2,
+        Some(other) => return Err(options.error(format!("base-format={other} is neither raw nor qcow2"))),
+    };
+    match path {
+        Some(path) => Ok(Some(Base { path: path.into(), format })),
+        None if format != BaseFormat::default() => {
+            Err(options.error("base-format=… is that of a base: say which with base=PATH"))
+        }
+        None => Ok(None),
     }
 }
 
@@ -327,6 +374,24 @@ mod tests {
         assert_eq!(option.controller.namespaces.len(), 1);
         assert_eq!(option.controller.namespaces[0].nsid, 1);
         assert_eq!(option.controller.namespaces[0].backend, BackendSpec::File("/images/a=b.raw".into()));
+    }
+
+    #[test]
+    fn an_image_over_a_base_is_an_overlay() {
+        let over = |format| BackendSpec::Overlay {
+            path: "a.qcow2".into(),
+            base: Base { path: "/images/b".into(), format },
+        };
+        let short = |more: &str| {
+            let text = format!("path=a.qcow2,serial=s,base=/images/b{more}");
+            text.parse::<NvmeOption>().unwrap().controller.namespaces.remove(0).backend
+        };
+        assert_eq!(short(""), over(BaseFormat::Raw), "nobody guesses what a guest may have written there");
+        assert_eq!(short(",base-format=raw"), over(BaseFormat::Raw));
+        assert_eq!(short(",base-format=qcow2"), over(BaseFormat::Qcow2));
+        let text = "controller=c,nsid=2,backend=qcow2,path=a.qcow2,base=/images/b,base-format=qcow2";
+        let option: NamespaceOption = text.parse().unwrap();
+        assert_eq!(option.namespace.backend, over(BaseFormat::Qcow2));
     }
 
     #[test]
@@ -438,6 +503,10 @@ mod tests {
             "serial=s,subsystem=d,capacity=much",
             "serial=s,lba=512",
             "serial=s,path=p,lba=520",
+            "serial=s,base=b",
+            "serial=s,path=p,base=b,buffered",
+            "serial=s,path=p,base=b,base-format=vmdk",
+            "serial=s,path=p,base-format=qcow2",
         ] {
             assert!(text.parse::<NvmeOption>().is_err(), "{text}");
         }
@@ -449,6 +518,8 @@ mod tests {
             "controller=c,nsid=1,backend=file",
             "controller=c,nsid=1,backend=qcow2",
             "controller=c,nsid=1,backend=qcow2,path=p,buffered",
+            "controller=c,nsid=1,backend=file,path=p,base=b",
+            "controller=c,nsid=1,backend=null,size=4096,base=b",
             "controller=c,nsid=1,backend=memory,path=p",
             "controller=c,nsid=1,backend=memory,size=1000",
             "controller=c,nsid=1,backend=memory,size=4096,buffered",

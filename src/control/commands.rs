@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use engine::{PostcopyStart, Word};
+use engine::{ImageCopy, PostcopyStart, SnapshotOptions, Word};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -146,8 +146,11 @@ fn migrate(context: &Context, mut arguments: Arguments) -> Result<Value, QmpErro
 fn snapshot(context: &Context, mut arguments: Arguments) -> Result<Value, QmpError> {
     let path = arguments.string("path")?;
     let copy_disks = arguments.optional_bool("copy-disks")?.unwrap_or(false);
+    let parent = arguments.optional_string("parent")?.map(PathBuf::from);
+    let track = arguments.optional_bool("track")?.unwrap_or(false);
     arguments.finish()?;
-    context.operations.snapshot(Path::new(&path), copy_disks)?;
+    let images = if copy_disks { ImageCopy::Bytes } else { ImageCopy::Reflink };
+    context.operations.snapshot(Path::new(&path), SnapshotOptions { images, parent, track })?;
     nothing()
 }
 

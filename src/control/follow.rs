@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use engine::{ImageCopy, SnapshotOptions};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -77,13 +78,18 @@ impl Client {
     pub fn snapshot(
         &mut self,
         path: &Path,
-        copy_disks: bool,
+        options: &SnapshotOptions,
         cancel: &AtomicBool,
         progress: impl FnMut(&MigrationInfo),
     ) -> Result<Finished, Error> {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         self.execute("migrate-set-capabilities", events)?;
-        self.execute("x-ferry-snapshot", json!({ "path": path, "copy-disks": copy_disks }))?;
+        let copy_disks = options.images == ImageCopy::Bytes;
+        let mut arguments = json!({ "path": path, "copy-disks": copy_disks, "track": options.track });
+        if let Some(parent) = &options.parent {
+            arguments["parent"] = json!(parent);
+        }
+        self.execute("x-ferry-snapshot", arguments)?;
         self.follow_unless_cancelled(cancel, progress)
     }
 

@@ -1,5 +1,6 @@
 //! Commands about namespaces of the host's.
 
+use block::{Base, BaseFormat};
 use serde_json::{Value, json};
 
 use super::commands::Context;
@@ -12,7 +13,13 @@ pub(super) fn add(context: &Context, mut arguments: Arguments) -> Result<Value, 
     let nsid = nsid(&mut arguments)?;
     let backend = match arguments.string("backend")?.as_str() {
         "file" => BackendSpec::File(arguments.string("path")?.into()),
-        "qcow2" => BackendSpec::Qcow2(arguments.string("path")?.into()),
+        "qcow2" => {
+            let path = arguments.string("path")?.into();
+            match base(&mut arguments)? {
+                Some(base) => BackendSpec::Overlay { path, base },
+                None => BackendSpec::Qcow2(path),
+            }
+        }
         "null" => BackendSpec::Null { size_bytes: arguments.u64("size")? },
         other => {
             return Err(QmpError::generic(format!("Parameter 'backend' does not accept value '{other}'")));
@@ -35,6 +42,21 @@ pub(super) fn add(context: &Context, mut arguments: Arguments) -> Result<Value, 
     let namespace = NamespaceSpec { nsid, backend, block_bytes, read_only, buffered, metadata, attached };
     context.operations.add_namespace(&NamespaceOption { controller, namespace })?;
     Ok(json!({}))
+}
+
+/// What a qcow2 image lies over.
+fn base(arguments: &mut Arguments) -> Result<Option<Base>, QmpError> {
+    let format = match arguments.optional_string("base-format")?.as_deref() {
+        None | Some("raw") => BaseFormat::Raw,
+        Some("qcow2") => BaseFormat::Qcow2,
+        Some(other) => {
+            return Err(QmpError::generic(format!(
+                "Parameter 'base-format' does not accept value '{other}'"
+            )));
+        }
+    };
+    let path = arguments.optional_string("base")?;
+    Ok(path.map(|path| Base { path: path.into(), format }))
 }
 
 /// `x-ferry-namespace-remove`: whether the image was let go already.

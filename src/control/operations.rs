@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use engine::Compression;
+use engine::{Compression, SnapshotOptions};
 use serde::{Deserialize, Serialize};
 
 use super::{ConvergenceParameters, FerryCpu};
@@ -37,9 +37,9 @@ pub trait Operations: Send + Sync {
     /// Begins a migration; returns once it has begun. Its progress is seen through [`Operations::migration`] and events.
     fn migrate(&self, target: MigrationTarget) -> Result<(), Refusal>;
 
-    /// Begins to write what the guest is into the file `path`, with copies of its images, which are byte by byte if `copy_disks`; it goes
-    /// on. Seen as a migration is.
-    fn snapshot(&self, path: &Path, copy_disks: bool) -> Result<(), Refusal>;
+    /// Begins to write what the guest is, or what has changed of it, into the file `path`, with copies of its images; it goes on. Seen as
+    /// a migration is.
+    fn snapshot(&self, path: &Path, options: SnapshotOptions) -> Result<(), Refusal>;
 
     /// Asks a migration to end with the guest running here. Nothing happens without a migration, or after COMMIT.
     fn migrate_cancel(&self) -> Result<(), Refusal>;

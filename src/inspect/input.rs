@@ -89,6 +89,8 @@ pub struct Contents {
     pub sections: u64,
     /// Whether digests came and agree with all that was read.
     pub verified: bool,
+    /// Of all of the file, as far as it has been read; of a file only.
+    pub digest: u64,
     /// Pages of a file in the mapped layout are only read for a visitor who wants them.
     pub are_pages_unread: bool,
 }
@@ -184,6 +186,7 @@ impl<R: ReadAt> Input<R> {
             }
         };
         walk.contents.verified = reader.is_verified();
+        walk.contents.digest = reader.digest();
         let result = result.and_then(|()| walk.mapped(reader));
         walk.tell_ram()?;
         result

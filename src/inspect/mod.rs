@@ -2,6 +2,7 @@
 //!
 //! - [`Input`] is a file with its description; [`Input::walk`] shows it to a [`Visitor`], part by part, without keeping any.
 //! - [`Tree`] prints for people, [`write_json`] for programs, [`Diff`] compares two files field by field.
+//! - [`print_layers`] follows a snapshot of what has changed to the files that it needs.
 //! - [`compare`] holds two schemas against each other: which streams load where. [`build_schema`] is the schema of this build.
 //!
 //! # Invariants
@@ -21,6 +22,7 @@ mod compat;
 mod diff;
 mod input;
 mod json;
+mod layers;
 mod output;
 mod schema;
 mod text;
@@ -33,6 +35,7 @@ pub use compat::{Comparison, compare};
 pub use diff::Diff;
 pub use input::{Block, Contents, Input, Section, Visitor};
 pub use json::write as write_json;
+pub use layers::{Finder, print_layers};
 pub use output::{Limited, OUTPUT_BYTES_MAX};
 pub use schema::build_schema;
 pub use tree::Tree;

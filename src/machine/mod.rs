@@ -29,6 +29,7 @@ use crate::boot::{self, BootSpec, Kernel};
 use crate::config::{BackendSpec, MachineSpec, NamespaceSpec};
 use crate::console::Console;
 use crate::control::{AccessScope, AccessState, FerryCpu, FerryDisk};
+use crate::dirty::Noted;
 use crate::io_thread::IoThread;
 use crate::kvm::{Host, MsiRouter, Vm, pci_pins};
 use crate::layout;
@@ -85,6 +86,8 @@ pub struct Machine {
     resources: Arc<Resources>,
     /// What becomes of each of them when the machine moves.
     devices: Devices,
+    /// Notes what the guest writes since a snapshot, for the next one.
+    noted: Noted,
 }
 
 impl Machine {
@@ -167,6 +170,7 @@ impl Machine {
             vm,
             resources,
             devices,
+            noted: Noted::default(),
         })
     }
 
@@ -397,6 +401,12 @@ impl Machine {
     #[must_use]
     pub fn resources(&self) -> &Arc<Resources> {
         &self.resources
+    }
+
+    /// What the guest writes since a snapshot, if that is noted.
+    #[must_use]
+    pub fn noted(&self) -> &Noted {
+        &self.noted
     }
 
     /// The KVM virtual machine.

@@ -79,7 +79,10 @@ impl Resources {
                 BackendSpec::Memory { size_bytes } => {
                     Some((memory_block_name(serial, namespace.nsid), size_bytes))
                 }
-                BackendSpec::File(_) | BackendSpec::Qcow2(_) | BackendSpec::Null { .. } => None,
+                BackendSpec::File(_)
+                | BackendSpec::Qcow2(_)
+                | BackendSpec::Overlay { .. }
+                | BackendSpec::Null { .. } => None,
             })
             .collect();
         refuse_shared_images(spec)?;
@@ -338,21 +341,27 @@ fn open_nvm(
 /// Refuses an image that two namespaces would hold, one of them to write: its lock would keep this very machine out.
 fn refuse_shared_images(spec: &MachineSpec) -> anyhow::Result<()> {
     let mut seen: Vec<((u64, u64), &Path, bool)> = Vec::new();
-    for namespace in spec.controllers.iter().flat_map(|controller| &controller.namespaces) {
-        let (BackendSpec::File(path) | BackendSpec::Qcow2(path)) = &namespace.backend else { continue };
+    let namespaces = spec.controllers.iter().flat_map(|controller| &controller.namespaces);
+    let files = namespaces.flat_map(|namespace| {
+        let base = match &namespace.backend {
+            BackendSpec::Overlay { base, .. } => Some((base.path.as_path(), true)),
+            _ => None,
+        };
+        namespace.backend.path().map(|path| (path, namespace.read_only)).into_iter().chain(base)
+    });
+    for (path, read_only) in files {
         // One that cannot be looked at is told of when it is opened.
         let Ok(found) = std::fs::metadata(path) else { continue };
         let file = (found.dev(), found.ino());
-        let shared =
-            seen.iter().find(|(other, _, read_only)| *other == file && !(*read_only && namespace.read_only));
+        let shared = seen.iter().find(|(other, _, read_too)| *other == file && !(*read_too && read_only));
         if let Some((_, other, _)) = shared {
             bail!(
-                "{} and {} are one image: two namespaces can share it only if both are ro",
+                "{} and {} are one image: two namespaces can share it only if both are ro, or overlays over it",
                 other.display(),
                 path.display()
             );
         }
-        seen.push((file, path, namespace.read_only));
+        seen.push((file, path, read_only));
     }
     Ok(())
 }
@@ -388,6 +397,11 @@ pub(super) fn open_namespace(
                 .with_context(|| format!("cannot use {} as namespace {nsid} of {serial}", path.display()))?;
             Arc::new(image)
         }
+        BackendSpec::Overlay { path, base } => {
+            let image = Qcow2Image::inspect_over(path, base.clone(), read_only)
+                .with_context(|| format!("cannot use {} as namespace {nsid} of {serial}", path.display()))?;
+            Arc::new(image)
+        }
         BackendSpec::Memory { .. } => {
             let name = memory_block_name(serial, nsid);
             let block = ram.block(&name).with_context(|| format!("there is no RAM block {name}"))?;
@@ -412,8 +426,5 @@ pub(super) fn open_namespace(
 #[must_use]
 pub fn first_writable_file(controllers: &[ControllerSpec]) -> Option<&Path> {
     let namespaces = controllers.iter().flat_map(|controller| &controller.namespaces);
-    namespaces.filter(|namespace| !namespace.read_only).find_map(|namespace| match &namespace.backend {
-        BackendSpec::File(path) | BackendSpec::Qcow2(path) => Some(path.as_path()),
-        BackendSpec::Memory { .. } | BackendSpec::Null { .. } => None,
-    })
+    namespaces.filter(|namespace| !namespace.read_only).find_map(|namespace| namespace.backend.path())
 }

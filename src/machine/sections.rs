@@ -54,7 +54,7 @@ impl Machine {
     /// KVM does not tell.
     pub fn save(&self, purpose: SaveFor) -> anyhow::Result<Vec<DeviceSection>> {
         // Every field is named, so that a new one is thought of here: threads and interrupt routes are made anew, RAM and images
-        // move in their own ways.
+        // move in their own ways, and what was noted for a snapshot ends here.
         let Self {
             vcpus: processors,
             keeper: _,
@@ -66,6 +66,7 @@ impl Machine {
             vm,
             resources: _,
             devices,
+            noted: _,
         } = self;
         let Chipset { buses: _, root, serial: uart, rtc: cmos, acpi_pm: power, _i8042: _ } = chipset;
         let Devices {

@@ -7,14 +7,15 @@ use std::sync::Arc;
 use engine::lease::Id;
 use engine::storage::{Disk, IncomingDisks};
 use engine::{
-    Description, DestinationFactory, DestinationMachine, MachineResult, MissingPages, PAGE_BYTES, RamBlock,
-    RunState,
+    Description, DestinationFactory, DestinationMachine, MachineResult, MissingPages, PAGE_BYTES, PageBitmap,
+    RamBlock, RunState, Since,
 };
 use stream::{Expected, SectionSet};
 
 use super::paging::Paging;
 use super::storage::Incoming;
 use super::{description, processor, ram_blocks};
+use crate::dirty::DirtyTracker;
 use crate::kvm::GuestTime;
 use crate::machine::{Action, Machine, Resources};
 use crate::userfault::Userfault;
@@ -163,6 +164,17 @@ impl DestinationMachine for Arrival {
         let blocks = self.machine()?.resources().ram().blocks();
         let block = blocks.get(block).ok_or_else(|| format!("there is no block number {block}"))?;
         Ok(block.clear(pages.start * PAGE_BYTES, (pages.end - pages.start) * PAGE_BYTES)?)
+    }
+
+    fn note_writes_since(&mut self, snapshot: u64) -> MachineResult<()> {
+        if self.vmm.tracks_from_its_file() {
+            let machine = self.machine()?;
+            let ram = machine.resources().ram();
+            let pages =
+                ram.blocks().iter().map(|block| PageBitmap::for_bytes(block.length_bytes())).collect();
+            machine.noted().keep(DirtyTracker::start(machine.vm(), ram)?, Since { snapshot, pages });
+        }
+        Ok(())
     }
 
     fn load_devices(&mut self, sections: SectionSet) -> MachineResult<()> {

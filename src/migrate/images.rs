@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
+use block::Base;
 use engine::{Image, ImageCopy};
 use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek};
 use rustix::io::Errno;
@@ -36,27 +37,52 @@ pub fn of(spec: &MachineSpec, machine: &Machine) -> anyhow::Result<Vec<Image>> {
             );
         }
     }
-    Ok(writable(spec))
+    let image = |image: Writable<'_>| Image {
+        name: image.name(),
+        path: image.path.to_owned(),
+        base: image.base.map(|base| base.path.clone()),
+    };
+    Ok(writable(spec).into_iter().map(image).collect())
 }
 
-/// The images of `spec` that are not only read, with the names that copies of them have.
+/// An image that the guest may write.
+#[derive(Debug)]
+pub struct Writable<'a> {
+    /// What the name of a copy begins with.
+    pub stem: String,
+    /// Where it is.
+    pub path: &'a Path,
+    /// What it lies over. A copy of it lies over the same, which nobody writes.
+    pub base: Option<&'a Base>,
+    kind: &'static str,
+}
+
+impl Writable<'_> {
+    /// The name that a copy has.
+    #[must_use]
+    pub fn name(&self) -> String {
+        format!("{}.{}", self.stem, self.kind)
+    }
+}
+
+/// The images of `spec` that are not only read.
 #[must_use]
-pub fn writable(spec: &MachineSpec) -> Vec<Image> {
+pub fn writable(spec: &MachineSpec) -> Vec<Writable<'_>> {
     let mut images = Vec::new();
     for controller in &spec.controllers {
         let serial = &controller.serial;
         for namespace in controller.namespaces.iter().filter(|namespace| !namespace.read_only) {
-            let (path, kind) = match &namespace.backend {
-                BackendSpec::File(path) => (path, "raw"),
-                BackendSpec::Qcow2(path) => (path, "qcow2"),
+            let (path, base, kind) = match &namespace.backend {
+                BackendSpec::File(path) => (path, None, "raw"),
+                BackendSpec::Qcow2(path) => (path, None, "qcow2"),
+                BackendSpec::Overlay { path, base } => (path, Some(base), "qcow2"),
                 // In guest memory, or nowhere.
                 BackendSpec::Memory { .. } | BackendSpec::Null { .. } => continue,
             };
             // A serial number may have any printable character.
             let plain = |letter: char| if letter.is_ascii_alphanumeric() { letter } else { '_' };
             let serial: String = serial.chars().map(plain).collect();
-            let name = format!("{serial}-{}.{kind}", namespace.nsid);
-            images.push(Image { name, path: path.clone() });
+            images.push(Writable { stem: format!("{serial}-{}", namespace.nsid), path, base, kind });
         }
     }
     images

@@ -4,7 +4,7 @@ use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use engine::{ImageCopy, PostcopyStart};
+use engine::{PostcopyStart, SnapshotOptions};
 use transport::Endpoint;
 
 /// What is done with the guest.
@@ -27,8 +27,8 @@ pub enum Job {
     Snapshot {
         /// The file.
         path: PathBuf,
-        /// How its images are copied.
-        how: ImageCopy,
+        /// What it is to be.
+        options: SnapshotOptions,
     },
 }
 

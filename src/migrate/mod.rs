@@ -225,8 +225,8 @@ impl Migrations {
             Context { lease: lease.as_mut(), parameters: &self.parameters, statistics, patience };
         let (endpoint, mut descriptor) = match job {
             Job::Move { endpoint, descriptor, .. } => (endpoint, descriptor),
-            Job::Snapshot { path, how } => {
-                if let Err(failed) = engine::snapshot_to_file(source, &path, how, &mut context) {
+            Job::Snapshot { path, options } => {
+                if let Err(failed) = engine::snapshot_to_file(source, &path, &options, &mut context) {
                     log::warn!("there is no snapshot {}: {}", path.display(), failed.error.chain());
                 }
                 vmm.return_lease(lease);
@@ -320,6 +320,7 @@ impl Migrations {
                 &self.parameters,
                 statistics,
             )?;
+            vmm.keep_made();
             if let Some(error) = restored.error {
                 log::error!(
                     "the guest is restored but could not be started, and is paused: {}",

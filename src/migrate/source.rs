@@ -11,7 +11,7 @@ use engine::lease::Lease;
 use engine::storage::OutgoingDisks;
 use engine::{
     Description, Image, ImageCopy, MachineResult, MemoryDescriptors, PageBitmap, RamBlock, RunState, SaveFor,
-    SourceMachine,
+    Since, SourceMachine,
 };
 use stream::{DeviceSection, Expected};
 
@@ -79,6 +79,8 @@ impl SourceMachine for Source {
     }
 
     fn start_dirty_tracking(&mut self) -> MachineResult<()> {
+        // There is one log.
+        drop(self.machine.noted().take());
         self.tracker = Some(DirtyTracker::start(self.machine.vm(), self.machine.resources().ram())?);
         Ok(())
     }
@@ -91,6 +93,18 @@ impl SourceMachine for Source {
 
     fn stop_dirty_tracking(&mut self) {
         self.tracker = None;
+    }
+
+    fn keep_dirty_tracking(&mut self, since: Since) {
+        if let Some(tracker) = self.tracker.take() {
+            self.machine.noted().keep(tracker, since);
+        }
+    }
+
+    fn take_up_dirty_tracking(&mut self) -> Option<Since> {
+        let (tracker, since) = self.machine.noted().take()?;
+        self.tracker = Some(tracker);
+        Some(since)
     }
 
     fn throttle(&mut self, percent: u8) -> MachineResult<()> {

@@ -1,41 +1,92 @@
 //! A copy of the guest of a snapshot: its images, and what the lease of the snapshot says.
 
 use std::ffi::OsString;
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
+use block::Base;
 use engine::lease::{Lease, Owner, Record};
-use engine::{Image, ImageCopy, Taking};
+use engine::{ImageCopy, Taking};
 use tempfile::NamedTempFile;
 
 use crate::config::MachineSpec;
-use crate::migrate::images;
+use crate::migrate::images::{self, Writable};
 
-/// Makes the images of `spec`, of which none is there, from those beside `snapshot`. The lease is looked at afterwards: a guest that took the
-/// images meanwhile has changed it.
+/// Files that were made for a clone. Dropped before they are [kept](Self::keep), they are removed: its guest has not run. A process that
+/// is killed leaves them, under the names that its flags say.
+#[derive(Debug, Default)]
+pub struct Made(Vec<PathBuf>);
+
+impl Made {
+    /// One more.
+    pub fn add(&mut self, path: &Path) {
+        self.0.push(path.to_owned());
+    }
+
+    /// They are the guest's.
+    pub fn keep(&mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            if let Err(error) = fs::remove_file(path) {
+                log::warn!(
+                    "{} was made for a clone that does not run, and cannot be removed: {error}",
+                    path.display()
+                );
+            }
+        }
+    }
+}
+
+/// Makes the images of `spec`, of which none is there, from those beside `snapshot`: an overlay where its base is the one there, a copy
+/// otherwise. The lease is looked at afterwards: a guest that took the images meanwhile has changed it.
 ///
 /// # Errors
 /// An image is there already, or cannot be made; none is left then.
-pub fn prepare(spec: &MachineSpec, snapshot: &Path, copy_disks: bool) -> anyhow::Result<Taking> {
+pub fn prepare(spec: &MachineSpec, snapshot: &Path, copy_disks: bool) -> anyhow::Result<(Taking, Made)> {
     let how = if copy_disks { ImageCopy::Bytes } else { ImageCopy::Reflink };
     let wanted = images::writable(spec);
-    let mut made: Vec<&Path> = Vec::new();
-    for Image { name, path } in &wanted {
-        if let Err(error) = make(&beside(snapshot, name), path, how) {
-            for path in made {
-                // It was ours a moment ago.
-                let _ = fs::remove_file(path);
-            }
-            return Err(error.context(format!("cannot make the image {} of a clone", path.display())));
-        }
-        made.push(path);
+    let mut made = Made::default();
+    let mut first = None;
+    for image in &wanted {
+        let kept = Kept::of(snapshot, image);
+        make(&kept, image.path, how)
+            .with_context(|| format!("cannot make the image {} of a clone", image.path.display()))?;
+        made.add(image.path);
+        first.get_or_insert(kept.path);
     }
-    let lease = match wanted.first() {
-        Some(image) => beside(&beside(snapshot, &image.name), "ferry-lease"),
-        None => beside(snapshot, "ferry-lease"),
-    };
-    Ok(Taking::Clone { images: record(&lease, spec)? })
+    let lease = beside(&first.unwrap_or_else(|| snapshot.to_owned()), "ferry-lease");
+    Ok((Taking::Clone { images: record(&lease, spec)? }, made))
+}
+
+/// The image of a snapshot that one of a clone is made from.
+struct Kept<'a> {
+    path: PathBuf,
+    /// It is the base of an overlay.
+    base: Option<&'a Base>,
+}
+
+impl<'a> Kept<'a> {
+    fn of(snapshot: &Path, image: &Writable<'a>) -> Self {
+        let base =
+            image.base.map(|base| (beside(snapshot, &format!("{}.{}", image.stem, base.format)), base));
+        match base.filter(|(path, base)| is_one_file(path, &base.path)) {
+            Some((path, base)) => Self { path, base: Some(base) },
+            // An image over another base was over that when the snapshot was taken.
+            None => Self { path: beside(snapshot, &image.name()), base: None },
+        }
+    }
+}
+
+fn is_one_file(one: &Path, other: &Path) -> bool {
+    let identity = |path| fs::metadata(path).ok().map(|about| (about.dev(), about.ino()));
+    identity(one).is_some_and(|one| Some(one) == identity(other))
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {
@@ -46,18 +97,21 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
 }
 
 /// Under its name only when it is whole.
-fn make(from: &Path, path: &Path, how: ImageCopy) -> anyhow::Result<()> {
+fn make(from: &Kept<'_>, path: &Path, how: ImageCopy) -> anyhow::Result<()> {
     ensure!(fs::symlink_metadata(path).is_err(), "there is something already");
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
     let draft = NamedTempFile::new_in(folder)?;
-    images::copy(from, draft.as_file(), how)?;
+    match from.base {
+        Some(base) => block::create_overlay(draft.as_file(), path, base)?,
+        None => images::copy(&from.path, draft.as_file(), how)?,
+    }
     draft.as_file().sync_all()?;
     draft.persist_noclobber(path)?;
     // The name too, before a guest is told that anything in there is stable.
-    fs::File::open(folder)?.sync_all()?;
+    File::open(folder)?.sync_all()?;
     Ok(())
 }
 

@@ -19,11 +19,12 @@ mod signals;
 #[cfg(test)]
 mod tests;
 
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 use engine::lease::Lease;
 use engine::{Reading, Taking};
 use transport::{Endpoint, Security, Uri, inherit};
@@ -95,6 +96,10 @@ pub struct Vmm {
     restoring: (Reading, Taking),
     /// A guest that comes brings its images.
     pub images_come: Option<ImagesCome>,
+    /// What a guest writes that comes out of a file is noted from its start.
+    track: bool,
+    /// What was made for a clone, until its guest is there.
+    made: Mutex<clone::Made>,
 }
 
 /// Runs the virtual machine of `arguments` until it ends.
@@ -117,6 +122,19 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
     }
     let spec = arguments.machine()?;
     let (vmm, requests) = Vmm::new(spec, arguments)?;
+    let result = live(&vmm, &requests, arguments, inherited);
+    // Here, since threads may hold the process until its end.
+    drop(std::mem::take(&mut *lock(&vmm.made)));
+    result
+}
+
+/// From the first guest, or the wait for one, to the end.
+fn live(
+    vmm: &Arc<Vmm>,
+    requests: &Receiver<Request>,
+    arguments: &RunArguments,
+    inherited: Option<OwnedFd>,
+) -> anyhow::Result<()> {
     let server =
         arguments.api.as_deref().map(|path| Server::start(path, vmm.operations(), Arc::clone(&vmm.events)));
     let server = server.transpose()?;
@@ -135,17 +153,17 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
         })?,
         Some(uri) => {
             let lease = match (arguments.clone, vmm.images_come) {
-                (true, _) => ownership::open_lease(&vmm.spec)?,
+                (true, _) => vmm.open_lease_of_clone()?,
                 // It is made with the images, when they come.
                 (false, Some(_)) => None,
                 (false, None) => ownership::open_existing_lease(&vmm.spec)?,
             };
             vmm.return_lease(lease);
             let security = Security::chosen(arguments.tls_dir.as_deref(), arguments.insecure)?;
-            vmm.migrations.expect(&vmm, &Endpoint { uri: uri.clone(), security }, inherited)?;
+            vmm.migrations.expect(vmm, &Endpoint { uri: uri.clone(), security }, inherited)?;
         }
     }
-    let result = vmm.serve(&requests);
+    let result = vmm.serve(requests);
     let ended = vmm.end();
     if let Some(server) = &server
         && vmm.run_state() == RunState::PostMigrate
@@ -158,10 +176,12 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
 impl Vmm {
     fn new(spec: MachineSpec, arguments: &RunArguments) -> anyhow::Result<(Arc<Self>, Receiver<Request>)> {
         let reading = if arguments.verify { Reading::First } else { Reading::OnDemand };
-        let taking = match (&arguments.incoming, arguments.clone) {
+        let is_file = matches!(arguments.incoming, Some(Uri::File { .. }));
+        ensure!(is_file || !arguments.track, "--track is for --incoming file:PATH");
+        let (taking, made) = match (&arguments.incoming, arguments.clone) {
             (Some(Uri::File { path, .. }), true) => clone::prepare(&spec, path, arguments.copy_disks)?,
             (_, true) => bail!("--clone is for --incoming file:PATH"),
-            (_, false) => Taking::Once,
+            (_, false) => (Taking::Once, clone::Made::default()),
         };
         let host = Host::open()?;
         let console = Console::open(&spec.serial)?;
@@ -182,6 +202,8 @@ impl Vmm {
             exit_when_migrated: arguments.exit_when_migrated,
             restoring: (reading, taking),
             images_come: arguments.with_storage.then_some(ImagesCome { overwrite: arguments.overwrite }),
+            track: arguments.track,
+            made: Mutex::new(made),
         });
         Ok((vmm, receiver))
     }
@@ -280,6 +302,27 @@ impl Vmm {
     #[must_use]
     pub fn restoring(&self) -> (Reading, Taking) {
         self.restoring.clone()
+    }
+
+    /// The record of a clone, which is made like its images, unless one was named that is there.
+    fn open_lease_of_clone(&self) -> anyhow::Result<Option<Lease>> {
+        let is_there = matches!(ownership::open_existing_lease(&self.spec), Ok(Some(_)));
+        let lease = ownership::open_lease(&self.spec)?;
+        if let (false, Some(lease)) = (is_there, &lease) {
+            lock(&self.made).add(lease.path());
+        }
+        Ok(lease)
+    }
+
+    /// Whether what a guest writes that comes out of a file is noted from its start, so that the file can be the parent of a snapshot.
+    #[must_use]
+    pub fn tracks_from_its_file(&self) -> bool {
+        self.track
+    }
+
+    /// The guest has come out of its file: what was made for it is its own.
+    pub fn keep_made(&self) {
+        lock(&self.made).keep();
     }
 
     /// Why the machine cannot migrate: all the reasons, none if it can.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::{ImageCopy, Word};
+use engine::{SnapshotOptions, Word};
 
 use super::{Request, Vmm, ownership};
 use crate::config::NamespaceOption;
@@ -126,9 +126,8 @@ impl Operations for Control {
         self.0.migrations.start(&self.0, target).map_err(|error| refusal(&error))
     }
 
-    fn snapshot(&self, path: &Path, copy_disks: bool) -> Result<(), Refusal> {
-        let how = if copy_disks { ImageCopy::Bytes } else { ImageCopy::Reflink };
-        let job = Job::Snapshot { path: path.to_owned(), how };
+    fn snapshot(&self, path: &Path, options: SnapshotOptions) -> Result<(), Refusal> {
+        let job = Job::Snapshot { path: path.to_owned(), options };
         self.0.migrations.begin(&self.0, job).map_err(|error| refusal(&error))
     }
 

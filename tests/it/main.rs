@@ -29,6 +29,7 @@ mod qmp;
 mod refused;
 mod secure;
 mod signals;
+mod snapshots;
 mod storage;
 mod suspend;
 mod tools;

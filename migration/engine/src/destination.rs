@@ -433,6 +433,7 @@ impl<'a> Destination<'a> {
                 }
                 Message::Settle(settle) => {
                     intake.map_or(Ok(()), |intake| intake.settle(settle.channel_bytes))?;
+                    self.disks.as_mut().map_or(Ok(()), Arriving::settle)?;
                     link.send(&Message::Settled, step)?;
                 }
                 Message::Prepare(prepare) => return Ok(prepare),

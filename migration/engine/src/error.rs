@@ -143,6 +143,24 @@ pub enum Error {
         /// Why.
         source: Box<stream::Error>,
     },
+    /// A snapshot of what has changed needs the one before it.
+    #[error("the snapshot {child} needs its parent {parent}, which cannot be used")]
+    Parent {
+        /// The snapshot.
+        child: String,
+        /// What it is based on.
+        parent: String,
+        /// Why not.
+        source: Box<Error>,
+    },
+    /// What the guest has written since a snapshot is not known.
+    #[error("what has changed since the snapshot {parent} is not known: {reason}")]
+    NotTracked {
+        /// The snapshot.
+        parent: String,
+        /// Why.
+        reason: String,
+    },
     /// The stream is refused, or could not be written.
     #[error("cannot {doing}")]
     Stream {

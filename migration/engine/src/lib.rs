@@ -32,7 +32,8 @@
 //! - `local`: to a process of the same host the memory itself goes, instead of its contents in rounds.
 //! - [`protocol`]: the messages; `link` gives each a deadline.
 //! - `postcopy`: memory that follows after its guest.
-//! - [`suspend_to_file`] and [`restore_from_file`]: the same guest in a file; [`snapshot_to_file`]: it goes on, and is there as well.
+//! - [`suspend_to_file`] and [`restore_from_file`]: the same guest in a file; [`snapshot_to_file`]: it goes on, and is there as well,
+//!   whole or as what has changed since another snapshot.
 //!
 //! Invariants: before the first byte of COMMIT any failure leaves the source running as if nothing had happened; from
 //! there on the source runs again only if the lease says that it may (or, without a lease, the destination swore never
@@ -81,14 +82,14 @@ pub use description::Description;
 pub use destination::{Arrived, Destination};
 pub use error::Error;
 pub use file::{
-    FileState, Fill, Reading, Restored, SnapshotFailed, Taking, expect_file, file_schema, restore_from_file,
-    snapshot_to_file, suspend_to_file,
+    FileParent, FileState, Fill, Reading, Restored, SnapshotFailed, SnapshotOptions, Taking, expect_file,
+    file_schema, restore_from_file, snapshot_to_file, suspend_to_file,
 };
 pub use handover::Handover;
 pub use link::Dial;
 pub use machine::{
     DestinationFactory, DestinationMachine, Fault, Image, ImageCopy, MachineResult, MemoryDescriptors,
-    MissingPages, RamBlock, RunState, SaveFor, SourceMachine,
+    MissingPages, RamBlock, RunState, SaveFor, Since, SourceMachine,
 };
 pub use ownership::source::Word;
 pub use parameters::{Parameters, PostcopyStart};

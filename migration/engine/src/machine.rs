@@ -72,6 +72,8 @@ pub struct Image {
     pub name: String,
     /// Where it is.
     pub path: PathBuf,
+    /// The image that it lies over, and so does its copy. Nobody writes that.
+    pub base: Option<PathBuf>,
 }
 
 /// How images are copied.
@@ -90,6 +92,24 @@ impl fmt::Display for ImageCopy {
             Self::Reflink => "reflink",
             Self::Bytes => "copy",
         })
+    }
+}
+
+/// What a guest has written since a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Since {
+    /// Digest of the snapshot's file.
+    pub snapshot: u64,
+    /// The pages that are known, one bitmap for each of [`SourceMachine::ram_blocks`]; those that were not collected yet come on top.
+    pub pages: Vec<PageBitmap>,
+}
+
+impl Since {
+    /// The same with pages that were collected.
+    #[must_use]
+    pub(crate) fn and(mut self, collected: &[PageBitmap]) -> Self {
+        self.pages.iter_mut().zip(collected).for_each(|(pages, more)| pages.union(more));
+        self
     }
 }
 
@@ -127,7 +147,7 @@ pub trait SourceMachine {
     fn populated(&mut self, block: &RamBlock) -> MachineResult<Vec<Range<u64>>>;
 
     /// From here on every write to guest memory is seen, by vCPUs and by device models. What was dirty before does not
-    /// count.
+    /// count. Ends a tracking that was [kept](Self::keep_dirty_tracking).
     ///
     /// # Errors
     /// The log could not be enabled; nothing is tracked then.
@@ -142,6 +162,17 @@ pub trait SourceMachine {
 
     /// Ends the tracking. Harmless when nothing is tracked.
     fn stop_dirty_tracking(&mut self);
+
+    /// Goes on with the tracking beyond this attempt, for [`take_up_dirty_tracking`](Self::take_up_dirty_tracking). Another attempt that
+    /// [starts](Self::start_dirty_tracking) its own ends it, and so does whatever ends the machine.
+    fn keep_dirty_tracking(&mut self, _since: Since) {
+        self.stop_dirty_tracking();
+    }
+
+    /// Takes the tracking that was kept for this attempt, as if it had begun it. `None`: there is none.
+    fn take_up_dirty_tracking(&mut self) -> Option<Since> {
+        None
+    }
 
     /// Keeps every vCPU out of the guest for `percent` of the time, 1 to 99, until [`stop_throttling`](Self::stop_throttling) or
     /// [`stop`](Self::stop). May be called again with another share.
@@ -375,6 +406,15 @@ pub trait DestinationMachine {
     /// The kernel refused.
     fn discard(&mut self, _block: usize, _pages: Range<u64>) -> MachineResult<()> {
         Err("this machine cannot run before all of its memory is here".into())
+    }
+
+    /// Memory is what it is in the mapped file of this digest, or will be when it is touched: what is written from now on, by devices
+    /// that are loaded too, was written since that snapshot, for a machine that is to know it.
+    ///
+    /// # Errors
+    /// It is to know it, and cannot.
+    fn note_writes_since(&mut self, _snapshot: u64) -> MachineResult<()> {
+        Ok(())
     }
 
     /// Checks the contents of every section and builds the devices from them; takes all of the sections out of the set.

@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use engine::SnapshotOptions;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -118,8 +119,8 @@ impl Operations for Machine {
         self.did(&format!("migrate {what}"), RunState::Running, Event::Migration { status })
     }
 
-    fn snapshot(&self, path: &std::path::Path, copy_disks: bool) -> Result<(), Refusal> {
-        self.set(|state| state.asked.push(format!("snapshot {} {copy_disks}", path.display())));
+    fn snapshot(&self, path: &std::path::Path, options: SnapshotOptions) -> Result<(), Refusal> {
+        self.set(|state| state.asked.push(format!("snapshot {}: {options:?}", path.display())));
         Ok(())
     }
 

@@ -50,7 +50,8 @@ fn places(spec: &MachineSpec) -> Vec<Place> {
         for namespace in controller.namespaces.iter().filter(|namespace| !namespace.read_only) {
             let (path, format) = match &namespace.backend {
                 BackendSpec::File(path) => (path, "raw"),
-                BackendSpec::Qcow2(path) => (path, "qcow2"),
+                // One over a base goes as a whole: the other side has no base.
+                BackendSpec::Qcow2(path) | BackendSpec::Overlay { path, .. } => (path, "qcow2"),
                 // In guest memory, or nowhere.
                 BackendSpec::Memory { .. } | BackendSpec::Null { .. } => continue,
             };

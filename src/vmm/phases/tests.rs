@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
-use engine::Word;
+use engine::{SnapshotOptions, Word};
 
 use super::is_released_at_the_end;
 use crate::config::NamespaceOption;
@@ -96,7 +96,7 @@ fn ask(client: &dyn Operations, row: &str) -> Result<(), Refusal> {
         "cont" => client.cont(),
         "stop" => client.stop(),
         "migrate" => client.migrate("unix:/nowhere".into()),
-        "x-ferry-snapshot" => client.snapshot(Path::new("/nowhere/kept"), true),
+        "x-ferry-snapshot" => client.snapshot(Path::new("/nowhere/kept"), SnapshotOptions::default()),
         "system_reset" => client.system_reset(),
         "migrate_cancel" => client.migrate_cancel(),
         "migrate-start-postcopy" => client.migrate_start_postcopy(),

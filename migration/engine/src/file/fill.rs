@@ -8,113 +8,15 @@
 //! ([`MissingPages::lost`]), which would otherwise go on with a memory that never was.
 
 use std::fmt;
-use std::fs::File;
-use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use stream::{CHUNK_BYTES, MappedRam};
-use vm_memory::VolatileMemory;
+use stream::CHUNK_BYTES;
 
+use super::memory::Memory;
 use crate::machine::MissingPages;
-use crate::ram::match_blocks;
-use crate::{Error, PAGE_BYTES, Parameters, RamBlock, Statistics};
-
-/// The memory in a file, by the numbers that its blocks have in the machine.
-pub(super) struct Memory {
-    ram: MappedRam<File>,
-    blocks: Vec<RamBlock>,
-    /// For each of them its number in the file.
-    numbers: Vec<usize>,
-    /// Of the file, for errors.
-    path: String,
-}
-
-impl Memory {
-    /// `blocks` are those of the machine.
-    pub fn new(ram: MappedRam<File>, blocks: Vec<RamBlock>, path: String) -> Result<Self, Error> {
-        let theirs: Vec<_> = ram.blocks().map(|place| place.block.clone()).collect();
-        let order = match_blocks(&theirs, &blocks)
-            .map_err(|reason| Error::Protocol { doing: "restore RAM and devices", reason })?;
-        let mut numbers = vec![0; blocks.len()];
-        for (number, block) in order.into_iter().enumerate() {
-            if let Some(place) = numbers.get_mut(block) {
-                *place = number;
-            }
-        }
-        Ok(Self { ram, blocks, numbers, path })
-    }
-
-    fn number(&self, block: usize) -> usize {
-        self.numbers.get(block).copied().unwrap_or(usize::MAX)
-    }
-
-    /// Reads a chunk and has `place` take each run of pages that are in the file, with its offset in the block.
-    fn bring(
-        &self,
-        block: usize,
-        chunk: u64,
-        buffer: &mut [u8],
-        mut place: impl FnMut(u64, &[u8]) -> Result<(), Error>,
-    ) -> Result<(), Error> {
-        let number = self.number(block);
-        let start = chunk * CHUNK_BYTES;
-        let length = self.ram.read_chunk(number, chunk, buffer).map_err(|source| Error::Memory {
-            path: self.path.clone(),
-            block: self.blocks.get(block).map(|block| block.name.clone()).unwrap_or_default(),
-            offset: start,
-            source: Box::new(source),
-        })?;
-        let pages = buffer.get(..length).unwrap_or_default().chunks(PAGE_BYTES as usize).enumerate();
-        let present = |page: usize| self.ram.is_present(number, start + page as u64 * PAGE_BYTES);
-        let pages: Vec<_> = pages.map(|(page, _)| page).collect();
-        for run in pages.chunk_by(|one, other| present(*one) == present(*other)) {
-            let Some(first) = run.first().copied().filter(|first| present(*first)) else { continue };
-            let bytes = first * PAGE_BYTES as usize..(first + run.len()) * PAGE_BYTES as usize;
-            let offset = start + bytes.start as u64;
-            place(offset, buffer.get(bytes).unwrap_or_default())?;
-        }
-        Ok(())
-    }
-
-    /// Reads the whole of a block, which nobody uses yet.
-    pub fn read(&self, block: usize, parameters: &Parameters, statistics: &Statistics) -> Result<(), Error> {
-        let mut buffer = vec![0; CHUNK_BYTES as usize];
-        let Some(own) = self.blocks.get(block) else { return Ok(()) };
-        for chunk in self.chunks(block) {
-            if parameters.cancelled() {
-                return Err(Error::Cancelled);
-            }
-            self.bring(block, chunk, &mut buffer, |offset, bytes| {
-                let slice = own.mapping.get_slice(offset as usize, bytes.len());
-                let slice = slice.map_err(|source| Error::Machine {
-                    doing: "place guest memory",
-                    source: source.into(),
-                })?;
-                slice.copy_from(bytes);
-                statistics.update(|s| {
-                    s.transferred_bytes += bytes.len() as u64;
-                    s.normal_pages += bytes.len() as u64 / PAGE_BYTES;
-                });
-                Ok(())
-            })?;
-        }
-        Ok(())
-    }
-
-    /// The chunks of a block that have pages in the file, in order.
-    fn chunks(&self, block: usize) -> impl Iterator<Item = u64> {
-        let mut next = 0;
-        let chunks = |extent: Range<u64>| extent.start / CHUNK_BYTES..extent.end.div_ceil(CHUNK_BYTES);
-        self.ram.extents(self.number(block)).flat_map(move |extent| {
-            let chunks = chunks(extent);
-            let new = chunks.start.max(next)..chunks.end;
-            next = new.end.max(next);
-            new
-        })
-    }
-}
+use crate::{Error, PAGE_BYTES, Parameters, Statistics};
 
 /// Nobody has brought it.
 const MISSING: u8 = 0;
@@ -171,16 +73,15 @@ impl Fill {
     /// Brings pages of the blocks that `pages` [has](MissingPages::has) from now on, when they are touched.
     pub(super) fn begin(memory: Memory, pages: Arc<dyn MissingPages>) -> Result<Self, Error> {
         let (mut chunks, mut missing) = (Vec::new(), 0);
-        for (block, own) in memory.blocks.iter().enumerate() {
-            let count = own.length_bytes().div_ceil(CHUNK_BYTES);
-            let states: Vec<_> = (0..count).map(|_| AtomicU8::new(PLACED)).collect();
-            for chunk in memory.chunks(block).filter(|_| pages.has(block)) {
-                if let Some(state) = states.get(chunk as usize) {
-                    state.store(MISSING, Ordering::Relaxed);
+        for block in 0..memory.block_count() {
+            let state = |held: bool| match held && pages.has(block) {
+                true => {
                     missing += 1;
+                    AtomicU8::new(MISSING)
                 }
-            }
-            chunks.push(states);
+                false => AtomicU8::new(PLACED),
+            };
+            chunks.push(memory.held_chunks(block).into_iter().map(state).collect::<Vec<_>>());
         }
         let progress = Mutex::new(Progress { missing, phase: Phase::Loading });
         let shared = Arc::new(Shared { memory, pages, chunks, progress, changed: Condvar::new() });
@@ -299,7 +200,7 @@ impl Shared {
     /// Brings the page that somebody waits for.
     fn answer(&self, block: usize, offset: u64, buffer: &mut [u8]) -> Result<(), Error> {
         let failed = Error::machine("place guest memory");
-        if !self.memory.ram.is_present(self.memory.number(block), offset) {
+        if !self.memory.has_page(block, offset) {
             return self.pages.place_zeros(block, offset, PAGE_BYTES).map_err(failed);
         }
         let chunk = offset / CHUNK_BYTES;

@@ -6,12 +6,17 @@
 //!
 //! - `suspend`: the story of a guest that goes into a file; `write` knows the two layouts of its memory, `draft` has it appear under
 //!   its name only when it is whole.
-//! - `snapshot`: the same of a guest that goes on, with copies of its images.
-//! - `restore`: the story of one that comes out. Of the mapped layout everything but the pages is read and verified first; the guest
-//!   then runs, and `fill` brings each piece of its memory when it is touched, and the rest meanwhile.
+//! - `snapshot`: the same of a guest that goes on, with `copies` of its images; of all its memory, or of what it has written since
+//!   another snapshot (`chain`).
+//! - `restore`: the story of one that comes out. Of the mapped layout everything but the pages (`head`) is read and verified first; the
+//!   guest then runs, and `fill` brings each piece of its `memory` when it is touched, and the rest meanwhile.
 
+mod chain;
+mod copies;
 mod draft;
 mod fill;
+mod head;
+mod memory;
 mod restore;
 mod snapshot;
 mod suspend;
@@ -23,10 +28,11 @@ use vmstate::VmState;
 use crate::Error;
 use crate::protocol::{DESCRIPTION_BYTES_MAX, Properties};
 
+pub use chain::FileParent;
 pub(crate) use draft::Published;
 pub use fill::Fill;
 pub use restore::{Reading, Restored, Taking, restore_from_file};
-pub use snapshot::{SnapshotFailed, snapshot_to_file};
+pub use snapshot::{SnapshotFailed, SnapshotOptions, snapshot_to_file};
 pub use suspend::suspend_to_file;
 
 const SECTION: &str = "ferry";
@@ -52,6 +58,9 @@ pub struct FileState {
     /// Of a snapshot, whose guest went on.
     #[vmstate(subsection)]
     images: Option<FileImages>,
+    /// Of a snapshot that holds only what was written since another one.
+    #[vmstate(subsection)]
+    parent: Option<FileParent>,
 }
 
 /// The copies of images that belong to a file.
@@ -62,6 +71,25 @@ struct FileImages {
     /// [`Properties`], saved.
     #[vmstate(len = "length", max = DESCRIPTION_MAX_BYTES)]
     copies: Vec<u8>,
+}
+
+impl FileState {
+    /// The state in the section of this name, if it is the one.
+    ///
+    /// # Errors
+    /// It is, and cannot be read.
+    pub fn find(section: &str, bytes: &[u8], version: u32) -> Result<Option<Self>, vmstate::Error> {
+        if section != SECTION {
+            return Ok(None);
+        }
+        vmstate::from_bytes(bytes, version).map(Some)
+    }
+
+    /// The file that has the pages which this one lacks.
+    #[must_use]
+    pub fn parent(&self) -> Option<&FileParent> {
+        self.parent.as_ref()
+    }
 }
 
 /// The schema of the section that says which machine is in a file.

@@ -8,17 +8,15 @@ use std::time::Instant;
 use stream::{DeviceSection, Event, Expected, MappedReader, SectionSet};
 use transport::Layout;
 
-use super::fill::Memory;
-use super::{FileState, Fill, PIECE_BYTES, SECTION, expect_file, properties};
+use super::head::{Head, Inspect, no_section};
+use super::memory::{Layer, Memory};
+use super::{FileState, Fill, PIECE_BYTES, SECTION, chain, expect_file, properties};
 use crate::lease::{Lease, Record, State};
 use crate::ram::Receiver;
 use crate::{
     Description, DestinationFactory, DestinationMachine, Error, Parameters, RamBlock, RunState, Statistics,
     Status,
 };
-
-/// What is done, in errors.
-const DOING: &str = "restore RAM and devices";
 
 /// When the memory of a mapped file is read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -120,14 +118,23 @@ fn restore<F: DestinationFactory>(
             })?
         }
         Layout::Mapped => {
-            let (contents, memory) = mapped(file, expected, blocks, path, &mut inspect)?;
-            Contents { fill: begin(memory, &mut machine, reading, parameters, statistics)?, ..contents }
+            let Head { sections, digest, ram } = Head::read(file, expected, &mut inspect)?;
+            let below = match first.as_ref().and_then(|first: &FileState| first.parent.as_ref()) {
+                Some(parent) => chain::open(path, parent, || expect_file(factory.expected()))?,
+                None => Vec::new(),
+            };
+            let top = Layer { ram, path: path.to_owned() };
+            let memory = Memory::new(std::iter::once(top).chain(below), blocks)?;
+            let fill = begin(memory, &mut machine, reading, parameters, statistics)?;
+            machine.note_writes_since(digest).map_err(Error::machine("note what the guest writes"))?;
+            Contents { sections, digest, fill }
         }
     };
-    let first = first.ok_or_else(|| Error::Protocol {
-        doing: "reading the file",
-        reason: format!("it has no section {SECTION:?}"),
-    })?;
+    let first = first.ok_or_else(no_section)?;
+    if layout == Layout::Stream && first.parent.is_some() {
+        let reason = "it lacks the pages of a parent, which no file of its layout has".to_owned();
+        return Err(Error::Protocol { doing: "reading the file", reason });
+    }
     // The devices take the rest.
     let _the_first: FileState = contents.sections.take(SECTION, 0).map_err(Error::stream("read the file"))?;
     let start = Instant::now();
@@ -167,9 +174,6 @@ struct Contents {
     fill: Option<Fill>,
 }
 
-/// Looks at each section as soon as it is there.
-type Inspect<'a> = dyn FnMut(&DeviceSection) -> Result<(), Error> + 'a;
-
 fn layout_of(file: &File) -> Result<Layout, Error> {
     let failed = Error::stream("read the file");
     let mut reader = MappedReader::open(file, Expected::new(Vec::new())).map_err(&failed)?;
@@ -204,42 +208,6 @@ fn plain(
     }
     let received = receiver.finish()?;
     Ok(Contents { sections: received.sections, digest: received.digest, fill: None })
-}
-
-/// Reads and verifies everything of a mapped file but the pages of its memory.
-fn mapped(
-    file: File,
-    expected: Expected,
-    blocks: Vec<RamBlock>,
-    path: &Path,
-    inspect: &mut Inspect<'_>,
-) -> Result<(Contents, Memory), Error> {
-    let failed = Error::stream(DOING);
-    let mut reader = MappedReader::open(file, expected).map_err(&failed)?;
-    let mut sections = SectionSet::default();
-    loop {
-        match reader.next_event().map_err(&failed)? {
-            Event::Device(section) => {
-                inspect(&section)?;
-                sections.insert(section).map_err(&failed)?;
-            }
-            Event::Command(command) => {
-                let reason = format!("the command {:?} is not ours", command.name());
-                return Err(Error::Protocol { doing: DOING, reason });
-            }
-            Event::End => break,
-            Event::Configuration(_)
-            | Event::RamBlocks(_)
-            | Event::RamPage { .. }
-            | Event::RamZero { .. }
-            | Event::RamRound { .. }
-            | Event::Trailer(_) => {}
-        }
-    }
-    let digest = reader.digest();
-    let ram = reader.into_ram().map_err(&failed)?;
-    let memory = Memory::new(ram, blocks, path.display().to_string())?;
-    Ok((Contents { sections, digest, fill: None }, memory))
 }
 
 /// Reads the memory that the machine cannot wait for, and begins to bring the rest on demand.

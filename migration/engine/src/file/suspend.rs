@@ -105,6 +105,7 @@ fn suspend(
         description_length: 0,
         description: vmstate::to_bytes(&description),
         images: None,
+        parent: None,
     };
     read_back(machine, &first, &sections, statistics)?;
     let contents = Sections { first: &first, devices: &sections };

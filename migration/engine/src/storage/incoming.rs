@@ -104,6 +104,11 @@ impl Arriving {
         Ok(())
     }
 
+    /// Makes stable what has come so far, while the guest still runs elsewhere: little is left for when it stands still.
+    pub fn settle(&mut self) -> Result<(), Error> {
+        self.images.sync().map_err(Error::machine("make the images stable"))
+    }
+
     /// Everything has come: makes it stable. Returns the digest of all of it.
     pub fn finish(&mut self) -> Result<u64, Error> {
         for (disk, came) in self.disks.iter().zip(&self.came) {
@@ -112,7 +117,7 @@ impl Arriving {
                 return Err(wrong(format!("{missing} blocks of image {} did not come", disk.name)));
             }
         }
-        self.images.sync().map_err(Error::machine("make the images stable"))?;
+        self.settle()?;
         Ok(self.table.digest())
     }
 

@@ -12,7 +12,7 @@ use vm_memory::{Bytes, VolatileMemory};
 
 use super::file::{files, suspended};
 use super::mock::{Arriving, Factory, World};
-use crate::lease::State;
+use crate::lease::{Lease, State};
 use crate::machine::{Fault, MissingPages};
 use crate::{
     Description, DestinationFactory, DestinationMachine, Error, Fill, MachineResult, PAGE_BYTES, Parameters,
@@ -190,10 +190,19 @@ fn restore(
     reading: Reading,
     looked_at: &[(usize, u64)],
 ) -> (Result<Restored<LazyArriving>, Error>, Receiver<Arc<Pages>>) {
+    restore_by(world.lease("restored"), world, path, reading, looked_at)
+}
+
+fn restore_by(
+    mut lease: Lease,
+    world: &World,
+    path: &Path,
+    reading: Reading,
+    looked_at: &[(usize, u64)],
+) -> (Result<Restored<LazyArriving>, Error>, Receiver<Arc<Pages>>) {
     let (pages, made) = channel();
     let mut factory = Lazy { factory: Factory::new(world, "restored"), looked_at: looked_at.to_vec(), pages };
     let (parameters, statistics) = (Parameters::new(), Statistics::new());
-    let mut lease = world.lease("restored");
     (
         restore_from_file(
             &mut factory,
@@ -246,6 +255,29 @@ fn the_guest_runs_first_and_its_memory_comes_when_it_is_touched_or_later() {
     assert!(pages.state.lock().unwrap().released, "nobody waits any more");
     let arrived: Vec<_> = restored.machine.arriving.0.contents();
     assert!(arrived == source.guest.contents());
+    assert_eq!(pages.state.lock().unwrap().lost, None);
+}
+
+/// Each page from the newest file that has it.
+#[test]
+fn memory_of_several_files_comes_when_it_is_touched_or_later() {
+    let (chain, mut days) = super::chain::three_days();
+    let (world, lease) = chain.end("wednesday");
+    let lease = Lease::open_existing(&lease, world.lease("restored").owner().clone()).unwrap();
+    let path = world.path("wednesday");
+    let (restored, _) = restore_by(lease, &world, &path, Reading::OnDemand, &[]);
+    let restored = restored.unwrap();
+    let (fill, pages) = (restored.fill.unwrap(), restored.machine.pages);
+    let expected = days[2].clone();
+    days[2].reverse();
+    // Of the last day, of the one before (of which one is zeros), and of the first.
+    for (block, page) in [(RAM, 300), (RAM, 3), (RAM, 7), (0, 9), (RAM, 200), (RAM, 598)] {
+        let offset = page * PAGE_BYTES;
+        let wanted = &days[2][block][offset as usize..][..PAGE_BYTES as usize];
+        assert!(pages.touch(block, offset).unwrap() == wanted, "page {page} of {block}");
+    }
+    assert!(run(&fill));
+    assert!(restored.machine.arriving.0.contents() == expected);
     assert_eq!(pages.state.lock().unwrap().lost, None);
 }
 

@@ -19,7 +19,7 @@ use crate::lease::{Id, Lease, Owner};
 use crate::storage::{Disk, IncomingDisks, OutgoingDisks};
 use crate::{
     Description, DestinationFactory, DestinationMachine, Image, ImageCopy, MachineResult, MemoryDescriptors,
-    MissingPages, PAGE_BYTES, PageBitmap, RamBlock, RunState, SaveFor, SourceMachine,
+    MissingPages, PAGE_BYTES, PageBitmap, RamBlock, RunState, SaveFor, Since, SourceMachine,
 };
 
 /// Blocks of the mock machine: name, pages, and the pages that the memfd has.
@@ -182,6 +182,8 @@ pub struct Guest {
     pub lease_lost_at: Option<&'static str>,
     /// Some of its memory is to follow.
     pub lacks_pages: bool,
+    /// Digest of the file that it came out of.
+    restored_from: Option<u64>,
     /// Memory that follows it.
     pub missing: Option<Arc<MockMemory>>,
     /// What it has on its host, if that is its own.
@@ -220,6 +222,7 @@ impl Guest {
             trouble: None,
             lease_lost_at: None,
             lacks_pages: false,
+            restored_from: None,
             missing: None,
             images: None,
             threads: Vec::new(),
@@ -300,6 +303,10 @@ pub struct Source {
     stopped_with: Option<Vec<Vec<u8>>>,
     looks: u64,
     tracking: bool,
+    /// Goes on between two snapshots.
+    kept: Option<Since>,
+    /// Pages that were found in the stop, whose writes are not noted before the next look.
+    unprotected: Option<Vec<PageBitmap>>,
 }
 
 impl Source {
@@ -324,6 +331,8 @@ impl Source {
     }
 
     fn of(guest: Guest) -> Self {
+        let nothing = guest.blocks.iter().map(|block| PageBitmap::for_bytes(block.length_bytes()));
+        let kept = guest.restored_from.map(|snapshot| Since { snapshot, pages: nothing.collect() });
         Self {
             guest,
             writes: vec![200, 60, 20],
@@ -336,7 +345,9 @@ impl Source {
             passes_memory: false,
             stopped_with: None,
             looks: 0,
-            tracking: false,
+            tracking: kept.is_some(),
+            kept,
+            unprotected: None,
         }
     }
 
@@ -387,8 +398,9 @@ impl SourceMachine for Source {
 
     fn start_dirty_tracking(&mut self) -> MachineResult<()> {
         self.guest.step("start tracking")?;
-        assert!(!self.tracking);
+        assert!(!self.tracking || self.kept.take().is_some());
         self.tracking = true;
+        self.unprotected = None;
         self.guest.blocks.iter().for_each(|block| block.mapping.bitmap().reset());
         Ok(())
     }
@@ -418,11 +430,30 @@ impl SourceMachine for Source {
             let words = block.mapping.bitmap().get_and_reset();
             PageBitmap::from_words(words, block.length_bytes() / PAGE_BYTES)
         });
-        Ok(bitmaps.collect())
+        let mut bitmaps: Vec<_> = bitmaps.collect();
+        if let Some(unprotected) = self.unprotected.take() {
+            for (bitmap, unprotected) in bitmaps.iter_mut().zip(unprotected) {
+                unprotected.runs().for_each(|run| bitmap.clear_range(run));
+            }
+        }
+        if !runs && self.stopped_with.is_some() {
+            self.unprotected = Some(bitmaps.clone());
+        }
+        Ok(bitmaps)
     }
 
     fn stop_dirty_tracking(&mut self) {
         self.tracking = false;
+        self.kept = None;
+    }
+
+    fn keep_dirty_tracking(&mut self, since: Since) {
+        assert!(self.tracking);
+        self.kept = Some(since);
+    }
+
+    fn take_up_dirty_tracking(&mut self) -> Option<Since> {
+        self.kept.take()
     }
 
     fn throttle(&mut self, percent: u8) -> MachineResult<()> {
@@ -471,7 +502,7 @@ impl SourceMachine for Source {
 
     fn images(&mut self) -> MachineResult<Vec<Image>> {
         self.guest.step("images")?;
-        Ok(vec![Image { name: "disk-1.raw".to_owned(), path: self.guest.world.path("image") }])
+        Ok(vec![Image { name: "disk-1.raw".to_owned(), path: self.guest.world.path("image"), base: None }])
     }
 
     fn copy_image(&mut self, _image: &Image, mut into: &File, how: ImageCopy) -> MachineResult<()> {
@@ -636,6 +667,12 @@ impl DestinationMachine for Arriving {
         let memory = MockMemory::new(&self.ram_blocks());
         self.0.missing = Some(Arc::clone(&memory));
         Some(memory)
+    }
+
+    fn note_writes_since(&mut self, snapshot: u64) -> MachineResult<()> {
+        self.0.restored_from = Some(snapshot);
+        self.0.blocks.iter().for_each(|block| block.mapping.bitmap().reset());
+        Ok(())
     }
 
     fn load_devices(&mut self, mut sections: SectionSet) -> MachineResult<()> {

@@ -1,5 +1,6 @@
 //! Whole migrations of a mock machine, in one process, on the real protocol, the real lease and real sockets.
 
+mod chain;
 mod channels;
 mod convergence;
 mod disks;

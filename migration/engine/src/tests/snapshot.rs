@@ -7,8 +7,8 @@ use super::mock::{Arriving, Factory, Source, Trouble, World};
 use super::patience;
 use crate::lease::{Lease, State};
 use crate::{
-    Context, Error, ImageCopy, Parameters, Reading, Restored, RunState, Snapshot, SnapshotFailed, Statistics,
-    Status, Taking, restore_from_file, snapshot_to_file,
+    Context, Error, Parameters, Reading, Restored, RunState, Snapshot, SnapshotFailed, SnapshotOptions,
+    Statistics, Status, Taking, restore_from_file, snapshot_to_file,
 };
 
 fn snapshot(
@@ -16,19 +16,31 @@ fn snapshot(
     path: &Path,
     lease: Option<&mut Lease>,
 ) -> (Result<(), SnapshotFailed>, Snapshot) {
+    snapshot_of(&SnapshotOptions::default(), source, path, lease)
+}
+
+pub(super) fn snapshot_of(
+    options: &SnapshotOptions,
+    source: &mut Source,
+    path: &Path,
+    lease: Option<&mut Lease>,
+) -> (Result<(), SnapshotFailed>, Snapshot) {
     let (parameters, statistics) = (Parameters::new(), Statistics::new());
     let mut context =
         Context { lease, parameters: &parameters, statistics: &statistics, patience: patience() };
-    (snapshot_to_file(source, path, ImageCopy::Reflink, &mut context), statistics.snapshot())
+    (snapshot_to_file(source, path, options, &mut context), statistics.snapshot())
 }
 
-fn restore(world: &World, path: &Path, lease: &Path) -> Result<Restored<Arriving>, Error> {
-    let (parameters, statistics) = (Parameters::new(), Statistics::new());
+pub(super) fn restore(world: &World, path: &Path, lease: &Path) -> Result<Restored<Arriving>, Error> {
     let owner = world.lease("restored").owner().clone();
-    let mut lease = Lease::open_existing(lease, owner).unwrap();
+    restore_by(&mut Lease::open_existing(lease, owner).unwrap(), world, path)
+}
+
+pub(super) fn restore_by(lease: &mut Lease, world: &World, path: &Path) -> Result<Restored<Arriving>, Error> {
+    let (parameters, statistics) = (Parameters::new(), Statistics::new());
     let mut factory = Factory::new(world, "restored");
     let how = (Reading::First, &Taking::Once);
-    restore_from_file(&mut factory, path, how, Some(&mut lease), &parameters, &statistics)
+    restore_from_file(&mut factory, path, how, Some(lease), &parameters, &statistics)
 }
 
 /// A clone in a world of its own, with a lease of its own, of images whose lease is that at `lease`.
