@@ -148,7 +148,8 @@ pub struct RunArguments {
     /// With --clone: copy the images byte by byte where the file system cannot share their blocks.
     #[arg(long, requires = "clone")]
     pub copy_disks: bool,
-    /// Note what the guest writes from its start on, so that the file of --incoming file:PATH can be the --parent of its next snapshot. See
+    /// Note what the guest writes from its start on, so that the file of --incoming file:PATH can be the --parent of its next snapshot,
+    /// which then also holds what the guest has only read: KVM does not tell the two apart for a page that is new to it. See
     /// `ferry snapshot --track`.
     #[arg(long, requires = "incoming")]
     pub track: bool,
