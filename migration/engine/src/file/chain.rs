@@ -175,3 +175,61 @@ fn unusable(child: &Path, parent: &Path, source: Error) -> Error {
         source: Box::new(source),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parent(name: &[u8]) -> FileParent {
+        FileParent { digest: 7, generation: 1, depth: 2, name_length: 0, name: name.to_vec() }
+    }
+
+    fn state(parent: Option<FileParent>) -> FileState {
+        FileState {
+            running: true,
+            has_lease: false,
+            lease: [0; 16],
+            generation: 1,
+            description_length: 0,
+            description: Vec::new(),
+            images: None,
+            parent,
+        }
+    }
+
+    #[test]
+    fn a_name_leads_nowhere_but_beside_the_child() {
+        let child = Path::new("/snapshots/tuesday");
+        assert_eq!(parent(b"monday").beside(child).unwrap(), Path::new("/snapshots/monday"));
+        for name in
+            [&b""[..], b".", b"..", b"/", b"/etc/passwd", b"../monday", b"a/b", b"monday/", b"./monday"]
+        {
+            let error = parent(name).beside(child).unwrap_err().to_string();
+            assert!(error.contains("no name of a file"), "{error}");
+        }
+        let nul = parent(b"mon\0day").beside(child).unwrap();
+        assert!(open_regular(&nul).is_err(), "the system takes no such name");
+    }
+
+    #[test]
+    fn a_chain_that_says_another_length_than_it_has_is_refused() {
+        let child = parent(b"monday");
+        let middle = FileParent { depth: 1, ..child.clone() };
+        child.check(7, &state(Some(middle.clone()))).unwrap();
+        let error = child.check(8, &state(Some(middle))).unwrap_err().to_string();
+        assert!(error.contains("another file") && error.contains("0000000000000007"), "{error}");
+        for depth in [None, Some(2), Some(LAYERS_MAX - 1)] {
+            let below = depth.map(|depth| FileParent { depth, ..child.clone() });
+            let error = child.check(7, &state(below)).unwrap_err().to_string();
+            assert!(error.contains("files are below it"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_pipe_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("monday");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        assert!(open_regular(&pipe).unwrap_err().to_string().contains("no regular file"));
+    }
+}
