@@ -1,5 +1,6 @@
 //! Where a test happens.
 
+use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -8,12 +9,15 @@ use ferry::drive::{Lines, Process};
 use rustix::fs::{FlockOperation, flock};
 use tempfile::TempDir;
 
+/// So many processes are looked at when a test fails, the latest.
+const SAID_MAX: usize = 32;
+
 /// The host's KVM for the duration of a test, and a folder for its files.
 #[derive(Debug)]
 pub struct TestBed {
     program: PathBuf,
     folder: TempDir,
-    said: Mutex<Vec<Said>>,
+    said: Mutex<VecDeque<Said>>,
     /// Released last, when all else is gone.
     _lock: File,
 }
@@ -84,7 +88,11 @@ impl TestBed {
     pub(crate) fn remember(&self, process: &Process) {
         let Process { console, log, .. } = process;
         let said = Said { name: process.name().to_owned(), console: console.clone(), log: log.clone() };
-        self.said.lock().expect("no test panics here").push(said);
+        let mut all = self.said.lock().expect("no test panics here");
+        all.push_back(said);
+        if all.len() > SAID_MAX {
+            all.pop_front();
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 //! TestBed      the host-wide KVM lock, a scratch folder, what every process said (printed when a test fails)
 //!   Machine    the flags that a source and its destination share
 //!   Vm         one `ferry run`: its console, its log, its control socket
-//!   Proxy      a link that holds one frame until the test says what becomes of it
+//!   Proxy      a link that stands still at a place until the test says how it goes on
 //! ```
 //!
 //! Invariants:
@@ -21,16 +21,15 @@
 #![allow(clippy::missing_panics_doc, reason = "helpers of tests panic instead of returning errors")]
 
 mod bed;
-mod breaker;
 mod counters;
 mod machine;
 mod passing;
+mod pieces;
 mod proxy;
 mod vm;
 
 pub use bed::TestBed;
-pub use breaker::{Breaker, Place, Struck, Verdict, Way};
 pub use counters::{Finding, exerciser_line};
 pub use machine::Machine;
-pub use proxy::{Held, Proxy};
+pub use proxy::{Held, Place, Proxy, Verdict, Way};
 pub use vm::{Vm, WATCHDOG};

@@ -217,10 +217,16 @@ impl Vm {
 
     /// Stops the process, as if its host had no time for it, and waits until all its threads stand still.
     pub fn freeze(&self) {
-        self.process.signal(Signal::STOP).expect("it runs");
+        self.begin_to_freeze();
         let id = Pid::from_raw(i32::try_from(self.process.id()).expect("a process number")).expect("not 0");
         let status = waitpid(Some(id), WaitOptions::UNTRACED).expect("it is our child");
         assert!(status.is_some_and(|(_, status)| status.stopped()), "it stands still");
+    }
+
+    /// The same without waiting: a thread that waits for guest memory, which is to come through a link that stands still, cannot stand
+    /// still before it has come.
+    pub fn begin_to_freeze(&self) {
+        self.process.signal(Signal::STOP).expect("it runs");
     }
 
     /// Lets a frozen process go on.

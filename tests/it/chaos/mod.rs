@@ -1,0 +1,289 @@
+//! Faults at any place of a migration of two real processes, drawn from numbers: a link is cut, half closed, delayed or loses what is
+//! said, and either process is killed or stands still, in every phase and whichever way the guest moves.
+//!
+//! After each, exactly one guest runs, or it died with a process that it needed ([`decision`] says what is accepted); its disk and
+//! RAM are what they must be; the other process says why it has no guest; and the guest moves to another process after all.
+//! `FERRY_CHAOS_SEEDS=5000` draws more, `FERRY_CHAOS_FIRST=SEED` begins elsewhere: what a failing seed did is in the output, and it
+//! does it again.
+
+mod decision;
+mod draw;
+mod tally;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use certificates::{Authority, Validity};
+use exerciser::report::Counters;
+use ferry::control::{FerryOwnership, MigrationStatus};
+use serde_json::{Value, json};
+use support::{Held, Machine, Proxy, TestBed, Verdict, Vm, WATCHDOG};
+
+use crate::guest::{BUSY, EXERCISER, bed, one_disk};
+use decision::{Outcome, Pair};
+use draw::{Act, CELLS, Mode, Run, Side};
+use tally::Tally;
+
+/// How many seeds the ordinary run of the tests draws.
+const SEEDS: u64 = 200;
+/// Verified reads that show that a guest works.
+const SOME: u64 = 30;
+/// How long to wait for the place before a look whether it will ever be reached.
+const GLANCE: Duration = Duration::from_millis(10);
+
+/// A guest, wherever it is.
+struct Guest {
+    machine: Machine,
+    owner: Option<Vm>,
+    done: Counters,
+}
+
+impl Guest {
+    fn new(machine: Machine) -> Self {
+        Self { machine, owner: None, done: Counters::default() }
+    }
+
+    /// The guest of `vm` works, since it came there or since it was last looked at.
+    fn works(&mut self, mut vm: Vm, arrived: bool) {
+        let since = if arrived {
+            let counters = vm.progress("the guest where it arrived", |_| true);
+            assert!(counters.verified >= self.done.verified, "{counters:?} after {:?}", self.done);
+            counters
+        } else {
+            self.done
+        };
+        let now = vm.progress("verified reads and memory checks", |now| {
+            now.verified >= since.verified + SOME && now.ram_checked > since.ram_checked
+        });
+        assert_eq!(now.errors, 0);
+        self.done = now;
+        self.owner = Some(vm);
+    }
+}
+
+/// The guests of one bed, of which one moves at a time.
+struct Chaos {
+    bed: TestBed,
+    leased: Guest,
+    leaseless: Guest,
+    /// Credentials of sources and of destinations.
+    credentials: [PathBuf; 2],
+    /// Names must differ.
+    number: u32,
+}
+
+impl Chaos {
+    fn new() -> Self {
+        let bed = bed();
+        let leased = one_disk(&bed);
+        // It writes no image, and so has no lease.
+        let memory = "controller=d0,nsid=1,backend=memory,size=16M";
+        let leaseless = Machine::new("128M").controller("serial=d0,queues=8").namespace(memory);
+        let authority = Authority::new("one for all");
+        let credentials = ["here", "there"].map(|name| bed.path(name));
+        for folder in &credentials {
+            authority.fill(folder, &["localhost"], Validity::Valid);
+        }
+        Self { bed, leased: Guest::new(leased), leaseless: Guest::new(leaseless), credentials, number: 0 }
+    }
+
+    fn guest(&mut self, mode: Mode) -> &mut Guest {
+        if mode == Mode::Leaseless { &mut self.leaseless } else { &mut self.leased }
+    }
+
+    fn name(&mut self, what: &str) -> String {
+        self.number += 1;
+        format!("{what}-{}", self.number)
+    }
+
+    fn expect(&mut self, mode: Mode) -> (Vm, PathBuf) {
+        let name = self.name("vm");
+        let path = self.bed.path(&format!("to-{name}"));
+        let mut machine = self.guest(mode).machine.clone();
+        if mode == Mode::Secure {
+            machine = machine.flag("--tls-dir", self.credentials[1].display().to_string());
+        }
+        (machine.expect(&self.bed, &name, &format!("unix:{}", path.display())), path)
+    }
+
+    /// The process that has the guest; with a new one if it died. The other guest pauses.
+    fn owner(&mut self, mode: Mode) -> Vm {
+        let other = if mode == Mode::Leaseless { &mut self.leased } else { &mut self.leaseless };
+        if let Some(vm) = &mut other.owner {
+            vm.execute("stop", json!({}));
+        }
+        if let Some(mut owner) = self.guest(mode).owner.take() {
+            owner.execute("cont", json!({}));
+            return owner;
+        }
+        let name = self.name("vm");
+        let machine = self.guest(mode).machine.clone();
+        // It reports often, since every run waits for reports.
+        let mut owner = machine.boot(&self.bed, &name, EXERCISER, &format!("{BUSY} report=25"));
+        self.guest(mode).done = owner.verifies(0, SOME);
+        owner
+    }
+
+    /// Begins to send the guest of `source` to `uri`.
+    fn sends(&self, source: &mut Vm, uri: &str, run: &Run) {
+        // Of a guest whose memory is to follow something is always left.
+        let downtime_limit = if run.mode == Mode::Postcopy { 0 } else { 300 };
+        let parameters = json!({
+            "multifd-channels": run.channels,
+            "multifd-compression": run.compression,
+            "downtime-limit": downtime_limit,
+        });
+        source.execute("migrate-set-parameters", parameters);
+        let mut target = json!({ "uri": uri });
+        match run.mode {
+            Mode::Secure => target["x-ferry-tls-dir"] = json!(self.credentials[0]),
+            Mode::Local => target["x-ferry-local"] = Value::Bool(true),
+            Mode::Postcopy => target["x-ferry-postcopy"] = json!(run.postcopy),
+            Mode::Stream | Mode::Channels | Mode::Leaseless => {}
+        }
+        source.migrate_with(target);
+    }
+
+    /// One fault and what must hold after it.
+    fn meets(&mut self, run: &Run, tally: &mut Tally) {
+        let mut source = self.owner(run.mode);
+        let (destination, path) = self.expect(run.mode);
+        let link = self.name("link");
+        let proxy = Proxy::new(&self.bed, &link, &path, run.before.unwrap_or(run.place));
+        self.sends(&mut source, proxy.uri(), run);
+        let mut pair = Pair::new(source, destination, proxy, run.mode != Mode::Leaseless);
+        let held = comes_to_the_place(&mut pair, run);
+        let has_met = held.is_some();
+        if let Some(held) = held {
+            acts(&mut pair, run, held);
+        }
+        let outcome = pair.decided();
+        tally.add(run, has_met, outcome);
+        tally.add_help(pair.recoveries, pair.has_spoken);
+
+        let Pair { mut source, mut destination, .. } = pair;
+        match outcome {
+            Outcome::AtSource => {
+                let mut source = source.expect("it has the guest");
+                assert!(!source.not_migrated().is_empty());
+                self.guest(run.mode).works(source, false);
+            }
+            Outcome::AtDestination => {
+                let info = source.as_mut().map(Vm::end_of_migration);
+                assert!(info.is_none_or(|info| info.status == MigrationStatus::Completed));
+                self.guest(run.mode).works(destination.take().expect("it has the guest"), true);
+            }
+            Outcome::Dead => {
+                // One that lacks memory of its guest can have no other.
+                drop(destination.take_if(|vm| vm.status().ownership != FerryOwnership::Incoming));
+            }
+        }
+        self.moves_after_all(run, destination);
+    }
+
+    /// The second attempt: to the destination that still listens, or to another.
+    fn moves_after_all(&mut self, run: &Run, listening: Option<Vm>) {
+        let mut source = self.owner(run.mode);
+        let destination = match listening {
+            Some(vm) => vm,
+            None => self.expect(run.mode).0,
+        };
+        self.sends(&mut source, destination.uri(), run);
+        source.migrated();
+        let report = source.status().migration.expect("there was one");
+        assert_eq!(report.handed_over_bytes > 0, run.mode == Mode::Local, "{report:?}");
+        assert_eq!(report.postcopy.is_some(), run.mode == Mode::Postcopy, "{report:?}");
+        if matches!(run.mode, Mode::Stream | Mode::Channels | Mode::Secure | Mode::Leaseless) {
+            assert_eq!(report.channel_bytes.len(), usize::from(run.channels), "{report:?}");
+        }
+        self.guest(run.mode).works(destination, true);
+    }
+}
+
+/// Waits until the migration is where the act is to happen; nothing if it ends before it comes there.
+fn comes_to_the_place(pair: &mut Pair, run: &Run) -> Option<Held> {
+    let mut before = run.before;
+    let deadline = Instant::now() + WATCHDOG;
+    loop {
+        assert!(Instant::now() < deadline, "the migration neither comes to its place nor ends");
+        let held = pair.proxy.held_within(GLANCE);
+        match held {
+            Some(held) if before.take().is_some() => {
+                pair.proxy.aim(run.place);
+                held.cut();
+            }
+            Some(held) => return Some(held),
+            // What is final has been said by both, or never will be.
+            None if pair.is_over() => return pair.proxy.held_within(Duration::ZERO),
+            None => pair.repair(),
+        }
+    }
+}
+
+/// Lets a process stand still.
+fn freeze(pair: &mut Pair, mode: Mode, side: Side) -> &Vm {
+    let vm = pair.side(side).as_ref().expect("it is there");
+    match (mode, side) {
+        (Mode::Postcopy, Side::Destination) => vm.begin_to_freeze(),
+        _ => vm.freeze(),
+    }
+    vm
+}
+
+/// Does what is to happen.
+fn acts(pair: &mut Pair, run: &Run, held: Held) {
+    pair.set_open(run.heals);
+    match run.act {
+        Act::Cut => held.cut(),
+        Act::HalfClose => held.resolve(Verdict::HalfClose),
+        Act::Swallow => held.resolve(Verdict::Swallow(run.moment)),
+        Act::Delay => {
+            pair.set_open(true);
+            std::thread::sleep(run.moment);
+            held.resolve(Verdict::Pass);
+        }
+        Act::Kill(side) => {
+            pair.side(side).take().expect("it is there").kill();
+            held.cut();
+        }
+        Act::Stop(side) => {
+            pair.set_open(true);
+            let vm = freeze(pair, run.mode, side);
+            held.resolve(Verdict::Pass);
+            std::thread::sleep(run.moment);
+            vm.thaw();
+        }
+        Act::StopAndCut(side) => {
+            let vm = freeze(pair, run.mode, side);
+            held.deliver();
+            drop(held);
+            std::thread::sleep(run.moment);
+            vm.thaw();
+        }
+    }
+}
+
+fn variable(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().map_or(default, |value| value.parse().expect("a number"))
+}
+
+#[test]
+fn whatever_happens_on_the_way_one_guest_runs_in_the_end() {
+    let (first, seeds) = (variable("FERRY_CHAOS_FIRST", 0), variable("FERRY_CHAOS_SEEDS", SEEDS));
+    let mut chaos = Chaos::new();
+    let mut tally = Tally::default();
+    for seed in first..first + seeds {
+        let run = Run::drawn(seed);
+        println!("seed {seed}: {run:?}");
+        chaos.meets(&run, &mut tally);
+    }
+    println!("measured: {seeds} seeds from {first}");
+    tally.to_string().lines().for_each(|line| println!("measured: {line}"));
+    for mode in [Mode::Stream, Mode::Leaseless] {
+        chaos.owner(mode).finish();
+    }
+    assert!(u64::from(tally.met()) * 4 > seeds * 3, "most runs come to their place");
+    if seeds >= CELLS {
+        assert_eq!(tally.missed(), Vec::<String>::new(), "each side is killed and stopped in each phase");
+    }
+}
