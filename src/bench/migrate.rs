@@ -1,34 +1,30 @@
 //! Migrations of a busy guest: for each case one guest, moved from process to process as often as asked for.
 //!
-//! The guest is the exerciser with one NVMe queue kept busy, its RAM filled as far as it reaches, and some of it rewritten all the time;
+//! The guest is the exerciser with its NVMe queues kept busy, one unless more are asked for, its RAM filled as far as it reaches, and some of it rewritten all the time;
 //! it verifies its disk all the time, and all of its disk and RAM at the end. Between two moves it runs for a while, and the reference
 //! copy is made. [`table`](super::table) shows what came out.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, ensure};
 use exerciser::report::{Counters, Line};
 use indicatif::HumanBytes;
 use serde::Serialize;
 
-use super::copy::{Contents, Link};
-use super::host::{Host, available_bytes};
+use super::case::{Case, Transport};
+use super::copy::Contents;
+use super::difference::{Difference, differences};
+use super::host::Host;
 use super::spread::Spread;
-use crate::config::display_size;
-use crate::control::{FerryDowntime, Limits, OnTimeout};
+use crate::control::{FerryDowntime, Limits, MigrateRequest, OnTimeout};
 use crate::demo::{Report, largest_parts, parts};
 use crate::drive::exerciser::{Gap, IMAGE, Reader, history};
 use crate::drive::{Ferry, Process, Stage};
 use crate::memory::PAGE_SIZE_BYTES;
 
-/// Bytes of the one namespace, a file.
-const DISK_BYTES: u64 = 64 << 20;
-/// RAM that the exerciser needs for itself; the rest is filled.
-const GUEST_BYTES: u64 = 32 << 20;
-/// What is filled at most: in one piece, and the exerciser reaches the RAM below 3 GiB only. More stays unpopulated.
-const FILLED_BYTES_MAX: u64 = 5 << 29;
 /// Verified I/Os before the first move.
 const ENOUGH: u64 = 1000;
 /// Seconds of a migration after which a guest that dirties more than the link carries is stopped all the same.
@@ -41,114 +37,8 @@ pub struct Plan {
     pub runs: u32,
     /// The rows of the table.
     pub cases: Vec<Case>,
-}
-
-/// A guest, and a way for it to move.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Case {
-    /// The guest's RAM.
-    pub memory_bytes: u64,
-    /// What the guest is asked to rewrite of it each second.
-    pub dirty_bytes_per_second: u64,
-    /// How it moves.
-    pub transport: Transport,
-    /// Connections for its memory beside that for everything else; none where memory itself is handed over.
-    pub channels: Option<u16>,
-}
-
-impl Case {
-    /// Every combination, the guest with most memory last; where memory is handed over the number of channels makes no cases.
-    #[must_use]
-    pub fn all(memory: &[u64], dirty: &[u64], channels: &[u16], transports: &[Transport]) -> Vec<Self> {
-        let (mut memory, mut cases) = (memory.to_vec(), Vec::new());
-        memory.sort_unstable();
-        for memory_bytes in memory {
-            for &transport in transports {
-                for &dirty_bytes_per_second in dirty {
-                    let case = |channels| Self { memory_bytes, dirty_bytes_per_second, transport, channels };
-                    match transport {
-                        Transport::Local => cases.push(case(None)),
-                        _ => cases.extend(channels.iter().map(|&count| case(Some(count)))),
-                    }
-                }
-            }
-        }
-        cases
-    }
-
-    /// Bytes of RAM that the guest fills.
-    fn filled_bytes(&self) -> u64 {
-        self.memory_bytes.saturating_sub(GUEST_BYTES).min(FILLED_BYTES_MAX)
-    }
-
-    /// How often memory is there at the same time: source, destination, and the two of the reference copy.
-    fn copies(&self) -> u64 {
-        if self.transport == Transport::Local { 1 } else { 4 }
-    }
-
-    fn check(&self) -> anyhow::Result<()> {
-        ensure!(self.filled_bytes() > 0, "the guest needs more than {} of RAM", HumanBytes(GUEST_BYTES));
-        let needed = self.filled_bytes() * self.copies();
-        let left = available_bytes().unwrap_or(u64::MAX);
-        ensure!(
-            needed <= left,
-            "{self}: that takes {} of memory, and the host has {} left",
-            HumanBytes(needed),
-            HumanBytes(left),
-        );
-        Ok(())
-    }
-}
-
-impl fmt::Display for Case {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { memory_bytes, dirty_bytes_per_second, transport, channels } = *self;
-        let (memory, dirty) = (display_size(memory_bytes), display_size(dirty_bytes_per_second));
-        write!(f, "{memory} of RAM, dirties {dirty}/s, over {}", transport.describe())?;
-        channels.map_or(Ok(()), |channels| write!(f, ", channels: {channels}"))
-    }
-}
-
-/// How the two processes are connected.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Transport {
-    /// A Unix socket.
-    #[default]
-    Unix,
-    /// TCP over loopback.
-    Tcp,
-    /// A Unix socket over which the memory itself goes.
-    Local,
-}
-
-impl Transport {
-    fn describe(self) -> &'static str {
-        match self {
-            Self::Unix => "a Unix socket",
-            Self::Tcp => "TCP",
-            Self::Local => "a Unix socket, handed over",
-        }
-    }
-
-    /// As it is typed.
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Unix => "unix",
-            Self::Tcp => "tcp",
-            Self::Local => "local",
-        }
-    }
-
-    /// What the reference copy goes over, where there is one.
-    fn link(self) -> Option<Link> {
-        match self {
-            Self::Unix => Some(Link::Unix),
-            Self::Tcp => Some(Link::Tcp),
-            Self::Local => None,
-        }
-    }
+    /// Credentials for the cases with TLS, which the address 127.0.0.1 has to be among the names of.
+    pub tls_dir: Option<PathBuf>,
 }
 
 /// One migration. Times in microseconds.
@@ -195,6 +85,8 @@ pub struct Results {
     pub host: Host,
     /// Case by case.
     pub rows: Vec<Row>,
+    /// What TLS and larger controllers cost.
+    pub differences: Vec<Difference>,
 }
 
 /// The migrations of one case.
@@ -256,57 +148,53 @@ pub fn run(
             contents = Some(Contents::new(filled)?);
         }
         let seen = |run: &Run| progress(case, Some(run));
-        let row = measure(stage, number, plan.runs, case, contents.as_ref(), seen);
+        let row = measure(stage, number, plan, case, contents.as_ref(), seen);
         rows.push(row.with_context(|| case.to_string())?);
     }
-    Ok(Results { host: Host::this(), rows })
+    Ok(Results { host: Host::this(), differences: differences(&rows), rows })
 }
 
 fn measure(
     stage: &mut Stage,
     number: usize,
-    runs: u32,
+    plan: &Plan,
     case: &Case,
     contents: Option<&Contents>,
     mut progress: impl FnMut(&Run),
 ) -> anyhow::Result<Row> {
-    let disk = stage.folder().join(format!("disk-{number}.img"));
+    let tls_dir =
+        if case.tls { Some(plan.tls_dir.as_deref().context("TLS needs credentials")?) } else { None };
     let kernel = stage.folder().join("exerciser.elf");
-    File::create(&disk)
-        .and_then(|file| file.set_len(DISK_BYTES))
+    let (flags, files) = case.machine(stage.folder(), number);
+    files
+        .iter()
+        .try_for_each(|(path, bytes)| File::create(path)?.set_len(*bytes))
         .and_then(|()| std::fs::write(&kernel, IMAGE))
         .with_context(|| format!("cannot make the guest's files in {}", stage.folder().display()))?;
-    let machine = stage.machine([
-        "--memory".to_owned(),
-        display_size(case.memory_bytes),
-        "--nvme".to_owned(),
-        format!("path={},serial=bench", disk.display()),
-    ]);
+    let machine = stage.machine(flags);
+    let mut arrival = machine.clone();
+    arrival
+        .flags
+        .extend(tls_dir.iter().flat_map(|folder| ["--tls-dir".into(), folder.as_os_str().to_owned()]));
 
-    // Each line takes the guest several milliseconds, so there are few of them.
-    let words = format!(
-        "queues=1 inflight=8 ram={} dirty={} check=0 report=1000",
-        case.filled_bytes(),
-        case.dirty_bytes_per_second
-    );
-    let mut source = machine.boot(&format!("case-{number}-0"), &kernel, &words)?;
+    let mut source = machine.boot(&format!("case-{number}-0"), &kernel, &case.words())?;
     stage.enter(&source)?;
     let mut reader = Reader::new();
     reader.wait_for_verified(&source, ENOUGH)?;
     reader.wait_for(&source, "another line, which gives a rate", |_| true)?;
     let tsc_khz = tsc_khz(&source)?;
     let mut done = Vec::new();
-    for turn in 1..=runs {
+    for turn in 1..=plan.runs {
         let name = format!("case-{number}-{turn}");
         let mut destination = match case.transport {
-            Transport::Unix | Transport::Local => machine.wait_for_guest(&name)?,
+            Transport::Unix | Transport::Local => arrival.wait_for_guest(&name)?,
             Transport::Tcp => {
                 let uri = transport::Uri::Tcp { host: "127.0.0.1".to_owned(), port: 0 };
-                machine.wait_for_guest_at(&name, &uri)?
+                arrival.wait_for_guest_at(&name, &uri)?
             }
         };
         stage.enter(&destination)?;
-        let mut run = move_once(source, &mut destination, case, tsc_khz)?;
+        let mut run = move_once(source, &mut destination, (case, tls_dir), tsc_khz)?;
         if let (Some(contents), Some(link)) = (contents, case.transport.link()) {
             let time = contents.copy(&machine.program, link)?;
             run.copy_bytes_per_second = Some(contents.bytes() as f64 / time.as_secs_f64());
@@ -321,7 +209,12 @@ fn measure(
 }
 
 /// Moves the guest, and lets it run.
-fn move_once(mut source: Ferry, destination: &mut Ferry, case: &Case, tsc_khz: u64) -> anyhow::Result<Run> {
+fn move_once(
+    mut source: Ferry,
+    destination: &mut Ferry,
+    (case, tls_dir): (&Case, Option<&Path>),
+    tsc_khz: u64,
+) -> anyhow::Result<Run> {
     let dirtied =
         dirtied_bytes_per_second(&history(&source), tsc_khz).context("the guest has said too little")?;
     let finished = match case.channels {
@@ -332,7 +225,9 @@ fn move_once(mut source: Ferry, destination: &mut Ferry, case: &Case, tsc_khz: u
                 on_timeout: Some(OnTimeout::Force),
                 ..Limits::default()
             };
-            source.migrate_within(limits, destination)?
+            let tls_dir = tls_dir.map(Path::to_owned);
+            source
+                .migrate_with(MigrateRequest { limits, tls_dir, ..MigrateRequest::default() }, destination)?
         }
         None => source.hand_over_to(destination)?,
     };
@@ -425,6 +320,7 @@ impl fmt::Display for Run {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::case::Lists;
     use super::*;
 
     /// A migration that took half a second.
@@ -442,34 +338,6 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn cases_are_all_combinations_the_largest_guest_last() {
-        let (unix, local) = (Transport::Unix, Transport::Local);
-        let cases = Case::all(&[4 << 30, 256 << 20], &[0, 100 << 20], &[1, 2], &[unix, local]);
-        let text: Vec<String> = cases.iter().map(Case::to_string).collect();
-        let one = [
-            "256M of RAM, dirties 0/s, over a Unix socket, channels: 1",
-            "256M of RAM, dirties 0/s, over a Unix socket, channels: 2",
-            "256M of RAM, dirties 100M/s, over a Unix socket, channels: 1",
-            "256M of RAM, dirties 100M/s, over a Unix socket, channels: 2",
-            "256M of RAM, dirties 0/s, over a Unix socket, handed over",
-            "256M of RAM, dirties 100M/s, over a Unix socket, handed over",
-        ];
-        let other = one.map(|line| line.replace("256M", "4G"));
-        assert_eq!(text[..6], one);
-        assert_eq!(text[6..], other);
-    }
-
-    #[test]
-    fn a_guest_fills_what_it_reaches() {
-        let filled =
-            |memory_bytes| Case::all(&[memory_bytes], &[0], &[1], &[Transport::Unix])[0].filled_bytes();
-        assert_eq!(filled(1 << 30), (1 << 30) - GUEST_BYTES);
-        assert_eq!([filled(4 << 30), filled(8 << 30)], [FILLED_BYTES_MAX; 2]);
-        let small = Case::all(&[GUEST_BYTES], &[0], &[1], &[Transport::Unix])[0];
-        assert!(small.check().unwrap_err().to_string().contains("needs more than 32.00 MiB"));
-    }
-
-    #[test]
     fn a_rate_is_what_the_guest_did_by_its_clock() {
         let line = |tsc, ram_dirtied| Counters { tsc, ram_dirtied, ..Counters::default() };
         let lines = [line(1_000_000, 500), line(2_000_000, 600), line(5_000_000, 1_500)];
@@ -481,13 +349,14 @@ pub(super) mod tests {
 
     #[test]
     fn a_row_sums_up_the_runs() {
-        let case = Case::all(&[1 << 30], &[0], &[2], &[Transport::Tcp])[0];
+        let tcp = Lists { transports: vec![Transport::Tcp], ..Lists::default() };
+        let case = Case::all(&tcp)[0];
         assert!(Row::new(&case, Vec::new(), 0).is_none());
         let row = Row::new(&case, [9_000, 5_000, 30_000].map(sample).to_vec(), 4321).unwrap();
         assert_eq!(row.downtime_milliseconds, Spread { median: 9.0, min: 5.0, max: 30.0 });
         assert_eq!(row.bytes_per_second.median, f64::from(1 << 30));
         assert_eq!(row.throughput_ratio.unwrap().median, 0.5);
-        let local = Case::all(&[1 << 30], &[0], &[2], &[Transport::Local])[0];
+        let local = Case { transport: Transport::Local, ..case };
         let run = Run { copy_bytes_per_second: None, ..sample(2_000) };
         assert_eq!(Row::new(&local, vec![run], 1).unwrap().throughput_ratio, None);
     }

@@ -11,13 +11,15 @@ use crate::config::display_size;
 const MEBIBYTE: f64 = (1 << 20) as f64;
 
 /// A column: what stands above it, in two lines, and how wide it is.
-const COLUMNS: [(&str, &str, usize); 14] = [
+const COLUMNS: [(&str, &str, usize); 16] = [
     ("", "RAM", 6),
     ("filled,", "MiB", 8),
     ("dirtied,", "MiB/s", 9),
     ("of", "asked", 7),
     ("", "over", 7),
     ("chan-", "nels", 6),
+    ("queue", "pairs", 7),
+    ("name-", "spaces", 7),
     ("downtime,", "ms", 10),
     ("", "min", 7),
     ("", "max", 7),
@@ -46,8 +48,10 @@ fn cells(row: &Row) -> [String; COLUMNS.len() + 1] {
         mebibytes(row.filled_bytes as f64),
         mebibytes(row.dirtied_bytes_per_second.median),
         mebibytes(row.case.dirty_bytes_per_second as f64),
-        row.case.transport.name().to_owned(),
+        if row.case.tls { "tls" } else { row.case.transport.name() }.to_owned(),
         row.case.channels.map_or_else(dash, |channels| channels.to_string()),
+        row.case.queue_pairs.to_string(),
+        row.case.namespaces.to_string(),
         format!("{median:.1}"),
         format!("{min:.1}"),
         format!("{max:.1}"),
@@ -63,7 +67,7 @@ fn cells(row: &Row) -> [String; COLUMNS.len() + 1] {
 impl fmt::Display for Results {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let runs = self.rows.first().map_or(0, |row| row.runs.len());
-        writeln!(f, "medians of {runs} migrations of a guest with one busy NVMe queue\n{}\n", self.host)?;
+        writeln!(f, "medians of {runs} migrations of a guest with busy NVMe queues\n{}\n", self.host)?;
         let columns = || COLUMNS.iter().chain(std::iter::once(&IN_FLIGHT));
         line(f, columns().map(|(above, _, _)| (*above).to_owned()))?;
         line(f, columns().map(|(_, below, _)| (*below).to_owned()))?;
@@ -71,6 +75,10 @@ impl fmt::Display for Results {
         if let [row] = self.rows.as_slice() {
             write!(f, "\n{row}")?;
         }
+        if !self.differences.is_empty() {
+            writeln!(f)?;
+        }
+        self.differences.iter().try_for_each(|difference| writeln!(f, "{difference}"))?;
         let verified: u64 = self.rows.iter().map(|row| row.verified).sum();
         writeln!(f, "\n{verified} verified I/Os, no error")
     }
@@ -104,12 +112,25 @@ impl fmt::Display for Row {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::case::{Case, Lists, Transport};
+    use crate::bench::difference::differences;
     use crate::bench::host::Host;
+    use crate::bench::migrate::Run;
     use crate::bench::migrate::tests::sample;
-    use crate::bench::migrate::{Case, Run, Transport};
 
     fn results(transports: &[Transport]) -> Results {
-        let rows = Case::all(&[4 << 30], &[100 << 20], &[2], transports).into_iter().map(|case| {
+        let lists = Lists {
+            memory_bytes: vec![4 << 30],
+            dirty_bytes_per_second: vec![100 << 20],
+            channels: vec![2],
+            transports: transports.to_vec(),
+            ..Lists::default()
+        };
+        results_of(&lists)
+    }
+
+    fn results_of(lists: &Lists) -> Results {
+        let rows = Case::all(lists).into_iter().map(|case| {
             let copied = |run: Run| Run {
                 copy_bytes_per_second: run.copy_bytes_per_second.filter(|_| case.channels.is_some()),
                 ..run
@@ -117,7 +138,8 @@ mod tests {
             let runs = [9_000, 5_000, 30_000].map(sample).map(copied).to_vec();
             Row::new(&case, runs, 4321).unwrap()
         });
-        Results { rows: rows.collect(), host: Host::this() }
+        let rows: Vec<Row> = rows.collect();
+        Results { differences: differences(&rows), rows, host: Host::this() }
     }
 
     fn words(text: &str, start: &str) -> Vec<String> {
@@ -132,8 +154,8 @@ mod tests {
         assert!(text.starts_with("medians of 3 migrations"), "{text}");
         let lines: Vec<&str> = text.lines().filter(|line| line.trim_start().starts_with("4G")).collect();
         let split = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
-        assert_eq!(split(lines[0]), "4G 2560 90 100 tcp 2 9.0 5.0 30.0 500 1024 0.50 2 9.1 3");
-        assert_eq!(split(lines[1]), "4G 2560 90 100 local - 9.0 5.0 30.0 500 - - 2 9.1 3");
+        assert_eq!(split(lines[0]), "4G 2560 90 100 tcp 2 1 1 9.0 5.0 30.0 500 1024 0.50 2 9.1 3");
+        assert_eq!(split(lines[1]), "4G 2560 90 100 local - 1 1 9.0 5.0 30.0 500 - - 2 9.1 3");
         assert_eq!(lines.len(), 2);
         let heads = text.lines().find(|line| line.contains("rounds")).unwrap();
         assert!(lines.iter().all(|line| line.len() == heads.len()), "{text}");
@@ -150,6 +172,21 @@ mod tests {
         assert_eq!(words(&text, "the one by the other"), ["0.50", "0.50", "0.50"]);
         let text = results(&[Transport::Local]).to_string();
         assert!(text.contains("over a Unix socket, handed over") && !text.contains("throughput"), "{text}");
+    }
+
+    #[test]
+    fn what_tls_and_controllers_cost_stands_below_the_table() {
+        let lists = Lists {
+            transports: vec![Transport::Tcp],
+            namespaces: vec![1, 256],
+            tls: true,
+            ..Lists::default()
+        };
+        let text = results_of(&lists).to_string();
+        let lines: Vec<&str> = text.lines().filter(|line| line.contains("adds")).collect();
+        assert_eq!(lines.len(), 4, "{text}");
+        assert!(lines[0].contains("TLS adds 0.00 ms") && lines[1].contains("that controller adds 0.00 ms"));
+        assert!(text.lines().any(|line| line.contains("  tls ") && line.contains(" 256 ")), "{text}");
     }
 
     #[test]
@@ -178,5 +215,13 @@ mod tests {
         assert_eq!(row["runs"].as_array().unwrap().len(), 3);
         assert!(local["channels"].is_null() && local["throughput-ratio"].is_null(), "{local}");
         assert!(value["host"]["cores"].is_number());
+        assert_eq!(
+            (&row["queue-pairs"], &row["namespaces"], &row["tls"]),
+            (&1.into(), &1.into(), &false.into())
+        );
+        let value = serde_json::to_value(results_of(&Lists { queue_pairs: vec![1, 64], ..Lists::default() }));
+        let difference = &value.unwrap()["differences"][0];
+        assert_eq!((&difference["in-what"], &difference["queue-pairs"]), (&"controller".into(), &64.into()));
+        assert_eq!(difference["part-milliseconds"]["hand-over"], 0.0);
     }
 }

@@ -4,11 +4,12 @@ use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, ensure};
 use clap::{Args, Subcommand};
 
-use crate::bench::migrate::{self, Case, Plan, Transport};
-use crate::bench::{copy, nvme};
+use crate::bench::case::{Case, Lists, NAMESPACES_MAX, QUEUE_PAIRS_MAX, Transport};
+use crate::bench::migrate::{self, Plan};
+use crate::bench::{copy, nvme, restore};
 use crate::config;
 use crate::drive::Stage;
 use crate::io_poll::IoPoll;
@@ -45,6 +46,15 @@ pub enum Benchmark {
     /// to the process, doorbells that KVM took), entered io_uring, woke a thread and interrupted the guest. A guest that is looked after
     /// without sleep does next to none of that, apart from what it prints: each byte on its console is an exit.
     Nvme(NvmeBenchmark),
+    /// Restore a guest from a file, again and again.
+    ///
+    /// A guest fills its RAM (up to 2.5 GiB; more stays unpopulated) and is suspended into a file in the mapped layout. Then a process of
+    /// its own restores it. It tells the time from main() to the first KVM_RUN, KVM's first memory slot apart, since that is the host's
+    /// and costs the same whatever the guest is; and the parts of it. Seen from outside is how long it takes until the guest says its
+    /// first line, a fiftieth of a second after the last one by its clock. Beside it a process boots an empty guest of the same
+    /// machine, and the file is read as a whole. Then the guest is suspended once more. Needs memory for what is filled twice over,
+    /// with the file in the page cache.
+    Restore(RestoreBenchmark),
     /// Take what a plain copy brings over standard input, a socket.
     #[command(hide = true)]
     Receive {
@@ -60,6 +70,8 @@ Examples:
   ferry bench migrate
   ferry bench migrate --runs 5 --memory 256M,1G,4G,8G --dirty 0,100M,500M --channels 1,2 --transport unix,tcp,local
   ferry bench migrate --memory 8G --transport local
+  ferry bench migrate --queues 1,64 --namespaces 1,256
+  ferry bench migrate --transport tcp --tls-dir /etc/ferry
   ferry bench migrate --json | jq '.rows[] | [.\"memory-bytes\", .\"downtime-milliseconds\".median]'")]
 pub struct MigrateBenchmark {
     /// Number of migrations of each guest.
@@ -77,6 +89,40 @@ pub struct MigrateBenchmark {
     /// What connects the two processes.
     #[arg(long, value_enum, default_value = "unix", value_delimiter = ',')]
     pub transport: Vec<Transport>,
+    /// I/O queue pairs that the guest uses in turn, with eight commands in flight in all.
+    #[arg(long, value_name = "N,..", default_value = "1", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUE_PAIRS_MAX)))]
+    pub queues: Vec<u16>,
+    /// Namespaces of the controller, with holes between them. Beside the first, which is a file, of five one is a file, one null, and
+    /// three are memory; the guest keeps all busy that can be written to. What a controller adds to the downtime of the first one is
+    /// printed below the table.
+    #[arg(long, value_name = "N,..", default_value = "1", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=i64::from(NAMESPACES_MAX)))]
+    pub namespaces: Vec<u32>,
+    /// Measure TCP with TLS 1.3 too, with ca.pem, cert.pem and key.pem of this folder for both sides: cert.pem has to be valid for
+    /// 127.0.0.1. What TLS costs is printed below the table.
+    #[arg(long, value_name = "DIR")]
+    pub tls_dir: Option<PathBuf>,
+    /// Print the results in JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// How often, and which guests. Its help stands at [`Benchmark::Restore`].
+#[derive(Clone, Debug, Args)]
+#[command(after_help = "\
+Examples:
+  ferry bench restore
+  ferry bench restore --memory 256M,1G,4G,8G --runs 20
+  ferry bench restore --memory 4G --json | jq '.rows[0].\"running-milliseconds\".median'")]
+pub struct RestoreBenchmark {
+    /// Number of restores of each guest.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
+    /// The guest's RAM, for example 512M or 3G.
+    #[arg(long, value_name = "SIZE,..", default_value = "4G", value_delimiter = ',', value_parser = config::parse_size)]
+    pub memory: Vec<u64>,
+    /// Where to make the file [default: a temporary folder].
+    #[arg(long, value_name = "PATH")]
+    pub folder: Option<PathBuf>,
     /// Print the results in JSON.
     #[arg(long)]
     pub json: bool,
@@ -128,6 +174,7 @@ impl BenchArguments {
         match &self.benchmark {
             Benchmark::Migrate(benchmark) => benchmark.execute(),
             Benchmark::Nvme(benchmark) => benchmark.execute(),
+            Benchmark::Restore(benchmark) => benchmark.execute(),
             Benchmark::Receive { bytes } => {
                 let link = std::io::stdin().as_fd().try_clone_to_owned().context("no standard input")?;
                 copy::receive(link, *bytes)
@@ -138,8 +185,23 @@ impl BenchArguments {
 
 impl MigrateBenchmark {
     fn execute(&self) -> anyhow::Result<()> {
-        let Self { runs, memory, dirty, channels, transport, json } = self;
-        let plan = Plan { runs: *runs, cases: Case::all(memory, dirty, channels, transport) };
+        let Self { runs, memory, dirty, channels, transport, queues, namespaces, tls_dir, json } =
+            self.clone();
+        ensure!(
+            tls_dir.is_none() || transport.contains(&Transport::Tcp),
+            "--tls-dir: what goes over TLS is TCP: add --transport tcp"
+        );
+        let lists = Lists {
+            memory_bytes: memory,
+            dirty_bytes_per_second: dirty,
+            channels,
+            transports: transport,
+            queue_pairs: queues,
+            namespaces,
+            tls: tls_dir.is_some(),
+        };
+        let tls_dir = tls_dir.map(|folder| std::path::absolute(&folder)).transpose()?;
+        let plan = Plan { runs, cases: Case::all(&lists), tls_dir };
         let mut stage = Stage::open()?;
         let mut number = 0;
         let result = migrate::run(&mut stage, &plan, |case, run| match run {
@@ -153,7 +215,34 @@ impl MigrateBenchmark {
             }
         });
         let results = stage.close(false, result)?;
-        if *json {
+        if json {
+            println!("{}", serde_json::to_string(&results)?);
+        } else {
+            print!("\n{results}");
+        }
+        Ok(())
+    }
+}
+
+impl RestoreBenchmark {
+    fn execute(&self) -> anyhow::Result<()> {
+        let Self { runs, memory, folder, json } = self.clone();
+        let folder = folder.map(|folder| std::path::absolute(&folder)).transpose()?;
+        let plan = restore::Plan { runs, memory_bytes: memory, folder };
+        let mut stage = Stage::open()?;
+        let mut number = 0;
+        let result = restore::run(&mut stage, &plan, |guest, run| match run {
+            None => {
+                number = 0;
+                eprintln!("{guest}");
+            }
+            Some(run) => {
+                number += 1;
+                eprintln!("{number:3}: {run}");
+            }
+        });
+        let results = stage.close(false, result)?;
+        if json {
             println!("{}", serde_json::to_string(&results)?);
         } else {
             print!("\n{results}");
@@ -211,6 +300,16 @@ mod tests {
         assert_eq!(large.memory, [256 << 20, 1 << 30, 4 << 30, 8 << 30]);
         assert_eq!((large.dirty, large.channels), (vec![0, 100 << 20], vec![1, 2]));
         assert_eq!(large.transport, [Transport::Unix, Transport::Tcp, Transport::Local]);
+        assert_eq!((small.queues, small.namespaces, small.tls_dir), (vec![1], vec![1], None));
+        let many = parse("--queues 1,64 --namespaces 1,256 --tls-dir keys --transport tcp").unwrap();
+        assert_eq!((many.queues, many.namespaces), (vec![1, 64], vec![1, 256]));
+        assert_eq!(many.tls_dir, Some("keys".into()));
+    }
+
+    #[test]
+    fn tls_is_measured_over_tcp_only() {
+        let error = parse("--tls-dir keys").unwrap().execute().unwrap_err().to_string();
+        assert!(error.contains("--transport tcp"), "{error}");
     }
 
     #[test]
@@ -220,6 +319,8 @@ mod tests {
             ("--dirty 1G,", "--dirty"),
             ("--channels 1,65", "65"),
             ("--transport unix,pigeon", "pigeon"),
+            ("--queues 0", "--queues"),
+            ("--namespaces 1,257", "257"),
         ] {
             let error = parse(words).unwrap_err();
             assert!(error.contains(named), "{words}: {error}");

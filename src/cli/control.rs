@@ -175,7 +175,7 @@ impl fmt::Display for Report {
                 lease.path, lease.state, lease.generation, lease.owner
             )?;
         }
-        if let Some(FerryStart { total, first_memory_slot }) = start {
+        if let Some(FerryStart { total, first_memory_slot, .. }) = start {
             let milliseconds = |microseconds: u64| microseconds as f64 / 1e3;
             let (total, slot) = (milliseconds(*total), milliseconds(*first_memory_slot));
             writeln!(

@@ -12,8 +12,8 @@ mod size;
 mod spec;
 
 pub use disk::{
-    BackendSpec, ControllerSpec, MAX_NSID, MetadataSpec, NamespaceOption, NamespaceSpec, NvmeOption,
-    SubsystemSpec,
+    BackendSpec, ControllerSpec, DEFAULT_QUEUE_PAIRS, MAX_NSID, MetadataSpec, NamespaceOption, NamespaceSpec,
+    NvmeOption, SubsystemSpec,
 };
 pub use options::Options;
 pub use size::{display_size, parse_size};

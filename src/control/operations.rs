@@ -423,6 +423,27 @@ pub struct FerryStart {
     pub total: u64,
     /// What of that KVM took for the first memory slot, whatever its size.
     pub first_memory_slot: u64,
+    /// Its parts: until the process was ready to begin,
+    #[serde(default)]
+    pub process: u64,
+    /// to build the machine, the first memory slot included,
+    #[serde(default)]
+    pub machine: u64,
+    /// to read and verify the guest's file without its memory,
+    #[serde(default)]
+    pub file: u64,
+    /// to make its memory such that it can be touched,
+    #[serde(default)]
+    pub memory: u64,
+    /// to load devices and vCPUs,
+    #[serde(default)]
+    pub devices: u64,
+    /// to lock the images and to write the lease (a guest that boots is put into memory then),
+    #[serde(default)]
+    pub ownership: u64,
+    /// and to let the guest run.
+    #[serde(default)]
+    pub resume: u64,
 }
 
 /// Counters of one controller and of the threads that serve it.

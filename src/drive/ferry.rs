@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::{Exit, Process};
 use crate::control::{
-    Client, FerryStatus, Finished, Limits, MigrateRequest, MigrationInfo, MigrationStatus, RunState,
+    Client, FerryStatus, Finished, MigrateRequest, MigrationInfo, MigrationStatus, RunState,
 };
 
 /// How long a process may take until it answers, and to do anything that takes milliseconds on an idle host.
@@ -140,12 +140,16 @@ impl Ferry {
         self.move_to(destination, MigrateRequest::default(), progress)
     }
 
-    /// The same after a change of limits.
+    /// The same as `request` says, in which the address is the destination's.
     ///
     /// # Errors
     /// As there.
-    pub fn migrate_within(&mut self, limits: Limits, destination: &mut Self) -> anyhow::Result<Finished> {
-        self.move_to(destination, MigrateRequest { limits, ..MigrateRequest::default() }, |_| {})
+    pub fn migrate_with(
+        &mut self,
+        request: MigrateRequest,
+        destination: &mut Self,
+    ) -> anyhow::Result<Finished> {
+        self.move_to(destination, request, |_| {})
     }
 
     /// Hands its guest over to `destination`, with its memory itself; as [`Self::migrate_to`].

@@ -18,6 +18,7 @@ use super::{description, processor, ram_blocks};
 use crate::dirty::DirtyTracker;
 use crate::kvm::GuestTime;
 use crate::machine::{Action, Machine, Resources};
+use crate::startup::{self, Step};
 use crate::userfault::Userfault;
 use crate::vcpu::Offer;
 use crate::vmm::Vmm;
@@ -139,6 +140,7 @@ impl DestinationMachine for Arrival {
     }
 
     fn missing_pages(&mut self) -> Option<Arc<dyn MissingPages>> {
+        startup::done(Step::File);
         match Paging::begin(&self.vmm, self.machine.as_ref()?.resources()) {
             Ok(paging) => Some(Arc::new(paging)),
             Err(error) => {
@@ -178,7 +180,10 @@ impl DestinationMachine for Arrival {
     }
 
     fn load_devices(&mut self, sections: SectionSet) -> MachineResult<()> {
-        Ok(self.machine()?.load(sections, self.time)?)
+        startup::done(Step::Memory);
+        self.machine()?.load(sections, self.time)?;
+        startup::done(Step::Devices);
+        Ok(())
     }
 
     fn take_image_locks(&mut self) -> MachineResult<()> {
@@ -199,6 +204,7 @@ impl DestinationMachine for Arrival {
     }
 
     fn start(&mut self, state: RunState) -> MachineResult<()> {
+        startup::done(Step::Ownership);
         let machine = self.machine.take().ok_or("the machine has been started already")?;
         let running = state == RunState::Running;
         let start = |machine: &Machine| {

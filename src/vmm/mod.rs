@@ -12,6 +12,7 @@
 //! - Images are held and the lease says `owned` for as long as the machine could run here.
 
 mod clone;
+mod descriptors;
 mod operations;
 pub(crate) mod ownership;
 pub mod phases;
@@ -36,6 +37,7 @@ use crate::control::{Event, EventBus, Server, ShutdownCause};
 use crate::kvm::Host;
 use crate::machine::{Action, EventSink, GuestEvent, Machine, Refused, Resources, RunState};
 use crate::migrate::{ImagesCome, Migrations};
+use crate::startup::{self, Step};
 
 /// How long clients may still ask how the guest has left, before the process ends.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -121,6 +123,7 @@ pub fn run(arguments: &RunArguments) -> anyhow::Result<()> {
         signals::end_with_parent()?;
     }
     let spec = arguments.machine()?;
+    descriptors::make_room(&spec);
     let (vmm, requests) = Vmm::new(spec, arguments)?;
     let result = live(&vmm, &requests, arguments, inherited);
     // Here, since threads may hold the process until its end.
@@ -146,6 +149,7 @@ fn live(
              name a file with --lease PATH to have that decided"
         );
     }
+    startup::done(Step::Process);
     match &arguments.incoming {
         None => vmm.boot_first(Despite {
             discard_suspended: arguments.discard_suspended,
@@ -230,6 +234,7 @@ impl Vmm {
             ownership::claim(lease, despite)?;
         }
         self.return_lease(lease);
+        startup::done(Step::Ownership);
         // A destination looks for it.
         machine.keep_state();
         self.install(machine, Action::Start, Machine::resume)
@@ -273,7 +278,9 @@ impl Vmm {
             }
         });
         let console = lock(&self.console);
-        Machine::prepare(&self.spec, &self.host, resources, &console, &sink)
+        let machine = Machine::prepare(&self.spec, &self.host, resources, &console, &sink)?;
+        startup::done(Step::Machine);
+        Ok(machine)
     }
 
     /// Makes `machine`, whose guest is ours by now, the one that commands go to, and takes the first `action` with it: no

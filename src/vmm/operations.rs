@@ -220,6 +220,13 @@ impl Operations for Control {
             start: startup::report().map(|report| FerryStart {
                 total: microseconds(report.total),
                 first_memory_slot: microseconds(report.first_memory_slot),
+                process: microseconds(report.process),
+                machine: microseconds(report.machine),
+                file: microseconds(report.file),
+                memory: microseconds(report.memory),
+                devices: microseconds(report.devices),
+                ownership: microseconds(report.ownership),
+                resume: microseconds(report.resume),
             }),
         }
     }
