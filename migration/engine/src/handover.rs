@@ -326,8 +326,12 @@ impl Handover {
             None => self.to_string(),
         };
         if self.ownership.needs_word() {
+            text.push_str(match &self.disks {
+                Some(_) => "; of a guest that takes its images along",
+                None => "; without a lease",
+            });
             text.push_str(
-                "; without a lease only the destination can tell, or an operator who knows (ferry confirm, ferry reclaim)",
+                " only the destination can tell, or an operator who knows (ferry confirm, ferry reclaim)",
             );
         }
         let mut known = None;

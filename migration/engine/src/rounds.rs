@@ -58,19 +58,22 @@ pub(crate) fn rounds(
     let mut preparations = 0;
     loop {
         round = round.saturating_add(1);
-        let planned_pages = count(pages);
-        let planned_bytes = planned_pages * PAGE_BYTES + remaining_bytes(disks.as_deref());
-        statistics.update(|s| {
-            s.rounds = round;
-            s.remaining_bytes = planned_pages * PAGE_BYTES;
-        });
         let start = Instant::now();
         let (before, waited, sending) = (ram.out().sent_bytes(), ram.out().waited(), ram.out().sending());
-        let sent_blocks = match &mut disks {
-            // Before memory, which changes faster: what is sent last is what is least out of date.
-            Some(disks) => disks.round(context, ram.out())?,
-            None => 0,
-        };
+        let planned_blocks = remaining_bytes(disks.as_deref());
+        statistics.update(|s| s.rounds = round);
+        // Images before memory, which changes faster: what is sent last is least out of date.
+        let (mut sent_blocks, mut early_pages) = (0, 0);
+        if let Some(disks) = &mut disks {
+            sent_blocks = disks.round(context, ram.out())?;
+            // That may have taken long, and what the guest wrote meanwhile is sent with the rest.
+            let more = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
+            early_pages = count(&more);
+            unite(pages, &more);
+        }
+        let planned_pages = count(pages);
+        let planned_bytes = planned_pages * PAGE_BYTES + planned_blocks;
+        statistics.update(|s| s.remaining_bytes = planned_pages * PAGE_BYTES);
         send(context, ram, pages, &mut portion_pages)?;
         let sent = ram.out().sent_bytes() - before;
         let sending = ram.out().sending() - sending;
@@ -91,7 +94,7 @@ pub(crate) fn rounds(
         let elapsed = start.elapsed();
         throttle.saw(Trend {
             sent_bytes: looked_at * PAGE_BYTES,
-            dirtied_bytes: dirty_pages * PAGE_BYTES + dirty_blocks,
+            dirtied_bytes: (early_pages + dirty_pages) * PAGE_BYTES + dirty_blocks,
         });
         let mut situation = Situation {
             rounds: round,
@@ -108,7 +111,7 @@ pub(crate) fn rounds(
         let seconds = elapsed.as_secs_f64().max(1e-6);
         statistics.update(|s| {
             s.remaining_bytes = count(pages) * PAGE_BYTES;
-            s.dirty_pages_per_second = (dirty_pages as f64 / seconds) as u64;
+            s.dirty_pages_per_second = ((early_pages + dirty_pages) as f64 / seconds) as u64;
             s.bytes_per_second = (sent as f64 / seconds) as u64;
             s.expected_downtime = situation.expected_downtime();
         });

@@ -74,7 +74,7 @@ impl Incoming {
         let theirs: Vec<_> = disks.iter().map(|disk| (disk.name.as_str(), disk.format.as_str())).collect();
         ensure!(ours == theirs, "{} come, and {} are expected", list(&theirs), list(&ours));
         let path = ownership::lease_path(&vmm.spec)?.context("there is no image that a guest could bring")?;
-        let was_there = path.try_exists()?;
+        let (was_there, io) = (path.try_exists()?, ImageIo::new()?);
         let mut lease = Lease::open(&path, ownership::owner(&vmm.spec)?)?;
         let expected = lease.expect(session, come.overwrite).map_err(|error| match error {
             lease::Error::Moved { .. } => anyhow::Error::new(error)
@@ -99,7 +99,7 @@ impl Incoming {
             is_new_lease: before.is_none(),
             generation,
             images: Vec::new(),
-            io: ImageIo::new()?,
+            io,
             unsynced_bytes: 0,
             is_owned: false,
         };
@@ -114,7 +114,7 @@ impl Incoming {
     /// Takes the images of the machine that was built on them.
     ///
     /// # Errors
-    /// One cannot be locked.
+    /// One cannot be locked, or not be made stable.
     pub fn open(&mut self, resources: &Resources) -> anyhow::Result<()> {
         for image in &mut self.images {
             let disk = resources.disks().get(image.place.controller);
@@ -122,6 +122,11 @@ impl Incoming {
             let found = found.into_iter().find(|(nsid, _)| *nsid == image.place.nsid);
             let (_, backend) = found.with_context(|| format!("there is no image {}", image.place.name))?;
             backend.acquire()?;
+            // Its length, and its name: the stop has nothing to do with them.
+            backend.sync()?;
+            if image.found == Found::Nothing {
+                File::open(folder_of(&image.place.path))?.sync_all()?;
+            }
             image.backend = Some(backend);
         }
         Ok(())
@@ -204,9 +209,6 @@ impl IncomingDisks for Incoming {
         for image in &self.images {
             if let Some(backend) = &image.backend {
                 backend.sync()?;
-            }
-            if image.found == Found::Nothing {
-                File::open(folder_of(&image.place.path))?.sync_all()?;
             }
         }
         self.unsynced_bytes = 0;

@@ -127,7 +127,7 @@ pub trait IncomingDisks: Send {
     /// As [`write`](Self::write).
     fn write_zeroes(&mut self, disk: usize, range: Range<u64>) -> MachineResult<()>;
 
-    /// Makes all that was written stable, the names of the files too.
+    /// Makes all that was written stable; costs little if nothing was.
     ///
     /// # Errors
     /// It is not known to be.

@@ -155,6 +155,8 @@ impl DigestTable {
 
 #[cfg(test)]
 mod tests {
+    use proptest::strategy::Strategy as _;
+
     use super::*;
 
     fn disks() -> Vec<Disk> {
@@ -246,5 +248,34 @@ mod tests {
         }
         // Chunks are apart: their order is nobody's.
         assert_eq!(digest(&[one.clone(), elsewhere.clone()]), digest(&[elsewhere, one]));
+    }
+
+    proptest::proptest! {
+        /// Whatever a head says, what is accepted lies inside of its image, and costs the table a bounded while.
+        #[test]
+        fn what_is_accepted_is_inside_of_the_image(
+            disk in 0..5_u16,
+            kind in 0..3_u8,
+            offset in proptest::prop_oneof![(0..70_000_u64).prop_map(|block| block * BLOCK_BYTES), proptest::num::u64::ANY],
+            length in proptest::prop_oneof![(0..20_u64).prop_map(|block| block * BLOCK_BYTES), proptest::num::u64::ANY],
+            contents in proptest::collection::vec(proptest::num::u8::ANY, 0..1024),
+        ) {
+            let end = offset.saturating_add(length);
+            let digest = if kind == DATA { xxh3_64(&contents) } else { 0 };
+            let run = Run { disk, kind: Kind::Data, range: offset..end, digest };
+            let mut head = run.encode();
+            head[2] = kind;
+            let disks = disks();
+            for body in [head.to_vec(), [head.as_slice(), &contents].concat()] {
+                if let Ok((run, contents)) = Run::decode(&body, &disks) {
+                    let image_bytes = disks[usize::from(run.disk)].length_bytes;
+                    proptest::prop_assert!(run.range.start < run.range.end && run.range.end <= image_bytes);
+                    proptest::prop_assert!(run.blocks().end <= disks[usize::from(run.disk)].blocks());
+                    proptest::prop_assert!(run.kind == Kind::Zeroes || contents.len() as u64 == run.length_bytes());
+                    proptest::prop_assert!(run.length_bytes() <= ZEROES_BYTES_MAX);
+                    DigestTable::new(&disks).add(&run);
+                }
+            }
+        }
     }
 }

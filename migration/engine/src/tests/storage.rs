@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use transport::Connection;
-use transport::faulty::Fault;
+use transport::faulty::{Fault, Part};
 
 use super::disks::Images;
 use super::migrate::assert_moved;
@@ -14,8 +14,8 @@ use crate::link::{Link, Step};
 use crate::protocol::{Hello, Message, Prepare, Properties};
 use crate::storage::BLOCK_BYTES;
 use crate::{
-    Context, Convergence, Destination, Error, OnTimeout, Outcome, Parameters, SourceMachine, Statistics,
-    Status, Word, features,
+    Context, Convergence, Destination, Error, OnTimeout, Outcome, Parameters, RunState, SourceMachine,
+    Statistics, Status, Word, features,
 };
 
 /// Two hosts that have nothing in common.
@@ -210,10 +210,14 @@ fn judge(hosts: &Hosts, ending: &Ending, what: &str) {
     let running = hosts.world.running();
     assert!(running.len() <= 1, "{what}: {running:?}");
     hosts.source.assert_one_starts_at_most(&hosts.destination);
+    if let Some(arrived) = &ending.arrived {
+        assert!(hosts.source.contents() == hosts.destination.contents(), "{what}: images differ");
+        // A bit of PREPARE says whether it is to run.
+        assert_eq!(running.is_empty(), arrived.state == RunState::Paused, "{what}");
+        return;
+    }
     match running.first().map(String::as_str) {
-        Some("destination") => {
-            assert!(hosts.source.contents() == hosts.destination.contents(), "{what}: images differ");
-        }
+        Some("destination") => panic!("{what}: it runs, and never arrived"),
         Some(_) => assert_eq!(hosts.source.record().unwrap().state, State::Owned, "{what}"),
         // Undecided: only with the other side gone.
         None => assert!(
@@ -247,6 +251,29 @@ fn a_link_that_breaks_anywhere_leaves_one_guest_with_its_images() {
             }
             assert!(at > 3 && arrived > 0, "{:?} of {end:?}", fault());
         }
+    }
+}
+
+/// A bit that is another on the way is seen, whether it is in a head or in contents.
+#[test]
+fn a_link_that_damages_what_it_carries_leaves_no_guest_with_other_images() {
+    for part in [Part::First, Part::Middle, Part::Last] {
+        let (mut at, mut refused) = (0, 0);
+        loop {
+            let hosts = Hosts::new();
+            let mut play = hosts.play();
+            play.fault = Some((End::Source, at, Fault::Damage(part)));
+            play.patience = impatience();
+            let ending = play.run();
+            let what = format!("{part:?} of message {at}");
+            judge(&hosts, &ending, &what);
+            refused += u32::from(hosts.world.running() == ["source"]);
+            if !ending.struck {
+                break;
+            }
+            at += 1;
+        }
+        assert!(refused > 5, "{part:?}: {refused}");
     }
 }
 
