@@ -145,6 +145,18 @@ fn what_a_busy_guest_writes_in_the_rounds_is_in_the_child() {
     assert!(chain.restored("wednesday").unwrap() == wednesday);
 }
 
+/// Such a page may not be seen a second time before the next look: nobody has protected it again.
+#[test]
+fn what_was_found_in_the_stop_of_a_parent_is_in_its_child() {
+    let mut chain = Chain::new();
+    chain.source.preparation = Some(Box::new(|guest| guest.write(0, 450, 0xaaaa)));
+    chain.snapshot("monday", None);
+    chain.source.preparation = None;
+    chain.source.guest.write(0, 450, 0xbbbb);
+    let tuesday = chain.snapshot("tuesday", Some("monday"));
+    assert!(chain.restored("tuesday").unwrap() == tuesday);
+}
+
 /// What it has noted goes on to be known: it is in the child that is taken after all.
 #[test]
 fn a_child_that_fails_can_be_taken_again() {
