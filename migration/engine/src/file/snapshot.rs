@@ -226,8 +226,8 @@ impl Attempt {
                     "the guest's writes are noted since another one, whose digest is {:016x} and not {:016x}",
                     since.snapshot, parent.digest
                 ),
-                None => "the guest's writes are not noted: it was taken without that being wished, or since then a child without \
-                         that, a migration, a reset or another process has ended it; take one of all memory"
+                None => "the guest's writes since then are not noted: it was taken without tracking, or a child without tracking, a \
+                         migration, a reset or another process has ended that; take one of all memory"
                     .to_owned(),
             };
             return Err(Error::NotTracked { parent: path.display().to_string(), reason });
