@@ -18,6 +18,7 @@ mod postcopy;
 mod secure;
 mod snapshot;
 mod storage;
+mod world;
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
