@@ -73,12 +73,19 @@ impl Incoming {
         let ours: Vec<_> = places.iter().map(|place| (place.name.as_str(), place.format)).collect();
         let theirs: Vec<_> = disks.iter().map(|disk| (disk.name.as_str(), disk.format.as_str())).collect();
         ensure!(ours == theirs, "{} come, and {} are expected", list(&theirs), list(&ours));
+        let overlay = places.iter().find(|place| place.is_overlay);
+        if let Some(Place { name, format, .. }) = overlay {
+            bail!("image {name} comes as a whole, without a base: declare it here as {format}");
+        }
         let path = ownership::lease_path(&vmm.spec)?.context("there is no image that a guest could bring")?;
         let (was_there, io) = (path.try_exists()?, ImageIo::new()?);
         let mut lease = Lease::open(&path, ownership::owner(&vmm.spec)?)?;
         let expected = lease.expect(session, come.overwrite).map_err(|error| match error {
             lease::Error::Moved { .. } => anyhow::Error::new(error)
                 .context("there is a guest, or was one: --overwrite gives it up for one that comes"),
+            lease::Error::Held { .. } => anyhow::Error::new(error).context(
+                "a guest that brings its images has a lease at either end: name another here with --lease",
+            ),
             error => error.into(),
         });
         let (generation, before) = match expected {

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
-use block::{Backend, Buffers, Completion, IoContext, Operation, Request};
+use block::{Backend, Base, BaseFormat, Buffers, Completion, IoContext, Operation, Request};
 use bus::{GuestMemory, GuestRange};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::poll::PollContext;
@@ -39,6 +39,8 @@ struct Place {
     name: String,
     path: PathBuf,
     format: &'static str,
+    /// Some of it is in a base.
+    is_overlay: bool,
     /// What the guest can reach of it is a multiple of this.
     block_bytes: u64,
 }
@@ -50,8 +52,12 @@ fn places(spec: &MachineSpec) -> Vec<Place> {
         for namespace in controller.namespaces.iter().filter(|namespace| !namespace.read_only) {
             let (path, format) = match &namespace.backend {
                 BackendSpec::File(path) => (path, "raw"),
-                // One over a base goes as a whole: the other side has no base.
-                BackendSpec::Qcow2(path) | BackendSpec::Overlay { path, .. } => (path, "qcow2"),
+                BackendSpec::Qcow2(path) => (path, "qcow2"),
+                // One over a base goes as a whole, and arrives as what the base is, which is what its guest takes it for.
+                BackendSpec::Overlay { path, base: Base { format: BaseFormat::Raw, .. } } => (path, "raw"),
+                BackendSpec::Overlay { path, base: Base { format: BaseFormat::Qcow2, .. } } => {
+                    (path, "qcow2")
+                }
                 // In guest memory, or nowhere.
                 BackendSpec::Memory { .. } | BackendSpec::Null { .. } => continue,
             };
@@ -61,6 +67,7 @@ fn places(spec: &MachineSpec) -> Vec<Place> {
                 name: format!("{}-{}", controller.serial, namespace.nsid),
                 path: path.clone(),
                 format,
+                is_overlay: matches!(namespace.backend, BackendSpec::Overlay { .. }),
                 block_bytes: namespace.block_bytes.into(),
             });
         }

@@ -145,3 +145,99 @@ fn next_of(filled: &PageBitmap, range: Range<u64>) -> Option<Range<u64>> {
 fn wrong(reason: String) -> Error {
     Error::Protocol { doing: DOING, reason }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{BLOCK_BYTES, CHUNK_BYTES};
+    use super::*;
+    use crate::MachineResult;
+
+    /// What was written, in order.
+    #[derive(Default)]
+    struct Written(Vec<(usize, Range<u64>, u8)>);
+
+    impl IncomingDisks for &'static std::sync::Mutex<Written> {
+        fn is_blank(&self, disk: usize) -> bool {
+            disk == 0
+        }
+
+        fn write(&mut self, disk: usize, offset_bytes: u64, contents: &[u8]) -> MachineResult<()> {
+            let range = offset_bytes..offset_bytes + contents.len() as u64;
+            self.lock().unwrap().0.push((disk, range, contents[0]));
+            Ok(())
+        }
+
+        fn write_zeroes(&mut self, disk: usize, range: Range<u64>) -> MachineResult<()> {
+            self.lock().unwrap().0.push((disk, range, 0));
+            Ok(())
+        }
+
+        fn sync(&mut self) -> MachineResult<()> {
+            Ok(())
+        }
+
+        fn own(&mut self, _: &Id, _: &mut dyn FnMut() -> Result<(), String>) -> Result<(), NotTaken> {
+            Ok(())
+        }
+
+        fn disown(&mut self, _: &Id) -> MachineResult<()> {
+            Ok(())
+        }
+    }
+
+    /// Two images of two chunks and a bit, the first of which is blank.
+    fn arriving() -> (Arriving, &'static std::sync::Mutex<Written>) {
+        let written: &'static _ = Box::leak(Box::default());
+        let disk = |name: &str| Disk {
+            name: name.to_owned(),
+            length_bytes: 2 * CHUNK_BYTES + 512,
+            format: "raw".to_owned(),
+        };
+        let disks = vec![disk("a"), disk("b")];
+        let none = PageBitmap::new(disks[0].blocks());
+        let mut all = none.clone();
+        all.set_range(0..disks[0].blocks());
+        let arriving = Arriving {
+            came: vec![none.clone(), none.clone()],
+            filled: vec![none, all],
+            table: DigestTable::new(&disks),
+            disks,
+            images: Box::new(written),
+        };
+        (arriving, written)
+    }
+
+    fn place(arriving: &mut Arriving, run: &Run, contents: &[u8]) {
+        let body = [run.encode().as_slice(), contents].concat();
+        arriving.place(&body, &Statistics::new()).unwrap();
+    }
+
+    #[test]
+    fn zeroes_are_written_only_where_something_may_be() {
+        let (mut arriving, written) = arriving();
+        let end = 2 * CHUNK_BYTES + 512;
+        let block = vec![7; BLOCK_BYTES as usize];
+        place(&mut arriving, &Run::zeroes(0, 0..end), &[]);
+        place(&mut arriving, &Run::data(0, CHUNK_BYTES, &block), &block);
+        place(&mut arriving, &Run::zeroes(0, 0..end), &[]);
+        place(&mut arriving, &Run::zeroes(0, 0..end), &[]);
+        place(&mut arriving, &Run::zeroes(1, CHUNK_BYTES..end), &[]);
+        let block = CHUNK_BYTES..CHUNK_BYTES + BLOCK_BYTES;
+        assert_eq!(
+            written.lock().unwrap().0,
+            [(0, block.clone(), 7), (0, block, 0), (1, CHUNK_BYTES..end, 0)]
+        );
+    }
+
+    #[test]
+    fn blocks_that_did_not_come_are_missed() {
+        let (mut arriving, _) = arriving();
+        let end = 2 * CHUNK_BYTES + 512;
+        place(&mut arriving, &Run::zeroes(0, 0..end), &[]);
+        place(&mut arriving, &Run::zeroes(1, 0..2 * CHUNK_BYTES), &[]);
+        let error = arriving.finish().unwrap_err().to_string();
+        assert!(error.contains("1 blocks of image b did not come"), "{error}");
+        place(&mut arriving, &Run::data(1, 2 * CHUNK_BYTES, &[5; 512]), &[5; 512]);
+        assert_ne!(arriving.finish().unwrap(), 0);
+    }
+}
