@@ -18,6 +18,8 @@ use support::{Machine, Proxy, TestBed, Vm};
 use crate::guest::{BUSY, EXERCISER, bed, many_disks, one_disk};
 use crate::load::ENOUGH;
 
+/// It reports often, and does not call a disk of a busy host that is slow a mistake.
+const PATIENT: &str = "report=25 stall=100000";
 /// How often the guest moves in the ordinary run.
 const MOVES: u32 = 18;
 /// Attempts that fail.
@@ -128,7 +130,7 @@ fn a_guest_that_moves_to_and_fro_holds_no_more_from_move_to_move() {
         authority.fill(folder, &["localhost"], Validity::Valid);
     }
     let machine = many_disks(&bed);
-    let options = format!("{BUSY} report=25 doorbells=shadow completion=msix events=2");
+    let options = format!("{BUSY} {PATIENT} doorbells=shadow completion=msix events=2");
     let mut here = machine.boot(&bed, "process-0", EXERCISER, &options);
     let mut done = works(&mut here, &Counters::default());
     // By the way that it came, of the process that gives the guest away and of the one that gets it.
@@ -195,7 +197,7 @@ fn fails_at(bed: &TestBed, source: &mut Vm, target: &std::path::Path, number: us
 fn attempts_that_fail_leave_nothing_behind_on_either_side() {
     let bed = bed();
     let machine: Machine = one_disk(&bed);
-    let mut source = machine.boot(&bed, "source", EXERCISER, &format!("{BUSY} report=25"));
+    let mut source = machine.boot(&bed, "source", EXERCISER, &format!("{BUSY} {PATIENT}"));
     let mut done = works(&mut source, &Counters::default());
     let path = bed.path("to");
     let mut destination = machine.expect(&bed, "destination", &format!("unix:{}", path.display()));

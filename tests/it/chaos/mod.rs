@@ -28,6 +28,8 @@ use tally::Tally;
 const SEEDS: u64 = 200;
 /// Verified reads that show that a guest works.
 const SOME: u64 = 30;
+/// It reports often, since every run waits for reports, and leaves it to the watchdogs here to say that a disk of a busy host is slow.
+const PATIENT: &str = "report=25 stall=100000";
 /// How long to wait for the place before a look whether it will ever be reached.
 const GLANCE: Duration = Duration::from_millis(10);
 
@@ -118,8 +120,7 @@ impl Chaos {
         }
         let name = self.name("vm");
         let machine = self.guest(mode).machine.clone();
-        // It reports often, since every run waits for reports.
-        let mut owner = machine.boot(&self.bed, &name, EXERCISER, &format!("{BUSY} report=25"));
+        let mut owner = machine.boot(&self.bed, &name, EXERCISER, &format!("{BUSY} {PATIENT}"));
         self.guest(mode).done = owner.verifies(0, SOME);
         owner
     }
