@@ -1,9 +1,10 @@
 //! MSI-X vectors as irqfds with routes.
 //!
 //! A device signals by writing an eventfd that KVM turns into the vector's message, without an exit or a system call
-//! into KVM. The message is in KVM's route table, which can only be replaced as a whole and slowly (a grace period):
-//! [`MsiRouter`] keeps it, leaves it alone when nothing changed, and while [`MsiRouter::hold`] is in force gathers all
-//! changes into one call.
+//! into KVM. The message is in KVM's route table, which can only be replaced as a whole and slowly (a grace period, 0.3 to 2 ms):
+//! [`MsiRouter`] keeps it, and leaves it alone when nothing changed. A guest that arrives does not wait for it: after
+//! [`MsiRouter::defer`] all changes are gathered into one call, [`MsiRouter::settle`], which comes when the guest runs. Until then
+//! messages go to KVM by themselves, with a system call each.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -36,14 +37,14 @@ const END_MSI_GSI: u32 = FIRST_MSI_GSI + (KVM_MAX_IRQ_ROUTES - WIRED_ROUTES) as 
 pub struct MsiRouter {
     vm: Arc<Vm>,
     table: Mutex<Table>,
+    /// KVM's table is behind `table`, and nobody relies on it. Written with `table` locked.
+    deferred: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Table {
     used: BTreeSet<u32>,
     messages: BTreeMap<u32, MsiMessage>,
-    /// How many [`Hold`]s there are.
-    holds: usize,
     /// Whether `messages` differs from what KVM has.
     stale: bool,
 }
@@ -52,14 +53,25 @@ impl MsiRouter {
     /// A table of the wired interrupts alone.
     #[must_use]
     pub fn new(vm: Arc<Vm>) -> Arc<Self> {
-        Arc::new(Self { vm, table: Mutex::default() })
+        Arc::new(Self { vm, table: Mutex::default(), deferred: AtomicBool::new(false) })
     }
 
-    /// Gathers changes until the returned value is committed or dropped. Calls may nest; the last one commits.
-    #[must_use = "changes reach KVM when this is committed"]
-    pub fn hold(&self) -> Hold<'_> {
-        self.table().holds += 1;
-        Hold { router: self, done: false }
+    /// Gathers changes until [`MsiRouter::settle`]; signals reach the guest meanwhile all the same.
+    pub fn defer(&self) {
+        let _table = self.table();
+        self.deferred.store(true, Ordering::Release);
+    }
+
+    /// Gives all gathered changes to KVM, in one call. Harmless if there are none.
+    ///
+    /// # Errors
+    /// [`Error::Call`]; signals go on as before.
+    pub fn settle(&self) -> Result<(), Error> {
+        let mut table = self.table();
+        self.apply(&mut table)?;
+        // Whoever sees this relies on the table, which is there by now.
+        self.deferred.store(false, Ordering::Release);
+        Ok(())
     }
 
     fn allocate(&self, count: usize) -> Result<Vec<u32>, Error> {
@@ -86,17 +98,11 @@ impl MsiRouter {
             return Ok(());
         }
         table.stale = true;
-        self.apply(&mut table)
-    }
-
-    fn release(&self) -> Result<(), Error> {
-        let mut table = self.table();
-        table.holds = table.holds.saturating_sub(1);
-        self.apply(&mut table)
+        if self.deferred.load(Ordering::Acquire) { Ok(()) } else { self.apply(&mut table) }
     }
 
     fn apply(&self, table: &mut Table) -> Result<(), Error> {
-        if table.holds > 0 || !table.stale {
+        if !table.stale {
             return Ok(());
         }
         let messages = table.messages.iter().map(|(&gsi, message)| msi_entry(gsi, message));
@@ -111,34 +117,6 @@ impl MsiRouter {
 
     fn table(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// While this lives, changes of routes are gathered. See [`MsiRouter::hold`].
-#[derive(Debug)]
-pub struct Hold<'a> {
-    router: &'a MsiRouter,
-    done: bool,
-}
-
-impl Hold<'_> {
-    /// Gives all gathered changes to KVM, in one call, unless an outer hold is in force.
-    ///
-    /// # Errors
-    /// [`Error::Call`].
-    pub fn commit(mut self) -> Result<(), Error> {
-        self.done = true;
-        self.router.release()
-    }
-}
-
-impl Drop for Hold<'_> {
-    fn drop(&mut self) {
-        if !self.done
-            && let Err(error) = self.router.release()
-        {
-            log::error!("{error}: {:?}", std::error::Error::source(&error));
-        }
     }
 }
 
@@ -288,8 +266,14 @@ impl MsixSink for MsixFunction {
         }
     }
 
-    fn signal(&self, vector: u16) {
-        let Some(vector) = self.vectors.get(usize::from(vector)) else { return };
+    fn signal(&self, index: u16) {
+        let Some(vector) = self.vectors.get(usize::from(index)) else { return };
+        if self.router.deferred.load(Ordering::Acquire) {
+            if let Err(error) = self.signal_now(index) {
+                log::error!("{error}: {:?}", std::error::Error::source(&error));
+            }
+            return;
+        }
         if !vector.signalled.load(Ordering::Relaxed) {
             vector.signalled.store(true, Ordering::Release);
         }

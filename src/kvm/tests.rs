@@ -91,21 +91,32 @@ fn vectors_reach_the_guest_through_irqfds_and_follow_their_messages() {
 }
 
 #[test]
-fn held_changes_come_at_once() {
+fn deferred_changes_reach_the_guest_before_they_are_settled_and_after() {
     let guest = guest();
     let router = MsiRouter::new(Arc::clone(&guest.vm));
     let function = MsixFunction::new(&router, 2).unwrap();
     function.set_vector(0, Some(message(0x50)));
-    let outer = router.hold();
-    let inner = router.hold();
+    router.defer();
     function.set_vector(0, Some(message(0x51)));
     function.set_vector(1, Some(message(0x52)));
-    inner.commit().unwrap();
+    let each = |vectors: [(u16, u8); 2]| {
+        for (vector, expected) in vectors {
+            function.signal(vector);
+            expect(&guest, expected);
+        }
+    };
+    each([(0, 0x51), (1, 0x52)]);
+    assert_eq!(function.sent(), 0, "the table lacks the one and has another message for the other");
+    router.settle().unwrap();
+    each([(0, 0x51), (1, 0x52)]);
+    assert_eq!(function.sent(), 2);
+    function.set_vector(0, Some(message(0x53)));
+    router.settle().unwrap();
+    each([(0, 0x53), (1, 0x52)]);
+    // A masked vector sends nothing, either way.
+    router.defer();
+    function.set_vector(0, None);
     function.signal(0);
-    expect(&guest, 0x50);
-    outer.commit().unwrap();
-    function.signal(0);
-    expect(&guest, 0x51);
     function.signal(1);
     expect(&guest, 0x52);
 }
@@ -169,11 +180,11 @@ fn interrupt_numbers_are_given_back() {
     let functions = [MsixFunction::new(&router, 2000).unwrap(), MsixFunction::new(&router, 2000).unwrap()];
     let error = MsixFunction::new(&router, 100).unwrap_err();
     assert!(matches!(error, Error::OutOfRoutes { asked: 100, free: 56, .. }), "{error}");
-    let hold = router.hold();
+    router.defer();
     for vector in 0..2000 {
         functions.iter().for_each(|function| function.set_vector(vector, Some(message(0x50))));
     }
-    hold.commit().unwrap();
+    router.settle().unwrap();
     drop(functions);
     MsixFunction::new(&router, 2048).unwrap();
 }

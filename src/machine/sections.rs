@@ -149,12 +149,12 @@ impl Machine {
             );
         }
 
-        let routes = self.router.hold();
+        // Until the guest runs: see `settle_interrupts`.
+        self.router.defer();
         for (disk, state) in self.disks.iter().zip(&disks) {
             disk.load(state).with_context(|| format!("cannot load controller {}", disk.serial()))?;
         }
         self.entropy.restore(&entropy)?;
-        routes.commit()?;
         self.vm.restore_irqchip(&irqchip)?;
         self.vm.restore_pit(&pit)?;
         // After the functions, whose BARs it maps; after the interrupt controllers, since a waiting serial interrupt is raised again.

@@ -327,6 +327,7 @@ impl Migrations {
                     error.chain()
                 );
             }
+            settle_interrupts(vmm);
             // The guest runs; a migration of it waits for the end of this thread.
             if let Some(fill) = &restored.fill
                 && fill.run(&self.parameters, statistics)
@@ -344,6 +345,7 @@ impl Migrations {
         if let Some(error) = arrived.error.take() {
             log::error!("the guest has arrived but could not be started, and is paused: {}", error.chain());
         }
+        settle_interrupts(vmm);
         let lacked_memory = arrived.lacks_memory();
         let door = ProcessDoor { first: listener, ways: &self.ways };
         if let Err(error) = destination.answer(&mut arrived, &door, &self.waiting.ended) {
@@ -430,6 +432,15 @@ impl Migrations {
         self.parameters.set_convergence(limits.convergence.into());
         self.parameters.set_channels(limits.multifd_channels);
         self.parameters.set_compression(limits.multifd_compression.into());
+    }
+}
+
+/// What a guest that has arrived was not to wait for.
+fn settle_interrupts(vmm: &Vmm) {
+    if let Some(machine) = vmm.machine()
+        && let Err(error) = machine.settle_interrupts()
+    {
+        log::warn!("the guest's interrupts arrive, but not as fast as they could: {error:#}");
     }
 }
 
