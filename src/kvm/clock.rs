@@ -51,7 +51,7 @@ impl HostTime {
     }
 }
 
-fn boot_id() -> Result<[u8; 16], Error> {
+pub(crate) fn boot_id() -> Result<[u8; 16], Error> {
     let path = "/proc/sys/kernel/random/boot_id";
     let unknown = |why: String| Error::DeviceState { device: "host clock", why: format!("{path}: {why}") };
     let text = std::fs::read_to_string(path).map_err(|e| unknown(e.to_string()))?;

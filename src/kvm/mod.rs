@@ -29,6 +29,7 @@ mod turn;
 mod vm;
 pub(crate) mod xsave;
 
+pub(crate) use clock::boot_id;
 pub use clock::{ClockPlan, ClockState, GuestTime, HostTime, is_same_tsc_frequency};
 pub use error::Error;
 pub use host::Host;

@@ -285,6 +285,13 @@ impl Disk {
             if created {
                 description.set(format!("{namespace}.created"), engine::lease::show_id(&shape.uuid));
             }
+            // NGUID and EUI64 are made of it.
+            description.set(format!("identity.{namespace}.uuid"), engine::lease::show_id(&shape.uuid));
+        }
+        for (nsid, image) in subsystem.images() {
+            if let Some(place) = image.place() {
+                description.set(format!("identity.{controller}.ns.{nsid}.image"), place);
+            }
         }
     }
 

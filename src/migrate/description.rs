@@ -3,13 +3,17 @@
 use engine::Description;
 
 use super::{processor, ram_blocks};
-use crate::kvm::is_same_tsc_frequency;
+use crate::kvm::{boot_id, is_same_tsc_frequency};
 use crate::machine::{Machine, TSC_KHZ, schema_hashes};
 use crate::memory::GuestRam;
 use crate::vcpu::Offer;
 
 /// The machine model; it changes when two machines of the same configuration are no longer alike.
 const MACHINE_TYPE: &str = "ferry-1";
+/// Identity of the host, until it boots again.
+const HOST: &str = "identity.host";
+/// What names of identities that are true on one host end with.
+const IMAGE: &str = ".image";
 
 /// The inventory of `machine`.
 ///
@@ -24,11 +28,12 @@ pub fn describe(machine: &Machine) -> anyhow::Result<Description> {
     for (section, hash) in schema_hashes() {
         description.set(format!("state.{section}"), format!("{hash:016x}"));
     }
+    description.set(HOST, engine::lease::show_id(&boot_id()?));
     Ok(description)
 }
 
 /// Every reason why a guest of `source` cannot run on `own`, this host's machine, whose host has `offer` for its vCPUs: those of
-/// the processor first, then all others.
+/// the processor first, then those of identities, then all others.
 #[must_use]
 pub fn differences(source: &Description, own: &Description, offer: &Offer) -> Vec<String> {
     let tsc_khz = |description: &Description| description.get(TSC_KHZ).and_then(|khz| khz.parse().ok());
@@ -39,8 +44,22 @@ pub fn differences(source: &Description, own: &Description, offer: &Offer) -> Ve
     {
         source.set(TSC_KHZ, ours);
     }
+    reasons.extend(other_identities(&source.take_identities(), &own.take_identities()));
     reasons.extend(source.differences(&own));
     reasons
+}
+
+/// Namespaces and images that are others than those of the source. What one side does not tell (an older process, or one for whose image
+/// there is nothing to be told) is not compared. Which file an image is means something on the host alone: two hosts know a shared image
+/// by different numbers.
+fn other_identities(source: &Description, own: &Description) -> Vec<String> {
+    let same_host = source.get(HOST).is_some_and(|host| own.get(HOST) == Some(host));
+    let differing = source.iter().filter_map(|(name, theirs)| {
+        let ours = own.get(name).filter(|ours| *ours != theirs && name != HOST)?;
+        let (_, plain) = name.split_once('.').filter(|_| same_host || !name.ends_with(IMAGE))?;
+        Some(format!("{plain}: the source has {theirs}, the destination {ours}"))
+    });
+    differing.collect()
 }
 
 fn describe_ram(description: &mut Description, ram: &GuestRam) {
@@ -100,6 +119,33 @@ mod tests {
             Vec::<String>::new(),
             "a host that has more is good enough"
         );
+    }
+
+    #[test]
+    fn other_images_of_one_host_and_other_namespaces_of_any_are_told() {
+        let machine = |properties: &[(&str, &str)]| {
+            let mut description = Description::new();
+            properties.iter().for_each(|(name, value)| description.set(*name, value));
+            description
+        };
+        let (image, uuid) = ("identity.nvme.a.ns.7.image", "identity.nvme.a.ns.7.uuid");
+        let source = machine(&[("cpus", "2"), (HOST, "1"), (image, "device 8:1, inode 5"), (uuid, "aa")]);
+        let reasons = |own: &[(&str, &str)]| differences(&source, &machine(own), &Offer::default());
+        let other = [("cpus", "1"), (image, "device 8:1, inode 6"), (uuid, "bb")];
+        assert_eq!(
+            reasons(&[&other[..], &[(HOST, "1")]].concat()),
+            [
+                "nvme.a.ns.7.image: the source has device 8:1, inode 5, the destination device 8:1, inode 6",
+                "nvme.a.ns.7.uuid: the source has aa, the destination bb",
+                "cpus: the source has 2, the destination 1",
+            ]
+        );
+        let elsewhere = reasons(&[&other[..], &[(HOST, "2")]].concat());
+        assert_eq!((elsewhere.len(), elsewhere[0].contains(".uuid: ")), (2, true), "{elsewhere:?}");
+        assert_eq!(reasons(&other).len(), 2, "a host that does not say which it is may be another");
+        assert!(reasons(&[("cpus", "2")]).is_empty(), "an older destination knows of none");
+        let older = machine(&[("cpus", "2")]);
+        assert!(differences(&older, &source, &Offer::default()).is_empty(), "nor does an older source");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use bus::{GuestMemory, GuestRange};
 use vm_memory::GuestAddress;
 use vmstate::Migratability;
 
-use crate::{DirtyBlocks, IoContext};
+use crate::{DirtyBlocks, IoContext, Place};
 
 /// What an image is, as far as another process could check it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -188,6 +188,11 @@ pub struct Completion {
 pub trait Backend: Send + Sync + Debug {
     /// Kind, size, access.
     fn identity(&self) -> Identity;
+
+    /// Which file it is, if it is one of this host's.
+    fn place(&self) -> Option<Place> {
+        None
+    }
 
     /// What becomes of it when its machine moves. Contents that another process can reach, or that are guest RAM, move along.
     fn migratability(&self) -> Migratability;

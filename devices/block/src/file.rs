@@ -14,7 +14,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 use vmstate::Migratability;
 
-use crate::{Backend, DirtyBlocks, Error, Failure, Identity, IoContext, Operation, Request};
+use crate::{Backend, DirtyBlocks, Error, Failure, Identity, IoContext, Operation, Place, Request};
 
 /// Kinds of access, as error messages call them.
 pub(crate) const READING: &str = "reading";
@@ -40,10 +40,7 @@ impl Default for FileOptions {
 /// What must be the same when an image is opened again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
-    /// Major and minor number: of the file system that a file is on, or of the block device itself.
-    device: (u32, u32),
-    /// Inode number; 0 for a block device, whose node may be made anew.
-    inode: u64,
+    place: Place,
     capacity_bytes: u64,
 }
 
@@ -126,6 +123,10 @@ impl Backend for FileImage {
             capacity_bytes: self.capacity_bytes.load(Ordering::Acquire),
             read_only: self.options.read_only,
         }
+    }
+
+    fn place(&self) -> Option<Place> {
+        Some(self.stamp.place)
     }
 
     fn migratability(&self) -> Migratability {
@@ -334,22 +335,16 @@ impl Stamp {
             access: READING,
             source: errno.into(),
         };
-        let about =
-            rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS).map_err(failed)?;
-        let (device, inode) = match FileType::from_raw_mode(about.stx_mode.into()) {
-            FileType::BlockDevice => ((about.stx_rdev_major, about.stx_rdev_minor), 0),
-            _ => ((about.stx_dev_major, about.stx_dev_minor), about.stx_ino),
-        };
+        let place = Place::of(file).map_err(failed)?;
         // Of a block device stat gives no size.
         let capacity_bytes = rustix::fs::seek(file, SeekFrom::End(0)).map_err(failed)?;
-        Ok(Self { device, inode, capacity_bytes })
+        Ok(Self { place, capacity_bytes })
     }
 }
 
 impl fmt::Display for Stamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (major, minor) = self.device;
-        write!(f, "{} bytes (device {major}:{minor}, inode {})", self.capacity_bytes, self.inode)
+        write!(f, "{} bytes ({})", self.capacity_bytes, self.place)
     }
 }
 

@@ -11,6 +11,7 @@ use arc_swap::ArcSwapOption;
 use bus::{GuestMemory, GuestRange};
 use imago::qcow2::Qcow2;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder};
+use rustix::io::Errno;
 use vmstate::Migratability;
 
 use crate::blocking::Blocking;
@@ -18,7 +19,7 @@ use crate::bounce::Bounce;
 use crate::error::failure_of;
 use crate::file::{self, READING, WRITING};
 use crate::guest::check_ranges;
-use crate::{Backend, Base, DirtyBlocks, Error, Failure, Identity, IoContext, Operation, Request};
+use crate::{Backend, Base, DirtyBlocks, Error, Failure, Identity, IoContext, Operation, Place, Request};
 
 /// An open image of any format.
 pub(crate) type Access = FormatAccess<imago::file::File>;
@@ -33,6 +34,8 @@ pub struct Qcow2Image {
     read_only: bool,
     base: Option<Base>,
     capacity_bytes: u64,
+    /// Of when it was looked at first.
+    place: Place,
     held: ArcSwapOption<Held>,
     dirty: Arc<DirtyBlocks>,
     threads: Blocking,
@@ -69,6 +72,7 @@ impl Qcow2Image {
 
     fn look(path: PathBuf, base: Option<Base>, read_only: bool) -> Result<Self, Error> {
         let file = file::open(&path, READING)?;
+        let place = place_of(&file, &path)?;
         let access = match &base {
             None => open_format(file, &path, false, None)?,
             Some(base) => {
@@ -82,6 +86,7 @@ impl Qcow2Image {
             read_only,
             base,
             capacity_bytes: access.size(),
+            place,
             path,
             held: ArcSwapOption::empty(),
             dirty: Arc::default(),
@@ -131,6 +136,12 @@ impl Qcow2Image {
         }));
         Ok(())
     }
+}
+
+fn place_of(file: &File, path: &Path) -> Result<Place, Error> {
+    let failed =
+        |errno: Errno| Error::Open { path: path.to_owned(), access: "looking at", source: errno.into() };
+    Place::of(file).map_err(failed)
 }
 
 /// Opens the format in `file`, over `base` if it is an overlay.
@@ -267,6 +278,10 @@ impl Backend for Qcow2Image {
         Identity { kind, capacity_bytes: self.capacity_bytes, read_only: self.read_only }
     }
 
+    fn place(&self) -> Option<Place> {
+        Some(self.place)
+    }
+
     fn migratability(&self) -> Migratability {
         Migratability::State
     }
@@ -322,11 +337,12 @@ impl Backend for Qcow2Image {
                 (open_over(again, &self.path, !self.read_only, base, opened)?, Some(base_file))
             }
         };
-        if format.size() != self.capacity_bytes {
+        let (place, size_bytes) = (place_of(&file, &self.path)?, format.size());
+        if (size_bytes, place) != (self.capacity_bytes, self.place) {
             return Err(Error::Changed {
                 path: self.path.clone(),
-                before: format!("{} bytes", self.capacity_bytes),
-                now: format!("{} bytes", format.size()),
+                before: format!("{} bytes ({})", self.capacity_bytes, self.place),
+                now: format!("{size_bytes} bytes ({place})"),
             });
         }
         self.held.store(Some(Arc::new(Held { access: RwLock::new(format), file, base })));

@@ -5,6 +5,8 @@ use std::ops::Bound;
 
 use crate::RamBlock;
 
+/// What the names of identities begin with.
+const IDENTITY: &str = "identity";
 /// Of a thing that one side lacks about so much is told.
 const PROPERTIES_SHOWN_BYTES: usize = 100;
 
@@ -36,6 +38,17 @@ impl Description {
     /// Takes a property out, to compare it by rules of its own.
     pub fn remove(&mut self, name: &str) -> Option<String> {
         self.properties.remove(name)
+    }
+
+    /// Takes out what only tells which thing something is, and not what it is like: properties below `identity`. Not every process knows
+    /// them, and they are true on one host, or at one time; so they are compared by rules of their own, where both sides tell them. What
+    /// lies in a file has none.
+    pub fn take_identities(&mut self) -> Self {
+        let is_identity = |name: &str| name.strip_prefix(IDENTITY).is_some_and(|rest| rest.starts_with('.'));
+        let all = std::mem::take(&mut self.properties).into_iter();
+        let (identities, others) = all.partition(|(name, _)| is_identity(name));
+        self.properties = others;
+        Self { properties: identities }
     }
 
     /// All properties, by name.
@@ -134,6 +147,14 @@ mod tests {
             ]
         );
         assert!(source.differences(&source.clone()).is_empty());
+    }
+
+    #[test]
+    fn identities_are_taken_out_and_nothing_else() {
+        let mut description = machine(&[("identity.host", "a"), ("identityless", "b"), ("cpus", "2")]);
+        assert_eq!(description.take_identities(), machine(&[("identity.host", "a")]));
+        assert_eq!(description, machine(&[("identityless", "b"), ("cpus", "2")]));
+        assert_eq!(description.take_identities(), Description::new());
     }
 
     #[test]

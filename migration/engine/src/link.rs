@@ -21,6 +21,9 @@ pub(crate) const PIECE_BYTES: usize = 256 << 10;
 /// Flag of a hello's frame: the hello goes on in the next frame. No other message is longer than a frame may be.
 const MORE: u16 = 1;
 
+/// The minor version of the protocol in which identities came: an older peer takes them for parts of the machine.
+const IDENTITIES_MINOR: u16 = 1;
+
 /// What a record of TLS begins with (RFC 8446, 5.1), and no preamble of ours.
 const TLS_RECORDS: std::ops::RangeInclusive<u8> = 20..=24;
 
@@ -61,6 +64,8 @@ pub(crate) struct Link {
     received: Option<Received>,
     /// The first byte of the next message, if it was looked for.
     ahead: Option<u8>,
+    /// Minor version of the peer, once it has greeted.
+    minor: u16,
 }
 
 impl Link {
@@ -71,7 +76,7 @@ impl Link {
             .and_then(|()| connection.set_write_timeout(Some(SLICE)))
             .map_err(|source| Error::Lost { doing, source })?;
         let (out, body) = (Vec::new(), Vec::new());
-        Ok(Self { connection, sent_bytes: 0, out, body, received: None, ahead: None })
+        Ok(Self { connection, sent_bytes: 0, out, body, received: None, ahead: None, minor: 0 })
     }
 
     pub fn peer(&self) -> &str {
@@ -86,6 +91,11 @@ impl Link {
     /// Who the peer has proven to be.
     pub fn identity(&self) -> Option<Identity> {
         self.connection.identity()
+    }
+
+    /// Whether the peer, which has greeted, knows [identities](crate::Description::take_identities).
+    pub fn knows_identities(&self) -> bool {
+        self.minor >= IDENTITIES_MINOR
     }
 
     pub fn sent_bytes(&self) -> u64 {
@@ -110,7 +120,10 @@ impl Link {
         }
         self.read(rest, step, since, false)?;
         match frame::decode_preamble(theirs) {
-            Ok((frame::MAJOR, _)) => Ok(()),
+            Ok((frame::MAJOR, minor)) => {
+                self.minor = minor;
+                Ok(())
+            }
             Ok((major, _)) => wrong(format!(
                 "the other side speaks version {major} of the protocol, we speak {}",
                 frame::MAJOR

@@ -175,9 +175,11 @@ impl Attempt {
         self.disks = Leaving::of(machine, context)?.map(Box::new);
         let mut description = machine.description().map_err(Error::machine("describe this machine"))?;
         if let Some(disks) = &self.disks {
+            // They will be others there.
+            description.take_identities();
             disks.describe(&mut description);
         }
-        let description = told(&description)?;
+        let identified = properties(&description)?;
         let lease = match &context.lease {
             Some(lease) => lease.read()?.map(|record| record.lease),
             None => None,
@@ -188,6 +190,7 @@ impl Attempt {
             Some(_) => None,
             None => Memory::to_offer(machine, link, context),
         };
+        let description = if link.knows_identities() { identified } else { told(&description)? };
         let mut hello = Hello::new(self.session, lease, description);
         hello.features = memory.as_ref().map_or(0, |_| features::LOCAL);
         let postcopy = if self.disks.is_some() { 0 } else { postcopy::offered(context.parameters) };
@@ -441,8 +444,14 @@ impl Attempt {
 /// The machine type in a stream's configuration. What the machine is in detail, the hello says.
 pub(crate) const MACHINE: &str = "ferry";
 
-/// The description as the other side will read it. One that it could not read is found before anything is stopped.
+/// The description as everybody can read it: without identities. One that nobody could read is found before anything is stopped.
 pub(crate) fn told(description: &Description) -> Result<Properties, Error> {
+    let mut description = description.clone();
+    description.take_identities();
+    properties(&description)
+}
+
+fn properties(description: &Description) -> Result<Properties, Error> {
     Properties::try_from(description)
         .map_err(|reason| Error::Blocked { reasons: vec![format!("its description: {reason}")] })
 }

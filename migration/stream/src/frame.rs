@@ -24,8 +24,8 @@ use crate::wire::write_all_vectored;
 pub const PREAMBLE: [u8; 4] = *b"FRRY";
 /// Versions with different majors do not understand each other.
 pub const MAJOR: u16 = 1;
-/// A higher minor may have more kinds of frames.
-pub const MINOR: u16 = 0;
+/// A higher minor may have more kinds of frames, and more in a message. 1: what a machine is may be told with identities.
+pub const MINOR: u16 = 1;
 /// Bytes of a frame's header, and of a preamble.
 pub const HEADER_BYTES: usize = 8;
 /// The longest body.
