@@ -45,6 +45,12 @@ pub(super) fn is_huge(memfd: &File) -> bool {
     rustix::fs::fstatfs(memfd).is_ok_and(|found| found.f_type == HUGETLBFS_MAGIC)
 }
 
+/// Bytes of the pages of a memfd. Not what fstat(2) says, which for memory is what the kernel would like to have there.
+pub(super) fn page_bytes(memfd: &File) -> io::Result<u64> {
+    let found = rustix::fs::fstatfs(memfd)?;
+    Ok(if found.f_type == HUGETLBFS_MAGIC { found.f_bsize.unsigned_abs() } else { super::PAGE_SIZE_BYTES })
+}
+
 /// How many huge pages nobody uses, if the kernel tells.
 pub(super) fn free_pages() -> Option<u64> {
     std::fs::read_to_string(FREE).ok()?.trim().parse().ok()
@@ -120,22 +126,27 @@ mod tests {
         vm_memory::Bytes::write_obj(&vm_memory::VolatileMemory::as_volatile_slice(&other), 1_u8, 0).unwrap();
         assert!(block.populated_ranges().unwrap().into_iter().eq(std::iter::once(0..bytes)));
 
-        // Memory of another process: this mapping has touched nothing of it. What is not huge has holes of its own again.
-        for (huge, populated) in [(true, 0..bytes), (false, 0x3000..0x4000)] {
-            let there = GuestRam::with_pages(bytes, huge, &[], &[]).unwrap();
-            let there = there.block(RAM_LOW).unwrap();
-            there.write(0x3000, &[7]).unwrap();
-            let here = GuestRam::with_pages(bytes, true, &[], &[]).unwrap();
-            let here = here.block(RAM_LOW).unwrap();
-            let (readable, writable) = there.descriptors().unwrap();
-            here.map_passed(readable, PassedKind::Memory).unwrap();
-            here.adopt(writable).unwrap();
-            here.make_writable().unwrap();
-            assert_eq!(here.is_huge(), huge);
-            assert!(here.populated_ranges().unwrap().into_iter().eq(std::iter::once(populated)), "{huge}");
-            let mut byte = [0];
-            here.read(0x3000, &mut byte).unwrap();
-            assert_eq!(byte, [7]);
+        // Memory of another process: this mapping has touched nothing of it.
+        let there = GuestRam::with_pages(bytes, true, &[], &[]).unwrap();
+        let there = there.block(RAM_LOW).unwrap();
+        there.write(0x3000, &[7]).unwrap();
+        let here = GuestRam::with_pages(bytes, true, &[], &[]).unwrap();
+        let here = here.block(RAM_LOW).unwrap();
+        let (readable, writable) = there.descriptors().unwrap();
+        here.map_passed(readable, PassedKind::Memory).unwrap();
+        here.adopt(writable).unwrap();
+        here.make_writable().unwrap();
+        assert!(here.is_huge());
+        assert!(here.populated_ranges().unwrap().into_iter().eq(std::iter::once(0..bytes)));
+        let mut byte = [0];
+        here.read(0x3000, &mut byte).unwrap();
+        assert_eq!(byte, [7]);
+
+        let small = GuestRam::with_pages(bytes, false, &[], &[]).unwrap();
+        let small = small.block(RAM_LOW).unwrap();
+        for (block, passed) in [(small, there), (there, small)] {
+            let error = block.map_passed(passed.descriptors().unwrap().0, PassedKind::Memory).unwrap_err();
+            assert!(error.to_string().contains("its pages have"), "{error}");
         }
     }
 

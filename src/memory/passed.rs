@@ -12,9 +12,11 @@
 //! pointer that a device has. That a slot is there before the guest is ours opens nothing: no vCPU runs, and what the process
 //! cannot write, KVM cannot either.
 //!
-//! What a peer passes is looked at first. It must be a memfd (or of that kind: the kernel knows its seals) of exactly the block's length
-//! whose size is sealed: with any other file the peer could cut it short later and end this process by SIGBUS. The one
-//! exception is the file that a persistent memory region of this machine is, which the caller knows.
+//! What a peer passes is looked at first. It must be a memfd of exactly the block's length, in pages of the block's size, and its seals must
+//! say that it stays so: nobody can change its size, or the peer could cut it short later and end this process by SIGBUS; writing is
+//! not forbidden, and no seal can be added that forbids it, or the guest could not run here after it was given away. Only a memfd can be sealed so: files
+//! of tmpfs and hugetlbfs have had their last seal (F_SEAL_SEAL) from the beginning (fcntl(2)), and others have none. The one exception is
+//! the file that a persistent memory region of this machine is, which the caller knows.
 
 use std::ffi::c_void;
 use std::fs::{self, File};
@@ -26,7 +28,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use rustix::fs::SealFlags;
 use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 
-use super::{Error, GuestRam, PAGE_SIZE_BYTES, RamBlock};
+use super::{Error, GuestRam, RamBlock, huge};
 
 /// What came from another process.
 #[derive(Debug)]
@@ -178,26 +180,32 @@ impl RamBlock {
         found.is_some_and(|found| (found.dev(), found.ino()) == (file.dev(), file.ino()))
     }
 
-    /// Memory of the block's length whose size nobody can change.
+    /// Memory of the block's length, in such pages as the block has, of which nothing can change but the contents.
     fn check_memory(&self, passed: &File) -> Result<(), Error> {
-        let sealed = SealFlags::SHRINK | SealFlags::GROW;
-        match rustix::fs::fcntl_get_seals(passed) {
-            // First the seals: the length cannot change any more.
-            Ok(seals) if seals.contains(sealed) => {}
-            Ok(_) => return Err(self.refuse("its size is not sealed".to_owned())),
-            Err(_) => return Err(self.refuse("it is no memfd".to_owned())),
-        }
-        let look = |file: &File| {
-            file.metadata().map_err(|source| self.failed("look at the memory that was passed", source))
+        // First the seals: the length cannot change any more.
+        let Ok(seals) = rustix::fs::fcntl_get_seals(passed) else {
+            return Err(self.refuse("it is no memfd".to_owned()));
         };
-        let (found, own) = (look(passed)?, look(&self.memfd)?);
-        // What this block knows of its pages must be true of those that came.
-        if (found.blksize() > PAGE_SIZE_BYTES) != (own.blksize() > PAGE_SIZE_BYTES) {
-            return Err(self.refuse(format!("its pages have {} bytes", found.blksize())));
+        if !seals.contains(SealFlags::SHRINK | SealFlags::GROW) {
+            return Err(self.refuse("its size is not sealed".to_owned()));
         }
-        match found.len() == self.length_bytes() {
+        if seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) {
+            return Err(self.refuse("it is sealed against writing".to_owned()));
+        }
+        if !seals.contains(SealFlags::SEAL) {
+            return Err(self.refuse("it can still be sealed against writing".to_owned()));
+        }
+        let failed = |source| self.failed("look at the memory that was passed", source);
+        let page_bytes = |file| huge::page_bytes(file).map_err(failed);
+        // What this block knows of its pages must be true of those that came.
+        let (theirs, ours) = (page_bytes(passed)?, page_bytes(&self.memfd)?);
+        if theirs != ours {
+            return Err(self.refuse(format!("its pages have {theirs} bytes, not {ours}")));
+        }
+        let found_bytes = passed.metadata().map_err(failed)?.len();
+        match found_bytes == self.length_bytes() {
             true => Ok(()),
-            false => Err(self.refuse(format!("it has {} bytes", found.len()))),
+            false => Err(self.refuse(format!("it has {found_bytes} bytes"))),
         }
     }
 
@@ -299,12 +307,22 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(1 << 20).unwrap();
         let (reader, _writer) = rustix::pipe::pipe().unwrap();
+        let shared = tempfile::tempfile_in("/dev/shm").unwrap();
+        shared.set_len(1 << 20).unwrap();
+        let size = SealFlags::SHRINK | SealFlags::GROW;
         for (passed, reason) in [
-            (memfd(1 << 20, SealFlags::SHRINK), "its size is not sealed"),
-            (memfd(1 << 20, SealFlags::GROW), "its size is not sealed"),
-            (memfd(1 << 21, SealFlags::SHRINK | SealFlags::GROW), "it has 2097152 bytes"),
-            (memfd(0, SealFlags::SHRINK | SealFlags::GROW), "it has 0 bytes"),
+            (memfd(1 << 20, SealFlags::SHRINK | SealFlags::SEAL), "its size is not sealed"),
+            (memfd(1 << 20, SealFlags::GROW | SealFlags::SEAL), "its size is not sealed"),
+            (memfd(1 << 20, size | SealFlags::WRITE | SealFlags::SEAL), "it is sealed against writing"),
+            (
+                memfd(1 << 20, size | SealFlags::FUTURE_WRITE | SealFlags::SEAL),
+                "it is sealed against writing",
+            ),
+            (memfd(1 << 20, size), "it can still be sealed against writing"),
+            (memfd(1 << 21, size | SealFlags::SEAL), "it has 2097152 bytes"),
+            (memfd(0, size | SealFlags::SEAL), "it has 0 bytes"),
             (file.into(), "cannot take over memory block"),
+            (shared.into(), "its size is not sealed"),
             (reader, "it is no memfd"),
             (File::open("/dev/null").unwrap().into(), "it is no memfd"),
         ] {
