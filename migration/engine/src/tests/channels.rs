@@ -11,7 +11,7 @@ use transport::faulty::{Fault, Part};
 
 use super::migrate::{assert_moved, step, with_any_destination};
 use super::mock::{Factory, World};
-use super::{End, Ending, Play, impatience, patience};
+use super::{End, Ending, Play, impatience, patience, patiently};
 use crate::lease::{Id, random_id};
 use crate::link::Link;
 use crate::protocol::{Agree, ChannelHello, Hello, Message, Properties, Query};
@@ -105,11 +105,14 @@ fn at_every_message(
 ) {
     for dial in 1..=2 {
         for at in 0..40 {
-            let world = World::new();
-            let mut play = play(&world, 2);
-            play.patience = patience;
-            play.channel_fault = Some((end, dial, at, fault()));
-            let ending = play.run();
+            let (world, ending) = patiently(patience, |patience| {
+                let world = World::new();
+                let mut play = play(&world, 2);
+                play.patience = patience;
+                play.channel_fault = Some((end, dial, at, fault()));
+                let ending = play.run().unless_cut_short()?;
+                Some((world, ending))
+            });
             let what = format!("{:?} at message {at} of the {end:?} on channel {dial}", fault());
             world.assert_sound(&what);
             if !ending.struck {
@@ -304,11 +307,11 @@ fn the_limit_of_the_bandwidth_is_one_for_all_channels() {
         parameters.set_max_bandwidth(crate::Parameters::MAX_BANDWIDTH_LEAST);
         let (tally, writes) = channel();
         play.tally = Some(tally);
-        play.patience.silence = Duration::from_millis(400);
+        play.patience.silence = Duration::from_secs(4);
         play.destination_patience = Some(patience());
         let ending = std::thread::scope(|scope| {
             scope.spawn(move || {
-                // Preamble, hello, the begin of the stream with a report, and another report a tenth of a second later.
+                // Preamble, hello, the begin of the stream with a report, and another report a second later.
                 writes.iter().take(5).for_each(drop);
                 parameters.cancel();
                 writes.iter().for_each(drop);
@@ -441,23 +444,28 @@ fn a_source_that_comes_while_another_guest_may_arrive_is_heard_when_that_one_doe
             other.send(&Message::Hello(Box::new(hello)), step()).unwrap();
         }
         drop(first);
-        for mut other in others {
-            let Ok(Message::Refuse(reasons)) = other.receive(step()) else { panic!("not heard") };
-            assert!(reasons.sentences().concat().contains("the source has none"), "{reasons:?}");
-        }
+        // Whichever is heard first: the next is when that one has gone.
+        let heard = others.map(|mut other| scope.spawn(move || other.receive(step())));
+        let answers = heard.map(|heard| heard.join().unwrap());
         parameters.cancel();
         assert!(!receiving.join().unwrap());
+        for answer in answers {
+            let Ok(Message::Refuse(reasons)) = answer else { panic!("not heard: {answer:?}") };
+            assert!(reasons.sentences().concat().contains("the source has none"), "{reasons:?}");
+        }
     });
 }
 
 #[test]
 fn channels_that_do_not_come_do_not_hold_the_destination() {
     let world = owned_world();
-    with_any_destination(&world, impatience(), true, |connect| {
+    // What comes before takes a thousandth of it.
+    let patience = Patience { handshake: Duration::from_secs(3), ..patience() };
+    with_any_destination(&world, patience, true, |connect| {
         let mut link = connect();
         agreed(&mut link, &world, 3);
         let cause = rejected(&mut link);
-        assert!(cause.contains("more than 150ms while waiting for data channels"), "{cause}");
+        assert!(cause.contains("more than 3s while waiting for data channels"), "{cause}");
     });
 }
 

@@ -4,7 +4,7 @@
 use transport::faulty::Fault;
 
 use super::mock::{Trouble, World};
-use super::{End, Ending, Play, impatience, patience};
+use super::{End, Ending, Play, impatience, patience, patiently};
 use crate::lease::State;
 use crate::{Error, Outcome, Patience};
 
@@ -52,13 +52,16 @@ fn at_every_message(
     for passes_memory in [false, true] {
         let mut at = 0;
         loop {
-            let world = World::new();
-            let mut play = Play::new(&world);
-            play.source.passes_memory = passes_memory;
-            play.parameters.set_local(true);
-            play.fault = Some((end, at, fault()));
-            play.patience = patience;
-            let ending = play.run();
+            let (world, ending) = patiently(patience, |patience| {
+                let world = World::new();
+                let mut play = Play::new(&world);
+                play.source.passes_memory = passes_memory;
+                play.parameters.set_local(true);
+                play.fault = Some((end, at, fault()));
+                play.patience = patience;
+                let ending = play.run().unless_cut_short()?;
+                Some((world, ending))
+            });
             let way = if passes_memory { "handed over" } else { "copied" };
             let what = format!("{:?} at message {at} of the {end:?}, RAM {way}", fault());
             judge(at, &world, &ending, &what);

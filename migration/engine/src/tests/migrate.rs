@@ -335,10 +335,14 @@ fn a_silent_peer_keeps_nobody_out() {
     let world = World::new();
     with_destination(&world, impatience(), |connect| {
         let _silent = connect();
-        let mut other = connect();
-        let query = Query { session: [1; 16], instance: [2; 16] };
-        other.send(&Message::Query(query), step()).unwrap();
-        assert!(matches!(other.receive(step()).unwrap(), Message::Refuse(_)));
+        let query = Message::Query(Query { session: [1; 16], instance: [2; 16] });
+        // On a host with other work whoever speaks may be too late, and comes again.
+        let answer = std::iter::repeat_with(|| {
+            let mut other = connect();
+            other.send(&query, step()).and_then(|()| other.receive(step()))
+        });
+        let answer = answer.take(100).find_map(Result::ok);
+        assert!(matches!(answer, Some(Message::Refuse(_))), "{answer:?}");
     });
 }
 

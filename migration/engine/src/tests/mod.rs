@@ -56,7 +56,7 @@ pub fn patience() -> Patience {
     }
 }
 
-/// For tests in which the end of a wait is what happens.
+/// For tests in which the end of a wait is what happens. On a host with other work it may end before anything has: see [`patiently`].
 pub fn impatience() -> Patience {
     let short = Duration::from_millis(150);
     Patience {
@@ -64,10 +64,28 @@ pub fn impatience() -> Patience {
         silence: short,
         prepare: short,
         answer: short,
-        settle: short,
         last_words: short,
         ..patience()
     }
+}
+
+/// Tries `play` with ever more patience, until what it gives is not the end of a wait that was too short for this host.
+pub fn patiently<T>(mut patience: Patience, mut play: impl FnMut(Patience) -> Option<T>) -> T {
+    let longest = self::patience();
+    while patience.handshake <= longest.handshake {
+        if let Some(ending) = play(patience) {
+            return ending;
+        }
+        patience = Patience {
+            handshake: patience.handshake * 2,
+            silence: patience.silence * 2,
+            prepare: patience.prepare * 2,
+            answer: patience.answer * 2,
+            last_words: patience.last_words * 2,
+            ..patience
+        };
+    }
+    panic!("it takes more than {:?}", longest.handshake);
 }
 
 /// Which end a fault sits at.
@@ -122,6 +140,14 @@ pub struct Ending {
     pub source_statistics: crate::Snapshot,
     pub destination_statistics: crate::Snapshot,
     pub struck: bool,
+}
+
+impl Ending {
+    /// Unless nothing happened that was to happen: the fault has struck, or the guest has moved.
+    pub fn unless_cut_short(self) -> Option<Self> {
+        let moved = matches!(self.source, Some((Outcome::Completed { .. }, _)));
+        (self.struck || moved).then_some(self)
+    }
 }
 
 impl Play {
