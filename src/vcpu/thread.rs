@@ -62,6 +62,8 @@ pub(super) struct Vcpu {
     on_event: EventHandler,
     /// As it was read back.
     cpuid: Vec<CpuidLeaf>,
+    /// What KVM was asked for last, of which it lets the vCPU have all, and perhaps more.
+    granted: Option<Vec<CpuidLeaf>>,
     msrs: Vec<u32>,
     xsave_bytes: usize,
 }
@@ -95,6 +97,7 @@ impl Vcpu {
             exits,
             buses,
             on_event,
+            granted: None,
             cpuid,
             msrs,
             xsave_bytes,
@@ -308,7 +311,7 @@ impl Vcpu {
             let (theirs, ours) = (saved.xsave.len(), self.xsave_bytes);
             return Err(format!("its extended state has {theirs} bytes, this host's {ours}"));
         }
-        if saved.cpuid != self.cpuid {
+        if saved.cpuid != self.cpuid && !self.is_granted(&saved.cpuid) {
             cpuid::check(&saved.cpuid, self.index)?;
         }
         let tsc_khz = self.fd().get_tsc_khz().map_err(|e| format!("cannot read the TSC frequency: {e}"))?;
@@ -327,17 +330,24 @@ impl Vcpu {
         Ok(())
     }
 
+    fn is_granted(&self, wanted: &[CpuidLeaf]) -> bool {
+        self.granted.as_deref() == Some(wanted)
+    }
+
     /// Has CPUID say `wanted`, unless it does. KVM takes that only before the vCPU has run.
     fn take_cpuid(&mut self, wanted: &[CpuidLeaf]) -> Result<(), Error> {
-        if wanted == self.cpuid {
+        // What was granted before the guest was stopped needs no look in the stop.
+        if wanted == self.cpuid || self.is_granted(wanted) {
             return Ok(());
         }
         let index = self.index;
         cpuid::check(wanted, index).map_err(|why| Error::VcpuState { vcpu: index, why })?;
+        self.granted = None;
         let real = cpuid::set(self.fd(), index, wanted)?;
         let lost = cpuid::lacking(wanted, &real);
         self.cpuid = real;
         if lost.is_empty() {
+            self.granted = Some(wanted.to_vec());
             return Ok(());
         }
         let why = format!("KVM on this host does not let it have {}", cpuid::listed(&lost));

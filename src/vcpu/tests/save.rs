@@ -272,3 +272,25 @@ fn state_that_does_not_fit_is_refused_by_field() {
 fn leaf(state: &mut VcpuState) -> &mut CpuidLeaf {
     state.cpuid.iter_mut().find(|leaf| leaf.function == 1).unwrap()
 }
+
+/// KVM takes a CPUID only before the vCPU has run, and takes its time for it: a guest that is about to arrive has had it set, and read
+/// back, before it was stopped. Where KVM gives more than it was asked for, what comes with the guest is what was asked for.
+#[test]
+fn a_processor_that_was_adopted_is_not_set_again_when_the_guest_comes() {
+    let guest = TestGuest::new(1, &COUNT);
+    let mut table = guest.vcpus.cpuid().unwrap().remove(0);
+    let leaf = table.iter_mut().find(|leaf| (leaf.function, leaf.index) == (7, 0)).unwrap();
+    leaf.ebx = 0;
+    guest.vcpus.adopt(std::slice::from_ref(&table)).unwrap();
+    guest.vcpus.resume().unwrap();
+    guest.next_value();
+    guest.vcpus.pause().unwrap();
+    let mut states = guest.vcpus.save_states().unwrap();
+    states[0].cpuid_count = table.len() as u32;
+    states[0].cpuid = table.clone();
+    guest.vcpus.restore_states(&states, 0).unwrap();
+    // What was not granted is asked for.
+    let leaf = states[0].cpuid.iter_mut().find(|leaf| (leaf.function, leaf.index) == (7, 0)).unwrap();
+    leaf.ebx = u32::MAX;
+    guest.vcpus.restore_states(&states, 0).unwrap_err();
+}
