@@ -8,8 +8,8 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,9 @@ pub trait Worker: Send {
 
     /// When the worker wants a turn even if nothing calls for it. Asked after every turn.
     fn deadline(&self) -> Option<Instant>;
+
+    /// Time has passed in which it had [no turn](IoThread::hold), whatever called for one.
+    fn stood_still(&mut self);
 }
 
 /// Calls a worker to its thread.
@@ -139,6 +142,9 @@ type Manager = EventManager<Box<dyn MutEventSubscriber>>;
 /// A running thread. Dropping it ends the thread after its current turn.
 pub struct IoThread {
     endpoint: RemoteEndpoint<Box<dyn MutEventSubscriber>>,
+    /// Its workers have no turns.
+    held: Arc<AtomicBool>,
+    wake_ups: Mutex<Vec<WakeUp>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -169,7 +175,19 @@ impl IoThread {
             }
         })?;
         let endpoint = receiver.recv().map_err(io::Error::other)??;
-        Ok(Self { endpoint, stop, thread: Some(thread) })
+        Ok(Self { endpoint, held: Arc::default(), wake_ups: Mutex::default(), stop, thread: Some(thread) })
+    }
+
+    /// No worker begins a turn until [`Self::go_on`]. Does not wait for a turn that goes on, which may wait for what comes only then.
+    pub fn hold(&self) {
+        self.held.store(true, Ordering::SeqCst);
+    }
+
+    /// Ends a [hold](Self::hold): every worker has a turn, in which it finds what called for it meanwhile. Harmless without.
+    pub fn go_on(&self) {
+        if self.held.swap(false, Ordering::SeqCst) {
+            self.wake_ups.lock().unwrap_or_else(PoisonError::into_inner).iter().for_each(WakeUp::ring);
+        }
     }
 
     /// Gives `worker` to this thread; it has a first turn at once.
@@ -180,9 +198,12 @@ impl IoThread {
         let completions = worker.completion_events()?;
         let timer = TimerFd::new()?;
         wake_up.ring();
+        self.wake_ups.lock().unwrap_or_else(PoisonError::into_inner).push(wake_up.clone());
+        let held = Arc::clone(&self.held);
         self.endpoint
             .call_blocking(move |operations| -> Result<(), event_manager::Error> {
-                let subscriber = Subscriber { worker, wake_up, completions, timer, armed: None };
+                let subscriber =
+                    Subscriber { worker, wake_up, completions, timer, armed: None, held, stood_still: false };
                 operations.add_subscriber(Box::new(subscriber));
                 Ok(())
             })
@@ -207,6 +228,9 @@ struct Subscriber {
     timer: TimerFd,
     /// When the timer goes off.
     armed: Option<Instant>,
+    held: Arc<AtomicBool>,
+    /// It was called while it was held.
+    stood_still: bool,
 }
 
 impl Subscriber {
@@ -251,6 +275,14 @@ impl MutEventSubscriber for Subscriber {
             // As in `WakeUp::drain`.
             let _ = event.read();
         }
+        if self.held.load(Ordering::SeqCst) {
+            // All who are held are called when that ends.
+            self.stood_still = true;
+            return;
+        }
+        if std::mem::take(&mut self.stood_still) {
+            self.worker.stood_still();
+        }
         self.wake_up.begin_turn();
         let called = self.wake_up.take_call();
         let more = self.worker.turn(called || late);
@@ -286,6 +318,10 @@ mod tests {
         fn deadline(&self) -> Option<Instant> {
             (self.turns == self.timed_turns).then(Instant::now)
         }
+
+        fn stood_still(&mut self) {
+            panic!("nobody held it");
+        }
     }
 
     #[test]
@@ -318,6 +354,28 @@ mod tests {
         fn deadline(&self) -> Option<Instant> {
             None
         }
+
+        fn stood_still(&mut self) {
+            self.0.send(()).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_worker_that_is_held_has_its_turn_afterwards_and_is_told() {
+        let held = IoThread::spawn("io-test").unwrap();
+        let ((report, reports), wake_up) = (mpsc::channel(), WakeUp::new().unwrap());
+        held.add(Box::new(Echo(report)), wake_up.clone()).unwrap();
+        reports.recv_timeout(Duration::from_secs(30)).unwrap();
+        held.hold();
+        wake_up.ring();
+        // The thread does what it is asked after what it was called for before.
+        let (report, _reports_of_another) = mpsc::channel();
+        held.add(Box::new(Echo(report)), WakeUp::new().unwrap()).unwrap();
+        assert!(reports.try_recv().is_err(), "it had a turn");
+        held.go_on();
+        let told = [(); 2].map(|()| reports.recv_timeout(Duration::from_secs(30)));
+        assert_eq!(told, [Ok(()), Ok(())], "that it stood still, and a turn");
+        held.go_on();
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //! A page of a memfd is missing until something is written to it, through whatever mapping, and is missing again once a hole was
 //! punched there. It is placed whole: nobody sees half of one. Placing a page that is there changes nothing.
 //!
-//! A vCPU that waits cannot be stopped: some KVMs do not listen to signals meanwhile.
+//! A vCPU that waits cannot be stopped: some KVMs do not listen to signals meanwhile. But one that was told to stop runs no further
+//! instruction when it has its page ([`VcpuManager::hold`](crate::vcpu::VcpuManager::hold)), and until then it runs none either.
 //!
 //! The structures and numbers are those of `linux/userfaultfd.h`.
 //!

@@ -493,4 +493,10 @@ impl Worker for Share {
         let keep_alive = if self.worker == 0 { self.controller.deadline() } else { None };
         keep_alive.into_iter().chain(self.controller.interrupt_deadline(self.worker)).min()
     }
+
+    fn stood_still(&mut self) {
+        if self.worker == 0 {
+            self.controller.restart_timers();
+        }
+    }
 }

@@ -95,6 +95,8 @@ impl Worker for RequestQueue {
     fn deadline(&self) -> Option<Instant> {
         None
     }
+
+    fn stood_still(&mut self) {}
 }
 
 struct HostEntropy;

@@ -18,8 +18,10 @@ mod passed;
 mod resources;
 mod run;
 mod sections;
+mod waiters;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -44,6 +46,7 @@ use resources::open_namespace;
 pub use resources::{Nvm, Resources, first_writable_file};
 pub use run::{Action, Refused, RunState};
 pub use sections::{schema_hashes, schemas};
+pub use waiters::Waiters;
 
 /// How long a stop waits for a controller's commands in flight. A disk that takes longer fails the migration, never the
 /// guest.
@@ -77,7 +80,7 @@ pub struct Machine {
     vcpus: VcpuManager,
     keeper: Keeper,
     /// Dropped before the disks that they serve.
-    _io_threads: Vec<IoThread>,
+    io_threads: Vec<IoThread>,
     disks: Vec<Disk>,
     entropy: EntropyDevice,
     chipset: Chipset,
@@ -88,6 +91,8 @@ pub struct Machine {
     devices: Devices,
     /// Notes what the guest writes since a snapshot, for the next one.
     noted: Noted,
+    /// It stands still as [`Machine::hold`] has it.
+    is_held: AtomicBool,
 }
 
 impl Machine {
@@ -162,7 +167,8 @@ impl Machine {
         Ok(Self {
             vcpus,
             keeper,
-            _io_threads: io_threads,
+            io_threads,
+            is_held: AtomicBool::new(false),
             disks,
             entropy,
             chipset,
@@ -205,6 +211,9 @@ impl Machine {
             disk.controller().resume();
         }
         self.entropy.device().resume();
+        if self.is_held.swap(false, Ordering::SeqCst) {
+            self.io_threads.iter().for_each(IoThread::go_on);
+        }
         Ok(self.vcpus.resume()?)
     }
 
@@ -214,6 +223,32 @@ impl Machine {
     /// KVM does not take the routes; the interrupts arrive all the same.
     pub fn settle_interrupts(&self) -> anyhow::Result<()> {
         Ok(self.router.settle()?)
+    }
+
+    /// Has a guest stand still some of whose memory is not here yet, and waits for nobody who waits for that. vCPUs run no further
+    /// instruction, and the threads of the devices begin nothing; an instruction or a command that waits for memory goes on to wait,
+    /// and is done when that comes, but nothing follows on it.
+    ///
+    /// # Errors
+    /// A vCPU that waits for no memory does not stop in time.
+    pub fn hold(&self) -> anyhow::Result<()> {
+        self.is_held.store(true, Ordering::SeqCst);
+        self.io_threads.iter().for_each(IoThread::hold);
+        let waiters = self.resources.waiters();
+        Ok(self.vcpus.hold(|thread| waiters.has(thread))?)
+    }
+
+    /// Lets a guest run some of whose memory is not here yet: one that was [held](Self::hold), or has not run yet. Waits for nobody who
+    /// waits for memory.
+    ///
+    /// # Errors
+    /// As [`Machine::resume`].
+    pub fn let_go(&self) -> anyhow::Result<()> {
+        if !self.is_held.swap(false, Ordering::SeqCst) {
+            return self.resume();
+        }
+        self.io_threads.iter().for_each(IoThread::go_on);
+        Ok(self.vcpus.let_go()?)
     }
 
     /// Keeps the vCPUs out of the guest for `percent` of the time, until [`Machine::stop_throttling`].
@@ -249,7 +284,7 @@ impl Machine {
     }
 
     /// As [`Machine::pause`], for a guest that is not to run on: what was stopped stays stopped, and another call waits for the
-    /// rest.
+    /// rest. One that was [held](Self::hold), and has all of its memory since, stands still by this as one that was paused.
     ///
     /// # Errors
     /// A vCPU or a disk does not stop in time.
@@ -258,7 +293,12 @@ impl Machine {
         let disks = self.disks.iter().map(|disk| disk.controller().statistics().in_flight);
         let in_flight = disks.fold(0, u32::saturating_add);
         self.vcpus.pause()?;
-        Ok(in_flight.max(self.pause_devices()?))
+        let in_flight = in_flight.max(self.pause_devices()?);
+        if self.is_held.swap(false, Ordering::SeqCst) {
+            // Paused devices need no threads that stand still.
+            self.io_threads.iter().for_each(IoThread::go_on);
+        }
+        Ok(in_flight)
     }
 
     /// Has the vCPUs leave the guest, which is at its end, and waits for nobody: those that wait for memory that never comes do not

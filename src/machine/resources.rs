@@ -14,6 +14,8 @@ use crate::memory::{GuestRam, RamBlock};
 use crate::subsystem::{Directory, Region};
 use crate::vcpu::CpuidLeaf;
 
+use super::waiters::Waiters;
+
 /// Between two tries at an image that is locked.
 const LOCK_RETRY: Duration = Duration::from_millis(1);
 
@@ -31,6 +33,7 @@ pub struct Resources {
     regions: Vec<Option<Arc<Region>>>,
     /// What CPUID says on each vCPU of a guest that came from elsewhere.
     seen_cpuid: Mutex<Option<Vec<Vec<CpuidLeaf>>>>,
+    waiters: Arc<Waiters>,
 }
 
 /// What a controller keeps over a reset of the guest.
@@ -118,7 +121,7 @@ impl Resources {
         };
         let regions = regions.into_iter().zip(&disks).map(region).collect::<anyhow::Result<_>>()?;
         let buffers = buffers.into_iter().map(|buffer| buffer.map(|(name, _)| name)).collect();
-        Ok(Self { ram, disks, buffers, regions, seen_cpuid: Mutex::default() })
+        Ok(Self { ram, disks, buffers, regions, seen_cpuid: Mutex::default(), waiters: Arc::default() })
     }
 
     /// What CPUID says on each vCPU, if the guest came from elsewhere with it.
@@ -130,6 +133,12 @@ impl Resources {
     /// Keeps what CPUID says on each vCPU of a guest that came.
     pub fn keep_cpuid(&self, tables: Vec<Vec<CpuidLeaf>>) {
         *self.seen_cpuid.lock().unwrap_or_else(PoisonError::into_inner) = Some(tables);
+    }
+
+    /// Who waits for memory that is not here yet.
+    #[must_use]
+    pub fn waiters(&self) -> &Arc<Waiters> {
+        &self.waiters
     }
 
     /// The memory.

@@ -17,6 +17,12 @@ pub enum RunState {
     Running,
     /// Stopped by a command; `cont` goes on.
     Paused,
+    /// Some of the guest's memory is still to come from where it was, and the link to there is lost: it stands still until there is
+    /// another.
+    LacksMemory {
+        /// Whether it goes on then.
+        was_running: bool,
+    },
     /// Stopped by a migration for its last pass; the guest is still ours.
     FinishMigrate {
         /// Whether the guest ran before, and runs again if the migration fails.
@@ -67,6 +73,10 @@ pub enum Action {
     HandedOver,
     /// An operator says where the guest is, when nothing else can tell.
     Decide(Word),
+    /// The link is lost on which memory came after the guest.
+    LoseMemory,
+    /// It comes again, or there is nothing that could.
+    FindMemory,
     /// An incoming guest is ours now.
     Arrive {
         /// Whether it runs, or arrives paused.
@@ -101,6 +111,17 @@ impl RunState {
             (S::Running | S::Paused, A::Reset) => Ok(self),
             (S::Running | S::Paused, A::PowerOff) => Ok(S::Shutdown),
             (S::Running | S::Paused, A::Fail) => Ok(S::InternalError),
+
+            (S::Running, A::LoseMemory) => Ok(S::LacksMemory { was_running: true }),
+            (S::Paused, A::LoseMemory) => Ok(S::LacksMemory { was_running: false }),
+            (S::LacksMemory { was_running }, A::FindMemory) => {
+                Ok(if was_running { S::Running } else { S::Paused })
+            }
+            (S::LacksMemory { .. }, A::Stop) => Ok(S::LacksMemory { was_running: false }),
+            (S::LacksMemory { .. }, A::Continue) => Ok(S::LacksMemory { was_running: true }),
+            // It is noted, and done when all memory is here.
+            (S::LacksMemory { .. }, A::Reset) => Ok(self),
+            (S::LacksMemory { .. }, A::Fail) => Ok(S::InternalError),
 
             (S::Running | S::Paused, A::ChangeNamespaces | A::BeginMigration) => Ok(self),
             (S::Running, A::StopForMigration) => Ok(S::FinishMigrate { was_running: true }),
@@ -137,7 +158,7 @@ impl RunState {
             Self::Prelaunch => "prelaunch",
             Self::InMigrate => "inmigrate",
             Self::Running => "running",
-            Self::Paused => "paused",
+            Self::Paused | Self::LacksMemory { .. } => "paused",
             Self::FinishMigrate { .. } => "finish-migrate",
             Self::HandoverUnknown { .. } | Self::PostMigrate => "postmigrate",
             Self::Shutdown => "shutdown",
@@ -151,6 +172,9 @@ impl RunState {
             Self::InMigrate => "waiting for an incoming migration, so there is no guest here yet",
             Self::Running => "running",
             Self::Paused => "paused",
+            Self::LacksMemory { .. } => {
+                "waiting for memory that does not come, since its link is lost (migrate-recover)"
+            }
             Self::FinishMigrate { .. } => "stopped by a migration in its last pass",
             Self::HandoverUnknown { .. } => {
                 "handed over without an answer: it may run on the destination, and must not run twice"
@@ -179,6 +203,8 @@ impl Action {
             Self::HandedOver => "finish the hand-over",
             Self::Decide(Word::Confirm) => "confirm a hand-over",
             Self::Decide(Word::Reclaim) => "reclaim a guest",
+            Self::LoseMemory => "wait for memory",
+            Self::FindMemory => "go on with memory that comes again",
             Self::Arrive { .. } => "take over an incoming guest",
         }
     }
@@ -187,11 +213,13 @@ impl Action {
 #[cfg(test)]
 impl RunState {
     /// Every state that there is.
-    pub const ALL: [RunState; 11] = [
+    pub const ALL: [RunState; 13] = [
         RunState::Prelaunch,
         RunState::InMigrate,
         RunState::Running,
         RunState::Paused,
+        RunState::LacksMemory { was_running: true },
+        RunState::LacksMemory { was_running: false },
         RunState::FinishMigrate { was_running: true },
         RunState::FinishMigrate { was_running: false },
         RunState::HandoverUnknown { was_running: true },
@@ -206,7 +234,7 @@ impl RunState {
 mod tests {
     use super::*;
 
-    const ACTIONS: [Action; 17] = [
+    const ACTIONS: [Action; 19] = [
         Action::Start,
         Action::Stop,
         Action::Continue,
@@ -222,6 +250,8 @@ mod tests {
         Action::HandedOver,
         Action::Decide(Word::Confirm),
         Action::Decide(Word::Reclaim),
+        Action::LoseMemory,
+        Action::FindMemory,
         Action::Arrive { running: true },
         Action::Arrive { running: false },
     ];
@@ -230,7 +260,11 @@ mod tests {
     fn owned(state: RunState) -> bool {
         matches!(
             state,
-            RunState::Prelaunch | RunState::Running | RunState::Paused | RunState::FinishMigrate { .. }
+            RunState::Prelaunch
+                | RunState::Running
+                | RunState::Paused
+                | RunState::LacksMemory { .. }
+                | RunState::FinishMigrate { .. }
         )
     }
 
@@ -260,6 +294,23 @@ mod tests {
                 assert_eq!(state, end);
             }
         }
+    }
+
+    #[test]
+    fn a_guest_goes_on_with_its_memory_as_it_was_or_as_it_is_told_meanwhile() {
+        for start in [RunState::Running, RunState::Paused] {
+            let after = |meanwhile: &[Action]| {
+                let actions = [&[Action::LoseMemory][..], meanwhile, &[Action::FindMemory]].concat();
+                actions.into_iter().try_fold(start, RunState::next).unwrap()
+            };
+            assert_eq!(after(&[]), start);
+            assert_eq!(after(&[Action::Stop]), RunState::Paused);
+            assert_eq!(after(&[Action::Stop, Action::Continue]), RunState::Running);
+        }
+        let lacking = RunState::LacksMemory { was_running: true };
+        assert!(!lacking.is_running());
+        let refusal = lacking.next(Action::BeginMigration).unwrap_err().to_string();
+        assert!(refusal.ends_with("its link is lost (migrate-recover)"), "{refusal}");
     }
 
     #[test]

@@ -58,7 +58,7 @@ impl Machine {
         let Self {
             vcpus: processors,
             keeper: _,
-            _io_threads: _,
+            io_threads: _,
             disks: controllers,
             entropy: rng,
             chipset,
@@ -67,6 +67,7 @@ impl Machine {
             resources: _,
             devices,
             noted: _,
+            is_held: _,
         } = self;
         let Chipset { buses: _, root, serial: uart, rtc: cmos, acpi_pm: power, _i8042: _ } = chipset;
         let Devices {

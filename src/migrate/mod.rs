@@ -349,8 +349,13 @@ impl Migrations {
         let lacked_memory = arrived.lacks_memory();
         let door = ProcessDoor { first: listener, ways: &self.ways };
         if let Err(error) = destination.answer(&mut arrived, &door, &self.waiting.ended) {
-            // The guest is here, and goes on.
-            log::warn!("the source may not know that its guest has arrived: {}", error.chain());
+            // The guest is here, and goes on; or its memory cannot be brought, which ends the process.
+            match lacked_memory {
+                true => log::error!("{}", error.chain()),
+                false => {
+                    log::warn!("the source may not know that its guest has arrived: {}", error.chain());
+                }
+            }
         }
         if lacked_memory {
             // What the guest asked for meanwhile is served now.

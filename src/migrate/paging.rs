@@ -4,7 +4,7 @@ use std::sync::{Arc, Weak};
 
 use engine::{Fault, MachineResult, MissingPages};
 
-use crate::machine::Resources;
+use crate::machine::{Resources, Waiters};
 use crate::memory::RamBlock;
 use crate::userfault::{Error, Userfault};
 use crate::vmm::{Request, Vmm};
@@ -15,6 +15,7 @@ pub struct Paging {
     userfault: Userfault,
     /// For each of `userfault`'s blocks its number in the machine.
     numbers: Vec<usize>,
+    waiters: Arc<Waiters>,
     vmm: Weak<Vmm>,
 }
 
@@ -32,7 +33,12 @@ impl Paging {
             .enumerate()
             .filter(|(_, block)| !resources.is_region(block) && !block.is_huge())
             .unzip();
-        Ok(Self { userfault: Userfault::register(&blocks)?, numbers, vmm: Arc::downgrade(vmm) })
+        let (userfault, waiters) = (Userfault::register(&blocks)?, Arc::clone(resources.waiters()));
+        Ok(Self { userfault, numbers, waiters, vmm: Arc::downgrade(vmm) })
+    }
+
+    fn vmm(&self) -> MachineResult<Arc<Vmm>> {
+        self.vmm.upgrade().ok_or_else(|| "the process is ending".into())
     }
 
     /// What `userfault` calls the machine's block.
@@ -53,21 +59,39 @@ impl MissingPages for Paging {
         let in_machine = |crate::userfault::Fault { block, offset, thread }| {
             Some(Fault { block: *self.numbers.get(block)?, offset, thread })
         };
+        let came = faults.len();
         faults.extend(found.into_iter().filter_map(in_machine));
+        for Fault { block, offset, thread } in faults.iter().skip(came) {
+            self.waiters.add(*thread, *block, *offset);
+        }
         Ok(())
     }
 
     fn place(&self, block: usize, offset: u64, pages: &[u8]) -> MachineResult<()> {
-        Ok(self.userfault.place(self.place_of(block)?, offset, pages)?)
+        self.userfault.place(self.place_of(block)?, offset, pages)?;
+        self.waiters.serve(block, &(offset..offset + pages.len() as u64));
+        Ok(())
     }
 
     fn place_zeros(&self, block: usize, offset: u64, length_bytes: u64) -> MachineResult<()> {
-        Ok(self.userfault.place_zeros(self.place_of(block)?, offset, length_bytes)?)
+        self.userfault.place_zeros(self.place_of(block)?, offset, length_bytes)?;
+        self.waiters.serve(block, &(offset..offset.saturating_add(length_bytes)));
+        Ok(())
     }
 
     fn release(&self) -> MachineResult<()> {
         self.userfault.end();
-        Ok((0..self.numbers.len()).try_for_each(|block| self.userfault.unregister(block))?)
+        (0..self.numbers.len()).try_for_each(|block| self.userfault.unregister(block))?;
+        self.waiters.serve_all();
+        Ok(())
+    }
+
+    fn hold(&self) -> MachineResult<()> {
+        Ok(self.vmm()?.lose_memory()?)
+    }
+
+    fn go_on(&self) -> MachineResult<()> {
+        Ok(self.vmm()?.find_memory()?)
     }
 
     fn thread_name(&self, thread: u32) -> String {

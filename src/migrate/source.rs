@@ -126,7 +126,8 @@ impl SourceMachine for Source {
         let (_, (was_running, in_flight)) = self.vmm.act(Action::StopForMigration, |machine| {
             // Not before: a client's stop or continue could come between the look and the action.
             let was_running = self.vmm.run_state().is_running();
-            let in_flight = if was_running { machine.pause()? } else { 0 };
+            // One that is paused may have been so while memory was missing, and commands have waited for that.
+            let in_flight = if was_running { machine.pause()? } else { machine.halt()? };
             // All vCPUs have stopped, so nothing comes after this look.
             match self.vmm.guest_waits_for() {
                 None => Ok((was_running, in_flight)),

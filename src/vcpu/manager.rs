@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::thread::gettid;
 use vmm_sys_util::signal::Killable;
 
 use super::state::{CpuidLeaf, Msr, VcpuState};
@@ -18,6 +19,9 @@ use crate::kvm::{Error, Host, Vm, run};
 
 /// How long a vCPU may take to leave the guest. It takes microseconds; only a hung kernel or device takes longer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Between two looks whether a vCPU waits for memory.
+const GLANCE: Duration = Duration::from_millis(1);
 
 /// The vCPUs of a machine, each on its thread. They begin paused. Dropping it ends the threads.
 pub struct VcpuManager {
@@ -46,6 +50,8 @@ pub struct Processors {
 
 pub(super) struct Thread {
     index: u32,
+    /// What the kernel calls it.
+    id: u32,
     /// `None`: told to end.
     commands: Option<Sender<Command>>,
     /// `None`: joined.
@@ -150,7 +156,8 @@ impl VcpuManager {
                 .name(format!("vcpu{index}"))
                 .spawn(move || Vcpu::new(parts).serve(&receiver))
                 .map_err(|source| Error::Spawn { vcpu: index, source })?;
-            let thread = Thread { index, commands: Some(commands), handle: Some(handle) };
+            let mut thread = Thread { index, id: 0, commands: Some(commands), handle: Some(handle) };
+            thread.id = thread.answer(&thread.ask(|_| gettid().as_raw_nonzero().get().unsigned_abs())?)?;
             manager.threads.push(Arc::new(thread));
         }
         manager.ask_all(|_| Vcpu::power_on)?.into_iter().collect::<Result<(), _>>()?;
@@ -291,6 +298,34 @@ impl VcpuManager {
         self.threads.iter().zip(asked).try_for_each(|(thread, answer)| thread.answer(answer))
     }
 
+    /// As [`Self::pause`], but does not wait for vCPUs whose thread `waits` (for memory that is not here yet). They have been kicked, so
+    /// that KVM enters their guest no more when they have their memory, and pause then.
+    ///
+    /// # Errors
+    /// [`Error::ThreadGone`], [`Error::Unresponsive`].
+    pub fn hold(&self, waits: impl Fn(u32) -> bool) -> Result<(), Error> {
+        let asked = self.begin_pause()?;
+        let end = Instant::now() + ANSWER_TIMEOUT;
+        for (thread, answer) in self.threads.iter().zip(&asked) {
+            while !waits(thread.id) {
+                match answer.recv_timeout(GLANCE) {
+                    Ok(()) => break,
+                    Err(RecvTimeoutError::Timeout) if Instant::now() < end => {}
+                    Err(error) => return Err(thread.silent(error)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`Self::resume`], and waits for none: also for vCPUs that have not paused yet after [`Self::hold`], which then do not.
+    ///
+    /// # Errors
+    /// [`Error::ThreadGone`].
+    pub fn let_go(&self) -> Result<(), Error> {
+        self.threads.iter().try_for_each(|thread| thread.ask(Vcpu::resume).map(drop))
+    }
+
     /// Puts all vCPUs, which must be paused, into the state in which they were created. Time goes on.
     ///
     /// # Errors
@@ -413,10 +448,14 @@ impl Thread {
     }
 
     fn answer<R>(&self, answer: &Receiver<R>) -> Result<R, Error> {
-        answer.recv_timeout(ANSWER_TIMEOUT).map_err(|error| match error {
+        answer.recv_timeout(ANSWER_TIMEOUT).map_err(|error| self.silent(error))
+    }
+
+    fn silent(&self, error: RecvTimeoutError) -> Error {
+        match error {
             RecvTimeoutError::Timeout => Error::Unresponsive { vcpu: self.index, after: ANSWER_TIMEOUT },
             RecvTimeoutError::Disconnected => Error::ThreadGone(self.index),
-        })
+        }
     }
 
     /// Makes the thread leave the guest and look at its commands.

@@ -45,6 +45,9 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long the requests of a process that was killed may keep its images locked.
 const LAST_REQUESTS: Duration = Duration::from_secs(10);
 
+/// How long the end of a guest waits for memory that is on its way.
+const LAST_PAGES: Duration = Duration::from_secs(1);
+
 /// What keeps a guest from being started, and is given up.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Despite {
@@ -449,6 +452,7 @@ impl Vmm {
                     }
                 }
                 Request::MemoryArrived => {
+                    self.finish_stop();
                     if let Some(reason) = self.serve_guest_event()? {
                         return self.shut_down(reason);
                     }
@@ -535,11 +539,58 @@ impl Vmm {
         Ok(())
     }
 
+    /// The guest's memory does not come at present: it stands still until [`Self::find_memory`].
+    ///
+    /// # Errors
+    /// There is no guest that could.
+    pub fn lose_memory(&self) -> anyhow::Result<()> {
+        let hold = |machine: &Machine| {
+            if self.run_state().is_running()
+                && let Err(error) = machine.hold()
+            {
+                // It was told to, and does so as soon as it can.
+                log::error!("the guest's memory does not come, but the guest does not stop: {error:#}");
+            }
+            Ok(())
+        };
+        self.act(Action::LoseMemory, hold).map(drop)
+    }
+
+    /// It comes again: the guest does what it did, or was told meanwhile.
+    ///
+    /// # Errors
+    /// The guest had not lost any, or cannot go on and stays paused.
+    pub fn find_memory(&self) -> anyhow::Result<()> {
+        let goes_on = || matches!(self.run_state(), RunState::LacksMemory { was_running: true });
+        let let_go = |machine: &Machine| if goes_on() { machine.let_go() } else { Ok(()) };
+        let found = self.act(Action::FindMemory, let_go).map(drop);
+        if found.is_err() && goes_on() {
+            // `cont` tries again.
+            self.act(Action::Stop, |_| Ok(()))?;
+            self.act(Action::FindMemory, |_| Ok(()))?;
+        }
+        found
+    }
+
+    /// All of the guest's memory is here: one that was stopped before stands still as any that is paused, with nothing in flight.
+    fn finish_stop(&self) {
+        let _transition = lock(&self.transition);
+        if self.run_state() == RunState::Paused
+            && let Some(machine) = self.machine()
+            && let Err(error) = machine.halt()
+        {
+            log::warn!("the guest is paused, but: {error:#}");
+        }
+    }
+
     /// Stops a guest some of whose memory is not here, if that can be done: what its disks work on waits for pages, which come only as
     /// long as the link is there, and must not find others in their place.
     fn halt_without_memory(&self) -> bool {
-        let machine = self.machine();
-        machine.is_none_or(|machine| !self.migrations.guest_waits_for_memory() && machine.halt().is_ok())
+        let Some(machine) = self.machine() else { return true };
+        !self.migrations.guest_waits_for_memory()
+            && machine.hold().is_ok()
+            && machine.resources().waiters().end_within(LAST_PAGES)
+            && machine.halt().is_ok()
     }
 
     /// Stops what runs, makes the images stable, and gives up images and lease. A guest that may be elsewhere is left alone.
@@ -550,6 +601,10 @@ impl Vmm {
         self.migrations.stop();
         let _transition = lock(&self.transition);
         let state = self.run_state();
+        if matches!(state, RunState::LacksMemory { .. }) {
+            drop(_transition);
+            return self.give_up(anyhow!("it lacks memory that does not come"));
+        }
         let owned = phases::is_released_at_the_end(state);
         let Some(machine) = self.machine() else { return Ok(()) };
         if !owned {

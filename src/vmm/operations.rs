@@ -27,6 +27,14 @@ impl Vmm {
 struct Control(Arc<Vmm>);
 
 impl Control {
+    /// Whoever changes a controller may wait for a thread that waits for memory, and nobody may wait for that.
+    fn refuse_without_memory(&self, what: &str) -> Result<(), Refusal> {
+        match self.0.migrations.guest_lacks_memory() {
+            true => Err(Refusal(format!("cannot {what}: some memory of the guest is still to come"))),
+            false => Ok(()),
+        }
+    }
+
     /// Does something to a namespace and tells clients of it. A destination has been told what there is: nothing changes meanwhile.
     fn change_namespace<T>(
         &self,
@@ -38,6 +46,7 @@ impl Control {
         if self.0.migrations.is_leaving() {
             return Err(Refusal("cannot change namespaces: a migration is under way".to_owned()));
         }
+        self.refuse_without_memory("change namespaces")?;
         let (_, value) = self.0.act(Action::ChangeNamespaces, effect).map_err(|error| refusal(&error))?;
         let change = change(&value);
         self.0.events.emit(Event::Namespace { controller: controller.to_owned(), nsid, change });
@@ -59,7 +68,7 @@ fn qmp_run_state(state: RunState) -> QmpRunState {
         RunState::Prelaunch => QmpRunState::Prelaunch,
         RunState::InMigrate => QmpRunState::Inmigrate,
         RunState::Running => QmpRunState::Running,
-        RunState::Paused => QmpRunState::Paused,
+        RunState::Paused | RunState::LacksMemory { .. } => QmpRunState::Paused,
         RunState::FinishMigrate { .. } => QmpRunState::FinishMigrate,
         RunState::HandoverUnknown { .. } | RunState::PostMigrate => QmpRunState::Postmigrate,
         RunState::Shutdown => QmpRunState::Shutdown,
@@ -75,6 +84,7 @@ fn who_owns(state: RunState) -> FerryOwnership {
         RunState::Prelaunch
         | RunState::Running
         | RunState::Paused
+        | RunState::LacksMemory { .. }
         | RunState::FinishMigrate { .. }
         | RunState::Shutdown
         | RunState::InternalError => FerryOwnership::Owned,
@@ -87,10 +97,12 @@ impl Operations for Control {
     }
 
     fn stop(&self) -> Result<(), Refusal> {
+        // Asked before: a guest that has had all of its memory since stands still as well.
+        let lacks_memory = self.0.migrations.guest_lacks_memory();
         // The state is looked at when nobody else can change it.
         let effect = |machine: &Machine| {
             if self.0.run_state().is_running() {
-                machine.pause()?;
+                if lacks_memory { machine.hold() } else { machine.pause().map(drop) }?;
                 // A guest that is stopped may be so for long. What fails fails again at the next barrier, which tells the guest.
                 if let Err(error) = machine.resources().sync_regions() {
                     log::warn!("the guest is stopped, but: {error}");
@@ -102,10 +114,17 @@ impl Operations for Control {
     }
 
     fn cont(&self) -> Result<(), Refusal> {
-        let effect = |machine: &Machine| {
-            // A failed migration may have left it without its images, because someone else held them.
-            machine.resources().acquire_images()?;
-            machine.resume()
+        let lacks_memory = self.0.migrations.guest_lacks_memory();
+        let effect = |machine: &Machine| match self.0.run_state() {
+            // It goes on when its memory does.
+            RunState::LacksMemory { .. } => Ok(()),
+            RunState::Running if lacks_memory => Ok(()),
+            _ if lacks_memory => machine.let_go(),
+            _ => {
+                // A failed migration may have left it without its images, because someone else held them.
+                machine.resources().acquire_images()?;
+                machine.resume()
+            }
         };
         self.0.act(Action::Continue, effect).map(drop).map_err(|error| refusal(&error))
     }
@@ -192,6 +211,7 @@ impl Operations for Control {
 
     fn set_access(&self, controller: &str, scope: AccessScope, state: AccessState) -> Result<u32, Refusal> {
         let set = |machine: &Machine| machine.set_access(controller, scope, state);
+        self.refuse_without_memory("change the access to namespaces")?;
         // A part of the controller's state, which a destination takes as it is when the guest stops.
         let (_, group) = self.0.act(Action::ChangeNamespaces, set).map_err(|error| refusal(&error))?;
         self.0.events.emit(Event::Access { controller: controller.to_owned(), group, state });

@@ -1,7 +1,7 @@
 //! Guests whose memory follows them, between two real processes.
 
 use exerciser::report::Counters;
-use ferry::control::{FerryPostcopy, MigrationStatus};
+use ferry::control::{FerryOwnership, FerryPostcopy, MigrationStatus, RunState};
 use serde_json::json;
 use stream::frame::Kind;
 use support::{Proxy, TestBed, Vm};
@@ -109,11 +109,54 @@ fn a_guest_goes_on_when_its_lost_links_are_replaced() {
     // Whatever waits for memory, those who ask how it goes do not.
     let paused = figures(&mut pair.destination);
     assert!(paused.missing_bytes > 0 && paused.paused.is_some(), "{paused:?}");
-    assert!(pair.destination.owns_a_running_guest());
+    let status = pair.destination.status();
+    assert_eq!((status.status, status.ownership), (RunState::Paused, FerryOwnership::Owned));
+    // It stands still: nothing that it did before the link was lost is followed by anything.
+    let exits = |vm: &mut Vm| {
+        (vm.status().vcpu_exits, vm.status().disks.iter().map(|disk| disk.completed).sum::<u64>())
+    };
+    let stands_still = exits(&mut pair.destination);
+    for command in ["stop", "cont", "stop"] {
+        pair.destination.execute(command, json!({}));
+        assert_eq!(pair.destination.status().status, RunState::Paused, "{command}");
+    }
+    let reason = pair
+        .destination
+        .refused("x-ferry-ana-set", json!({ "controller": "d0", "group": 1, "state": "optimized" }));
+    assert!(reason.contains("memory"), "{reason}");
+    assert_eq!(exits(&mut pair.destination), stands_still);
     let elsewhere = format!("unix:{}", bed.path("elsewhere").display());
     pair.destination.execute("migrate-recover", json!({ "uri": elsewhere }));
     pair.source.execute("migrate", json!({ "uri": elsewhere, "resume": true }));
     is(MigrationStatus::PostcopyActive, &mut pair.destination);
     assert_eq!(figures(&mut pair.destination).recoveries, 1);
+    // It was stopped meanwhile, and is a guest that was stopped: memory comes, and it does not go on.
+    assert_eq!(pair.destination.status().status, RunState::Paused);
+    pair.destination.execute("cont", json!({}));
+    assert!(pair.destination.owns_a_running_guest());
     ends_well(pair);
+}
+
+/// Nobody who stops a guest, or ends its process, waits for memory that does not come.
+#[test]
+fn a_guest_that_lacks_memory_is_stopped_and_ended_at_once() {
+    let bed = bed();
+    let mut pair = pair(&bed);
+    let proxy = Proxy::new(&bed, "by", &bed.path("to"), Kind::Running);
+    pair.source.execute("migrate-set-parameters", json!({ "max-bandwidth": SLOW }));
+    pair.source.migrate_with(json!({ "uri": proxy.uri(), "x-ferry-postcopy": "now" }));
+    let held = proxy.held();
+    held.deliver();
+    is(MigrationStatus::PostcopyActive, &mut pair.destination);
+    // A stop while its threads wait for pages, and one of a guest that does.
+    for command in ["stop", "cont", "stop", "cont"] {
+        pair.destination.execute(command, json!({}));
+    }
+    held.cut();
+    is(MigrationStatus::PostcopyPaused, &mut pair.destination);
+    is(MigrationStatus::PostcopyPaused, &mut pair.source);
+    pair.destination.execute("quit", json!({}));
+    assert_eq!(pair.destination.exit().code(), Some(1));
+    pair.source.execute("quit", json!({ "x-ferry-force": true }));
+    assert_eq!(pair.source.exit().code(), Some(0));
 }

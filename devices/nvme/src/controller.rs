@@ -224,6 +224,11 @@ impl Controller {
         }
     }
 
+    /// The threads that serve it had to stand still for a while, which is no fault of the host's: its keep alive timer begins anew.
+    pub fn restart_timers(&self) {
+        lock(&self.admin).restart_keep_alive();
+    }
+
     /// The subsystem.
     #[must_use]
     pub fn subsystem(&self) -> &Arc<Subsystem> {

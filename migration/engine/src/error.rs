@@ -83,6 +83,12 @@ pub enum Error {
         /// What it lacks.
         bytes: u64,
     },
+    /// The destination cannot bring the guest, which is there, the rest of its memory.
+    #[error("the guest ended at the destination, which could not go on with it: {reason}")]
+    GuestLost {
+        /// In its words.
+        reason: String,
+    },
     /// The link broke.
     #[error("connection lost while {doing}")]
     Lost {

@@ -360,6 +360,20 @@ pub trait MissingPages: Send + Sync {
         format!("thread {thread}")
     }
 
+    /// Nothing that is missing comes at present: has the guest stand still until [`go_on`](Self::go_on), with those of its threads that
+    /// wait for a page: none does anything more when it has that. Returns when it stands still, however many wait. Harmless when it
+    /// does.
+    ///
+    /// # Errors
+    /// The guest may run on, until it touches what is missing.
+    fn hold(&self) -> MachineResult<()>;
+
+    /// What is missing comes again: undoes [`hold`](Self::hold), and waits for nobody who waits for a page. Harmless when nobody is held.
+    ///
+    /// # Errors
+    /// The guest stands still.
+    fn go_on(&self) -> MachineResult<()>;
+
     /// The guest runs, and some of its memory cannot be had: it must not go on. Whoever waits goes on waiting.
     fn lost(&self, error: &EngineError);
 }

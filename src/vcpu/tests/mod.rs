@@ -2,6 +2,7 @@
 
 mod attack;
 mod guest;
+mod hold;
 mod run;
 mod save;
 mod throttle;

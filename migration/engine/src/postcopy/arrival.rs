@@ -12,7 +12,7 @@ use crate::lease::Id;
 use crate::link::{Link, Step};
 use crate::protocol::{ChannelHello, Message};
 use crate::reception::{Visit, next_visit};
-use crate::{Error, Status};
+use crate::{Error, Postcopy, Status};
 
 /// How often it looks who has come.
 const GLANCE: Duration = Duration::from_millis(20);
@@ -65,14 +65,21 @@ impl Destination<'_> {
         let (session, key) = (arrived.running.session, late.key());
         let mut returning: Option<Returning> = None;
         let (mut is_here, mut is_known, mut is_deaf) = (false, false, false);
-        while !is_known && !stop.load(Ordering::SeqCst) {
+        while !(stop.load(Ordering::SeqCst) || is_here && is_known) {
             if !is_here {
                 let time = if late.is_connected() { GLANCE } else { Duration::ZERO };
                 match late.wait(time) {
                     Now::Coming => {}
-                    Now::Lost(error) => self.pause(&error),
+                    Now::Lost(error) => self.pause(late, &error),
+                    Now::Broken(error) => {
+                        late.hold();
+                        self.statistics.fail(&error.chain());
+                        late.give_up(&error, self.patience.last_words);
+                        return Err(error);
+                    }
                     Now::Here => {
                         is_here = true;
+                        late.let_go();
                         let farewell = late.finish(self.patience.last_words)?;
                         self.publish(late);
                         if let Some(progress) = farewell {
@@ -87,10 +94,8 @@ impl Destination<'_> {
                 self.publish(late);
             }
             if returning.take_if(|returning| Instant::now() >= returning.until).is_some() {
-                self.pause(&Error::TimedOut {
-                    doing: "opening the channel for pages again",
-                    waited: self.patience.handshake,
-                });
+                let doing = "opening the channel for pages again";
+                self.pause(late, &Error::TimedOut { doing, waited: self.patience.handshake });
             }
             let patience = if is_here || !late.is_connected() { GLANCE } else { Duration::ZERO };
             let mut visit = match next_visit(&mut self.reception, incoming, patience) {
@@ -118,7 +123,7 @@ impl Destination<'_> {
                             returning = Some(Returning { main: visit.link, until });
                         }
                         Ok(Welcome::Silent) => {}
-                        Err(error) => self.pause(&error),
+                        Err(error) => self.pause(late, &error),
                     }
                 }
                 Ok(Message::Channel(hello))
@@ -136,9 +141,9 @@ impl Destination<'_> {
                     match pages.and_then(|pages| late.resume(main, pages)) {
                         Ok(()) => {
                             self.publish(late);
-                            self.go_on();
+                            self.go_on(late);
                         }
-                        Err(error) => self.pause(&error),
+                        Err(error) => self.pause(late, &error),
                     }
                 }
                 _ => self.answer_visit(arrived, visit),
@@ -159,6 +164,7 @@ impl Destination<'_> {
         let step =
             Step { doing: "going on with a guest that lacks memory", patience, cancel: None, until: None };
         if !late.tell_missing(&mut visit.link, step)? {
+            late.hold();
             self.statistics.set_status(Status::PostcopyRecover);
             return Ok(Welcome::Lacks);
         }
@@ -174,41 +180,37 @@ impl Destination<'_> {
 
     /// The guest runs here, and the source knows: what it lacks comes on `link`.
     pub(crate) fn begin_postcopy(&mut self, late: &mut Late, link: Option<Link>) {
-        self.go_on();
+        self.go_on(late);
         let begun = match link {
             Some(link) => late.go_on_with(link),
             None => Err(Error::Closed { doing: "telling the source that the guest runs" }),
         };
         if let Err(error) = begun {
             late.hang_up();
-            self.pause(&error);
+            self.pause(late, &error);
         }
     }
 
-    fn go_on(&self) {
+    fn go_on(&self, late: &mut Late) {
+        late.let_go();
         self.statistics.update(|s| s.postcopy.get_or_insert_default().paused = None);
         self.statistics.set_status(Status::PostcopyActive);
     }
 
-    fn pause(&self, error: &Error) {
+    /// The guest stands still before anybody is told that it does.
+    fn pause(&self, late: &mut Late, error: &Error) {
+        late.hold();
         log::warn!("memory that the guest lacks does not come any more: {}", error.chain());
         self.statistics.update(|s| s.postcopy.get_or_insert_default().paused = Some(error.chain()));
         self.statistics.set_status(Status::PostcopyPaused);
     }
 
     fn publish(&self, late: &Late) {
-        let figures = late.figures();
+        let (figures, missing_bytes) = late.figures();
         self.statistics.update(|s| {
-            s.remaining_bytes = figures.missing_bytes;
-            let postcopy = s.postcopy.get_or_insert_default();
-            postcopy.requests = figures.faults;
-            postcopy.zero_faults = figures.zero_faults;
-            postcopy.bytes = figures.placed_bytes;
-            postcopy.blocktime = figures.blocktime;
-            postcopy.threads = figures.threads;
-            postcopy.latency_median = figures.latency_median;
-            postcopy.latency_max = figures.latency_max;
-            postcopy.recoveries = figures.recoveries;
+            s.remaining_bytes = missing_bytes;
+            let paused = s.postcopy.take().and_then(|before| before.paused);
+            s.postcopy = Some(Postcopy { paused, ..figures });
         });
     }
 }

@@ -13,8 +13,10 @@ use super::sets::PageSets;
 use super::{Blocktime, order_by_name};
 use crate::lease::Id;
 use crate::link::{Link, Step};
-use crate::protocol::{Message, Progress};
-use crate::{Error, Fault, MachineResult, MissingPages, PAGE_BYTES, PageBitmap, Patience, RamBlock};
+use crate::protocol::{Message, Progress, Reasons};
+use crate::{
+    Error, Fault, MachineResult, MissingPages, PAGE_BYTES, PageBitmap, Patience, Postcopy, RamBlock,
+};
 
 /// Between two attempts to get memory that there is not.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -84,6 +86,8 @@ pub(crate) struct Late {
     faults: Option<JoinHandle<()>>,
     pages: Option<Channel>,
     main: Option<Channel>,
+    /// The guest stands still, since nothing comes.
+    is_held: bool,
 }
 
 /// A link, and the thread that receives there.
@@ -118,6 +122,8 @@ struct State {
     placed_bytes: u64,
     /// Why nothing comes any more.
     lost: Option<Error>,
+    /// Why nobody who waits can be served any more, whatever comes.
+    broken: Option<Error>,
     /// How often links were let go of: what fails on one of those means nothing.
     epoch: u32,
     /// The guest is ours.
@@ -143,6 +149,8 @@ pub(crate) enum Now {
     Here,
     /// The links are lost.
     Lost(Error),
+    /// No link is of use any more: nobody who waits can be served.
+    Broken(Error),
 }
 
 impl Late {
@@ -161,6 +169,7 @@ impl Late {
             blocktime: Blocktime::default(),
             placed_bytes: 0,
             lost: None,
+            broken: None,
             epoch: 0,
             owned: false,
             released: false,
@@ -176,7 +185,8 @@ impl Late {
             patience,
         });
         let identity = pages.identity();
-        let mut late = Self { key, identity, shared, faults: None, pages: None, main: None };
+        let (pages_link, main) = (None, None);
+        let mut late = Self { key, identity, shared, faults: None, pages: pages_link, main, is_held: false };
         late.faults = Some(late.spawn("page-faults", Shared::watch)?);
         late.pages = Some(late.ask_on(pages)?);
         Ok(late)
@@ -256,7 +266,8 @@ impl Late {
     /// Waits for `time`, or until it matters what has happened.
     pub fn wait(&mut self, time: Duration) -> Now {
         let state = self.shared.state();
-        let nothing = |state: &mut State| state.missing.count() > 0 && state.lost.is_none();
+        let nothing =
+            |state: &mut State| state.missing.count() > 0 && state.lost.is_none() && state.broken.is_none();
         let (mut state, _) = self
             .shared
             .changed
@@ -264,6 +275,9 @@ impl Late {
             .unwrap_or_else(PoisonError::into_inner);
         if state.missing.count() == 0 {
             return Now::Here;
+        }
+        if let Some(error) = state.broken.take() {
+            return Now::Broken(error);
         }
         let lost = state.lost.take();
         drop(state);
@@ -279,6 +293,38 @@ impl Late {
     /// Whether there are links, as far as is known.
     pub fn is_connected(&self) -> bool {
         self.main.is_some() && self.pages.is_some()
+    }
+
+    /// Nothing comes at present: has the guest stand still.
+    pub fn hold(&mut self) {
+        if !std::mem::replace(&mut self.is_held, true)
+            && let Err(error) = self.shared.memory.hold()
+        {
+            log::error!("the guest, whose memory does not come, cannot be stopped: {error}");
+        }
+    }
+
+    /// Memory comes again, or is there.
+    pub fn let_go(&mut self) {
+        if std::mem::take(&mut self.is_held)
+            && let Err(error) = self.shared.memory.go_on()
+        {
+            log::error!("the guest, whose memory comes again, cannot go on: {error}");
+        }
+    }
+
+    /// The end of the guest, for `error`, which the source is told.
+    pub fn give_up(&self, error: &Error, patience: Duration) {
+        let step = Step { doing: "saying that the guest cannot go on", patience, cancel: None, until: None };
+        let reject = Message::Reject(Reasons::new(&[error.chain()]));
+        if let Some((_, link)) = self.shared.requests().as_mut()
+            && link.send(&reject, step).is_ok()
+        {
+            // Links that are closed with something unread may lose what was sent there: the source hangs up when it has heard.
+            let listens = |state: &mut State| state.lost.is_none();
+            drop(self.shared.changed.wait_timeout_while(self.shared.state(), patience, listens));
+        }
+        self.shared.memory.lost(error);
     }
 
     /// Lets go of the links.
@@ -353,37 +399,25 @@ impl Late {
         }
     }
 
-    /// The figures.
-    pub fn figures(&self) -> Figures {
+    /// How it goes, and how many bytes are missing.
+    pub fn figures(&self) -> (Postcopy, u64) {
         let now = Instant::now();
         let state = self.shared.state();
-        let threads = state.blocktime.threads();
-        Figures {
-            missing_bytes: state.missing.count() * PAGE_BYTES,
-            placed_bytes: state.placed_bytes,
+        let State { blocktime, .. } = &*state;
+        let named = |(thread, time)| (self.shared.memory.thread_name(thread), time);
+        let figures = Postcopy {
+            requests: blocktime.faults,
+            zero_faults: blocktime.zero_faults,
+            bytes: state.placed_bytes,
+            blocktime: blocktime.total(now),
+            threads: blocktime.threads().map(named).collect(),
+            latency_median: blocktime.median(),
+            latency_max: blocktime.longest(),
             recoveries: state.recoveries,
-            faults: state.blocktime.faults,
-            zero_faults: state.blocktime.zero_faults,
-            blocktime: state.blocktime.total(now),
-            latency_median: state.blocktime.median(),
-            latency_max: state.blocktime.longest(),
-            threads: threads.map(|(thread, time)| (self.shared.memory.thread_name(thread), time)).collect(),
-        }
+            paused: None,
+        };
+        (figures, state.missing.count() * PAGE_BYTES)
     }
-}
-
-/// How it goes.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Figures {
-    pub missing_bytes: u64,
-    pub placed_bytes: u64,
-    pub recoveries: u32,
-    pub faults: u64,
-    pub zero_faults: u64,
-    pub blocktime: Duration,
-    pub latency_median: Duration,
-    pub latency_max: Duration,
-    pub threads: Vec<(String, Duration)>,
 }
 
 impl Drop for Late {
@@ -411,9 +445,7 @@ impl Shared {
         loop {
             faults.clear();
             if let Err(source) = self.memory.faults(&mut faults) {
-                // Whoever waits now waits for ever; the log says why.
-                let error = Error::Machine { doing: "hear who waits for guest memory", source };
-                log::error!("{}", error.chain());
+                return self.fail(Error::Machine { doing: "hear who waits for guest memory", source });
             }
             if faults.is_empty() {
                 return;
@@ -444,8 +476,13 @@ impl Shared {
             // The source never had anything there, or it came just now.
             return self.memory.place_zeros(block, page * PAGE_BYTES, PAGE_BYTES);
         }
-        state.blocktime.begins(now);
-        let waiters = state.waiting.entry((block, page)).or_default();
+        let State { waiting, blocktime, .. } = &mut *state;
+        let waiters = waiting.entry((block, page)).or_default();
+        if thread != 0 && waiters.iter().any(|waiter| waiter.thread == thread) {
+            // A signal has woken it, and it looks again, as often as it is woken.
+            return Ok(());
+        }
+        blocktime.begins(now);
         waiters.push(Waiter { thread, since: now });
         let is_first = waiters.len() == 1;
         drop(state);
@@ -542,6 +579,23 @@ impl Shared {
         if epoch == state.epoch {
             state.lost.get_or_insert(error);
         }
+        self.end_attempt(state);
+    }
+
+    /// Nobody who waits can be served any more, because of `error`: the end of the attempt, or of the guest.
+    fn fail(&self, error: Error) {
+        let mut state = self.state();
+        log::error!("{}", error.chain());
+        match state.owned {
+            true => state.broken = Some(error),
+            // That it broke is why the links are of no use.
+            false => state.lost = Some(error),
+        }
+        self.end_attempt(state);
+    }
+
+    /// Something is lost: unless the guest is ours, nobody is to wait for it here.
+    fn end_attempt(&self, mut state: MutexGuard<'_, State>) {
         let release = !state.owned && !state.released;
         if release {
             // The guest is the source's: who waits here is a check that fails next.

@@ -17,8 +17,10 @@
 //!                PROGRESS ----------------------> both are done
 //! ```
 //!
-//! A lost link stops the guest only where it lacks a page. Both sides wait (`postcopy-paused`) until an operator has the source
-//! dial again: RECOVER names the session, the destination names what it still lacks, and all goes on.
+//! A lost link stops the guest, which would otherwise run on until it lacks a page, one thread of it after the other
+//! ([`MissingPages::hold`](crate::MissingPages::hold)). Both sides wait (`postcopy-paused`) until an operator has the source dial
+//! again: RECOVER names the session, the destination names what it still lacks, and all goes on. Only a destination that can no longer
+//! hear who waits does not wait for anybody: it gives the guest up, and tells the source why.
 //!
 //! - `sets`: which pages, without I/O. `message`: how they are told.
 //! - `source`: keeps all pages until RECEIVED, answers requests and sends the rest in the background.
@@ -26,7 +28,8 @@
 //!
 //! Invariants: a page that is there is never written again by its arrival ([`MissingPages::place`](crate::MissingPages::place)). From the moment on at which
 //! the guest is the destination's, nobody reads zeros for a page that has not come: if the process cannot have it, who touches it waits
-//! until the process ends. Before that moment a lost link ends the wait, and the attempt. The source only reads.
+//! until the process ends. Before that moment a lost link ends the wait, and the attempt. While the guest stands still for a lost link
+//! nothing of it goes on, whatever page arrives. The source only reads.
 //!
 //! The price, which no protocol takes away: between RUNNING and RECEIVED the guest needs both processes. The end of either is its end.
 

@@ -97,7 +97,8 @@ impl Remainder {
         let thread = std::thread::Builder::new().name("page-server".to_owned()).spawn(move || {
             if let Err(error) = memory.answer(&mut pages, patience) {
                 memory.lost().get_or_insert(error);
-                let _gone_already = main.shutdown(Shutdown::Both);
+                // Who sends there fails next. What the destination has to say of it is still heard.
+                let _gone_already = main.shutdown(Shutdown::Write);
             }
         });
         let thread = thread.map_err(|source| Error::Machine {
@@ -135,9 +136,15 @@ impl Remainder {
                 Ok(Found::Link(mut main)) => match self.fill(&mut main, context) {
                     Ok(()) => return self.take_leave(main, context),
                     Err(error) => {
-                        // If requests could not be answered any more, that broke first.
+                        // If requests could not be answered any more, that broke first; but the destination may have had a word
+                        // to say, which is read to the end.
                         let first = self.memory.lost().take();
                         self.server = None;
+                        let last = self.memory.lost().take();
+                        let told = [last.as_ref(), first.as_ref(), Some(&error)];
+                        if let Some(told) = told.into_iter().flatten().find(|error| error.came_from_peer()) {
+                            return Err(Error::GuestLost { reason: told.chain() });
+                        }
                         if self.memory.received.load(Ordering::SeqCst) {
                             // The destination has let go of both links since.
                             return self.take_leave(main, context);

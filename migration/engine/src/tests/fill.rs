@@ -112,6 +112,14 @@ impl MissingPages for Pages {
         Ok(())
     }
 
+    fn hold(&self) -> MachineResult<()> {
+        Err("a file that is lost does not come again".into())
+    }
+
+    fn go_on(&self) -> MachineResult<()> {
+        Err("nobody was held".into())
+    }
+
     fn lost(&self, error: &Error) {
         self.change(|state| state.lost = Some(error.chain()));
     }

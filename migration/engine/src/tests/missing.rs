@@ -5,6 +5,7 @@ use std::thread::JoinHandle;
 
 use vm_memory::{Bytes, VolatileMemory};
 
+use super::mock::World;
 use crate::ram::{PAGE_LENGTH, is_zero};
 use crate::{Error, Fault, MachineResult, MissingPages, PAGE_BYTES, PageBitmap, RamBlock};
 
@@ -24,8 +25,28 @@ struct State {
     present: Vec<PageBitmap>,
     faults: Vec<Fault>,
     released: bool,
+    /// The guest stands still.
+    held: bool,
+    /// Its threads have not begun yet.
+    asleep: bool,
+    /// After so many faults no more are told.
+    breaks_after: Option<u64>,
+    /// Why some of it will never be there; the guest is over then.
+    lost: Option<String>,
     /// Pages that waited for the source or to be cleared.
     touched_missing: u64,
+}
+
+impl World {
+    /// Whoever touches missing memory after `faults` others is not heard of.
+    pub fn silence_faults_after(&self, faults: u64) {
+        self.lock().faults_before_silence = Some(faults);
+    }
+
+    /// The memory of a guest that came without.
+    pub fn missing(&self) -> Option<Arc<MockMemory>> {
+        self.lock().missing.clone()
+    }
 }
 
 /// What a guest thread found in a page.
@@ -33,14 +54,15 @@ pub type Found = ((usize, u64), Vec<u8>);
 
 impl MockMemory {
     /// `blocks`, of which those pages are there that hold something.
-    pub fn new(blocks: &[RamBlock]) -> Arc<Self> {
+    pub fn new(blocks: &[RamBlock], breaks_after: Option<u64>, asleep: bool) -> Arc<Self> {
         let present = |block: &RamBlock| {
             let pages = block.length_bytes() / PAGE_BYTES;
             let mut bitmap = PageBitmap::new(pages);
             (0..pages).filter(|page| !is_zero(&contents(block, *page))).for_each(|page| bitmap.set(page));
             bitmap
         };
-        let state = State { present: blocks.iter().map(present).collect(), ..State::default() };
+        let present = blocks.iter().map(present).collect();
+        let state = State { present, breaks_after, asleep, ..State::default() };
         Arc::new(Self { blocks: blocks.to_vec(), state: Mutex::new(state), changed: Condvar::new() })
     }
 
@@ -51,16 +73,16 @@ impl MockMemory {
     /// Waits until the page is there, and gives what is in it. Zeros, if it never will be.
     pub fn touch(&self, block: usize, page: u64, thread: u32) -> [u8; PAGE_LENGTH] {
         let mut state = self.state();
-        if !state.present[block].contains(page) && !state.released {
+        let is_there = |state: &State| state.present[block].contains(page) || state.released;
+        if !is_there(&state) {
             state.touched_missing += 1;
-            state.faults.push(Fault { block, offset: page * PAGE_BYTES, thread });
+            // A signal that wakes it has it told twice.
+            let fault = Fault { block, offset: page * PAGE_BYTES, thread };
+            state.faults.extend([fault, fault]);
             self.changed.notify_all();
-            state = self
-                .changed
-                .wait_while(state, |state| !state.present[block].contains(page) && !state.released)
-                .unwrap();
         }
-        drop(state);
+        let waits = |state: &mut State| (state.held || !is_there(state)) && state.lost.is_none();
+        drop(self.changed.wait_while(state, waits).unwrap());
         contents(&self.blocks[block], page)
     }
 
@@ -68,12 +90,17 @@ impl MockMemory {
     pub fn run_guest(self: &Arc<Self>, thread: u32, stride: u64) -> JoinHandle<Vec<Found>> {
         let memory = Arc::clone(self);
         std::thread::spawn(move || {
+            drop(memory.changed.wait_while(memory.state(), |state| state.asleep).unwrap());
             let mut found = Vec::new();
             for (block, ram) in memory.blocks.iter().enumerate() {
                 let pages = ram.length_bytes() / PAGE_BYTES;
                 for index in 0..pages {
                     let page = index * stride % pages;
-                    found.push(((block, page), memory.touch(block, page, thread).to_vec()));
+                    let bytes = memory.touch(block, page, thread).to_vec();
+                    if memory.why_lost().is_some() {
+                        return found;
+                    }
+                    found.push(((block, page), bytes));
                     let address = page as usize * PAGE_LENGTH + MARK_OFFSET;
                     ram.mapping.as_volatile_slice().write_obj(u64::MAX, address).unwrap();
                 }
@@ -85,6 +112,22 @@ impl MockMemory {
     /// How often somebody touched what was missing.
     pub fn touched_missing(&self) -> u64 {
         self.state().touched_missing
+    }
+
+    /// Its threads begin.
+    pub fn wake(&self) {
+        self.state().asleep = false;
+        self.changed.notify_all();
+    }
+
+    /// Whether the guest has to stand still.
+    pub fn is_held(&self) -> bool {
+        self.state().held
+    }
+
+    /// Why it will never be whole, if so.
+    pub fn why_lost(&self) -> Option<String> {
+        self.state().lost.clone()
     }
 
     fn put(&self, block: usize, page: u64, bytes: &[u8]) -> MachineResult<()> {
@@ -117,6 +160,9 @@ impl MissingPages for MockMemory {
     fn faults(&self, faults: &mut Vec<Fault>) -> MachineResult<()> {
         let quiet = |state: &mut State| state.faults.is_empty() && !state.released;
         let mut state = self.changed.wait_while(self.state(), quiet).unwrap();
+        if state.breaks_after.is_some_and(|faults| state.touched_missing > faults) {
+            return Err("userfaultfd is gone".into());
+        }
         faults.append(&mut state.faults);
         Ok(())
     }
@@ -140,7 +186,19 @@ impl MissingPages for MockMemory {
         format!("vcpu{thread}")
     }
 
+    fn hold(&self) -> MachineResult<()> {
+        self.state().held = true;
+        Ok(())
+    }
+
+    fn go_on(&self) -> MachineResult<()> {
+        self.state().held = false;
+        self.changed.notify_all();
+        Ok(())
+    }
+
     fn lost(&self, error: &Error) {
-        panic!("{}", error.chain());
+        self.state().lost = Some(error.chain());
+        self.changed.notify_all();
     }
 }

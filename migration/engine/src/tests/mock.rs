@@ -530,7 +530,10 @@ impl DestinationMachine for Arriving {
         if !self.0.lacks_pages {
             return None;
         }
-        let memory = MockMemory::new(&self.ram_blocks());
+        let mut world = self.0.world.lock();
+        let memory = MockMemory::new(&self.ram_blocks(), world.faults_before_silence, world.sleeps);
+        world.missing = Some(Arc::clone(&memory));
+        drop(world);
         self.0.missing = Some(Arc::clone(&memory));
         Some(memory)
     }

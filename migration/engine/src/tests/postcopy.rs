@@ -9,7 +9,7 @@ use super::mock::World;
 use super::{End, Ending, Play};
 use crate::lease::State;
 use crate::ram::PAGE_LENGTH;
-use crate::{Outcome, Parameters, PostcopyStart, Status};
+use crate::{Error, Outcome, Parameters, PostcopyStart, Status};
 
 /// More messages than either side ever sends on one link.
 const MESSAGES_MAX: u32 = 400;
@@ -22,7 +22,22 @@ fn play(world: &World, start: PostcopyStart) -> Play {
     play.parameters.set_downtime_limit(std::time::Duration::ZERO);
     let parameters = Arc::clone(&play.parameters);
     play.listeners.0 = Some(Box::new(recover_each_time(parameters)));
+    let world = world.clone();
+    play.listeners.1 = Some(Box::new(move |status| check_that_it_stands_still(&world, status)));
     play
+}
+
+/// A guest whose memory does not come stands still, and only that.
+fn check_that_it_stands_still(world: &World, status: Status) {
+    let expected = match status {
+        Status::PostcopyPaused | Status::PostcopyRecover => true,
+        Status::PostcopyActive | Status::Completed => false,
+        _ => return,
+    };
+    let Some(memory) = world.missing() else { return };
+    if memory.is_held() != expected {
+        world.violate(format!("{status}, and whether the guest stands still is {}", memory.is_held()));
+    }
 }
 
 /// An operator who replaces every link that is lost.
@@ -146,6 +161,64 @@ fn a_destination_that_cannot_miss_pages_says_so_before_anything_moves() {
     assert!(cause.contains("postcopy") && cause.ends_with("no userfaultfd here"), "{cause}");
     assert_eq!((ending.source_statistics.normal_pages, world.running()), (0, vec!["source".to_owned()]));
     assert_eq!(ending.destination_statistics.error, Some(cause));
+}
+
+/// Seen by `check_that_it_stands_still`, as every other loss of a link here.
+#[test]
+fn a_guest_whose_memory_does_not_come_stands_still_until_it_does() {
+    let world = World::new();
+    let mut play = play(&world, PostcopyStart::AtOnce);
+    play.breaks_after_handover = true;
+    // Nothing is asked for on the link that stays, before this one is lost.
+    world.lock().sleeps = true;
+    let stands_still = play.listeners.1.take().unwrap();
+    let (told, statuses) = std::sync::mpsc::channel();
+    let memory_of = world.clone();
+    play.listeners.1 = Some(Box::new(move |status| {
+        stands_still(status);
+        told.send(status).unwrap();
+        if status == Status::PostcopyPaused {
+            memory_of.missing().unwrap().wake();
+        }
+    }));
+    let mut ending = play.run();
+    assert_moved(&world, &mut ending, "over another link");
+    let statuses: Vec<_> = statuses.try_iter().collect();
+    assert!(statuses.contains(&Status::PostcopyPaused), "{statuses:?}");
+}
+
+#[test]
+fn a_guest_whose_threads_cannot_be_served_ends_with_the_same_reason_on_both_sides() {
+    const REASON: &str = "cannot hear who waits for guest memory: userfaultfd is gone";
+    let world = World::new();
+    // One before it runs, and its first; the background sends too little for it to need none.
+    world.silence_faults_after(1);
+    let broken = play(&world, PostcopyStart::AtOnce);
+    broken.parameters.set_max_bandwidth(Parameters::MAX_BANDWIDTH_LEAST);
+    let mut ending = broken.run();
+    let memory = world.missing().unwrap();
+    assert_eq!(memory.why_lost().as_deref(), Some(REASON));
+    assert!(memory.is_held(), "it does nothing more");
+    let threads = std::mem::take(&mut ending.arrived.as_mut().unwrap().machine.0.threads);
+    threads.into_iter().for_each(|thread| drop(thread.join().unwrap()));
+    assert_eq!(ending.destination_statistics.status, Status::Failed);
+    assert_eq!(ending.destination_statistics.error.as_deref(), Some(REASON));
+    let Some((Outcome::Failed { error: Error::GuestLost { reason }, .. }, source)) = ending.source else {
+        panic!("{:?}", ending.source.map(|(outcome, _)| outcome));
+    };
+    assert_eq!((reason.as_str(), source.finished), (REASON, true));
+
+    // Before the guest was given away it has lost nothing.
+    let world = World::new();
+    world.silence_faults_after(0);
+    let ending = play(&world, PostcopyStart::AtOnce).run();
+    let Some((Outcome::Failed { error: Error::Never { reason }, paused: None }, _)) = ending.source else {
+        panic!("{:?}", ending.source.map(|(outcome, _)| outcome));
+    };
+    assert_eq!(reason, REASON);
+    assert_eq!(world.running(), ["source"]);
+    assert!(world.missing().unwrap().why_lost().is_none());
+    world.assert_sound("nobody could be served");
 }
 
 /// Plays a fault at every message of one end of one of the links, until it does not strike.

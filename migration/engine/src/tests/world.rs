@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use super::missing::MockMemory;
 use crate::MachineResult;
 use crate::lease::{Lease, Owner};
 
@@ -14,7 +15,7 @@ pub struct World {
 }
 
 #[derive(Debug, Default)]
-struct WorldState {
+pub struct WorldState {
     /// Who runs the guest, by name.
     running: Vec<String>,
     /// Who holds the image lock.
@@ -29,6 +30,12 @@ struct WorldState {
     more_properties: u32,
     /// Nothing is shared: each host has images of its own, and no lock of them is the other's.
     images_of_each: bool,
+    /// After so many faults of a guest that lacks memory nobody hears of more.
+    pub faults_before_silence: Option<u64>,
+    /// A guest that lacks memory touches none before it is woken.
+    pub sleeps: bool,
+    /// Memory that followed a guest.
+    pub missing: Option<Arc<MockMemory>>,
 }
 
 impl World {
@@ -43,7 +50,7 @@ impl World {
         world
     }
 
-    fn lock(&self) -> MutexGuard<'_, WorldState> {
+    pub fn lock(&self) -> MutexGuard<'_, WorldState> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
