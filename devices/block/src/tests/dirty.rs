@@ -1,6 +1,7 @@
 //! Copies of images that are in use.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use super::*;
 use crate::{DIRTY_BLOCK_BYTES, Fault, FaultControl, FaultImage, NullImage, Target};
@@ -64,7 +65,8 @@ fn a_copy_that_is_made_while_somebody_writes_is_what_the_image_is_in_the_end() {
                 dirty.arm(CAPACITY);
                 copy_blocks(context, &**image, &[u64::MAX; 2], &mut copy);
                 let mut rounds = 0;
-                while rounds < 30 {
+                let watchdog = Instant::now() + Duration::from_secs(60);
+                while rounds < 30 && Instant::now() < watchdog {
                     let words = dirty.take().unwrap();
                     copy_blocks(context, &**image, &words, &mut copy);
                     rounds += u32::from(words.iter().any(|word| *word != 0));
