@@ -237,7 +237,12 @@ impl Run {
             heals: numbers.below(2) == 0,
             channels,
             compression,
-            postcopy: numbers.one_of(&["now", "after-first-round"]),
+            // A guest that lacks everything asks for pages for sure.
+            postcopy: if phase == Phase::Following {
+                "now"
+            } else {
+                numbers.one_of(&["now", "after-first-round"])
+            },
         }
     }
 }

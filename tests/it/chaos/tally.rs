@@ -54,16 +54,17 @@ impl Tally {
         self.modes.iter().map(|count| count.met).sum()
     }
 
-    /// Phases in which a side was to be killed or stopped, and none was.
+    /// Phases in which a side was hardly ever killed or stopped. What happens at any byte need not come to it.
     pub fn missed(&self) -> Vec<String> {
-        let sides = [Side::Source, Side::Destination];
-        let acts: Vec<_> = sides.into_iter().flat_map(|side| [Act::Kill(side), Act::Stop(side)]).collect();
         let mut missed = Vec::new();
-        for (phase, cells) in Phase::ALL.iter().zip(&self.cells) {
-            for act in &acts {
-                let Count { drawn, met, .. } = cells[place(&Act::ALL, act)];
-                if drawn > 0 && met == 0 {
-                    missed.push(format!("{phase:?} {}", act.name()));
+        for (phase, cells) in
+            Phase::ALL.iter().zip(&self.cells).filter(|(phase, _)| **phase != Phase::Anywhere)
+        {
+            for side in [Side::Source, Side::Destination] {
+                let acts = [Act::Kill(side), Act::Stop(side), Act::StopAndCut(side)];
+                let met: u32 = acts.iter().map(|act| cells[place(&Act::ALL, act)].met).sum();
+                if met < 2 {
+                    missed.push(format!("{phase:?} {side:?}: {met}"));
                 }
             }
         }
