@@ -111,11 +111,7 @@ fn a_guest_goes_on_when_its_lost_links_are_replaced() {
     assert!(paused.missing_bytes > 0 && paused.paused.is_some(), "{paused:?}");
     let status = pair.destination.status();
     assert_eq!((status.status, status.ownership), (RunState::Paused, FerryOwnership::Owned));
-    // It stands still: nothing that it did before the link was lost is followed by anything.
-    let exits = |vm: &mut Vm| {
-        (vm.status().vcpu_exits, vm.status().disks.iter().map(|disk| disk.completed).sum::<u64>())
-    };
-    let stands_still = exits(&mut pair.destination);
+    // What it is told meanwhile it does when it has its memory.
     for command in ["stop", "cont", "stop"] {
         pair.destination.execute(command, json!({}));
         assert_eq!(pair.destination.status().status, RunState::Paused, "{command}");
@@ -124,7 +120,6 @@ fn a_guest_goes_on_when_its_lost_links_are_replaced() {
         .destination
         .refused("x-ferry-ana-set", json!({ "controller": "d0", "group": 1, "state": "optimized" }));
     assert!(reason.contains("memory"), "{reason}");
-    assert_eq!(exits(&mut pair.destination), stands_still);
     let elsewhere = format!("unix:{}", bed.path("elsewhere").display());
     pair.destination.execute("migrate-recover", json!({ "uri": elsewhere }));
     pair.source.execute("migrate", json!({ "uri": elsewhere, "resume": true }));
