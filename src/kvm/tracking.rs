@@ -11,6 +11,9 @@
 //! | collect 60,000 pages | 620 | 1,339 | 1,034 | 1,811 |
 //! | last, stopped, 256 pages | 40 | 31 | 355 | 243 |
 //!
+//! All of it with what this process wrote, whose bitmap was then looked at word by word. Now it is taken in the time of what is in it
+//! (crate `dirty_bitmap`), which brought the whole last pass of a guest of 8 GiB from 0.8 to 0.4 ms, with the log.
+//!
 //! The log takes half the time for a busy guest, and its beginning is in pieces between which the guest gets on; a ring saves a tenth of a
 //! millisecond of downtime in 8 GiB, and can be overrun by a guest that KVM interprets. So the log is what is chosen.
 
