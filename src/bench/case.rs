@@ -50,7 +50,7 @@ impl Default for Lists {
         Self {
             memory_bytes: vec![1 << 30],
             dirty_bytes_per_second: vec![0],
-            channels: vec![1],
+            channels: vec![engine::CHANNELS_DEFAULT],
             transports: vec![Transport::Unix],
             queue_pairs: vec![1],
             namespaces: vec![1],

@@ -84,7 +84,7 @@ pub struct MigrateBenchmark {
     #[arg(long, value_name = "SIZE,..", default_value = "0", value_delimiter = ',', value_parser = config::parse_size)]
     pub dirty: Vec<u64>,
     /// Connections for guest memory beside that for everything else: 1 to 64, or 0 to send all over one.
-    #[arg(long, value_name = "N,..", default_value = "1", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(0..=i64::from(engine::CHANNELS_MAX)))]
+    #[arg(long, value_name = "N,..", default_values_t = [engine::CHANNELS_DEFAULT], value_delimiter = ',', value_parser = clap::value_parser!(u16).range(0..=i64::from(engine::CHANNELS_MAX)))]
     pub channels: Vec<u16>,
     /// What connects the two processes.
     #[arg(long, value_enum, default_value = "unix", value_delimiter = ',')]
@@ -293,7 +293,7 @@ mod tests {
     #[test]
     fn what_to_migrate_is_given_in_lists() {
         let small = parse("").unwrap();
-        assert_eq!((small.memory, small.dirty, small.channels), (vec![1 << 30], vec![0], vec![1]));
+        assert_eq!((small.memory, small.dirty, small.channels), (vec![1 << 30], vec![0], vec![2]));
         assert_eq!((small.transport, small.runs), (vec![Transport::Unix], 10));
         let large =
             parse("--memory 256M,1G,4G,8G --dirty 0,100M --channels 1,2 --transport unix,tcp,local").unwrap();

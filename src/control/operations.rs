@@ -374,7 +374,7 @@ impl Default for MigrationParameters {
             downtime_limit: 300,
             max_bandwidth: 0,
             convergence: ConvergenceParameters::default(),
-            multifd_channels: 1,
+            multifd_channels: engine::CHANNELS_DEFAULT,
             multifd_compression: MultifdCompression::None,
         }
     }

@@ -64,7 +64,7 @@ impl Default for Parameters {
             convergence: Mutex::default(),
             local: AtomicBool::new(false),
             storage: AtomicBool::new(false),
-            channels: AtomicU16::new(1),
+            channels: AtomicU16::new(crate::CHANNELS_DEFAULT),
             compression: AtomicU8::new(0),
             end: AtomicU8::new(OPEN),
             wished: AtomicBool::new(false),

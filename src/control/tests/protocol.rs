@@ -253,7 +253,7 @@ fn parameters_change_one_by_one() {
     let mut expected = json!({
         "downtime-limit": 300,
         "max-bandwidth": 0,
-        "multifd-channels": 1,
+        "multifd-channels": 2,
         "multifd-compression": "none",
         "throttle-trigger-threshold": 50,
         "cpu-throttle-initial": 20,

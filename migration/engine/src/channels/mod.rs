@@ -28,15 +28,15 @@
 //!
 //! # What was measured
 //!
-//! One channel is the default ([`Parameters::set_channels`](crate::Parameters::set_channels)). On the reference host at rest it carries
-//! 1.15 (Unix socket) and 0.98 (TCP) of what a plain copy of the same bytes does: source, destination and guest share two cores, and a
-//! second pair of threads finds none. Where many others want the processor, more threads get more of it
-//! (`ferry bench migrate --channels 1,2,4 --transport unix,tcp`, a guest of 1 GiB, some 20 processes ready to run, medians of 5):
+//! Two channels are the default ([`Parameters::set_channels`](crate::Parameters::set_channels)): on the reference host with nothing beside
+//! they carry a fifth more than one, with the same downtime, though source, destination and guest share two cores, and more than two
+//! carry no more (`ferry bench migrate --runs 5 --channels 1,2,4 --transport unix,tcp`, a guest of 1 GiB, medians). Among some 20 other
+//! processes ready to run two carried 1.8 times what one did.
 //!
 //! ```text
 //! channels                     1      2      4
-//! Unix socket, MiB/s         740  1,370  1,177      by the plain copy 0.66, 1.19, 1.04
-//! TCP, MiB/s                 603  1,133  1,065      by the plain copy 0.67, 1.19, 1.13
+//! Unix socket, MiB/s       1,096  1,302  1,258      by the plain copy 1.06, 1.33, 1.26      downtime, ms 2.8, 2.3, 2.9
+//! TCP, MiB/s                 803    957    975      by the plain copy 0.79, 1.07, 1.04      downtime, ms 2.4, 2.4, 3.8
 //! ```
 //!
 //! Contents are sent without `MSG_ZEROCOPY`. `resources/compare/zerocopy` sends 1 GiB of populated memory to another process, 1 MiB a
@@ -72,6 +72,8 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 /// Data channels of one migration.
 pub const CHANNELS_MAX: u16 = 64;
+/// As many are asked for unless the user says otherwise; see "What was measured" above.
+pub const CHANNELS_DEFAULT: u16 = 2;
 
 /// The digest of PREPARE: that of the stream, and those of all channels in their order.
 pub(crate) fn combined(stream: u64, channels: impl IntoIterator<Item = u64>) -> u64 {

@@ -482,7 +482,7 @@ fn a_source_that_is_granted_what_it_did_not_ask_for_goes_away() {
     let refused = |agree: fn(Agree) -> Agree| ask(agree).err().unwrap().chain();
     assert!(refused(|agree| Agree { features: features::LZ4, ..agree }).contains("never offered"));
     assert!(refused(|agree| Agree { features: features::CHANNELS, ..agree }).contains("without a key"));
-    for channels in [0, 2, u16::MAX] {
+    for channels in [0, crate::CHANNELS_DEFAULT + 1, u16::MAX] {
         let agree = Agree { instance: [1; 16], features: features::CHANNELS, channels, key: key() };
         let mut nobody = || -> Result<Connection, Error> { panic!("no channel is opened") };
         let parameters = crate::Parameters::new();
