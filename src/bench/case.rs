@@ -303,7 +303,7 @@ mod tests {
         assert_eq!(tcp, both.as_flattened());
         assert_eq!(
             cases[11].to_string(),
-            "1G of RAM, dirties 0/s, over TCP with TLS, channels: 1, queue pairs: 64, namespaces: 256"
+            "1G of RAM, dirties 0/s, over TCP with TLS, channels: 2, queue pairs: 64, namespaces: 256"
         );
     }
 

@@ -30,7 +30,7 @@ async def session(path):
     parameters = await client.execute("query-migrate-parameters")
     assert parameters["downtime-limit"] == 50, parameters
     assert parameters["max-bandwidth"] == 1 << 30, parameters
-    assert (parameters["multifd-channels"], parameters["multifd-compression"]) == (1, "none"), parameters
+    assert (parameters["multifd-channels"], parameters["multifd-compression"]) == (2, "none"), parameters
 
     assert await client.execute("query-migrate") == {}
     await client.execute("migrate", {"uri": "unix:/nowhere"})
