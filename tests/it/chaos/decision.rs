@@ -139,7 +139,10 @@ impl Pair {
                 return (is_over && there.is_none_or(waits)).then_some(Outcome::AtSource);
             }
             (false, None) => (gave_away && (is_over || is_left_alone)).then_some(Outcome::Dead),
-            (false, Some(there)) if runs(Some(there)) && phase(there).starts_with("postcopy") => {
+            // It stands still while its memory does not come.
+            (false, Some(there))
+                if there.ownership == FerryOwnership::Owned && phase(there).starts_with("postcopy") =>
+            {
                 (here.is_none() && lacks_memory_for_good(there)).then_some(Outcome::Dead)
             }
             (false, Some(there)) if runs(Some(there)) => {
