@@ -102,7 +102,12 @@ impl Operations for Control {
         // The state is looked at when nobody else can change it.
         let effect = |machine: &Machine| {
             if self.0.run_state().is_running() {
-                if lacks_memory { machine.hold() } else { machine.pause().map(drop) }?;
+                let stopped = if lacks_memory { machine.hold() } else { machine.pause().map(drop) };
+                if lacks_memory && stopped.is_err() {
+                    // What stands still by now runs on, as the state goes on to say; a failed pause does that itself.
+                    machine.let_go()?;
+                }
+                stopped?;
                 // A guest that is stopped may be so for long. What fails fails again at the next barrier, which tells the guest.
                 if let Err(error) = machine.resources().sync_regions() {
                     log::warn!("the guest is stopped, but: {error}");

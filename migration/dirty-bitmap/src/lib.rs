@@ -4,8 +4,9 @@
 //! Two levels: a bit for each page, and a bit for each word of those. Whoever takes looks only where something is, so that the last look
 //! at a large guest costs the guest no more than at a small one; and whoever marks touches each word once, whatever the number of its pages.
 //!
-//! Invariants: a page that is marked is in what is taken next, or, if it is marked meanwhile, in what is taken after it; this holds
-//! for every write that was made before it was marked. When nobody marks any more, one look takes all.
+//! Invariants: a page that is marked is in what is taken next, or, if it or another page of its word is marked meanwhile, in what is
+//! taken after that has come to its end; this holds for every write that was made before it was marked. When nobody marks any more, one
+//! look takes all.
 //!
 //! Absent: what vCPUs write, which KVM tells; and pages of other sizes.
 #![forbid(unsafe_code)]
