@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! 0x0000_0000 .. 0xc000_0000   RAM block "ram-low": up to 3 GiB (0xa_0000..0x10_0000 is RAM too, reserved in the e820 map)
+//! 0x000f_f000                  VM generation ID, in what is reserved there
 //! 0xc000_0000 .. 0xe000_0000   32-bit PCI memory window: BARs are assigned here by the VMM before boot
 //! 0xe000_0000 .. 0xf000_0000   PCI ECAM, 256 buses of 1 MiB
 //! 0xfec0_0000                  I/O APIC      0xfee0_0000  local APIC      0xfffb_d000  KVM's TSS pages
@@ -40,6 +41,10 @@ pub const RTC_PORT: u16 = 0x70;
 pub const ACPI_PM_PORT: u16 = 0x600;
 /// ACPI system control interrupt.
 pub const ACPI_SCI_GSI: u32 = 9;
+/// Where the VM generation ID lies: 16 bytes of a reserved page of their own.
+pub const GENERATION_ID_START: u64 = 0xf_f000;
+/// Interrupt of the ACPI event that it has changed: one of ISA's that no device here has, edge-triggered.
+pub const GENERATION_GSI: u32 = 5;
 /// Interrupts of the I/O APIC: 24.
 pub const GSI_COUNT: u32 = 24;
 /// Pins of PCI functions share the inputs of the I/O APIC that no ISA device has.

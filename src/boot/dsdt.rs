@@ -5,17 +5,20 @@
 use acpi_tables::Aml;
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name,
-    PackageBuilder, Path, ResourceTemplate, Return, Scope,
+    Notify, PackageBuilder, Path, ResourceTemplate, Return, Scope,
 };
 use acpi_tables::sdt::Sdt;
 use pci::SLOTS;
 
 use super::acpi::{OEM_ID, OEM_REVISION, OEM_TABLE_ID};
 use crate::layout::{
-    ECAM_LENGTH_BYTES, ECAM_START, PCI_CONFIG_PORT, PCI_WINDOW_LENGTH_BYTES, PCI_WINDOW_START, SERIAL_GSI,
-    SERIAL_PORT, pci_gsi,
+    ECAM_LENGTH_BYTES, ECAM_START, GENERATION_GSI, GENERATION_ID_START, PCI_CONFIG_PORT,
+    PCI_WINDOW_LENGTH_BYTES, PCI_WINDOW_START, SERIAL_GSI, SERIAL_PORT, pci_gsi,
 };
 
+/// The device of the VM generation ID, and the value of its notification.
+const GENERATION_DEVICE: &str = "VGEN";
+const CHANGED: u8 = 0x80;
 /// INTA# in `_PRT`.
 const PIN_A: u8 = 0;
 
@@ -23,7 +26,9 @@ const PIN_A: u8 = 0;
 pub(super) fn build() -> Vec<u8> {
     let mut body = Vec::new();
     let (mainboard, bridge, serial) = (mainboard(), pci_bridge(), serial());
-    Scope::new(Path::new("\\_SB_"), vec![&mainboard, &bridge, &serial]).to_aml_bytes(&mut body);
+    let (generation, events) = (generation_id(), events());
+    Scope::new(Path::new("\\_SB_"), vec![&mainboard, &bridge, &serial, &generation, &events])
+        .to_aml_bytes(&mut body);
     // SLP_TYP of PM1a and PM1b for soft off, and two reserved elements.
     let mut soft_off = PackageBuilder::new();
     for value in [legacy::SLEEP_TYPE_SOFT_OFF as u8, 0, 0, 0] {
@@ -130,6 +135,42 @@ fn serial() -> Encoded {
                     &Interrupt::new(true, true, false, false, SERIAL_GSI),
                 ]),
             ),
+        ],
+    )
+}
+
+/// Where the VM generation ID is (Microsoft, "Virtual Machine Generation ID", 2012): systems know the device by _CID, and are told
+/// by a notification that the ID has changed.
+fn generation_id() -> Encoded {
+    let mut address = PackageBuilder::new();
+    for half in [GENERATION_ID_START as u32, (GENERATION_ID_START >> 32) as u32] {
+        address.add_element(&half);
+    }
+    device(
+        GENERATION_DEVICE,
+        vec![
+            &Name::new("_HID".into(), &"FERR0001"),
+            &Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("ADDR".into(), &address),
+        ],
+    )
+}
+
+/// The generic event device (ACPI 6.5, 5.6.9), with an interrupt for the one event that there is.
+fn events() -> Encoded {
+    let generation = Path::new(GENERATION_DEVICE);
+    let changed = Notify::new(&generation, &CHANGED);
+    device(
+        "EVNT",
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &0_u8),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&Interrupt::new(true, true, false, false, GENERATION_GSI)]),
+            ),
+            &Method::new("_EVT".into(), 1, true, vec![&changed]),
         ],
     )
 }

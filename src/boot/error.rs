@@ -122,6 +122,9 @@ pub enum Error {
         /// What is set aside for them.
         maximum: usize,
     },
+    /// The host gives no random numbers.
+    #[error("cannot draw the VM generation ID")]
+    Random(#[source] std::io::Error),
     /// Guest memory refused a write.
     #[error("cannot write {what} to guest memory at {address:#x}")]
     Write {

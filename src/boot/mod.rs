@@ -4,9 +4,9 @@
 //! 0x0000_0200   MP floating pointer (--tables mp)           0x000e_0000   RSDP and the other ACPI tables (--tables acpi)
 //! 0x0000_0500   GDT                                         0x000f_0000   MP configuration table (--tables mp)
 //! 0x0000_6000   PVH start info, module list, memory map     0x0010_0000.. the kernel, where its file says
-//! 0x0000_7000   Linux zero page                             top of RAM    the initrd: below 2 GiB and what the kernel
-//! 0x0000_8ff0   initial stack                                             allows, page-aligned
-//! 0x0000_9000   identity-mapping page tables, 6 pages
+//! 0x0000_7000   Linux zero page                             0x000f_f000   VM generation ID (--tables acpi)
+//! 0x0000_8ff0   initial stack                               top of RAM    the initrd: below 2 GiB and what the kernel
+//! 0x0000_9000   identity-mapping page tables, 6 pages                     allows, page-aligned
 //! 0x0002_0000   command line
 //! ```
 //! Kernels: an ELF file with a PVH note (entered in 32-bit protected mode, `hvm_start_info`), an ELF file by Linux' 64-bit
@@ -19,6 +19,7 @@
 mod acpi;
 mod dsdt;
 mod error;
+mod generation;
 mod initrd;
 mod kernel;
 mod linux;
@@ -34,6 +35,7 @@ use bus::GuestMemory;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 pub use self::error::Error;
+pub use self::generation::renew as renew_generation_id;
 use crate::config::Tables;
 use crate::vcpu::{BootProtocol, BootRegisters};
 
@@ -93,7 +95,10 @@ pub fn load(memory: &GuestMemory, spec: &BootSpec<'_>) -> Result<BootRegisters, 
     let initrd = spec.initrd.map(|path| initrd::load(memory, path, &kernel)).transpose()?;
     write_command_line(memory, spec.cmdline, kernel.command_line_maximum)?;
     let rsdp = match spec.tables {
-        Tables::Acpi => Some(acpi::write(memory, spec.cpus)?),
+        Tables::Acpi => {
+            generation::ensure(memory)?;
+            Some(acpi::write(memory, spec.cpus)?)
+        }
         Tables::Mp => {
             mptable::write(memory, spec.cpus)?;
             None

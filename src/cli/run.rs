@@ -142,7 +142,8 @@ pub struct RunArguments {
     pub insecure: bool,
     /// Run a copy of the guest of a snapshot, which stays as it is. The images of this machine are made anew, from those beside the
     /// snapshot, and have a lease of their own. An image whose base=B is the one beside the snapshot is made as an overlay over that, at
-    /// once and whatever the file system; it needs B as it is now for as long as it is used. The others are copies.
+    /// once and whatever the file system; it needs B as it is now for as long as it is used. The others are copies. The guest, as any that
+    /// comes out of a snapshot, has another VM generation ID (ACPI), by which its kernel knows to seed its random numbers anew.
     #[arg(long, requires = "incoming")]
     pub clone: bool,
     /// With --clone: copy the images byte by byte where the file system cannot share their blocks.

@@ -25,6 +25,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use bus::InterruptLine;
 use engine::Description;
 
 use crate::boot::{self, BootSpec, Kernel};
@@ -33,7 +34,7 @@ use crate::console::Console;
 use crate::control::{AccessScope, AccessState, FerryCpu, FerryDisk};
 use crate::dirty::Noted;
 use crate::io_thread::IoThread;
-use crate::kvm::{Host, MsiRouter, Vm, pci_pins};
+use crate::kvm::{Host, IrqLine, MsiRouter, Vm, pci_pins};
 use crate::layout;
 use crate::subsystem::{Keeper, keeper};
 use crate::vcpu::{CpuidLeaf, EventHandler, Offer, Processors, Requirements, VcpuEvent, VcpuManager};
@@ -199,6 +200,18 @@ impl Machine {
             },
         )?;
         Ok(self.vcpus.boot(registers)?)
+    }
+
+    /// Gives a guest that was loaded another VM generation ID, and tells it.
+    ///
+    /// # Errors
+    /// Those of [`boot::renew_generation_id`].
+    pub fn renew_generation(&self) -> Result<(), boot::Error> {
+        boot::renew_generation_id(self.resources.ram().memory())?;
+        let event = IrqLine::new(Arc::clone(&self.vm), layout::GENERATION_GSI);
+        event.set_level(true);
+        event.set_level(false);
+        Ok(())
     }
 
     /// Lets the guest run, which is ours.

@@ -186,6 +186,10 @@ impl DestinationMachine for Arrival {
         Ok(())
     }
 
+    fn renew_generation(&mut self) -> MachineResult<()> {
+        Ok(self.machine()?.renew_generation()?)
+    }
+
     fn take_image_locks(&mut self) -> MachineResult<()> {
         Ok(self.machine()?.resources().acquire_images()?)
     }

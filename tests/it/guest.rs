@@ -1,7 +1,12 @@
 //! The machines that most tests run the exerciser on.
 
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
 use engine::lease::{Lease, Owner, Record};
 use exerciser::report::{ERROR, Line};
+use ferry::layout::GENERATION_ID_START;
 use support::{Machine, TestBed, Vm, WATCHDOG};
 
 /// The image of the exerciser.
@@ -9,6 +14,9 @@ pub const EXERCISER: &str = env!("FERRY_EXERCISER");
 
 /// What an exerciser does that is to be migrated: four queues kept full, and memory that changes all the time.
 pub const BUSY: &str = "queues=4 inflight=128 ram=16M dirty=20M";
+
+/// What the memfds of guest memory below 3 GiB are called where they are mapped.
+pub const MEMORY: &str = "memfd:ram-low";
 
 const MIB: u64 = 1 << 20;
 
@@ -31,6 +39,23 @@ pub fn many_disks(bed: &TestBed) -> Machine {
         .controller("serial=d1,queues=8,mdts=5")
         .image("d1", 3, &bed.image("b.img", 32 * MIB))
         .namespace("controller=d1,nsid=77,backend=memory,size=8M")
+}
+
+/// Guest memory below 3 GiB, as the process's own descriptor shows it.
+pub fn guest_memory(vm: &Vm) -> File {
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", vm.process.id())).expect("the process is there");
+    let is_memory =
+        |path: &PathBuf| fs::read_link(path).is_ok_and(|target| target.to_string_lossy().contains(MEMORY));
+    let mut paths = descriptors.filter_map(Result::ok).map(|entry| entry.path());
+    File::open(paths.find(is_memory).expect("it has its memory")).expect("it can be read")
+}
+
+/// The 16 bytes by which a guest knows whether it is a copy.
+pub fn generation_id(vm: &Vm) -> [u8; 16] {
+    let mut id = [0; 16];
+    guest_memory(vm).read_exact_at(&mut id, GENERATION_ID_START).expect("memory can be read");
+    assert_ne!(id, [0; 16]);
+    id
 }
 
 /// What the lease of these machines says.

@@ -1,6 +1,6 @@
 //! Guests whose memory itself goes to another process: nothing is copied, and what one process writes the other never sees too early.
 
-use std::fs::{self, File};
+use std::fs;
 use std::hash::{DefaultHasher, Hasher};
 use std::io::Read;
 use std::time::Instant;
@@ -11,25 +11,17 @@ use serde_json::json;
 use stream::frame::Kind;
 use support::{Proxy, Vm, WATCHDOG};
 
-use crate::guest::{BUSY, EXERCISER, bed, lease, many_disks, one_disk};
+use crate::guest::{BUSY, EXERCISER, MEMORY, bed, guest_memory, lease, many_disks, one_disk};
 use crate::load::{arrives, works};
-
-/// What the memfds of guest memory are called where they are mapped.
-const MEMORY: &str = "memfd:ram-low";
 
 fn maps_memory(vm: &Vm) -> bool {
     let maps = fs::read_to_string(format!("/proc/{}/maps", vm.process.id())).expect("the process is there");
     maps.contains(MEMORY)
 }
 
-/// A digest of guest RAM, as the process's own descriptor shows it.
+/// A digest of guest RAM.
 fn digest(vm: &Vm) -> u64 {
-    let descriptors = fs::read_dir(format!("/proc/{}/fd", vm.process.id())).expect("the process is there");
-    let is_memory = |path: &std::path::PathBuf| {
-        fs::read_link(path).is_ok_and(|target| target.to_string_lossy().contains(MEMORY))
-    };
-    let mut paths = descriptors.filter_map(Result::ok).map(|entry| entry.path());
-    let mut memory = File::open(paths.find(is_memory).expect("it has its memory")).expect("it can be read");
+    let mut memory = guest_memory(vm);
     let (mut hasher, mut piece) = (DefaultHasher::new(), vec![0; 1 << 20]);
     loop {
         match memory.read(&mut piece).expect("it can be read") {

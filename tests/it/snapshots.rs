@@ -9,7 +9,7 @@ use exerciser::report::Counters;
 use serde_json::json;
 use support::{Machine, TestBed, Vm, WATCHDOG};
 
-use crate::guest::{BUSY, EXERCISER, bed, one_disk};
+use crate::guest::{BUSY, EXERCISER, bed, generation_id, one_disk};
 use crate::load::{arrives, works};
 
 /// Most of its memory is only looked at; what it writes are the buffers of its commands.
@@ -147,6 +147,7 @@ fn clones_run_at_once_on_overlays_over_the_image_of_their_snapshot() {
     let before = works(&mut vm, &Counters::default());
     let file = bed.path("kept.ferry");
     snapshot(&mut vm, &file, None);
+    let id = generation_id(&vm);
     vm.finish();
     let base = bed.path("kept.ferry.d0-1.raw");
     let image = fs::read(&base).expect("the image can be read");
@@ -172,6 +173,9 @@ fn clones_run_at_once_on_overlays_over_the_image_of_their_snapshot() {
     for clone in &mut clones {
         arrives(clone, &before);
     }
+    // Each knows that it is not the guest that it was.
+    let [one, two] = clones.each_ref().map(generation_id);
+    assert!(id != one && id != two && one != two, "{id:x?} {one:x?} {two:x?}");
     // Nobody takes the image away under them.
     let sentence = refused(&bed, &on_copies(&file), &file);
     assert!(sentence.contains("locked"), "{sentence}");

@@ -1,6 +1,7 @@
 //! nvme-cli and fio in the Linux guest. Its scripts (`resources/guest/scripts`) check each command; here is what is done to the machine
 //! meanwhile.
 
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::json;
@@ -145,4 +146,26 @@ fn fio_finds_in_the_guest_what_it_wrote_and_nothing_else() {
         .namespace(&format!("controller=d0,nsid=2,backend=file,path={},ro", tools.display()));
     let (vm, mut guest) = boot(&bed, &machine, "fio");
     passes(&mut guest, vm);
+}
+
+/// Two guests that run on from one snapshot would draw the same random numbers. The one that is not a copy hears nothing.
+#[test]
+fn the_kernel_of_a_clone_seeds_its_random_numbers_anew() {
+    let bed = bed();
+    let machine = |image: &Path| Machine::new("192M").controller("serial=d0,queues=4").image("d0", 1, image);
+    let (mut vm, mut guest) = boot(&bed, &machine(&bed.image("disk.img", 16 << 20)), "clone");
+    guest.wait_up_to(WATCHDOG, &vm, "waits", |said| (said == "waits").then_some(()));
+    let file = bed.path("kept.ferry");
+    vm.execute("x-ferry-snapshot", json!({ "path": file, "copy-disks": true }));
+    vm.migrated();
+    vm.process.type_in("the one that it was\n").expect("the console takes input");
+    passes(&mut guest, vm);
+
+    let copy = machine(&bed.path("copy.img"))
+        .flag("--incoming", format!("file:{}", file.display()))
+        .switch("--clone")
+        .switch("--copy-disks");
+    let mut clone = Vm::start(&bed, "clone", copy.flags().to_vec());
+    clone.process.type_in("copy\n").expect("the console takes input");
+    passes(&mut Guest { next: 0 }, clone);
 }

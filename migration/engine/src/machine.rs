@@ -439,6 +439,15 @@ pub trait DestinationMachine {
     /// A section is wrong; the message names it.
     fn load_devices(&mut self, sections: SectionSet) -> MachineResult<()>;
 
+    /// Tells the guest, which has not run since, that it comes out of a snapshot, as others may: what it keeps secret or unique it
+    /// shares with them. All devices are loaded.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    fn renew_generation(&mut self) -> MachineResult<()> {
+        Ok(())
+    }
+
     /// Takes the image locks, all or none, in the fixed order. The record lock of the lease is held, and it offers us the guest:
     /// the source has written all that it will.
     ///

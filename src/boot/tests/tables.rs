@@ -3,6 +3,7 @@
 use std::process::Command;
 
 use super::*;
+use crate::layout::GENERATION_ID_START;
 
 fn sum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
@@ -93,6 +94,26 @@ fn a_guest_finds_the_acpi_tables() {
 }
 
 #[test]
+fn a_guest_has_an_id_of_its_generation_until_it_is_another() {
+    let memory = memory(64 * MIB);
+    let kernel = elf(b"code", 0, Some(0x20_0000));
+    let id = || bytes_at::<16>(&memory, GENERATION_ID_START);
+    load(&memory, &BootSpec { tables: Tables::Acpi, ..spec(&kernel) }).unwrap();
+    let first = id();
+    assert_ne!(first, [0; 16]);
+    load(&memory, &BootSpec { tables: Tables::Acpi, ..spec(&kernel) }).unwrap();
+    assert_eq!(id(), first, "it is reset");
+    renew_generation_id(&memory).unwrap();
+    assert!(id() != first && id() != [0; 16]);
+    let reserved = memory_map::of(&memory).into_iter().filter(|entry| entry.kind == memory_map::RESERVED);
+    let holds = |entry: memory_map::Entry| {
+        (entry.start..entry.start + entry.length_bytes).contains(&GENERATION_ID_START)
+    };
+    assert_eq!(reserved.filter(|entry| holds(*entry)).count(), 1);
+    assert!(GENERATION_ID_START.is_multiple_of(8));
+}
+
+#[test]
 fn tables_stay_in_their_place() {
     let tables = acpi::build(255);
     for pair in tables.windows(2) {
@@ -133,7 +154,7 @@ fn iasl_understands_every_table() {
             // A disassembly with mistakes does not compile.
             let text = iasl(directory.path(), &["-p", "again", &source]);
             assert!(text.contains("0 Errors, 0 Warnings"), "{text}\n{disassembled}");
-            for device in ["PNP0A08", "PNP0501", "PNP0C02", "_PRT", "_S5"] {
+            for device in ["PNP0A08", "PNP0501", "PNP0C02", "_PRT", "_S5", "VM_Gen_Counter", "ACPI0013"] {
                 assert!(disassembled.contains(device), "{device}: {disassembled}");
             }
         }

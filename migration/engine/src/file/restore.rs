@@ -139,6 +139,10 @@ fn restore<F: DestinationFactory>(
     let _the_first: FileState = contents.sections.take(SECTION, 0).map_err(Error::stream("read the file"))?;
     let start = Instant::now();
     machine.load_devices(contents.sections).map_err(Error::machine("load the devices"))?;
+    // One that was suspended goes on where it stopped, once.
+    if first.images.is_some() {
+        machine.renew_generation().map_err(Error::machine("give the guest another generation ID"))?;
+    }
     statistics.update(|s| s.downtime.load = start.elapsed());
 
     if !parameters.commit() {

@@ -93,6 +93,7 @@ fn comes_out_as_it_went_in_once(layout: Layout) {
     assert!(restored.machine.0.contents() == source.guest.contents());
     assert_eq!(restored.machine.0.device, source.guest.device);
     assert_eq!(world.running(), ["restored"]);
+    assert!(!world.log().contains(&"restored: renew generation".to_owned()), "it is the only one");
     assert_eq!(lease.read().unwrap().unwrap().generation, 2);
 
     // The guest goes on and ends; its file is of the past.

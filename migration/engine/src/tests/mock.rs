@@ -555,6 +555,10 @@ impl DestinationMachine for Arriving {
         Ok(())
     }
 
+    fn renew_generation(&mut self) -> MachineResult<()> {
+        self.0.step("renew generation")
+    }
+
     fn take_image_locks(&mut self) -> MachineResult<()> {
         self.0.step("take image")?;
         self.0.world.take_image(&self.0.name)

@@ -69,6 +69,10 @@ fn clones_run_at_the_same_time_until_the_images_of_the_snapshot_move_on() {
     for (own, cloned) in &clones {
         assert!(cloned.as_ref().unwrap().machine.0.contents() == source.guest.contents());
         assert_eq!(own.running(), ["clone"]);
+        let log = own.log();
+        let [load, renew, run] = ["load", "renew generation", "runs"]
+            .map(|what| log.iter().position(|line| *line == format!("clone: {what}")).unwrap());
+        assert!(load < renew && renew < run, "{log:?}");
         own.assert_sound("a clone");
     }
     drop(source);
