@@ -88,6 +88,8 @@ fn what_a_busy_guest_dirties_follows_it() {
     pair.source.execute("migrate-set-parameters", json!({ "max-bandwidth": SLOW }));
     pair.source.execute("migrate-start-postcopy", json!({}));
     is(MigrationStatus::PostcopyActive, &mut pair.destination);
+    let channels = pair.source.status().migration.expect("a migration").channel_bytes;
+    assert!(channels.len() == 2 && channels.iter().all(|bytes| *bytes > 0), "{channels:?}");
     ends_well(pair);
 }
 

@@ -10,16 +10,14 @@ use std::time::{Duration, Instant};
 use transport::{Connection, DESCRIPTORS_MAX};
 
 use crate::channels::combined;
-use crate::channels::destination::{Incoming, Intake, agree, gather};
+use crate::channels::destination::{Gathered, Incoming, Intake, agree, gather};
 use crate::lease::{self, Id, Lease, NotTaken, random_id};
 use crate::link::{Link, Step};
 use crate::local::Mapped;
 use crate::ownership::Answer;
 use crate::ownership::destination::{Action, Destination as Ownership, Event};
 use crate::postcopy::{Announced, Late};
-use crate::protocol::{
-    Agree, ChannelKey, Commit, Hello, Message, Never, Prepare, Prepared, Reasons, Running,
-};
+use crate::protocol::{Agree, Commit, Hello, Message, Never, Prepare, Prepared, Reasons, Running};
 use crate::ram::Receiver;
 use crate::reception::{GLANCE, Reception, Visit, next_visit};
 use crate::storage::Arriving;
@@ -218,23 +216,11 @@ impl<'a> Destination<'a> {
         let (mut machine, agree) = self.agree(factory, link, hello, incoming.is_some())?;
         let is_local = agree.features & features::LOCAL != 0;
         let mapped = if is_local { Some(self.map(&mut machine, link)?) } else { None };
-        let (mut channels, mut pages) = (Vec::new(), None);
-        if let Some(incoming) = incoming {
-            if agree.features & features::CHANNELS != 0 {
-                let step = self.handshake("waiting for data channels");
-                let fresh = Reception::new(self.patience.handshake);
-                let mut reception = std::mem::replace(&mut self.reception, fresh);
-                let sources = (&mut reception, incoming);
-                let gathered =
-                    gather(&agree, hello.session, link, sources, step, &mut |visit| self.put_off(visit));
-                self.reception = reception;
-                channels = gathered.map_err(|error| Self::explained(link, error))?;
-            } else if agree.features & features::POSTCOPY != 0
-                && let Some(ChannelKey { key }) = agree.key
-            {
-                pages = Some((self.page_channel(incoming, link, (hello.session, key))?, key));
-            }
-        }
+        let Gathered { channels, pages } = match incoming {
+            Some(incoming) => self.gather(&agree, hello.session, link, incoming)?,
+            None => Gathered::default(),
+        };
+        let mut pages = pages.zip(agree.key.map(|key| key.key));
         let mut receiver = match &mapped {
             Some(_) => Receiver::local(factory.expected()),
             None => Receiver::live(factory.expected(), machine.ram_blocks()),
@@ -268,6 +254,23 @@ impl<'a> Destination<'a> {
         };
         self.running = Some(running.clone());
         Ok(Arrived { machine, state, error, acknowledged: false, running, late })
+    }
+
+    /// The links beside `link` that were agreed on. Others who come meanwhile wait.
+    fn gather(
+        &mut self,
+        agree: &Agree,
+        session: Id,
+        link: &mut Link,
+        incoming: &dyn Incoming,
+    ) -> Result<Gathered, Error> {
+        let step = self.handshake("waiting for data channels");
+        let fresh = Reception::new(self.patience.handshake);
+        let mut reception = std::mem::replace(&mut self.reception, fresh);
+        let sources = (&mut reception, incoming);
+        let gathered = gather(agree, session, link, sources, step, &mut |visit| self.put_off(visit));
+        self.reception = reception;
+        gathered.map_err(|error| Self::explained(link, error))
     }
 
     /// Everything that can be checked before RAM moves, and the machine.
@@ -309,18 +312,7 @@ impl<'a> Destination<'a> {
         if !machine.takes_memory() {
             granted &= !features::LOCAL;
         }
-        if !has_way_in || granted & features::LOCAL != 0 {
-            granted &= !features::POSTCOPY;
-        }
-        // What is placed while it is sent, and what is placed when it is touched, are two ways that are not mixed.
-        if granted & features::POSTCOPY != 0 {
-            granted &= !features::CHANNELS;
-        }
-        let mut agree = agree(hello, granted, self.instance, has_way_in)?;
-        if agree.features & features::POSTCOPY != 0 {
-            let key = random_id().map_err(Error::machine_io("draw a key for the channel for pages"))?;
-            agree.key = Some(ChannelKey { key });
-        }
+        let agree = agree(hello, granted, self.instance, has_way_in)?;
         link.send(&Message::Agree(agree.clone()), self.handshake("agreeing"))?;
         Ok((machine, agree))
     }
@@ -368,7 +360,7 @@ impl<'a> Destination<'a> {
         let placed = std::thread::scope(|scope| {
             let intake = Intake::start(scope, channels, &blocks, self.parameters, &self.patience)?;
             let prepare = self.place(link, receiver, Some(&intake), (machine, announced))?;
-            Ok((prepare, intake.finish()?))
+            Ok((prepare, intake.finish(&announced.by_name())?))
         });
         placed.map_err(|error| Self::explained(link, error))
     }

@@ -196,10 +196,6 @@ impl Error {
         }
     }
 
-    pub(crate) fn machine_io(doing: &'static str) -> impl Fn(io::Error) -> Self {
-        move |source| Self::Machine { doing, source: source.into() }
-    }
-
     /// A failure of the stream; one of the link or of the user below it comes out again.
     pub(crate) fn stream(doing: &'static str) -> impl Fn(stream::Error) -> Self {
         move |error| match error {

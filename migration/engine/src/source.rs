@@ -198,8 +198,7 @@ impl Attempt {
             hello.features |= features::STORAGE;
         }
         if link.can_be_joined() {
-            // What is placed while it is sent, and what is placed when it is touched, are two ways that are not mixed.
-            hello.features |= if postcopy == 0 { offered(context.parameters) } else { postcopy };
+            hello.features |= offered(context.parameters) | postcopy;
         }
         hello.features |= features::SETTLE;
         hello.channels = context.parameters.channels();
@@ -216,6 +215,10 @@ impl Attempt {
                 if self.disks.is_some() && agree.features & features::STORAGE == 0 {
                     let reasons = vec!["it takes no images, and this guest brings its own".to_owned()];
                     return Err(Error::Refused { reasons });
+                }
+                if agree.features & CHANNELS_AND_POSTCOPY == CHANNELS_AND_POSTCOPY && !self.settles {
+                    let reason = "memory may follow, and it never says what of the channels is in its place";
+                    return Err(Error::Protocol { doing, reason: reason.to_owned() });
                 }
                 let granted = agree.features & features::LOCAL != 0;
                 if memory.is_some() && !granted {
@@ -293,6 +296,8 @@ impl Attempt {
         {
             let followers = followers.insert(Followers::of(machine, &blocks));
             ram.round(&followers.needed(&pages))?;
+            // A page that is on its way in a channel would come after the word on the link that it is to be dropped.
+            ram.settle_channels()?;
             missing = followers.follow(&pages);
             // All of this costs time, and the stop then only has to name what is dirtied meanwhile.
             announce(&blocks, &missing, |message| ram.out().tell(message))?;
@@ -443,6 +448,9 @@ impl Attempt {
 
 /// The machine type in a stream's configuration. What the machine is in detail, the hello says.
 pub(crate) const MACHINE: &str = "ferry";
+
+/// Memory comes in channels, and some of it may come after the guest.
+const CHANNELS_AND_POSTCOPY: u64 = features::CHANNELS | features::POSTCOPY;
 
 /// The description as everybody can read it: without identities. One that nobody could read is found before anything is stopped.
 pub(crate) fn told(description: &Description) -> Result<Properties, Error> {

@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 use transport::{Connection, Listener};
 
 use super::CHANNELS_MAX;
+use super::differing::Differing;
 use super::lane::{Lane, LaneInput, Watch};
 use super::receive::{Came, DOING, Inlet};
+use crate::destination::unexpected;
 use crate::lease::{Id, random_id};
 use crate::link::{Link, SLICE, Step};
 use crate::protocol::{Agree, ChannelHello, ChannelKey, Hello, Message};
 use crate::reception::{GLANCE, Reception, Visit, next_visit};
-use crate::{Error, Parameters, Patience, RamBlock, features};
+use crate::{Error, PageBitmap, Parameters, Patience, RamBlock, features};
 
 /// Between two looks whether the source is still there.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
@@ -34,19 +36,35 @@ impl Incoming for Listener {
     }
 }
 
-/// The answer to a source that says `hello` and is granted `granted` as far as this machine goes. Channels need a way in, and
-/// memory that goes itself needs no channels.
+/// The answer to a source that says `hello` and is granted `granted` as far as this machine goes. Channels, the one for pages among
+/// them, need a way in, and memory that goes itself needs no channels.
 pub(crate) fn agree(hello: &Hello, granted: u64, instance: Id, has_way_in: bool) -> Result<Agree, Error> {
-    const ALL: u64 = features::CHANNELS | features::LZ4 | features::ZSTD;
-    let channels = hello.channels.min(CHANNELS_MAX);
-    let is_possible = has_way_in && channels > 0 && granted & features::LOCAL == 0;
-    if !is_possible || granted & features::CHANNELS == 0 {
-        return Ok(Agree { instance, features: granted & !ALL, channels: 1, key: None });
+    const MEMORY: u64 = features::CHANNELS | features::LZ4 | features::ZSTD;
+    let mut granted = granted;
+    if !has_way_in || granted & features::LOCAL != 0 {
+        granted &= !(MEMORY | features::POSTCOPY);
+    }
+    let mut channels = hello.channels.min(CHANNELS_MAX);
+    if channels == 0 || granted & features::CHANNELS == 0 {
+        granted &= !MEMORY;
+        channels = 1;
+    }
+    if granted & (features::CHANNELS | features::POSTCOPY) == 0 {
+        return Ok(Agree { instance, features: granted, channels, key: None });
     }
     let failed =
         |source: std::io::Error| Error::Machine { doing: "draw a key for channels", source: source.into() };
     let key = Some(ChannelKey { key: random_id().map_err(failed)? });
     Ok(Agree { instance, features: granted, channels, key })
+}
+
+/// The links that a source opens right after AGREE.
+#[derive(Default)]
+pub(crate) struct Gathered {
+    /// For guest memory.
+    pub channels: Vec<Connection>,
+    /// For pages that are asked for.
+    pub pages: Option<Link>,
 }
 
 /// Lets the channels in that were agreed on, each within the patience of a handshake after the one before. `stranger` sees
@@ -58,18 +76,23 @@ pub(crate) fn gather(
     (reception, incoming): (&mut Reception, &dyn Incoming),
     step: Step<'_>,
     stranger: &mut dyn FnMut(Visit),
-) -> Result<Vec<Connection>, Error> {
-    let Some(ChannelKey { key }) = agree.key else { return Ok(Vec::new()) };
-    let mut slots: Vec<Option<Connection>> = (0..agree.channels).map(|_| None).collect();
+) -> Result<Gathered, Error> {
+    let Some(ChannelKey { key }) = agree.key else { return Ok(Gathered::default()) };
+    let count = if agree.features & features::CHANNELS == 0 { 0 } else { agree.channels };
+    let mut slots: Vec<Option<Connection>> = (0..count).map(|_| None).collect();
+    let (has_pages, mut pages) = (agree.features & features::POSTCOPY != 0, None);
     let (mut since, mut looked) = (Instant::now(), Instant::now());
-    while slots.iter().any(Option::is_none) {
+    while slots.iter().any(Option::is_none) || has_pages && pages.is_none() {
         step.check()?;
         step.patient(since)?;
         let Some(visit) = next_visit(reception, incoming, GLANCE)? else {
             if looked.elapsed() >= LOOK_INTERVAL {
                 looked = Instant::now();
-                // What it says there can wait, and it may well speak before we have seen its last channel.
-                link.is_spoken_to(step)?;
+                // What it says there can wait, and it may well speak before we have seen its last channel; not before the one for
+                // pages is answered.
+                if link.is_spoken_to(step)? && has_pages {
+                    return Err(unexpected(link.receive(step)?, step.doing));
+                }
             }
             continue;
         };
@@ -80,28 +103,41 @@ pub(crate) fn gather(
             {
                 let place = usize::from(hello.index);
                 let wrong = |reason| Err(Error::Protocol { doing: step.doing, reason });
-                match slots.get_mut(place) {
-                    _ if hello.purpose != ChannelHello::MEMORY => {
-                        return wrong(format!("channel {place} is for purpose {}", hello.purpose));
+                match (hello.purpose, slots.get_mut(place)) {
+                    (ChannelHello::PAGES, _) if has_pages && pages.is_none() && place == 0 => {
+                        pages = Some((visit.link, hello.clone()));
                     }
-                    None => {
-                        return wrong(format!("channel {place} came, and {} were agreed on", agree.channels));
+                    (ChannelHello::MEMORY, None) => {
+                        return wrong(format!("channel {place} came, and {count} were agreed on"));
                     }
-                    Some(Some(_)) => return wrong(format!("channel {place} came twice")),
-                    Some(slot @ None) => *slot = Some(visit.link.into_connection()),
+                    (ChannelHello::MEMORY, Some(Some(_))) => {
+                        return wrong(format!("channel {place} came twice"));
+                    }
+                    (ChannelHello::MEMORY, Some(slot @ None)) => *slot = Some(visit.link.into_connection()),
+                    (purpose, _) => return wrong(format!("channel {place} is for purpose {purpose}")),
                 }
                 since = Instant::now();
             }
             _ => stranger(visit),
         }
     }
-    Ok(slots.into_iter().flatten().collect())
+    let pages = pages.map(|(link, hello)| answer(link, hello, step)).transpose()?;
+    Ok(Gathered { channels: slots.into_iter().flatten().collect(), pages })
 }
+
+/// Tells the source that its channel for pages is open. It says nothing on its link until then.
+pub(crate) fn answer(mut link: Link, hello: ChannelHello, step: Step<'_>) -> Result<Link, Error> {
+    link.send(&Message::Channel(hello), step)?;
+    Ok(link)
+}
+
+/// What a channel ends with: its digest, and its pages that are not what the source saw of them.
+type Told = (u64, Differing);
 
 /// The receiving threads, one for each channel. They end with it.
 pub(crate) struct Intake {
     shared: Arc<Shared>,
-    ended: Receiver<(usize, u64)>,
+    ended: Receiver<(usize, Told)>,
     count: usize,
     patience: Duration,
 }
@@ -146,7 +182,7 @@ impl Intake {
                             shared.more.notify_all();
                         }
                         Ok(Came::End { digest }) => {
-                            let _the_attempt_is_over = told.send((index, digest));
+                            let _the_attempt_is_over = told.send((index, (digest, inlet.into_differing())));
                             return;
                         }
                         Err(error) => return shared.watch.fail(error),
@@ -186,13 +222,16 @@ impl Intake {
         }
     }
 
-    /// Waits until every channel has come to its end: the source has said so on its link. The digests of all.
-    pub fn finish(&self) -> Result<Vec<u64>, Error> {
+    /// Waits until every channel has come to its end: the source has said so on its link. The digests of all. Pages in `follow`, by
+    /// block in the order of their names, are to come later.
+    pub fn finish(&self, follow: &[&PageBitmap]) -> Result<Vec<u64>, Error> {
         let since = Instant::now();
         let mut digests = vec![None; self.count];
         while digests.iter().any(Option::is_none) {
             match self.ended.recv_timeout(SLICE) {
-                Ok((index, digest)) => {
+                Ok((index, (digest, mut differing))) => {
+                    differing.forget(follow.iter().copied());
+                    differing.check()?;
                     if let Some(slot) = digests.get_mut(index) {
                         *slot = Some(digest);
                     }

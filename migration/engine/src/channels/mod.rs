@@ -15,11 +15,12 @@
 //! - `wire`: these bytes, and what of them is refused. `lane`: deadlines, and one end for all channels.
 //! - `send`, `receive`: one channel. Contents go from where they are by one system call; they are received where they belong,
 //!   or written into the file behind memory that is not there yet, which is faster than the page faults are.
+//! - `differing`: pages that were not what the source saw of them.
 //! - `source`, `destination`: all of them; who may join.
 //!
 //! Invariants: each chunk of 256 pages belongs to one channel, so what comes last of a page is what was sent last, without
 //! waiting of one channel for another. A page that the guest wrote to while it was sent differs from its digest at the
-//! destination, and is dirty: it comes again. A page that differs at the end refuses the guest, and so does a digest of heads
+//! destination, and is dirty: it comes again, or after the guest. One that differs at the end, and is not to follow, refuses the guest, and so does a digest of heads
 //! and tables that differs; PREPARE carries those of all channels. So it is the last copy of each page alone that is judged. One that was
 //! damaged on its way, and came again because the guest had written to it, is right if that copy is: nothing looked at the damaged one, since
 //! no vCPU and no device runs here before the end, and nothing of it is left, since a copy is a whole page. That a link damages pages
@@ -57,6 +58,7 @@
 
 mod compress;
 pub(crate) mod destination;
+mod differing;
 mod lane;
 mod receive;
 pub mod replay;

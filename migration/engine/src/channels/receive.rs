@@ -7,6 +7,7 @@ use vm_memory::VolatileMemory;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::compress::Decompressor;
+use super::differing::Differing;
 use super::lane::Input;
 use super::wire::{
     CONTENTS_BYTES_MAX, Chain, DIGEST_BYTES, HEAD_BYTES, Head, Run, RunKind, Shape, decode_table, table_bytes,
@@ -18,7 +19,7 @@ use crate::{Error, PAGE_BYTES, PageBitmap, RamBlock};
 pub(crate) enum Came {
     /// A batch of so many bytes.
     Batch { bytes: u64 },
-    /// The end: everything said has this digest, and every page is what the source said.
+    /// The end: everything said has this digest.
     End { digest: u64 },
 }
 
@@ -31,10 +32,7 @@ pub(crate) struct Inlet {
     has_file: Vec<bool>,
     /// Pages of each block that hold something: the others are still the holes of fresh memory.
     placed: Vec<PageBitmap>,
-    /// Pages that are not what the source saw: the guest wrote to them while they were sent, so they come again. At the end
-    /// there are none.
-    differing: Vec<PageBitmap>,
-    differing_count: u64,
+    differing: Differing,
     round: u32,
     chain: Chain,
     table: Vec<u8>,
@@ -47,7 +45,7 @@ pub(crate) struct Inlet {
 /// The step, in errors.
 pub(crate) const DOING: &str = "receiving guest memory";
 
-fn wrong(reason: String) -> Error {
+pub(super) fn wrong(reason: String) -> Error {
     Error::Protocol { doing: DOING, reason }
 }
 
@@ -60,10 +58,9 @@ impl Inlet {
         Self {
             shape: Shape { block_pages, index, count },
             has_file: blocks.iter().map(has_file).collect(),
+            differing: Differing::none(&blocks),
             blocks,
-            placed: nothing.clone(),
-            differing: nothing,
-            differing_count: 0,
+            placed: nothing,
             round: 0,
             chain: Chain::default(),
             table: Vec::new(),
@@ -197,23 +194,10 @@ impl Inlet {
 
     /// Notes a page that was placed, and whether it is what the source saw.
     fn judge(&mut self, run: &Run, page: u64, differs: bool) {
-        let (Some(placed), Some(differing)) =
-            (self.placed.get_mut(run.block), self.differing.get_mut(run.block))
-        else {
-            return;
-        };
-        placed.set(page);
-        match (differing.contains(page), differs) {
-            (false, true) => {
-                differing.set(page);
-                self.differing_count += 1;
-            }
-            (true, false) => {
-                differing.clear(page);
-                self.differing_count -= 1;
-            }
-            (false, false) | (true, true) => {}
+        if let Some(placed) = self.placed.get_mut(run.block) {
+            placed.set(page);
         }
+        self.differing.note(run.block, page, differs);
     }
 
     fn end(&mut self, input: &mut impl Input) -> Result<Came, Error> {
@@ -226,24 +210,12 @@ impl Inlet {
                 self.shape.index
             )));
         }
-        if self.differing_count > 0 {
-            return Err(wrong(self.difference()));
-        }
         Ok(Came::End { digest })
     }
 
-    /// Which page is not what was sent.
-    fn difference(&self) -> String {
-        let mut places = self.blocks.iter().zip(&self.differing).filter_map(|(block, differing)| {
-            differing.runs().next().map(|run| {
-                format!("page {:#x} of RAM block {:?} is not what was sent", run.start, block.name)
-            })
-        });
-        let first = places.next().unwrap_or_else(|| "a page is not what was sent".to_owned());
-        match self.differing_count {
-            1 => first,
-            more => format!("{first}, and so are {} more", more - 1),
-        }
+    /// After the end: which pages are not what the source saw of them.
+    pub fn into_differing(self) -> Differing {
+        self.differing
     }
 
     /// Writes contents where they belong.

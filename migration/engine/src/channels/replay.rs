@@ -49,6 +49,7 @@ pub fn place(bytes: &[u8], blocks: Vec<RamBlock>, index: u16, count: u16) -> Res
     let mut input = Bytes(bytes);
     loop {
         if let Came::End { digest } = inlet.receive(&mut input)? {
+            inlet.into_differing().check()?;
             return match input.0 {
                 [] => Ok(digest),
                 rest => Err(Error::Protocol {

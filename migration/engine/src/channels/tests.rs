@@ -24,7 +24,7 @@ const PAGE: usize = PAGE_BYTES as usize;
 const SIZES: [(&str, u64); 2] = [("ram.low", 520), ("namespace", 8)];
 
 /// Fresh memory, with or without a file behind it.
-fn memory(with_file: bool) -> Vec<RamBlock> {
+pub(super) fn memory(with_file: bool) -> Vec<RamBlock> {
     let block = |(name, pages): &(&str, u64)| {
         let length = (pages * PAGE_BYTES) as usize;
         let bitmap = DirtyBitmap::with_len(length);

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use super::Late;
 use super::destination::Now;
 use super::message::Recover;
-use crate::channels::destination::Incoming;
-use crate::destination::{Arrived, Destination, unexpected};
+use crate::channels::destination::{Incoming, answer};
+use crate::destination::{Arrived, Destination};
 use crate::lease::Id;
 use crate::link::{Link, Step};
 use crate::protocol::{ChannelHello, Message};
@@ -24,35 +24,6 @@ struct Returning {
 }
 
 impl Destination<'_> {
-    /// The link on which pages are asked for, which the source opens right after AGREE. On `main` it says nothing until it is open.
-    pub(crate) fn page_channel(
-        &mut self,
-        incoming: &dyn Incoming,
-        main: &mut Link,
-        (session, key): (Id, Id),
-    ) -> Result<Link, Error> {
-        let (doing, patience) = ("waiting for the channel for pages", self.patience.handshake);
-        let step = Step { doing, patience, cancel: Some(self.parameters), until: None };
-        let end = Instant::now() + patience;
-        while Instant::now() < end {
-            let Some(visit) = next_visit(&mut self.reception, incoming, GLANCE)? else {
-                if main.is_spoken_to(step)? {
-                    return Err(unexpected(main.receive(step)?, doing));
-                }
-                continue;
-            };
-            match visit.said {
-                Ok(Message::Channel(hello))
-                    if is_for_pages(&hello, session, key) && visit.link.identity() == main.identity() =>
-                {
-                    return open_channel(visit.link, hello, step);
-                }
-                _ => self.put_off(visit),
-            }
-        }
-        Err(Error::TimedOut { doing, waited: patience })
-    }
-
     /// Brings the memory that the guest lacks, over lost links and new ones, until it has everything and the source knows, or
     /// `stop` is set.
     pub(crate) fn bring<M>(
@@ -137,7 +108,7 @@ impl Destination<'_> {
                         cancel: None,
                         until: None,
                     };
-                    let pages = open_channel(visit.link, hello.clone(), step);
+                    let pages = answer(visit.link, hello.clone(), step);
                     match pages.and_then(|pages| late.resume(main, pages)) {
                         Ok(()) => {
                             self.publish(late);
@@ -227,10 +198,4 @@ enum Welcome {
 
 fn is_for_pages(hello: &ChannelHello, session: Id, key: Id) -> bool {
     *hello == ChannelHello { session, key, index: 0, purpose: ChannelHello::PAGES }
-}
-
-/// Tells the source that its channel is open.
-fn open_channel(mut link: Link, hello: ChannelHello, step: Step<'_>) -> Result<Link, Error> {
-    link.send(&Message::Channel(hello), step)?;
-    Ok(link)
 }

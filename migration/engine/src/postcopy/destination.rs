@@ -52,6 +52,11 @@ impl Announced {
             .map_err(Error::machine("drop the old copies of missing pages"))
     }
 
+    /// What was added so far, by block in the order of their names.
+    pub fn by_name(&self) -> Vec<&PageBitmap> {
+        self.order.iter().filter_map(|block| self.missing.bitmaps().get(*block)).collect()
+    }
+
     /// A list has ended; whether it was the first, which is to be confirmed.
     pub fn listed(&mut self) -> bool {
         self.lists = self.lists.saturating_add(1);

@@ -73,6 +73,11 @@ impl<'a> Outgoing<'a> {
         }
     }
 
+    /// Waits until all that was sent beside the link is in its place.
+    pub fn settle_channels(&mut self) -> Result<(), Error> {
+        if self.channels.is_some() { self.settle(|_| ()) } else { Ok(()) }
+    }
+
     /// The link.
     pub fn out(&mut self) -> &mut Sink<'a> {
         self.stream.out()

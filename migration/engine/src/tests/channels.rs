@@ -358,11 +358,12 @@ fn rejected(link: &mut Link) -> String {
 
 #[test]
 fn channels_that_were_not_agreed_on_end_the_attempt() {
-    let cases: [(&[(u16, u8)], &str); 4] = [
+    let cases: [(&[(u16, u8)], &str); 5] = [
         (&[(0, 0), (0, 0)], "channel 0 came twice"),
         (&[(2, 0)], "channel 2 came, and 2 were agreed on"),
         (&[(u16::MAX, 0)], "channel 65535 came, and 2 were agreed on"),
         (&[(1, 9)], "channel 1 is for purpose 9"),
+        (&[(0, ChannelHello::PAGES)], "channel 0 is for purpose 1"),
     ];
     for (channels, words) in cases {
         let world = owned_world();

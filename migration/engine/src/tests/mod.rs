@@ -124,6 +124,8 @@ pub struct Play {
     pub tally: Option<Sender<()>>,
     /// Somebody stands between the two, and passes bytes on.
     pub tunnel: bool,
+    /// What is sent on the links after the first arrives later.
+    pub lag: Duration,
     /// Instead of a handle on the world's lease. The source's is here again afterwards.
     pub source_lease: Arc<Mutex<Option<Lease>>>,
     /// Instead of a handle on the world's lease.
@@ -168,6 +170,7 @@ impl Play {
             channel_fault: None,
             tally: None,
             tunnel: false,
+            lag: Duration::ZERO,
             source_lease: Arc::default(),
             destination_lease: None,
         }
@@ -199,14 +202,15 @@ impl Play {
             mut channel_fault,
             mut tally,
             tunnel,
+            lag,
             source_lease: lease_after,
             mut destination_lease,
         } = self;
         let (links, arriving) = channel::<Connection>();
-        parameters.set_channels(channels.max(1));
-        let joins = channels > 0
-            || parameters.postcopy() != PostcopyStart::Never
+        let may_follow = parameters.postcopy() != PostcopyStart::Never
             || parameters.convergence().on_timeout == OnTimeout::Postcopy;
+        let joins = channels > 0 || may_follow;
+        parameters.set_channels(if may_follow { channels } else { channels.max(1) });
         let mut source_lease = lease_after.lock().unwrap().take();
         if with_lease {
             source_lease.get_or_insert_with(|| {
@@ -253,12 +257,16 @@ impl Play {
                     }
                     if let Some(tally) = tally.take() {
                         let peer = near.peer().to_owned();
-                        near = Connection::new(Box::new(Tally { inner: near, tally }), peer);
+                        near = Connection::new(
+                            Box::new(Tally { inner: near, tally, lag: Duration::ZERO }),
+                            peer,
+                        );
                     }
-                    if tunnel {
+                    let lag = if dials > 1 { lag } else { Duration::ZERO };
+                    if tunnel || !lag.is_zero() {
                         // It reads bytes in the plain way.
                         let peer = far.peer().to_owned();
-                        far = Connection::new(Box::new(Tally { inner: far, tally: channel().0 }), peer);
+                        far = Connection::new(Box::new(Tally { inner: far, tally: channel().0, lag }), peer);
                     }
                     send(&links, far)?;
                     Ok(near)
@@ -288,15 +296,20 @@ impl Play {
     }
 }
 
-/// A link that tells of every write.
+/// A link that tells of every write, and reads late.
 struct Tally {
     inner: Connection,
     tally: Sender<()>,
+    lag: Duration,
 }
 
 impl Read for Tally {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.inner.read(buffer)
+        let count = self.inner.read(buffer)?;
+        if !self.lag.is_zero() {
+            std::thread::sleep(self.lag);
+        }
+        Ok(count)
     }
 }
 
@@ -314,7 +327,7 @@ impl Write for Tally {
 
 impl Link for Tally {
     fn try_clone(&self) -> io::Result<Box<dyn Link>> {
-        Ok(Box::new(Self { inner: self.inner.try_clone()?, tally: self.tally.clone() }))
+        Ok(Box::new(Self { inner: self.inner.try_clone()?, tally: self.tally.clone(), lag: self.lag }))
     }
     fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
         self.inner.set_read_timeout(timeout)

@@ -1,6 +1,7 @@
 //! Guests whose memory follows them, over links that break.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use transport::faulty::Fault;
 
@@ -19,7 +20,7 @@ fn play(world: &World, start: PostcopyStart) -> Play {
     let mut play = Play::new(world);
     play.parameters.set_postcopy(start);
     // Nothing is small enough for a stop.
-    play.parameters.set_downtime_limit(std::time::Duration::ZERO);
+    play.parameters.set_downtime_limit(Duration::ZERO);
     let parameters = Arc::clone(&play.parameters);
     play.listeners.0 = Some(Box::new(recover_each_time(parameters)));
     let world = world.clone();
@@ -144,7 +145,7 @@ fn a_user_lets_memory_follow_while_it_moves() {
 fn a_guest_that_can_be_stopped_for_the_rest_is() {
     let world = World::new();
     let play = play(&world, PostcopyStart::AfterFirstRound);
-    play.parameters.set_downtime_limit(std::time::Duration::from_secs(300));
+    play.parameters.set_downtime_limit(Duration::from_secs(300));
     let ending = play.run();
     assert!(matches!(ending.source, Some((Outcome::Completed { .. }, _))));
     assert!(ending.arrived.unwrap().machine.0.missing.is_none(), "nothing was missing");
@@ -223,9 +224,24 @@ fn a_guest_whose_threads_cannot_be_served_ends_with_the_same_reason_on_both_side
 
 /// Plays a fault at every message of one end of one of the links, until it does not strike.
 fn at_every_message(link: u32, end: End, start: PostcopyStart, fault: impl Fn() -> Fault) -> u32 {
+    with_channels_at_every_message(0, link, end, start, fault)
+}
+
+fn with_channels_at_every_message(
+    channels: u16,
+    link: u32,
+    end: End,
+    start: PostcopyStart,
+    fault: impl Fn() -> Fault,
+) -> u32 {
     for at in 0..MESSAGES_MAX {
         let world = World::new();
         let mut play = play(&world, start);
+        play.channels = channels;
+        if channels > 0 {
+            // A channel that is cut before it says what it is for is waited for.
+            play.patience.handshake = Duration::from_millis(500);
+        }
         // Each of these pages is a message of its own.
         play.source.writes = vec![40; 8];
         (play.fault, play.fault_link) = (Some((end, at, fault())), link);
@@ -292,6 +308,52 @@ fn no_page_is_lost_with_any_message_of_the_channel_for_pages() {
     for end in [End::Source, End::Destination] {
         for fault in [|| Fault::CutBefore, || Fault::CutMiddle, || Fault::CutAfter] {
             assert!(at_every_message(1, end, PostcopyStart::AtOnce, fault) > 1);
+        }
+    }
+}
+
+#[test]
+fn memory_comes_in_channels_before_it_follows() {
+    for channels in [1, 2, 5] {
+        for start in [PostcopyStart::AtOnce, PostcopyStart::AfterFirstRound] {
+            let what = format!("{channels} channels, {start:?}");
+            let world = World::new();
+            let mut play = play(&world, start);
+            play.channels = channels;
+            // Between the first round and the end, again and again.
+            play.source.writes = vec![300; 20];
+            let mut ending = play.run();
+            assert_moved(&world, &mut ending, &what);
+            let (source, destination) = (&ending.source_statistics, &ending.destination_statistics);
+            assert_eq!(source.channel_bytes.len(), usize::from(channels), "{what}");
+            let beside: u64 = source.channel_bytes.iter().sum();
+            let expected = if start == PostcopyStart::AtOnce { 0..64 << 10 } else { 280 * 4096..u64::MAX };
+            assert!(expected.contains(&beside), "{what}: {beside} bytes");
+            assert!(destination.postcopy.as_ref().is_some_and(|got| got.bytes > 0), "{what}");
+        }
+    }
+}
+
+/// Or a page that was sent in the first round and has changed since would be taken for the one that follows.
+#[test]
+fn what_comes_late_in_a_channel_is_older_than_what_is_dropped() {
+    for lag in [2, 20].map(Duration::from_millis) {
+        let world = World::new();
+        let mut play = play(&world, PostcopyStart::AfterFirstRound);
+        (play.channels, play.lag) = (2, lag);
+        play.source.writes = vec![300; 20];
+        let mut ending = play.run();
+        assert_moved(&world, &mut ending, &format!("{lag:?}"));
+    }
+}
+
+#[test]
+fn no_page_is_lost_with_any_message_of_a_channel_or_beside_channels() {
+    for link in 0..=3 {
+        for end in [End::Source, End::Destination] {
+            for fault in [|| Fault::CutBefore, || Fault::CutMiddle, || Fault::CutAfter] {
+                with_channels_at_every_message(2, link, end, PostcopyStart::AfterFirstRound, fault);
+            }
         }
     }
 }
