@@ -166,6 +166,7 @@ fn the_kernel_of_a_clone_seeds_its_random_numbers_anew() {
         .switch("--clone")
         .switch("--copy-disks");
     let mut clone = Vm::start(&bed, "clone", copy.flags().to_vec());
+    clone.migrated();
     clone.process.type_in("copy\n").expect("the console takes input");
     passes(&mut Guest { next: 0 }, clone);
 }
