@@ -1,4 +1,4 @@
-//! `ferry status`, `stop`, `cont`, `confirm`, `reclaim` and `quit`: one command each over a control socket.
+//! `ferry status`, `stop`, `cont`, `cancel`, `confirm`, `reclaim` and `quit`: one command each over a control socket.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -82,6 +82,28 @@ impl ControlArguments {
         self.run("cont")
     }
 
+    /// `ferry cancel`.
+    ///
+    /// # Errors
+    /// No machine answers, nothing is under way, or it was too late.
+    pub fn cancel(&self) -> anyhow::Result<()> {
+        let mut client = Client::connect(&self.api)?;
+        // Without a migration QMP says `{}`.
+        let info: Option<MigrationInfo> =
+            serde_json::from_value(client.execute("query-migrate", json!({}))?).ok();
+        if info.is_none_or(|info| info.status.is_final()) {
+            bail!("no migration is under way");
+        }
+        let ended = client.decide("migrate_cancel")?.info;
+        if self.json {
+            println!("{}", serde_json::to_string(&ended)?);
+        }
+        match ended.status {
+            MigrationStatus::Completed => bail!("too late: the migration has completed"),
+            _ => Ok(()),
+        }
+    }
+
     /// `ferry confirm`: the destination of an undecided hand-over has the guest.
     ///
     /// # Errors
@@ -109,7 +131,7 @@ impl ControlArguments {
     /// Waits until the hand-over is decided and says what the run state is then.
     fn decide(&self, command: &str) -> anyhow::Result<MigrationInfo> {
         let mut client = Client::connect(&self.api)?;
-        let decided = client.decide_handover(command)?.info;
+        let decided = client.decide(command)?.info;
         // With --exit-when-migrated nobody is there to be asked.
         match client.execute("query-status", json!({})) {
             Ok(status) => self.show(&status)?,

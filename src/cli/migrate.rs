@@ -14,7 +14,8 @@ use transport::Uri;
 
 use super::control::word;
 use crate::control::{
-    Client, DiskStats, Finished, Limits, MigrateRequest, MigrationInfo, MigrationStatus, RamStats,
+    Client, DiskStats, FerryDowntime, Finished, Limits, MigrateRequest, MigrationInfo, MigrationStatus,
+    RamStats,
 };
 
 /// Exit status after a second Ctrl-C: the shell's for SIGINT.
@@ -34,6 +35,8 @@ Examples:
   ferry migrate --api vm.sock --downtime-limit 20 --max-bandwidth 200M tcp:127.0.0.1:4444
   # A guest that dirties its memory faster than it goes is slowed down, and stopped after two minutes whatever that costs:
   ferry migrate --api vm.sock --auto-converge --timeout 120 --on-timeout force unix:/run/move.sock
+  # Returns at once; ferry status tells how it goes, ferry limits changes it, ferry cancel ends it:
+  ferry migrate --api vm.sock --detach --max-bandwidth 100M tcp:127.0.0.1:4444
   ferry migrate --api vm.sock --channels 4 --compress zstd tcp:127.0.0.1:4444
   ferry migrate --api vm.sock --tls-dir /etc/ferry tcp:node2.example:4444
   ferry migrate --api vm.sock --local unix:/run/move.sock
@@ -70,6 +73,10 @@ pub struct MigrateArguments {
     /// a link that breaks at the very end may need an operator (ferry confirm, ferry reclaim).
     #[arg(long, conflicts_with_all = ["local", "postcopy"])]
     pub with_storage: bool,
+    /// Return when the migration has begun, and leave it to the machine: `ferry status` tells how it goes. The exit status then says
+    /// nothing about its end.
+    #[arg(long)]
+    pub detach: bool,
     /// Print the report in JSON.
     #[arg(long)]
     pub json: bool,
@@ -163,6 +170,14 @@ impl MigrateArguments {
             postcopy: self.postcopy.map(|start| start.name().to_owned()),
             storage: self.with_storage,
         };
+        if self.detach {
+            client.begin_migration(&request).with_context(|| format!("the migration to {uri}"))?;
+            match self.json {
+                true => println!("{}", serde_json::to_string(&MigrationInfo::new(MigrationStatus::Setup))?),
+                false => println!("the migration to {uri} has begun"),
+            }
+            return Ok(());
+        }
         let mut display = Display::new();
         let finished = client.migrate(&request, &*cancelled_by_interrupt()?, |info| display.show(info));
         display.end();
@@ -175,6 +190,7 @@ impl MigrateArguments {
             MigrationStatus::Completed if self.json => Ok(()),
             MigrationStatus::Completed => {
                 println!("migrated to {uri}{}", summary(&finished));
+                details(&finished).iter().for_each(|line| println!("  {line}"));
                 Ok(())
             }
             MigrationStatus::Cancelled => {
@@ -304,10 +320,47 @@ fn summary(finished: &Finished) -> String {
     if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", ")) }
 }
 
+/// Where the time of the stop went, and what was sent: a line each.
+fn details(finished: &Finished) -> Vec<String> {
+    let Finished { info, details } = finished;
+    let mut lines = Vec::new();
+    let Some(details) = details else { return lines };
+    if let Some(downtime) = &details.downtime {
+        let FerryDowntime { total: _, stop, last_pass, device_save, transfer, load, handover, resume } =
+            *downtime;
+        let parts = [
+            ("stop", stop),
+            ("device state", device_save),
+            ("last pass", last_pass),
+            ("transfer", transfer),
+            ("load", load),
+            ("hand-over", handover),
+            ("resume", resume),
+        ];
+        let parts = parts.map(|(name, time)| format!("{name} {:.2}", time as f64 / 1e3));
+        lines.push(format!("stopped, ms: {}", parts.join(", ")));
+    }
+    if let Some(ram) = info.ram.as_ref().filter(|_| details.handed_over_bytes == 0) {
+        let mut kinds =
+            vec![format!("{} pages with contents", ram.normal), format!("{} zero", ram.duplicate)];
+        if details.compressed_pages > 0 {
+            let bytes = HumanBytes(details.compressed_bytes);
+            kinds.push(format!("{} compressed to {bytes}", details.compressed_pages));
+        }
+        kinds.push(format!("{} while stopped", HumanBytes(ram.downtime_bytes)));
+        lines.push(format!("sent: {}", kinds.join(", ")));
+    }
+    if !details.channel_bytes.is_empty() {
+        let channels = details.channel_bytes.iter().map(|bytes| HumanBytes(*bytes).to_string());
+        lines.push(format!("by channel: {}", channels.collect::<Vec<_>>().join(", ")));
+    }
+    lines
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::{FerryDowntime, FerryMigration};
+    use crate::control::FerryMigration;
 
     fn active() -> MigrationInfo {
         let ram = RamStats {
@@ -357,6 +410,42 @@ mod tests {
         );
         let bare = Finished { info: MigrationInfo::new(MigrationStatus::Completed), details: None };
         assert_eq!(summary(&bare), "");
+    }
+
+    #[test]
+    fn details_say_where_time_and_bytes_went() {
+        let mut finished = Finished { info: active(), details: None };
+        assert_eq!(details(&finished), [""; 0]);
+        let downtime = FerryDowntime { total: 2400, stop: 310, last_pass: 1200, ..FerryDowntime::default() };
+        let migration = FerryMigration {
+            downtime: Some(downtime),
+            channel_bytes: vec![3 << 20, 2 << 20],
+            compressed_pages: 9,
+            compressed_bytes: 2048,
+            ..FerryMigration::default()
+        };
+        finished.details = Some(migration.clone());
+        finished.info.ram = finished.info.ram.map(|ram| RamStats { normal: 80, duplicate: 7, ..ram });
+        assert_eq!(
+            details(&finished),
+            [
+                "stopped, ms: stop 0.31, device state 0.00, last pass 1.20, transfer 0.00, load 0.00, hand-over 0.00, resume 0.00",
+                "sent: 80 pages with contents, 7 zero, 9 compressed to 2.00 KiB, 0 B while stopped",
+                "by channel: 3.00 MiB, 2.00 MiB",
+            ]
+        );
+        finished.details = Some(FerryMigration { handed_over_bytes: 1 << 30, downtime: None, ..migration });
+        assert_eq!(details(&finished), ["by channel: 3.00 MiB, 2.00 MiB"]);
+    }
+
+    #[test]
+    fn help_names_the_default_number_of_channels() {
+        let help =
+            <Limits as clap::Args>::augment_args(clap::Command::new("test")).render_long_help().to_string();
+        assert!(
+            help.contains(&format!("begin later [at its start: {}]", engine::CHANNELS_DEFAULT)),
+            "{help}"
+        );
     }
 
     #[test]

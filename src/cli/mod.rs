@@ -73,6 +73,10 @@ pub enum Command {
     ///
     /// Example: ferry cont --api vm.sock
     Cont(ControlArguments),
+    /// Call off a migration or a snapshot that is under way: the guest stays here.
+    ///
+    /// Waits until that is so. Too late, and an error, once the guest was handed over. Example: ferry cancel --api vm.sock
+    Cancel(ControlArguments),
     /// Say that the destination has the guest of a hand-over that is undecided. It then never runs here again.
     ///
     /// Only without a lease, when COMMIT was sent and the destination does not answer, can nothing but an operator tell (`ferry status`
@@ -131,6 +135,7 @@ impl Command {
             Self::Status(arguments) => arguments.status(),
             Self::Stop(arguments) => arguments.stop(),
             Self::Cont(arguments) => arguments.cont(),
+            Self::Cancel(arguments) => arguments.cancel(),
             Self::Confirm(arguments) => arguments.confirm(),
             Self::Reclaim(arguments) => arguments.reclaim(),
             Self::Quit(arguments) => arguments.execute(),

@@ -160,7 +160,7 @@ pub struct Limits {
     #[arg(long, value_name = "SIZE", value_parser = config::parse_size)]
     pub max_bandwidth: Option<u64>,
     /// Connections for guest memory beside that for everything else: 1 to 64, or 0 to send all over one; holds for migrations of this
-    /// process that begin later [at its start: 1].
+    /// process that begin later [at its start: 2].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=i64::from(engine::CHANNELS_MAX)))]
     pub channels: Option<u16>,
     /// How they compress: worth it where the network is slower than the processors; holds for migrations of this process that begin

@@ -29,6 +29,9 @@ pub enum Event {
         /// Which.
         status: MigrationStatus,
     },
+    /// A guest was handed over, and the destination has not said whether it runs it: `x-ferry-status` tells what is known, and whether
+    /// an operator has to decide. QEMU has no word for it.
+    HandoverUnknown,
     /// A namespace of the host's changed at a command. QEMU has no word for it.
     Namespace {
         /// Serial number of its controller.
@@ -106,6 +109,7 @@ impl Event {
                 message["event"] = json!("MIGRATION");
                 message["data"] = json!({ "status": status });
             }
+            Self::HandoverUnknown => message["event"] = json!("X_FERRY_HANDOVER_UNKNOWN"),
             Self::Namespace { controller, nsid, change } => {
                 message["event"] = json!("X_FERRY_NAMESPACE");
                 message["data"] = json!(change);

@@ -60,6 +60,15 @@ impl Client {
     ) -> Result<Finished, Error> {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         self.execute("migrate-set-capabilities", events)?;
+        self.begin_migration(request)?;
+        self.follow_unless_cancelled(cancel, progress)
+    }
+
+    /// Begins to migrate, which goes on without this client.
+    ///
+    /// # Errors
+    /// The machine refused to begin.
+    pub fn begin_migration(&mut self, request: &MigrateRequest) -> Result<(), Error> {
         self.set_limits(&request.limits)?;
         let mut target = serde_json::Map::from_iter([("uri".to_owned(), json!(request.uri))]);
         target.extend(request.tls_dir.as_ref().map(|folder| ("x-ferry-tls-dir".to_owned(), json!(folder))));
@@ -67,8 +76,7 @@ impl Client {
         target.extend(request.local.then(|| ("x-ferry-local".to_owned(), json!(true))));
         target.extend(request.postcopy.as_ref().map(|start| ("x-ferry-postcopy".to_owned(), json!(start))));
         target.extend(request.storage.then(|| ("x-ferry-with-storage".to_owned(), json!(true))));
-        self.execute("migrate", target.into())?;
-        self.follow_unless_cancelled(cancel, progress)
+        self.execute("migrate", target.into()).map(drop)
     }
 
     /// Takes a snapshot into the file `path`, and returns when it is there or is not; `progress` sees each report on the way.
@@ -131,12 +139,12 @@ impl Client {
         }
     }
 
-    /// Says what an operator knows of an undecided hand-over, and returns when that is decided: as `command` says, or otherwise
-    /// if the destination answered after all.
+    /// Has a migration end as `command` says, and returns when it has ended: so, or otherwise if that was too late or the destination of
+    /// an undecided hand-over answered after all.
     ///
     /// # Errors
     /// The machine refused, or its process went away before.
-    pub fn decide_handover(&mut self, command: &str) -> Result<Finished, Error> {
+    pub fn decide(&mut self, command: &str) -> Result<Finished, Error> {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         self.execute("migrate-set-capabilities", events)?;
         self.execute(command, json!({}))?;

@@ -462,8 +462,11 @@ fn ensure_link(uri: &Uri, security: &Security) -> anyhow::Result<()> {
 fn statistics(vmm: &Vmm) -> Arc<Statistics> {
     let events = Arc::clone(&vmm.events);
     Arc::new(Statistics::with_listener(move |status: Status| {
-        if let Some(status) = report::qmp_status(status) {
-            events.emit(Event::Migration { status });
+        match report::qmp_status(status) {
+            // To QMP it is what it was before.
+            _ if status == Status::HandoverUnknown => events.emit(Event::HandoverUnknown),
+            Some(status) => events.emit(Event::Migration { status }),
+            None => {}
         }
     }))
 }

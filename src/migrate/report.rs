@@ -96,7 +96,7 @@ pub fn qmp_status(status: Status) -> Option<MigrationStatus> {
         Status::None => return None,
         Status::Setup => MigrationStatus::Setup,
         Status::Active => MigrationStatus::Active,
-        Status::Device => MigrationStatus::Device,
+        Status::Device | Status::HandoverUnknown => MigrationStatus::Device,
         Status::PostcopyActive => MigrationStatus::PostcopyActive,
         Status::PostcopyPaused => MigrationStatus::PostcopyPaused,
         Status::PostcopyRecover => MigrationStatus::PostcopyRecover,

@@ -121,6 +121,7 @@ fn a_guest_whose_destination_died_without_a_lease_is_reclaimed_by_the_operator()
         Handover::of(without_lease(), bed(), Kind::Commit);
     destination.kill();
     held.cut();
+    source.event("X_FERRY_HANDOVER_UNKNOWN");
     let detail = undecided(&mut source);
     assert!(detail.contains(proxy.uri()), "{detail}");
     assert_eq!(source.status().ownership, FerryOwnership::HandoverUnknown);

@@ -339,7 +339,7 @@ impl Handover {
         if known.as_ref() != Some(&text) {
             log::warn!("{text}");
         }
-        context.statistics.set_status(Status::Device);
+        context.statistics.set_status(Status::HandoverUnknown);
     }
 
     /// Nobody else has it: it goes on here.

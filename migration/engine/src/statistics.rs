@@ -16,8 +16,10 @@ pub enum Status {
     Setup,
     /// RAM moves, the guest runs.
     Active,
-    /// The guest is stopped; last pages, device state, the switch. Also `handover-unknown`.
+    /// The guest is stopped; last pages, device state, the switch.
     Device,
+    /// The guest was handed over, and nobody has said yet whether it runs at the destination.
+    HandoverUnknown,
     /// The guest runs at the destination, and the rest of its memory follows.
     PostcopyActive,
     /// The same, and the link is lost.
@@ -41,7 +43,7 @@ impl Status {
         matches!(self, Self::PostcopyActive | Self::PostcopyPaused | Self::PostcopyRecover)
     }
 
-    /// QEMU's name.
+    /// QEMU's name, where it has the status.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -49,6 +51,7 @@ impl Status {
             Self::Setup => "setup",
             Self::Active => "active",
             Self::Device => "device",
+            Self::HandoverUnknown => "handover-unknown",
             Self::PostcopyActive => "postcopy-active",
             Self::PostcopyPaused => "postcopy-paused",
             Self::PostcopyRecover => "postcopy-recover",

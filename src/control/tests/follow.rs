@@ -168,13 +168,13 @@ fn a_server_waits_for_its_clients_when_told_to() {
 fn an_operators_word_is_followed_to_what_it_decides() {
     let setup = Setup::new();
     let mut client = Client::connect(&setup.path).unwrap();
-    let error = client.decide_handover("x-ferry-reclaim").unwrap_err().to_string();
+    let error = client.decide("x-ferry-reclaim").unwrap_err().to_string();
     assert_eq!(error, "x-ferry-reclaim was refused: nothing is undecided");
     for (command, status) in
         [("x-ferry-confirm", MigrationStatus::Completed), ("x-ferry-reclaim", MigrationStatus::Failed)]
     {
         setup.machine.set(|state| state.run_state = RunState::Postmigrate);
-        assert_eq!(client.decide_handover(command).unwrap().info.status, status);
+        assert_eq!(client.decide(command).unwrap().info.status, status);
     }
     assert_eq!(setup.machine.asked(), ["Confirm", "Reclaim"]);
 }

@@ -291,7 +291,7 @@ fn a_file_is_not_removed_before_the_lease_says_that_it_is_not_the_guest() {
         let Outcome::Unknown(handover) = outcome else { panic!("{outcome:?}") };
         assert_eq!(files(&world), ["guest", "lease"]);
         assert_eq!(world.running(), [""; 0]);
-        assert_eq!(statistics.snapshot().status, crate::Status::Device);
+        assert_eq!(statistics.snapshot().status, crate::Status::HandoverUnknown);
 
         world.find_lease();
         if reached_the_disk {
