@@ -213,7 +213,7 @@ impl Userfault {
             // could read yet, in a mapping that is only accessed by volatile reads and writes.
             let result = unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_COPY(), &mut copy) };
             let what = || format!("place {length_bytes:#x} bytes at {offset:#x} of block number {block}");
-            done += progress(result, copy.copied_bytes, length_bytes - done, what)?;
+            done += self.progress(result, copy.copied_bytes, start + done..start + length_bytes, what)?;
         }
         Ok(())
     }
@@ -231,9 +231,35 @@ impl Userfault {
             // SAFETY: the kernel reads and writes one `uffdio_zeropage`, and fills pages as in `place`.
             let result = unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_ZEROPAGE(), &mut zero) };
             let what = || format!("clear {length_bytes:#x} bytes at {offset:#x} of block number {block}");
-            done += progress(result, zero.zeroed_bytes, length_bytes - done, what)?;
+            done += self.progress(result, zero.zeroed_bytes, start + done..start + length_bytes, what)?;
         }
         Ok(())
+    }
+
+    /// Bytes of the addresses `left` that a call dealt with: those it says, or a page that is there already.
+    fn progress(
+        &self,
+        result: i32,
+        done_bytes: i64,
+        left: std::ops::Range<u64>,
+        what: impl FnOnce() -> String,
+    ) -> Result<u64, Error> {
+        let left_bytes = left.end - left.start;
+        if result == 0 {
+            return Ok(left_bytes);
+        }
+        let source = io::Error::last_os_error();
+        match source.raw_os_error() {
+            // Some were done before one that was not: that one is looked at next.
+            Some(libc::EAGAIN) => Ok(u64::try_from(done_bytes).unwrap_or(0).min(left_bytes)),
+            Some(libc::EEXIST) => {
+                let page = Range { start: left.start, length_bytes: left_bytes.min(PAGE_SIZE_BYTES) };
+                // Somebody else put it there, and whoever waits has not heard of it.
+                self.wake_range(&page, what)?;
+                Ok(page.length_bytes)
+            }
+            _ => Err(Error::Call { what: what(), source }),
+        }
     }
 
     /// Lets go on who waits for one of these pages, to look again: for pages that came to be there in another way.
@@ -242,9 +268,14 @@ impl Userfault {
     /// [`Error::OutOfBounds`], [`Error::Call`].
     pub fn wake(&self, block: usize, offset: u64, length_bytes: u64) -> Result<(), Error> {
         let range = self.range(block, offset, length_bytes)?;
+        let what = || format!("wake who waits for {offset:#x}+{length_bytes:#x} of block number {block}");
+        self.wake_range(&range, what)
+    }
+
+    fn wake_range(&self, range: &Range, what: impl FnOnce() -> String) -> Result<(), Error> {
         // SAFETY: the kernel reads one `uffdio_range`.
-        let result = unsafe { ioctl_with_ref(&self.fd, UFFDIO_WAKE(), &range) };
-        check(result, || format!("wake who waits for {offset:#x}+{length_bytes:#x} of block number {block}"))
+        let result = unsafe { ioctl_with_ref(&self.fd, UFFDIO_WAKE(), range) };
+        check(result, what)
     }
 
     /// Brings no more pages of a block: those that are missing are zeros from now on, and nobody waits for them.
@@ -344,20 +375,6 @@ fn open() -> Result<OwnedFd, Error> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Bytes of `left` that a call dealt with: those it says, or a page that is there already.
-fn progress(result: i32, done_bytes: i64, left: u64, what: impl FnOnce() -> String) -> Result<u64, Error> {
-    if result == 0 {
-        return Ok(left);
-    }
-    let source = io::Error::last_os_error();
-    match source.raw_os_error() {
-        // Some were done before one that was not: that one is looked at next.
-        Some(libc::EAGAIN) => Ok(u64::try_from(done_bytes).unwrap_or(0).min(left)),
-        Some(libc::EEXIST) => Ok(left.min(PAGE_SIZE_BYTES)),
-        _ => Err(Error::Call { what: what(), source }),
-    }
-}
-
 fn check(result: i32, what: impl FnOnce() -> String) -> Result<(), Error> {
     match result {
         0.. => Ok(()),
@@ -372,6 +389,7 @@ fn failed(what: &str, errno: rustix::io::Errno) -> Error {
 #[cfg(test)]
 mod tests {
     use std::io::Seek;
+    use std::os::unix::fs::FileExt;
     use std::thread::{self, ScopedJoinHandle};
 
     use vm_memory::ReadVolatile;
@@ -446,6 +464,26 @@ mod tests {
         userfault.place_zeros(0, 0, 6 * PAGE).unwrap();
         let words = [0, 1, 2, 3, 5].map(|page| word(low, page * PAGE));
         assert_eq!(words, [0, 0x0101_0101, 0x0909_0909, 0x0101_0101, 0]);
+    }
+
+    #[test]
+    fn who_waits_for_a_page_that_another_way_brought_goes_on() {
+        let ram = ram();
+        let low = ram.block(RAM_LOW).unwrap();
+        let userfault = Userfault::register(ram.blocks()).unwrap();
+        let file = low.mapping.file_offset().unwrap().file();
+        thread::scope(|scope| {
+            for (page, by_zeros) in [(3, false), (5, true)] {
+                let waits = look(scope, low, page * PAGE);
+                assert_eq!(next(&userfault), [Fault { block: 0, offset: page * PAGE, thread: 0 }]);
+                file.write_all_at(&[7; 4], page * PAGE).unwrap();
+                match by_zeros {
+                    true => userfault.place_zeros(0, page * PAGE, PAGE).unwrap(),
+                    false => userfault.place(0, page * PAGE, &[1; PAGE as usize]).unwrap(),
+                }
+                assert_eq!(waits.join().unwrap(), 0x0707_0707);
+            }
+        });
     }
 
     #[test]

@@ -94,10 +94,7 @@ impl MsiRouter {
 
     fn set_message(&self, gsi: u32, message: MsiMessage) -> Result<(), Error> {
         let mut table = self.table();
-        if table.messages.insert(gsi, message) == Some(message) {
-            return Ok(());
-        }
-        table.stale = true;
+        table.stale |= table.messages.insert(gsi, message) != Some(message);
         if self.deferred.load(Ordering::Acquire) { Ok(()) } else { self.apply(&mut table) }
     }
 
@@ -292,5 +289,30 @@ impl Drop for MsixFunction {
             let _ = self.router.vm.fd().unregister_irqfd(&vector.event, vector.gsi);
             self.router.free(vector.gsi);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kvm::Host;
+
+    #[test]
+    fn a_route_that_kvm_did_not_take_is_set_by_the_next_try() {
+        let vm = Vm::new(&Host::open().expect("these tests need /dev/kvm")).unwrap();
+        let router = MsiRouter::new(vm);
+        let gsi = router.allocate(1).unwrap()[0];
+        let message = MsiMessage { address: 0xfee0_0000, data: 0x41 };
+        router.set_message(gsi, message).unwrap();
+        assert!(!router.table().stale);
+        // As a call that fails leaves it.
+        router.table().stale = true;
+        router.set_message(gsi, message).unwrap();
+        assert!(!router.table().stale);
+        router.defer();
+        router.set_message(gsi, MsiMessage { data: 0x42, ..message }).unwrap();
+        assert!(router.table().stale);
+        router.settle().unwrap();
+        assert!(!router.table().stale);
     }
 }

@@ -314,6 +314,14 @@ impl RamBlock {
         Ok(ranges)
     }
 
+    /// Whether the page at `offset` holds memory, as [`Self::populated_ranges`] has it.
+    ///
+    /// # Errors
+    /// [`Error::Access`].
+    pub fn is_populated(&self, offset: u64) -> Result<bool, Error> {
+        Ok(self.seek(SeekFrom::Data(offset))?.is_some_and(|start| start < offset + PAGE_SIZE_BYTES))
+    }
+
     /// `None` when there is nothing of that kind up to the end of the file.
     fn seek(&self, to: SeekFrom) -> Result<Option<u64>, Error> {
         match rustix::fs::seek(self.memfd(), to) {

@@ -15,6 +15,8 @@ pub struct Paging {
     userfault: Userfault,
     /// For each of `userfault`'s blocks its number in the machine.
     numbers: Vec<usize>,
+    /// The machine's, those that are not watched among them.
+    blocks: Vec<RamBlock>,
     waiters: Arc<Waiters>,
     vmm: Weak<Vmm>,
 }
@@ -34,11 +36,21 @@ impl Paging {
             .filter(|(_, block)| !resources.is_region(block) && !block.is_huge())
             .unzip();
         let (userfault, waiters) = (Userfault::register(&blocks)?, Arc::clone(resources.waiters()));
-        Ok(Self { userfault, numbers, waiters, vmm: Arc::downgrade(vmm) })
+        let blocks = resources.ram().blocks().to_vec();
+        Ok(Self { userfault, numbers, blocks, waiters, vmm: Arc::downgrade(vmm) })
     }
 
     fn vmm(&self) -> MachineResult<Arc<Vmm>> {
         self.vmm.upgrade().ok_or_else(|| "the process is ending".into())
+    }
+
+    /// Notes who waits, unless the page came since the fault: it would never be placed again. Whoever places it from now on finds the note.
+    fn note(&self, &Fault { block, offset, thread }: &Fault) {
+        self.waiters.add(thread, block, offset);
+        let is_there = |block: &RamBlock| block.is_populated(offset).unwrap_or_default();
+        if self.blocks.get(block).is_some_and(is_there) {
+            self.waiters.serve(block, &(offset..offset.saturating_add(1)));
+        }
     }
 
     /// What `userfault` calls the machine's block.
@@ -61,9 +73,7 @@ impl MissingPages for Paging {
         };
         let came = faults.len();
         faults.extend(found.into_iter().filter_map(in_machine));
-        for Fault { block, offset, thread } in faults.iter().skip(came) {
-            self.waiters.add(*thread, *block, *offset);
-        }
+        faults.iter().skip(came).for_each(|fault| self.note(fault));
         Ok(())
     }
 
@@ -105,5 +115,46 @@ impl MissingPages for Paging {
         if let Some(vmm) = self.vmm.upgrade() {
             vmm.request(Request::MemoryLost(anyhow::anyhow!("{}", error.chain())));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{GuestRam, PAGE_SIZE_BYTES as PAGE};
+
+    #[test]
+    fn who_was_served_before_it_was_noted_waits_for_nothing() {
+        let ram = GuestRam::new(1 << 20, &[]).unwrap();
+        let waiters = Arc::new(Waiters::default());
+        let paging = Paging {
+            userfault: Userfault::register(ram.blocks()).unwrap(),
+            numbers: vec![0],
+            blocks: ram.blocks().to_vec(),
+            waiters: Arc::clone(&waiters),
+            vmm: Weak::new(),
+        };
+        std::thread::scope(|scope| {
+            let touch = |page: u64| {
+                let block = &ram.blocks()[0];
+                scope.spawn(move || block.read(page * PAGE, &mut [0; 4]).unwrap())
+            };
+            let touched = touch(3);
+            let mut found = Vec::new();
+            paging.userfault.faults(&mut found).unwrap();
+            let crate::userfault::Fault { block, offset, thread } = found[0];
+            paging.place(0, 3 * PAGE, &[1; PAGE as usize]).unwrap();
+            paging.note(&Fault { block, offset, thread });
+            touched.join().unwrap();
+            assert!(!waiters.has(thread));
+
+            let touched = touch(4);
+            let mut found = Vec::new();
+            paging.faults(&mut found).unwrap();
+            assert!(waiters.has(found[0].thread));
+            paging.place_zeros(0, 4 * PAGE, PAGE).unwrap();
+            assert!(!waiters.has(found[0].thread));
+            touched.join().unwrap();
+        });
     }
 }

@@ -53,6 +53,8 @@ pub(super) struct Vcpu {
     kickable: Kickable,
     vm: Arc<Vm>,
     running: bool,
+    /// It was told of an end: until it is put into another state there is nothing to be run.
+    has_ended: bool,
     /// Until then it runs no guest, though it is not paused.
     resting_until: Option<Instant>,
     /// As it was before it was first booted, restored or run.
@@ -92,6 +94,7 @@ impl Vcpu {
             kickable,
             vm,
             running: false,
+            has_ended: false,
             resting_until: None,
             power_on: None,
             exits,
@@ -151,7 +154,7 @@ impl Vcpu {
                 VcpuEvent::Failed(Error::Stuck { vcpu: self.index, rip, why })
             }
         };
-        self.running = false;
+        (self.running, self.has_ended) = (false, true);
         (self.on_event)(self.index, event);
         false
     }
@@ -169,7 +172,11 @@ impl Vcpu {
         self.resting_until = until;
     }
 
+    /// Runs the guest from now on. One that has ended is over, whoever lets the machine go on that stood still meanwhile.
     pub(super) fn resume(&mut self) {
+        if self.has_ended {
+            return;
+        }
         // Tells a guest with kvm-clock that it was stopped, so that its watchdogs do not complain. EINVAL: it has none.
         if let Err(error) = self.fd().kvmclock_ctrl()
             && error.errno() != libc::EINVAL
@@ -298,7 +305,9 @@ impl Vcpu {
         msr::write(fd, index, &deadline)?;
         fd.set_debug_regs(&saved.debug.to_kvm()).map_err(set("debug registers"))?;
         fd.set_vcpu_events(&saved.events.to_kvm()).map_err(set("events"))?;
-        fd.set_mp_state(state::kvm_mp(saved.mp_state)).map_err(set("run state"))
+        fd.set_mp_state(state::kvm_mp(saved.mp_state)).map_err(set("run state"))?;
+        self.has_ended = false;
+        Ok(())
     }
 
     /// Everything that would make `saved` wrong here, in one sentence.

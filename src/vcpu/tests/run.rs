@@ -132,6 +132,23 @@ fn a_triple_fault_asks_for_a_reset() {
 }
 
 #[test]
+fn a_vcpu_that_has_ended_runs_again_only_in_another_state() {
+    let guest = TestGuest::new(1, &[0x0f, 0x01, 0x1d, 0x00, 0x50, 0x00, 0x00, 0x0f, 0x0b]);
+    guest.vcpus.resume().unwrap();
+    assert!(matches!(guest.next_event(), (0, VcpuEvent::Reset)));
+    let exits = guest.vcpus.exits();
+    guest.vcpus.let_go().unwrap();
+    guest.vcpus.resume().unwrap();
+    guest.vcpus.pause().unwrap();
+    assert_eq!(guest.event_backlog().len(), 0);
+    assert_eq!(guest.vcpus.exits(), exits);
+    guest.vcpus.reset().unwrap();
+    guest.boot();
+    guest.vcpus.resume().unwrap();
+    assert!(matches!(guest.next_event(), (0, VcpuEvent::Reset)));
+}
+
+#[test]
 fn what_kvm_cannot_do_stops_the_vcpu_with_its_place() {
     // jmp MMIO: there are no instructions in device memory.
     let mut code = vec![0xb8];
