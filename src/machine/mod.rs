@@ -44,7 +44,7 @@ use disk::Disk;
 use entropy::EntropyDevice;
 use resources::open_namespace;
 
-pub use resources::{Nvm, Resources, first_writable_file};
+pub use resources::{Nvm, Resources, first_writable_file, try_while_locked};
 pub use run::{Action, Refused, RunState};
 pub use sections::{schema_hashes, schemas};
 pub use waiters::Waiters;

@@ -225,19 +225,9 @@ impl Resources {
     pub fn acquire_images_within(
         &self,
         patience: Duration,
-        mut wait: impl FnMut(&block::Error) -> bool,
+        wait: impl FnMut(&block::Error) -> bool,
     ) -> Result<(), block::Error> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let error = match self.acquire_images() {
-                Err(error @ block::Error::Locked { .. }) => error,
-                result => return result,
-            };
-            if Instant::now() > deadline || !wait(&error) {
-                return Err(error);
-            }
-            std::thread::sleep(LOCK_RETRY);
-        }
+        try_while_locked(patience, wait, || self.acquire_images())
     }
 
     /// Makes every acknowledged write stable; the images stay held.
@@ -436,4 +426,70 @@ pub(super) fn open_namespace(
 pub fn first_writable_file(controllers: &[ControllerSpec]) -> Option<&Path> {
     let namespaces = controllers.iter().flat_map(|controller| &controller.namespaces);
     namespaces.filter(|namespace| !namespace.read_only).find_map(|namespace| namespace.backend.path())
+}
+
+/// Does `attempt`, and tries again for `patience` what a lock of someone else refuses, while `wait` says so to the refusal.
+///
+/// # Errors
+/// Those of the last attempt.
+pub fn try_while_locked<T>(
+    patience: Duration,
+    mut wait: impl FnMut(&block::Error) -> bool,
+    mut attempt: impl FnMut() -> Result<T, block::Error>,
+) -> Result<T, block::Error> {
+    let deadline = Instant::now() + patience;
+    loop {
+        let error = match attempt() {
+            Err(error @ block::Error::Locked { .. }) => error,
+            result => return result,
+        };
+        if Instant::now() > deadline || !wait(&error) {
+            return Err(error);
+        }
+        std::thread::sleep(LOCK_RETRY);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn locked() -> block::Error {
+        block::Error::Locked { path: "an image".into(), access: "writing" }
+    }
+
+    #[test]
+    fn only_what_is_locked_is_tried_again_and_only_as_long_as_that_may_help() {
+        let (mut attempts, mut asked) = (0, 0);
+        let taken = try_while_locked(
+            LONG,
+            |_| {
+                asked += 1;
+                true
+            },
+            || {
+                attempts += 1;
+                if attempts < 3 { Err(locked()) } else { Ok(attempts) }
+            },
+        );
+        assert_eq!((taken.unwrap(), asked), (3, 2));
+
+        let mut attempts = 0;
+        let mut refused = |wait: bool, patience, error: fn() -> block::Error| {
+            attempts = 0;
+            let attempt = || {
+                attempts += 1;
+                Err::<(), _>(error())
+            };
+            try_while_locked(patience, |_| wait, attempt).unwrap_err();
+            attempts
+        };
+        assert_eq!(refused(false, LONG, locked), 1, "nobody is waited for");
+        let gone =
+            || block::Error::Create { path: "an image".into(), source: std::io::ErrorKind::NotFound.into() };
+        assert_eq!(refused(true, LONG, gone), 1, "waiting does not help");
+        assert!(refused(true, Duration::ZERO, locked) <= 2, "the time is over");
+    }
 }

@@ -43,7 +43,7 @@ use crate::startup::{self, Step};
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How long the requests of a process that was killed may keep its images locked.
-const LAST_REQUESTS: Duration = Duration::from_secs(10);
+pub const LAST_REQUESTS: Duration = Duration::from_secs(10);
 
 /// How long the end of a guest waits for memory that is on its way.
 const LAST_PAGES: Duration = Duration::from_secs(1);

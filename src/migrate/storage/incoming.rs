@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use block::{Backend, FileImage, FileOptions, Qcow2Image};
@@ -16,8 +17,8 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
 use super::{ImageIo, Place, folder_of, places};
-use crate::machine::Resources;
-use crate::vmm::{Vmm, ownership};
+use crate::machine::{Resources, try_while_locked};
+use crate::vmm::{LAST_REQUESTS, Vmm, ownership};
 
 /// After so much the disk is asked to write what it has: the stop then waits for little.
 const SYNC_BYTES: u64 = 64 << 20;
@@ -110,9 +111,11 @@ impl Incoming {
             unsynced_bytes: 0,
             is_owned: false,
         };
+        // We are the only one present at the record: whoever wrote it before is gone, but for its last requests.
+        let patience = before.map_or(Duration::ZERO, |_| LAST_REQUESTS);
         for (place, disk) in places.into_iter().zip(disks) {
             let name = place.path.display().to_string();
-            let image = make(place, disk, come.overwrite);
+            let image = make(place, disk, come.overwrite, patience);
             incoming.images.push(image.with_context(|| format!("cannot make {name}"))?);
         }
         Ok(incoming)
@@ -242,8 +245,9 @@ fn list(images: &[(&str, &str)]) -> String {
     if names.is_empty() { "no images".to_owned() } else { format!("images {}", names.join(", ")) }
 }
 
-/// Makes one image, all holes, where there is nothing, or nothing in it, or where that is given up.
-fn make(place: Place, disk: &Disk, give_up: bool) -> anyhow::Result<Image> {
+/// Makes one image, all holes, where there is nothing, or nothing in it, or where that is given up. It waits for so long for a process
+/// that was killed, whose locks stay until the kernel has finished its requests.
+fn make(place: Place, disk: &Disk, give_up: bool, patience: Duration) -> anyhow::Result<Image> {
     let length_bytes = disk.length_bytes;
     let path = &place.path;
     let metadata = match fs::metadata(path) {
@@ -259,7 +263,8 @@ fn make(place: Place, disk: &Disk, give_up: bool) -> anyhow::Result<Image> {
         Some(metadata) => {
             ensure!(is_device || metadata.is_file(), "it is neither a file nor a block device");
             // Whoever uses it is left alone, whatever may be given up.
-            FileImage::open(path, FileOptions { direct: false, ..FileOptions::default() })?;
+            let options = FileOptions { direct: false, ..FileOptions::default() };
+            try_while_locked(patience, |_| true, || FileImage::open(path, options))?;
             let file = OpenOptions::new().read(true).write(true).open(path)?;
             match metadata.len() {
                 length_bytes if !is_device && is_hole(&file)? => (file, Found::Empty { length_bytes }),
