@@ -2,17 +2,20 @@
 //!
 //! What is accepted: the guest runs in one of the two processes, and the other says why it does not run there. Or it died with a
 //! process that was killed: with the one that had it, or, as long as some of its memory was still at its source, with either; then the
-//! one that is left says what it lacks, or keeps. Without a lease it may be undecided whose the guest is, but only as long as the
+//! one that is left says what it lacks, or keeps. Without a common lease it may be undecided whose the guest is, but only as long as the
 //! processes cannot reach each other, or one of them is gone.
 
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use engine::lease::State;
 use ferry::control::{FerryOwnership, FerryStatus, MigrationInfo, RunState};
 use serde_json::json;
 use stream::frame::Kind;
 use support::{Proxy, Vm, WATCHDOG};
 
 use super::draw::Side;
+use super::images;
 
 /// After how long an operator tries again what has had no success.
 const AGAIN: Duration = Duration::from_millis(100);
@@ -26,6 +29,17 @@ pub enum Outcome {
     Dead,
 }
 
+/// What tells whose the guest is when its destination does not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Proof {
+    /// A lease that both sides see. Nobody is asked.
+    Lease,
+    /// An operator knows that it never runs again, and has written nothing that is left.
+    Nothing,
+    /// An operator reads the record beside the images of the destination.
+    Record(PathBuf),
+}
+
 /// A migration and its two processes, as far as they were not killed.
 pub struct Pair {
     pub source: Option<Vm>,
@@ -33,8 +47,8 @@ pub struct Pair {
     pub proxy: Proxy,
     /// Whether the link carries new connections.
     pub is_open: bool,
-    /// Whether a lease decides.
-    pub is_leased: bool,
+    /// What decides.
+    pub proof: Proof,
     /// The operator said whose the guest is.
     pub has_spoken: bool,
     /// How often the operator replaced lost links.
@@ -69,13 +83,13 @@ fn lacks_memory_for_good(status: &FerryStatus) -> bool {
 }
 
 impl Pair {
-    pub fn new(source: Vm, destination: Vm, proxy: Proxy, is_leased: bool) -> Self {
+    pub fn new(source: Vm, destination: Vm, proxy: Proxy, proof: Proof) -> Self {
         Self {
             source: Some(source),
             destination: Some(destination),
             proxy,
             is_open: true,
-            is_leased,
+            proof,
             has_spoken: false,
             recoveries: 0,
             repaired_at: None,
@@ -165,6 +179,14 @@ impl Pair {
         assert!(reason.contains("still needs memory"), "{reason}");
     }
 
+    /// Whether the destination, which is gone, had the guest, as far as that matters.
+    fn has_been_taken(&self) -> bool {
+        match &self.proof {
+            Proof::Lease | Proof::Nothing => self.proxy.saw(Kind::Running, Duration::ZERO),
+            Proof::Record(path) => is_taken(path),
+        }
+    }
+
     /// What an operator does who sees both processes.
     fn help(&mut self, here: Option<&FerryStatus>, there: Option<&FerryStatus>) {
         let (Some(here), Some(source)) = (here, &mut self.source) else { return };
@@ -183,19 +205,23 @@ impl Pair {
         if !is_undecided || self.has_spoken {
             return;
         }
-        assert!(!self.is_leased, "the lease decides: {here:?}");
+        assert!(self.proof != Proof::Lease, "the lease decides: {here:?}");
         let word = match there {
             // They will find out: there is a link.
             Some(_) if self.is_open => return,
             Some(there) if there.ownership == FerryOwnership::Owned => "x-ferry-confirm",
             Some(there) if waits(there) => "x-ferry-reclaim",
             Some(_) => return,
-            None if self.proxy.saw(Kind::Running, Duration::ZERO) => "x-ferry-confirm",
-            // Whether it ran for a moment or not, it will never again, and has written nothing that is left.
+            None if self.has_been_taken() => "x-ferry-confirm",
             None => "x-ferry-reclaim",
         };
         let source = self.source.as_mut().expect("it asks");
         source.execute(word, json!({}));
         self.has_spoken = true;
     }
+}
+
+/// Whether the record at `path` says that the images beside it are those of a guest that came.
+fn is_taken(path: &Path) -> bool {
+    images::record(path).is_some_and(|record| matches!(record.state, State::Taken { .. }))
 }

@@ -5,8 +5,9 @@
 
 use std::time::Duration;
 
-use stream::frame::Kind;
-use support::{Place, Way};
+use support::Place;
+
+use super::place::{before, place};
 
 /// How the guest moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +24,23 @@ pub enum Mode {
     Postcopy,
     /// Nothing but the two processes and an operator knows whose the guest is.
     Leaseless,
+    /// The guest's images go with it.
+    Storage,
+    /// Memory follows, over links with TLS.
+    SecurePostcopy,
+    /// Memory follows, and nothing but the two processes and an operator knows whose the guest is.
+    LeaselessPostcopy,
+}
+
+/// A guest, of those that move in turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// Its image has a lease that both sides see.
+    Leased,
+    /// It has no image.
+    Leaseless,
+    /// It takes its images along.
+    WithImages,
 }
 
 /// Where in a migration something happens.
@@ -36,8 +54,12 @@ pub enum Phase {
     Connections,
     /// Descriptors of memory go.
     Memory,
+    /// Blocks of images go, while the guest runs.
+    Blocks,
     /// Memory goes, round by round.
     Rounds,
+    /// The last blocks go, and the guest stands still.
+    LastBlocks,
     /// The pages that will follow are named.
     Missing,
     /// Everything was sent.
@@ -83,17 +105,48 @@ pub enum Act {
 }
 
 impl Mode {
-    pub const ALL: [Self; 6] =
-        [Self::Stream, Self::Channels, Self::Secure, Self::Local, Self::Postcopy, Self::Leaseless];
+    pub const ALL: [Self; 9] = [
+        Self::Stream,
+        Self::Channels,
+        Self::Secure,
+        Self::Local,
+        Self::Postcopy,
+        Self::Leaseless,
+        Self::Storage,
+        Self::SecurePostcopy,
+        Self::LeaselessPostcopy,
+    ];
+
+    /// Whose migration it is.
+    pub fn which(self) -> Which {
+        match self {
+            Self::Leaseless | Self::LeaselessPostcopy => Which::Leaseless,
+            Self::Storage => Which::WithImages,
+            _ => Which::Leased,
+        }
+    }
+
+    /// Whether all links have TLS.
+    pub fn is_secure(self) -> bool {
+        matches!(self, Self::Secure | Self::SecurePostcopy)
+    }
+
+    /// Whether memory follows its guest.
+    pub fn is_postcopy(self) -> bool {
+        matches!(self, Self::Postcopy | Self::SecurePostcopy | Self::LeaselessPostcopy)
+    }
 
     fn has(self, phase: Phase) -> bool {
         match phase {
-            Phase::Connections => matches!(self, Self::Channels | Self::Secure | Self::Postcopy),
+            Phase::Connections => self.is_postcopy() || matches!(self, Self::Channels | Self::Secure),
             Phase::Memory => self == Self::Local,
             // What is sealed tells neither.
-            Phase::Hello | Phase::Agree => self != Self::Secure,
-            Phase::Rounds => !matches!(self, Self::Local | Self::Postcopy),
-            Phase::Missing | Phase::Following | Phase::Recovery | Phase::Received => self == Self::Postcopy,
+            Phase::Hello | Phase::Agree => !self.is_secure(),
+            Phase::Blocks | Phase::LastBlocks => self == Self::Storage,
+            Phase::Rounds => !self.is_postcopy() && self != Self::Local,
+            // What is sealed tells neither of them.
+            Phase::Missing | Phase::Received => self.is_postcopy() && !self.is_secure(),
+            Phase::Following | Phase::Recovery => self.is_postcopy(),
             Phase::Prepare
             | Phase::Prepared
             | Phase::Commit
@@ -105,12 +158,14 @@ impl Mode {
 }
 
 impl Phase {
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::Hello,
         Self::Agree,
         Self::Connections,
         Self::Memory,
+        Self::Blocks,
         Self::Rounds,
+        Self::LastBlocks,
         Self::Missing,
         Self::Prepare,
         Self::Prepared,
@@ -167,7 +222,7 @@ pub struct Run {
     pub phase: Phase,
     pub act: Act,
     pub place: Place,
-    /// Where the link is cut first, if that is needed to come to `place`.
+    /// Where the link stands still first, if that is needed to come to `place`.
     pub before: Option<Place>,
     /// How long a process stands still, or the link.
     pub moment: Duration,
@@ -180,7 +235,7 @@ pub struct Run {
 }
 
 /// Numbers from a seed: SplitMix64.
-struct Numbers(u64);
+pub struct Numbers(u64);
 
 impl Numbers {
     fn next(&mut self) -> u64 {
@@ -191,16 +246,16 @@ impl Numbers {
         number ^ (number >> 31)
     }
 
-    fn below(&mut self, bound: u64) -> u64 {
+    pub fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound.max(1)
     }
 
-    fn one_of<T: Copy>(&mut self, choices: &[T]) -> T {
+    pub fn one_of<T: Copy>(&mut self, choices: &[T]) -> T {
         choices[self.below(choices.len() as u64) as usize]
     }
 
     /// As many small ones as large ones.
-    fn of_any_size(&mut self, most_bits: u64) -> u64 {
+    pub fn of_any_size(&mut self, most_bits: u64) -> u64 {
         let bits = self.below(most_bits + 1);
         self.below(1 << bits)
     }
@@ -212,27 +267,24 @@ impl Run {
         let mut numbers = Numbers(seed);
         let cell = (seed % CELLS * STRIDE % CELLS) as usize;
         let (phase, act) = (Phase::ALL[cell / Act::ALL.len()], Act::ALL[cell % Act::ALL.len()]);
-        let modes: Vec<_> = Mode::ALL.into_iter().filter(|mode| mode.has(phase)).collect();
+        let modes = Mode::ALL.into_iter().filter(|mode| mode.has(phase));
+        // Memory that is passed and memory that follows have phases of their own.
+        let twice = |mode: Mode| if mode == Mode::Local || mode.is_postcopy() { 1 } else { 2 };
+        let modes: Vec<_> = modes.flat_map(|mode| std::iter::repeat_n(mode, twice(mode))).collect();
         let mode = numbers.one_of(&modes);
         let (channels, compression) = match mode {
             Mode::Stream => (0, "none"),
             Mode::Channels => (1 + numbers.below(4) as u16, numbers.one_of(&["none", "none", "lz4", "zstd"])),
             Mode::Secure => (1 + numbers.below(2) as u16, "none"),
-            Mode::Local | Mode::Postcopy => (1, "none"),
-            Mode::Leaseless => (numbers.below(3) as u16, "none"),
+            Mode::Local | Mode::Postcopy | Mode::SecurePostcopy | Mode::LeaselessPostcopy => (1, "none"),
+            Mode::Leaseless | Mode::Storage => (numbers.below(3) as u16, "none"),
         };
         Self {
             mode,
             phase,
             act,
             place: place(&mut numbers, mode, phase, channels),
-            before: (phase == Phase::Recovery).then(|| Place::Frame {
-                way: Way::ToDestination,
-                kind: Kind::Pages,
-                after: Some(Kind::Running),
-                nth: numbers.below(4) as u32,
-                at: 8,
-            }),
+            before: before(&mut numbers, phase),
             moment: Duration::from_millis(1 + numbers.below(120)),
             heals: numbers.below(2) == 0,
             channels,
@@ -243,91 +295,6 @@ impl Run {
             } else {
                 numbers.one_of(&["now", "after-first-round"])
             },
-        }
-    }
-}
-
-fn place(numbers: &mut Numbers, mode: Mode, phase: Phase, channels: u16) -> Place {
-    use Way::{ToDestination, ToSource};
-
-    // Before the frame, in its header and in its body, and after it.
-    let at = numbers.one_of(&[0, 3, 8, 17, u64::MAX]);
-    let nth_after = |way, kind, nth, after| Place::Frame { way, kind, after, nth, at };
-    let first = |way, kind| nth_after(way, kind, 0, None);
-    let first_after = |way, kind, after| nth_after(way, kind, 0, Some(after));
-    match phase {
-        Phase::Hello => first(ToDestination, Kind::Hello),
-        Phase::Agree => first(ToSource, Kind::Agree),
-        Phase::Connections if mode == Mode::Postcopy => {
-            first(numbers.one_of(&[ToDestination, ToSource]), Kind::ChannelHello)
-        }
-        Phase::Connections => {
-            let nth = numbers.below(channels.into()) as u32;
-            nth_after(ToDestination, Kind::ChannelHello, nth, None)
-        }
-        Phase::Memory => numbers.one_of(&[first(ToDestination, Kind::Memory), first(ToSource, Kind::Mapped)]),
-        Phase::Rounds if mode == Mode::Secure => Place::Byte {
-            connection: 1 + numbers.below(channels.into()) as u32,
-            way: ToDestination,
-            // Behind the handshake, and before the end of the guest's memory.
-            at: (4 << 10) + numbers.below(4 << 20),
-        },
-        Phase::Rounds if channels > 0 => {
-            let within = at.min(1) * numbers.of_any_size(20);
-            Place::Batch {
-                channel: numbers.below(channels.into()) as u16,
-                nth: numbers.one_of(&[Some(0), Some(1), Some(3), None]),
-                at: within,
-            }
-        }
-        Phase::Rounds => nth_after(ToDestination, Kind::Stream, numbers.of_any_size(5) as u32, None),
-        Phase::Missing => numbers.one_of(&[
-            first(ToDestination, Kind::Missing),
-            first(ToDestination, Kind::Listed),
-            first(ToSource, Kind::Listed),
-            nth_after(ToDestination, Kind::Listed, 1, None),
-        ]),
-        Phase::Prepare => first(ToDestination, Kind::Prepare),
-        Phase::Prepared => first(ToSource, Kind::Prepared),
-        Phase::Commit => first(ToDestination, Kind::Commit),
-        Phase::Running => first(ToSource, Kind::Running),
-        Phase::Farewell if mode == Mode::Postcopy => {
-            let after = numbers.one_of(&[Kind::Running, Kind::Received]);
-            first_after(ToDestination, Kind::Progress, after)
-        }
-        Phase::Farewell => first_after(ToDestination, Kind::Progress, Kind::Running),
-        Phase::Following => {
-            let nth = numbers.below(4) as u32;
-            let (way, kind) = numbers.one_of(&[(ToDestination, Kind::Pages), (ToSource, Kind::PageRequest)]);
-            nth_after(way, kind, nth, Some(Kind::Running))
-        }
-        Phase::Recovery => {
-            let (way, kind) = numbers.one_of(&[
-                (ToDestination, Kind::Recover),
-                (ToSource, Kind::Missing),
-                (ToSource, Kind::Listed),
-                (ToDestination, Kind::ChannelHello),
-                (ToSource, Kind::ChannelHello),
-                (ToDestination, Kind::Pages),
-            ]);
-            first_after(way, kind, Kind::Recover)
-        }
-        Phase::Received => first(ToSource, Kind::Received),
-        Phase::Anywhere => {
-            let way = numbers.one_of(&[ToDestination, ToSource]);
-            let connection = match mode {
-                Mode::Stream | Mode::Local => 0,
-                Mode::Postcopy => numbers.below(2),
-                Mode::Channels | Mode::Secure | Mode::Leaseless => numbers.below(u64::from(channels) + 1),
-            };
-            let at = match way {
-                ToDestination => numbers.of_any_size(20),
-                // Little is said there, after the handshake of TLS if there is one.
-                ToSource if mode == Mode::Secure => numbers.below(2048),
-                ToSource if connection > 0 => numbers.below(8),
-                ToSource => numbers.below(128),
-            };
-            Place::Byte { connection: connection as u32, way, at }
         }
     }
 }

@@ -2,12 +2,15 @@
 //! said, and either process is killed or stands still, in every phase and whichever way the guest moves.
 //!
 //! After each, exactly one guest runs, or it died with a process that it needed ([`decision`] says what is accepted); its disk and
-//! RAM are what they must be; the other process says why it has no guest; and the guest moves to another process after all.
+//! RAM are what they must be; the other process says why it has no guest; images that went with it are refused where it is not
+//! ([`images`]); and the guest moves to another process after all.
 //! `FERRY_CHAOS_SEEDS=5000` draws more, `FERRY_CHAOS_FIRST=SEED` begins elsewhere: what a failing seed did is in the output, and it
 //! does it again.
 
 mod decision;
 mod draw;
+mod images;
+mod place;
 mod tally;
 
 use std::path::PathBuf;
@@ -15,13 +18,14 @@ use std::time::{Duration, Instant};
 
 use certificates::{Authority, Validity};
 use exerciser::report::Counters;
-use ferry::control::{FerryOwnership, MigrationStatus};
+use ferry::control::{FerryOwnership, MigrationStatus, RunState};
 use serde_json::{Value, json};
 use support::{Held, Machine, Proxy, TestBed, Verdict, Vm, WATCHDOG};
 
 use crate::guest::{BUSY, EXERCISER, bed, one_disk};
-use decision::{Outcome, Pair};
-use draw::{Act, CELLS, Mode, Run, Side};
+use decision::{Outcome, Pair, Proof};
+use draw::{Act, CELLS, Mode, Phase, Run, Side, Which};
+use images::Travel;
 use tally::Tally;
 
 /// How many seeds the ordinary run of the tests draws.
@@ -34,17 +38,13 @@ const PATIENT: &str = "report=25 stall=100000";
 const GLANCE: Duration = Duration::from_millis(10);
 
 /// A guest, wherever it is.
+#[derive(Default)]
 struct Guest {
-    machine: Machine,
     owner: Option<Vm>,
     done: Counters,
 }
 
 impl Guest {
-    fn new(machine: Machine) -> Self {
-        Self { machine, owner: None, done: Counters::default() }
-    }
-
     /// The guest of `vm` works, since it came there or since it was last looked at.
     fn works(&mut self, mut vm: Vm, arrived: bool) {
         let since = if arrived {
@@ -66,8 +66,12 @@ impl Guest {
 /// The guests of one bed, of which one moves at a time.
 struct Chaos {
     bed: TestBed,
-    leased: Guest,
-    leaseless: Guest,
+    leased: Machine,
+    leaseless: Machine,
+    /// Where the images of the guest are that takes them along.
+    travel: Travel,
+    /// Of each [`Which`].
+    guests: [Guest; 3],
     /// Credentials of sources and of destinations.
     credentials: [PathBuf; 2],
     /// Names must differ.
@@ -86,11 +90,12 @@ impl Chaos {
         for folder in &credentials {
             authority.fill(folder, &["localhost"], Validity::Valid);
         }
-        Self { bed, leased: Guest::new(leased), leaseless: Guest::new(leaseless), credentials, number: 0 }
+        let travel = Travel::new(&bed);
+        Self { bed, leased, leaseless, travel, guests: Default::default(), credentials, number: 0 }
     }
 
-    fn guest(&mut self, mode: Mode) -> &mut Guest {
-        if mode == Mode::Leaseless { &mut self.leaseless } else { &mut self.leased }
+    fn guest(&mut self, which: Which) -> &mut Guest {
+        &mut self.guests[which as usize]
     }
 
     fn name(&mut self, what: &str) -> String {
@@ -101,34 +106,43 @@ impl Chaos {
     fn expect(&mut self, mode: Mode) -> (Vm, PathBuf) {
         let name = self.name("vm");
         let path = self.bed.path(&format!("to-{name}"));
-        let mut machine = self.guest(mode).machine.clone();
-        if mode == Mode::Secure {
+        let mut machine = match mode.which() {
+            Which::Leased => self.leased.clone(),
+            Which::Leaseless => self.leaseless.clone(),
+            Which::WithImages => self.travel.expects(&self.bed, &name),
+        };
+        if mode.is_secure() {
             machine = machine.flag("--tls-dir", self.credentials[1].display().to_string());
         }
         (machine.expect(&self.bed, &name, &format!("unix:{}", path.display())), path)
     }
 
-    /// The process that has the guest; with a new one if it died. The other guest pauses.
-    fn owner(&mut self, mode: Mode) -> Vm {
-        let other = if mode == Mode::Leaseless { &mut self.leased } else { &mut self.leaseless };
-        if let Some(vm) = &mut other.owner {
-            vm.execute("stop", json!({}));
+    /// The process that has the guest; with a new one if it died. The other guests pause.
+    fn owner(&mut self, which: Which) -> Vm {
+        for (other, guest) in self.guests.iter_mut().enumerate() {
+            if let Some(vm) = guest.owner.as_mut().filter(|_| other != which as usize) {
+                vm.execute("stop", json!({}));
+            }
         }
-        if let Some(mut owner) = self.guest(mode).owner.take() {
+        if let Some(mut owner) = self.guest(which).owner.take() {
             owner.execute("cont", json!({}));
             return owner;
         }
         let name = self.name("vm");
-        let machine = self.guest(mode).machine.clone();
+        let machine = match which {
+            Which::Leased => self.leased.clone(),
+            Which::Leaseless => self.leaseless.clone(),
+            Which::WithImages => self.travel.boots(),
+        };
         let mut owner = machine.boot(&self.bed, &name, EXERCISER, &format!("{BUSY} {PATIENT}"));
-        self.guest(mode).done = owner.verifies(0, SOME);
+        self.guest(which).done = owner.verifies(0, SOME);
         owner
     }
 
     /// Begins to send the guest of `source` to `uri`.
     fn sends(&self, source: &mut Vm, uri: &str, run: &Run) {
         // Of a guest whose memory is to follow something is always left.
-        let downtime_limit = if run.mode == Mode::Postcopy { 0 } else { 300 };
+        let downtime_limit = if run.mode.is_postcopy() { 0 } else { 300 };
         let parameters = json!({
             "multifd-channels": run.channels,
             "multifd-compression": run.compression,
@@ -136,23 +150,34 @@ impl Chaos {
         });
         source.execute("migrate-set-parameters", parameters);
         let mut target = json!({ "uri": uri });
+        if run.mode.is_secure() {
+            target["x-ferry-tls-dir"] = json!(self.credentials[0]);
+        }
+        if run.mode.is_postcopy() {
+            target["x-ferry-postcopy"] = json!(run.postcopy);
+        }
         match run.mode {
-            Mode::Secure => target["x-ferry-tls-dir"] = json!(self.credentials[0]),
             Mode::Local => target["x-ferry-local"] = Value::Bool(true),
-            Mode::Postcopy => target["x-ferry-postcopy"] = json!(run.postcopy),
-            Mode::Stream | Mode::Channels | Mode::Leaseless => {}
+            Mode::Storage => target["x-ferry-with-storage"] = Value::Bool(true),
+            _ => {}
         }
         source.migrate_with(target);
     }
 
     /// One fault and what must hold after it.
     fn meets(&mut self, run: &Run, tally: &mut Tally) {
-        let mut source = self.owner(run.mode);
+        let which = run.mode.which();
+        let mut source = self.owner(which);
         let (destination, path) = self.expect(run.mode);
         let link = self.name("link");
         let proxy = Proxy::new(&self.bed, &link, &path, run.before.unwrap_or(run.place));
         self.sends(&mut source, proxy.uri(), run);
-        let mut pair = Pair::new(source, destination, proxy, run.mode != Mode::Leaseless);
+        let proof = match which {
+            Which::Leased => Proof::Lease,
+            Which::Leaseless => Proof::Nothing,
+            Which::WithImages => Proof::Record(self.travel.record_there()),
+        };
+        let mut pair = Pair::new(source, destination, proxy, proof);
         let held = comes_to_the_place(&mut pair, run);
         let has_met = held.is_some();
         if let Some(held) = held {
@@ -165,39 +190,49 @@ impl Chaos {
         let Pair { mut source, mut destination, .. } = pair;
         match outcome {
             Outcome::AtSource => {
-                let mut source = source.expect("it has the guest");
+                let mut source = source.take().expect("it has the guest");
                 assert!(!source.not_migrated().is_empty());
-                self.guest(run.mode).works(source, false);
+                self.guest(which).works(source, false);
             }
             Outcome::AtDestination => {
                 let info = source.as_mut().map(Vm::end_of_migration);
                 assert!(info.is_none_or(|info| info.status == MigrationStatus::Completed));
-                self.guest(run.mode).works(destination.take().expect("it has the guest"), true);
+                self.guest(which).works(destination.take().expect("it has the guest"), true);
             }
             Outcome::Dead => {
                 // One that lacks memory of its guest can have no other.
                 drop(destination.take_if(|vm| vm.status().ownership != FerryOwnership::Incoming));
             }
         }
+        drop(source);
+        if which == Which::WithImages {
+            self.travel.ended(&self.bed, outcome, destination.is_some());
+        }
         self.moves_after_all(run, destination);
     }
 
     /// The second attempt: to the destination that still listens, or to another.
     fn moves_after_all(&mut self, run: &Run, listening: Option<Vm>) {
-        let mut source = self.owner(run.mode);
+        let which = run.mode.which();
+        let mut source = self.owner(which);
         let destination = match listening {
             Some(vm) => vm,
             None => self.expect(run.mode).0,
         };
         self.sends(&mut source, destination.uri(), run);
-        source.migrated();
+        let info = source.migrated();
+        assert_eq!(info.disk.is_some_and(|disk| disk.transferred > 0), run.mode == Mode::Storage, "{info:?}");
         let report = source.status().migration.expect("there was one");
         assert_eq!(report.handed_over_bytes > 0, run.mode == Mode::Local, "{report:?}");
-        assert_eq!(report.postcopy.is_some(), run.mode == Mode::Postcopy, "{report:?}");
-        if matches!(run.mode, Mode::Stream | Mode::Channels | Mode::Secure | Mode::Leaseless) {
+        assert_eq!(report.postcopy.is_some(), run.mode.is_postcopy(), "{report:?}");
+        if run.mode != Mode::Local && !run.mode.is_postcopy() {
             assert_eq!(report.channel_bytes.len(), usize::from(run.channels), "{report:?}");
         }
-        self.guest(run.mode).works(destination, true);
+        drop(source);
+        self.guest(which).works(destination, true);
+        if which == Which::WithImages {
+            self.travel.ended(&self.bed, Outcome::AtDestination, true);
+        }
     }
 }
 
@@ -209,11 +244,18 @@ fn comes_to_the_place(pair: &mut Pair, run: &Run) -> Option<Held> {
         assert!(Instant::now() < deadline, "the migration neither comes to its place nor ends");
         let held = pair.proxy.held_within(GLANCE);
         match held {
-            Some(held) if before.take().is_some() => {
-                pair.proxy.aim(run.place);
-                held.cut();
-            }
-            Some(held) => return Some(held),
+            Some(held) => match before {
+                None => return Some(held),
+                Some(again) if run.phase == Phase::LastBlocks && !stands_still(pair) => {
+                    pair.proxy.aim(again);
+                    held.resolve(Verdict::Pass);
+                }
+                Some(_) => {
+                    before = None;
+                    pair.proxy.aim(run.place);
+                    held.resolve(if run.phase == Phase::Recovery { Verdict::Cut } else { Verdict::Pass });
+                }
+            },
             // What is final has been said by both, or never will be.
             None if pair.is_over() => return pair.proxy.held_within(Duration::ZERO),
             None => pair.repair(),
@@ -221,11 +263,16 @@ fn comes_to_the_place(pair: &mut Pair, run: &Run) -> Option<Held> {
     }
 }
 
+/// Whether the guest was stopped for what is sent last.
+fn stands_still(pair: &mut Pair) -> bool {
+    pair.source.as_mut().is_some_and(|vm| vm.status().status == RunState::FinishMigrate)
+}
+
 /// Lets a process stand still.
 fn freeze(pair: &mut Pair, mode: Mode, side: Side) -> &Vm {
     let vm = pair.side(side).as_ref().expect("it is there");
     match (mode, side) {
-        (Mode::Postcopy, Side::Destination) => vm.begin_to_freeze(),
+        (mode, Side::Destination) if mode.is_postcopy() => vm.begin_to_freeze(),
         _ => vm.freeze(),
     }
     vm
@@ -280,8 +327,8 @@ fn whatever_happens_on_the_way_one_guest_runs_in_the_end() {
     }
     println!("measured: {seeds} seeds from {first}");
     tally.to_string().lines().for_each(|line| println!("measured: {line}"));
-    for mode in [Mode::Stream, Mode::Leaseless] {
-        chaos.owner(mode).finish();
+    for which in [Which::Leased, Which::Leaseless, Which::WithImages] {
+        chaos.owner(which).finish();
     }
     assert!(u64::from(tally.met()) * 4 > seeds * 3, "most runs come to their place");
     if seeds >= CELLS {

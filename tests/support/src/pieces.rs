@@ -167,9 +167,13 @@ fn record(
 fn sealed_kind(body_bytes: usize) -> Option<Kind> {
     Some(match body_bytes {
         9 => Kind::Prepare,
+        10 => Kind::PageRequest,
         16 => Kind::Prepared,
+        // One page, of zeros or not: what is asked for.
+        21 | 4117 => Kind::Pages,
         24 => Kind::Commit,
         25 => Kind::Running,
+        // Or RECOVER, which is as long.
         32 => Kind::Query,
         35 => Kind::ChannelHello,
         108 => Kind::Progress,
