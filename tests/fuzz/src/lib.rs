@@ -7,7 +7,7 @@
 //! - [`streams`], [`mapped`]: what crate `stream` reads.
 //! - [`states`]: the sections of our machine, and what two migrating processes say to each other.
 //! - [`reception`]: a destination that hears a whole peer.
-//! - [`channels`]: guest memory on connections of its own.
+//! - [`channels`]: guest memory on connections of its own. [`images`]: blocks of images that come with their guest.
 //! - [`inspect`]: any files, printed and compared. [`qemu`]: the controller of another VMM.
 //! - [`lease`]: the record that says who owns a guest.
 //! - [`guest`]: a running NVMe controller, whose guest is the attacker.
@@ -21,6 +21,7 @@
 
 pub mod channels;
 pub mod guest;
+pub mod images;
 pub mod inspect;
 pub mod lease;
 pub mod mapped;
@@ -57,6 +58,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "messages", run: states::messages, seeds: states::message_seeds },
     Target { name: "reception", run: reception::reception, seeds: reception::seeds },
     Target { name: "channel", run: channels::channel, seeds: channels::seeds },
+    Target { name: "blocks", run: images::blocks, seeds: images::seeds },
     Target { name: "lease", run: lease::lease, seeds: lease::seeds },
     Target { name: "guest_registers", run: guest::registers, seeds: guest::register_seeds },
     Target { name: "guest_queues", run: guest::queues, seeds: guest::queue_seeds },

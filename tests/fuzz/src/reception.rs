@@ -1,4 +1,5 @@
-//! A destination that hears a whole peer: greeting, hello, RAM, devices and the hand-over, in any order and as often as it likes.
+//! A destination that hears a whole peer: greeting, hello, images, RAM, devices and the hand-over, in any order and as often as it
+//! likes.
 //!
 //! What is tried here is what a peer can do that has got through TLS, or comes without: everything below is someone else's code,
 //! with tests of its own.
@@ -8,10 +9,12 @@ use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::Duration;
 
-use engine::protocol::{Commit, Hello, Prepare, Progress, Properties, Query, Reasons};
+use engine::lease::Id;
+use engine::protocol::{Commit, Hello, Prepare, Progress, Properties, Query, Reasons, Settle};
+use engine::storage::{Disk, IncomingDisks};
 use engine::{
     Description, Destination, DestinationFactory, DestinationMachine, MachineResult, PAGE_BYTES, Parameters,
-    Patience, RamBlock, RunState, Statistics,
+    Patience, RamBlock, RunState, Statistics, features,
 };
 use stream::frame::{self, Kind};
 use stream::{Expected, SectionSet};
@@ -19,6 +22,7 @@ use transport::{Connection, Link};
 use vm_memory::MmapRegion;
 use vmstate::VmState;
 
+use crate::images::{self, Images};
 use crate::streams::{self, Device};
 
 /// What a peer says, and then that it has gone. What it is told it does not hear.
@@ -60,8 +64,11 @@ impl Link for Script {
 }
 
 /// Builds the model machine for whoever comes.
-#[derive(Debug)]
-struct Factory;
+#[derive(Debug, Default)]
+struct Factory {
+    /// Those that come.
+    images: Option<Images>,
+}
 
 /// The model machine, and how far it has come.
 #[derive(Debug)]
@@ -77,6 +84,14 @@ impl DestinationFactory for Factory {
 
     fn description(&mut self) -> MachineResult<Description> {
         Ok(description())
+    }
+
+    fn receive_disks(&mut self, _: &Id, disks: &[Disk]) -> MachineResult<Box<dyn IncomingDisks>> {
+        if disks != images::disks() {
+            return Err("other images are expected".into());
+        }
+        assert!(self.images.is_none(), "they come once");
+        Ok(Box::new(self.images.insert(Images::default()).clone()))
     }
 
     fn expected(&self) -> Expected {
@@ -143,8 +158,11 @@ fn hear(bytes: &[u8]) -> bool {
     let destination = Destination::new(None, &statistics, Patience::default(), &parameters);
     let mut destination = destination.expect("there is randomness");
     let connection = || Connection::new(Box::new(Script(Cursor::new(bytes.to_vec()))), "a peer");
-    let Some(mut arrived) = destination.serve(&mut Factory, connection()) else { return false };
-    assert!(arrived.machine.started == Some(arrived.state) && arrived.machine.loaded);
+    let mut factory = Factory::default();
+    let arrived = destination.serve(&mut factory, connection());
+    let are_owned = factory.images.is_none_or(|images| images.owner().is_some());
+    let Some(mut arrived) = arrived else { return false };
+    assert!(arrived.machine.started == Some(arrived.state) && arrived.machine.loaded && are_owned);
     // Whoever comes now is too late, whatever it says.
     destination.answer_one(&mut arrived, connection());
     true
@@ -163,18 +181,31 @@ const WRITTEN: &str = "our own writer can write it";
 const SESSION: [u8; 16] = [7; 16];
 
 /// A peer up to the hello.
-fn introduced() -> Vec<u8> {
+fn introduced(with_images: bool) -> Vec<u8> {
     let mut out = frame::encode_preamble().to_vec();
-    let properties = Properties::try_from(&description()).expect("it can be told");
-    message(&mut out, Kind::Hello, &Hello::new(SESSION, None, properties));
+    let mut description = description();
+    for Disk { name, length_bytes, format } in images::disks().into_iter().filter(|_| with_images) {
+        description.set(format!("storage.{name}.length_bytes"), length_bytes);
+        description.set(format!("storage.{name}.format"), format);
+    }
+    let properties = Properties::try_from(&description).expect("it can be told");
+    let mut hello = Hello::new(SESSION, None, properties);
+    hello.features = if with_images { features::STORAGE | features::SETTLE } else { 0 };
+    message(&mut out, Kind::Hello, &hello);
     out
 }
 
 /// A peer up to its request to load, whose stream is cut into frames of this length.
-fn sent(frame_bytes: usize) -> Vec<u8> {
-    let mut out = introduced();
+fn sent(frame_bytes: usize, with_images: bool) -> Vec<u8> {
+    let mut out = introduced(with_images);
     let writer = streams::model(true).expect(WRITTEN);
-    let digest = writer.digest();
+    let mut digest = writer.digest();
+    if with_images {
+        digest = images::digest_of(digest);
+        let bodies = images::bodies();
+        bodies.iter().for_each(|body| frame::write(&mut out, Kind::Blocks, 0, body).expect(WRITTEN));
+        message(&mut out, Kind::Settle, &Settle { channel_bytes: 0 });
+    }
     for piece in writer.finish_live().expect(WRITTEN).chunks(frame_bytes) {
         frame::write(&mut out, Kind::Stream, 0, piece).expect(WRITTEN);
     }
@@ -191,17 +222,26 @@ fn sent(frame_bytes: usize) -> Vec<u8> {
 #[must_use]
 pub fn seeds() -> Vec<Vec<u8>> {
     let commit = Commit { session: SESSION, generation: 0 };
-    let arriving = [PAGE_BYTES as usize, 777].map(|frame_bytes| {
-        let mut out = sent(frame_bytes);
+    let arriving = |frame_bytes, with_images| {
+        let mut out = sent(frame_bytes, with_images);
         message(&mut out, Kind::Commit, &commit);
         message(&mut out, Kind::Commit, &commit);
         message(&mut out, Kind::Progress, &Progress::default());
         assert!(hear(&out), "a guest arrives");
         out
-    });
-    let mut cancelled = sent(PAGE_BYTES as usize);
+    };
+    let page = PAGE_BYTES as usize;
+    let mut cancelled = sent(page, false);
     message(&mut cancelled, Kind::Cancel, &Reasons::new(&["enough"]));
     let mut asking = frame::encode_preamble().to_vec();
     message(&mut asking, Kind::Query, &Query { session: SESSION, instance: [8; 16] });
-    arriving.into_iter().chain([cancelled, asking, introduced()]).collect()
+    vec![
+        arriving(page, false),
+        arriving(777, false),
+        cancelled,
+        asking,
+        introduced(false),
+        arriving(page, true),
+        introduced(true),
+    ]
 }

@@ -49,6 +49,11 @@ impl Arriving {
         statistics.update(|s| {
             s.storage = Some(crate::Storage { total_bytes, ..crate::Storage::default() });
         });
+        Ok(Some(Self::new(disks, images)))
+    }
+
+    /// Of `disks` nothing has come.
+    pub fn new(disks: Vec<Disk>, images: Box<dyn IncomingDisks>) -> Self {
         let none = |disk: &Disk| PageBitmap::new(disk.blocks());
         let filled = |(index, disk): (usize, &Disk)| {
             let mut filled = none(disk);
@@ -57,13 +62,13 @@ impl Arriving {
             }
             filled
         };
-        Ok(Some(Self {
+        Self {
             came: disks.iter().map(none).collect(),
             filled: disks.iter().enumerate().map(filled).collect(),
             table: DigestTable::new(&disks),
             disks,
             images,
-        }))
+        }
     }
 
     /// Places a run of blocks.

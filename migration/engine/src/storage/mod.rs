@@ -15,7 +15,7 @@
 //!
 //! - `wire`: the bytes of a run of blocks, what of them is refused, and the table of digests: one for each [`CHUNK_BYTES`], of
 //!   all that was said about the chunk in the order in which it was said. Both ends keep it, PREPARE compares.
-//! - `outgoing`, `incoming`: the two ends.
+//! - `outgoing`, `incoming`: the two ends; [`replay`]: the second without the first.
 //! - [`crate::lease`] `moved`: what the records beside the images say, so that no guest starts from images that are not all here, or
 //!   that it has left.
 //!
@@ -29,6 +29,7 @@
 
 mod incoming;
 mod outgoing;
+pub mod replay;
 mod wire;
 
 use std::ops::Range;
