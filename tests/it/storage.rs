@@ -148,3 +148,48 @@ fn images_that_did_not_come_are_gone_or_refused_and_come_again() {
     arrives(&mut destination, &before);
     destination.finish();
 }
+
+/// An operator's mistake costs nothing, though he has said that what is there may be given up.
+#[test]
+fn what_is_in_the_place_of_images_is_given_up_only_when_they_come() {
+    let bed = bed();
+    let (old, vm) = here(&bed);
+    vm.finish();
+    for (from, to) in [("here.img", "there.img"), ("here.qcow2", "there.qcow2")] {
+        std::fs::rename(bed.path(from), bed.path(to)).expect("it is there");
+    }
+    let (from, to) = ("here.img.ferry-lease", "there.img.ferry-lease");
+    std::fs::rename(bed.path(from), bed.path(to)).expect("it is there");
+    drop(old);
+    let names = ["there.img", "there.qcow2"];
+    let before = names.map(|name| std::fs::read(bed.path(name)).expect("it is there"));
+    let said = record(&bed.path(to)).to_string();
+
+    let (_, mut source) = here(&bed);
+    let done = works(&mut source, &Counters::default());
+    let waiting = machine(&bed, "there.img", "there.qcow2").switch("--with-storage").switch("--overwrite");
+    let uri = |name: &str| format!("unix:{}", bed.path(name).display());
+    let mut other = waiting.clone().flag("--cpus", "2").expect(&bed, "other", &uri("other"));
+    for _ in 0..2 {
+        source.migrate_with(target(&other));
+        let reason = source.not_migrated();
+        assert!(reason.contains("cpus: the source has 1, the destination 2"), "{reason}");
+        assert!(source.owns_a_running_guest());
+        other.wait_for_migration("the end there", |info| info.status == MigrationStatus::Failed);
+        let after = names.map(|name| std::fs::read(bed.path(name)).expect("it is there"));
+        assert!(after == before, "the images are as they were");
+        assert_eq!(record(&bed.path(to)).to_string(), said);
+        assert!(!bed.files().iter().any(|name| name.contains("given-up")), "{:?}", bed.files());
+    }
+    other.execute("quit", json!({}));
+    other.exit();
+    let again = machine(&bed, "there.img", "there.qcow2").boot(&bed, "again", EXERCISER, BUSY);
+    again.finish();
+
+    let mut destination = waiting.expect(&bed, "destination", &uri("destination"));
+    source.migrate_with(target(&destination));
+    source.migrated();
+    arrives(&mut destination, &done);
+    assert!(!bed.files().iter().any(|name| name.contains("given-up")), "{:?}", bed.files());
+    destination.finish();
+}

@@ -281,10 +281,22 @@ impl<'a> Destination<'a> {
         hello: &Hello,
         has_way_in: bool,
     ) -> Result<(F::Machine, Agree), Error> {
+        if self.ownership.on(Event::Hello { session: hello.session }) == Action::Refuse {
+            let reasons = vec!["this session has ended here before".to_owned()];
+            return Err(Error::Refused { reasons });
+        }
         let mut source = hello.description();
-        self.disks = Arriving::of(factory, hello, &mut source, self.statistics)?;
-        let own = factory.description().map_err(Error::machine("describe this machine"))?;
-        let mut reasons = factory.differences(&source, &own);
+        let mut reasons = Vec::new();
+        match Arriving::of(factory, hello, &mut source, self.statistics) {
+            Ok(disks) => {
+                self.disks = disks;
+                let own = factory.description().map_err(Error::machine("describe this machine"))?;
+                reasons.extend(factory.differences(&source, &own));
+            }
+            // Without its images there is no machine to compare.
+            Err(Error::Refused { reasons: more }) => reasons.extend(more),
+            Err(error) => return Err(error),
+        }
         reasons.extend(self.lease_differs(hello)?);
         if u64::from(hello.page_bytes) != PAGE_BYTES {
             reasons.push(format!(
@@ -298,9 +310,6 @@ impl<'a> Destination<'a> {
                 factory.can_miss_pages().map_err(Error::machine("run a guest ahead of its memory"))
         {
             reasons.push(format!("postcopy: {}", error.chain()));
-        }
-        if self.ownership.on(Event::Hello { session: hello.session }) == Action::Refuse {
-            reasons.push("this session has ended here before".to_owned());
         }
         if !reasons.is_empty() {
             return Err(Error::Refused { reasons });

@@ -1,17 +1,19 @@
 //! The images of a machine that arrives.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use block::{Backend, FileImage, FileOptions, Qcow2Image};
 use engine::MachineResult;
-use engine::lease::{self, Id, Lease, NotTaken};
+use engine::lease::{self, Id, Lease, NotTaken, Record, State};
 use engine::storage::{Disk, IncomingDisks};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -31,15 +33,17 @@ pub struct ImagesCome {
 }
 
 /// What was in the place of an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 enum Found {
     Nothing,
     /// A file of this length, all holes.
     Empty {
         length_bytes: u64,
     },
-    /// Something that was given up.
-    Something,
+    /// Something that is given up for what comes: a file of it stands `aside` until the first of that is here, a device is as it was.
+    Something {
+        aside: Option<PathBuf>,
+    },
 }
 
 struct Image {
@@ -55,12 +59,13 @@ pub struct Incoming {
     vmm: Arc<Vmm>,
     session: Id,
     lease: Option<Lease>,
-    /// There was none before.
-    is_new_lease: bool,
+    /// What it said of a guest that is given up for the one that comes.
+    before: Option<Record>,
     generation: u64,
     images: Vec<Image>,
     io: ImageIo,
     unsynced_bytes: u64,
+    has_begun: bool,
     is_owned: bool,
 }
 
@@ -92,30 +97,38 @@ impl Incoming {
         let (generation, before) = match expected {
             Ok(expected) => expected,
             Err(error) => {
-                drop(lease);
                 if !was_there {
-                    // Ours, and empty.
-                    let _ = fs::remove_file(&path);
+                    lease.forget_blank();
                 }
                 return Err(error);
             }
         };
+        // What never came to be a guest is worth nothing.
+        let is_worthless =
+            before.as_ref().is_some_and(|record| matches!(record.state, State::Incoming { .. }));
+        // We are the only one present at the record: whoever wrote it before is gone, but for its last requests.
+        let patience = before.as_ref().map_or(Duration::ZERO, |_| LAST_REQUESTS);
         let mut incoming = Self {
             vmm: Arc::clone(vmm),
             session: *session,
             lease: Some(lease),
-            is_new_lease: before.is_none(),
+            before: before.filter(|_| !is_worthless),
             generation,
             images: Vec::new(),
             io,
             unsynced_bytes: 0,
+            has_begun: false,
             is_owned: false,
         };
-        // We are the only one present at the record: whoever wrote it before is gone, but for its last requests.
-        let patience = before.map_or(Duration::ZERO, |_| LAST_REQUESTS);
-        for (place, disk) in places.into_iter().zip(disks) {
+        // All are looked at before the first is touched.
+        let mut found = Vec::with_capacity(places.len());
+        for place in &places {
+            let seen = look(place, come.overwrite, patience);
+            found.push(seen.with_context(|| format!("cannot make {}", place.path.display()))?);
+        }
+        for ((place, disk), found) in places.into_iter().zip(disks).zip(found) {
             let name = place.path.display().to_string();
-            let image = make(place, disk, come.overwrite, patience);
+            let image = make(place, disk, found, is_worthless);
             incoming.images.push(image.with_context(|| format!("cannot make {name}"))?);
         }
         Ok(incoming)
@@ -134,7 +147,7 @@ impl Incoming {
             backend.acquire()?;
             // Its length, and its name: the stop has nothing to do with them.
             backend.sync()?;
-            if image.found == Found::Nothing {
+            if image.is_new_file() {
                 File::open(folder_of(&image.place.path))?.sync_all()?;
             }
             image.backend = Some(backend);
@@ -157,34 +170,61 @@ impl Incoming {
         Ok(())
     }
 
-    /// Undoes what [`make`](Self::make) did, as far as it can be undone.
+    /// Undoes what [`make`](Self::make) did. Before anything came, that is all of it; afterwards what was given up is gone.
     fn give_up(&mut self) {
-        let mut all_gone = true;
+        let Some(mut lease) = self.lease.take() else { return };
         for image in &self.images {
             if let Some(Err(error)) = image.backend.as_ref().map(|backend| backend.release()) {
                 log::warn!("an image that did not come is still held: {error}");
             }
-            let path = &image.place.path;
-            let undone = match image.found {
-                Found::Nothing => fs::remove_file(path),
-                Found::Empty { length_bytes } => empty(path, length_bytes),
-                Found::Something => {
-                    all_gone = false;
-                    continue;
-                }
-            };
-            if let Err(error) = undone {
-                all_gone = false;
-                log::error!("cannot remove the image {}, which is not all here: {error}", path.display());
+        }
+        match lease.is_expecting(&self.session) {
+            Ok(true) => {}
+            // It may say that the guest is here: then these are its only images.
+            Ok(false) => {
+                return log::error!(
+                    "{}: the images that came stay, since it tells otherwise",
+                    lease.path().display()
+                );
+            }
+            Err(error) => {
+                return log::error!(
+                    "the images that came stay, since whose they are cannot be read: {error}"
+                );
             }
         }
-        let Some(mut lease) = self.lease.take() else { return };
-        let said = match all_gone && self.is_new_lease {
-            true => lease.forget(&self.session),
-            false => lease.leave(),
+        let mut is_undone = true;
+        for image in &self.images {
+            if let Err(error) = image.undo(self.has_begun) {
+                is_undone = false;
+                let path = image.place.path.display();
+                log::error!("the image {path}, which is not all here, cannot be given up: {error}");
+            }
+        }
+        // What is gone must not come back with the power when its record does not.
+        let folders: BTreeSet<_> = self.images.iter().map(|image| folder_of(&image.place.path)).collect();
+        for folder in folders {
+            if let Err(error) = File::open(folder).and_then(|folder| folder.sync_all()) {
+                is_undone = false;
+                log::error!("{}: {error}", folder.display());
+            }
+        }
+        let said = match self.before.take() {
+            _ if !is_undone => lease.leave(),
+            Some(before) if !self.has_begun => lease.restore(&self.session, before),
+            Some(_) | None => lease.forget(&self.session),
         };
         if let Err(error) = said {
             log::warn!("{error}");
+        }
+    }
+
+    /// Removes what stood aside.
+    fn forget_what_was(&self) {
+        for path in self.images.iter().filter_map(Image::aside) {
+            if let Err(error) = remove(path) {
+                log::warn!("{}, which was given up, cannot be removed: {error}", path.display());
+            }
         }
     }
 }
@@ -200,6 +240,12 @@ impl Drop for Incoming {
 impl IncomingDisks for Incoming {
     fn is_blank(&self, disk: usize) -> bool {
         self.images.get(disk).is_some_and(|image| image.is_blank)
+    }
+
+    fn begin(&mut self) -> MachineResult<()> {
+        self.has_begun = true;
+        self.forget_what_was();
+        Ok(())
     }
 
     fn write(&mut self, disk: usize, offset_bytes: u64, contents: &[u8]) -> MachineResult<()> {
@@ -230,6 +276,7 @@ impl IncomingDisks for Incoming {
             || NotTaken::Refused(lease::Error::Condition { reason: "the images were given up".to_owned() });
         self.lease.as_mut().ok_or_else(nobody)?.take(session, self.generation, open)?;
         self.is_owned = true;
+        self.forget_what_was();
         self.vmm.return_lease(self.lease.take());
         Ok(())
     }
@@ -245,50 +292,133 @@ fn list(images: &[(&str, &str)]) -> String {
     if names.is_empty() { "no images".to_owned() } else { format!("images {}", names.join(", ")) }
 }
 
-/// Makes one image, all holes, where there is nothing, or nothing in it, or where that is given up. It waits for so long for a process
-/// that was killed, whose locks stay until the kernel has finished its requests.
-fn make(place: Place, disk: &Disk, give_up: bool, patience: Duration) -> anyhow::Result<Image> {
-    let length_bytes = disk.length_bytes;
+impl Image {
+    /// Where that stands which was in its place.
+    fn aside(&self) -> Option<&PathBuf> {
+        match &self.found {
+            Found::Something { aside } => aside.as_ref(),
+            Found::Nothing | Found::Empty { .. } => None,
+        }
+    }
+
+    fn is_new_file(&self) -> bool {
+        matches!(self.found, Found::Nothing) || self.aside().is_some()
+    }
+
+    /// Makes the place as it was; once something `has_begun` to come, what was given up is gone.
+    fn undo(&self, has_begun: bool) -> std::io::Result<()> {
+        let path = &self.place.path;
+        match &self.found {
+            Found::Nothing => remove(path),
+            Found::Empty { length_bytes } => empty(path, *length_bytes),
+            // Over what is there of the one that came.
+            Found::Something { aside: Some(aside) } if !has_begun => fs::rename(aside, path),
+            Found::Something { aside: Some(_) } => remove(path),
+            Found::Something { aside: None } if !has_begun => Ok(()),
+            Found::Something { aside: None } => Err(std::io::Error::other("a device cannot be removed")),
+        }
+    }
+}
+
+/// Removes a file, if it is there.
+fn remove(path: &Path) -> std::io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
+/// What is in a place, if it may be given up. It waits for so long for a process that was killed, whose locks stay until the kernel has
+/// finished its requests.
+fn look(place: &Place, give_up: bool, patience: Duration) -> anyhow::Result<Found> {
     let path = &place.path;
     let metadata = match fs::metadata(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => None,
-        metadata => Some(metadata?),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Nothing),
+        metadata => metadata?,
     };
-    let is_device = metadata.as_ref().is_some_and(|metadata| metadata.file_type().is_block_device());
-    let (file, found) = match metadata {
-        None => {
-            let options = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
-            (options?, Found::Nothing)
+    let is_device = metadata.file_type().is_block_device();
+    ensure!(is_device || metadata.is_file(), "it is neither a file nor a block device");
+    ensure!(!is_device || place.format == "raw", "a block device holds no {}", place.format);
+    // Whoever uses it is left alone, whatever may be given up.
+    let options = FileOptions { direct: false, ..FileOptions::default() };
+    try_while_locked(patience, |_| true, || FileImage::open(path, options))?;
+    match metadata.len() {
+        length_bytes if !is_device && is_hole(&File::open(path)?)? => Ok(Found::Empty { length_bytes }),
+        _ if !give_up => {
+            bail!("there is something already: --overwrite gives it up for the guest that comes")
         }
-        Some(metadata) => {
-            ensure!(is_device || metadata.is_file(), "it is neither a file nor a block device");
-            // Whoever uses it is left alone, whatever may be given up.
-            let options = FileOptions { direct: false, ..FileOptions::default() };
-            try_while_locked(patience, |_| true, || FileImage::open(path, options))?;
-            let file = OpenOptions::new().read(true).write(true).open(path)?;
-            match metadata.len() {
-                length_bytes if !is_device && is_hole(&file)? => (file, Found::Empty { length_bytes }),
-                _ if give_up => (file, Found::Something),
-                _ => bail!("there is something already: --overwrite gives it up for the guest that comes"),
+        _ if is_device => Ok(Found::Something { aside: None }),
+        _ => {
+            let aside = given_up(path);
+            ensure!(
+                fs::symlink_metadata(&aside).is_err(),
+                "what was there would stand aside as {}, which is there already: an earlier attempt was cut off before anything came \
+                 (move it back, or remove it)",
+                aside.display()
+            );
+            Ok(Found::Something { aside: Some(aside) })
+        }
+    }
+}
+
+/// Where something stands that is given up, until what comes for it is here.
+fn given_up(path: &Path) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(".given-up");
+    name.into()
+}
+
+/// Makes one image, all holes, where there is nothing, or nothing in it, or where that is given up; `is_worthless` if it never was a
+/// guest's. Nothing has changed when it fails.
+fn make(place: Place, disk: &Disk, found: Found, is_worthless: bool) -> anyhow::Result<Image> {
+    let path = &place.path;
+    let found = match found {
+        Found::Something { aside: None } => {
+            return Ok(Image { place, found, is_blank: false, backend: None });
+        }
+        Found::Something { aside: Some(_) } if is_worthless => {
+            fs::remove_file(path)?;
+            Found::Nothing
+        }
+        Found::Something { aside: Some(aside) } => {
+            fs::rename(path, &aside)?;
+            Found::Something { aside: Some(aside) }
+        }
+        found => found,
+    };
+    let image = Image { found, is_blank: true, backend: None, place };
+    let path = &image.place.path;
+    let opened =
+        OpenOptions::new().read(true).write(true).mode(0o600).create_new(image.is_new_file()).open(path);
+    let made = match opened {
+        Ok(file) => fill(file, &image.place, disk.length_bytes),
+        Err(error) => {
+            // Whatever is there by now is somebody else's.
+            if let (Some(aside), false) = (image.aside(), path.try_exists()?) {
+                fs::rename(aside, path)?;
             }
+            return Err(error.into());
         }
     };
-    let image = |place: Place, is_blank| Image { found, is_blank, backend: None, place };
-    if is_device {
-        ensure!(place.format == "raw", "a block device holds no {}", place.format);
-        return Ok(image(place, false));
-    }
-    let made = file.set_len(0).map_err(anyhow::Error::from).and_then(|()| match place.format {
-        "qcow2" => Ok(Qcow2Image::create(file, path, length_bytes)?),
-        _ => Ok(file.set_len(length_bytes)?),
-    });
-    if let Err(error) = made {
-        if found == Found::Nothing {
-            let _ = fs::remove_file(path);
+    match made {
+        Ok(()) => Ok(image),
+        Err(error) => {
+            if let Err(undo) = image.undo(false) {
+                log::error!("{} is not as it was: {undo}", path.display());
+            }
+            Err(error)
         }
-        return Err(error);
     }
-    Ok(image(place, true))
+}
+
+/// Makes an image of holes in a file.
+fn fill(file: File, place: &Place, length_bytes: u64) -> anyhow::Result<()> {
+    file.set_len(0)?;
+    match place.format {
+        "qcow2" => drop(Qcow2Image::create(file, &place.path, length_bytes)?),
+        _ => file.set_len(length_bytes)?,
+    }
+    Ok(())
 }
 
 /// Whether nothing of a file is data.
@@ -306,5 +436,6 @@ fn is_hole(file: &File) -> anyhow::Result<bool> {
 fn empty(path: &PathBuf, length_bytes: u64) -> std::io::Result<()> {
     let file = OpenOptions::new().write(true).open(path)?;
     file.set_len(0)?;
-    file.set_len(length_bytes)
+    file.set_len(length_bytes)?;
+    file.sync_all()
 }

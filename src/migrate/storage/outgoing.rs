@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use anyhow::Context;
 use block::Backend;
 use engine::lease::{Id, Lease, show_id};
-use engine::storage::{Disk, OutgoingDisks};
+use engine::storage::{BLOCK_BYTES, Disk, OutgoingDisks};
 use engine::{MachineResult, PageBitmap};
 
 use super::{ImageIo, Place, places};
@@ -95,12 +95,7 @@ impl OutgoingDisks for Outgoing {
 
     fn populated(&mut self, disk: usize) -> MachineResult<Vec<Range<u64>>> {
         let (_, image) = self.image(disk)?;
-        let (mut ranges, mut from) = (Vec::new(), 0);
-        while let Some(range) = image.next_data(from)? {
-            from = range.end;
-            ranges.push(range);
-        }
-        Ok(ranges)
+        Ok(whole_blocks(|from| image.next_data(from))?)
     }
 
     fn collect_dirty(&mut self) -> MachineResult<Vec<PageBitmap>> {
@@ -129,5 +124,47 @@ impl OutgoingDisks for Outgoing {
         Ok(taken.with_context(|| {
             format!("if session {} never ran elsewhere, start it again with --force-stale", show_id(id))
         })?)
+    }
+}
+
+/// What `next` finds, in whole blocks: as many ranges as there are runs of those at most, however a guest has cut its image into pieces.
+fn whole_blocks<E>(mut next: impl FnMut(u64) -> Result<Option<Range<u64>>, E>) -> Result<Vec<Range<u64>>, E> {
+    let (mut ranges, mut from) = (Vec::<Range<u64>>::new(), 0);
+    while let Some(data) = next(from)? {
+        let start = data.start / BLOCK_BYTES * BLOCK_BYTES;
+        // Nothing in the rest of a block has to be looked for.
+        from = data.end.max(from).next_multiple_of(BLOCK_BYTES);
+        match ranges.last_mut() {
+            Some(last) if last.end >= start => last.end = from,
+            _ => ranges.push(start..from),
+        }
+    }
+    Ok(ranges)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_in_pieces_is_few_ranges_of_whole_blocks() {
+        const PIECE: u64 = 4096;
+        let found = |pieces: &[u64]| {
+            let mut looked = 0;
+            let ranges = whole_blocks(|from| {
+                looked += 1;
+                let piece = pieces.iter().find(|piece| (*piece + 1) * PIECE > from);
+                Ok::<_, ()>(piece.map(|piece| (piece * PIECE).max(from)..(piece + 1) * PIECE))
+            });
+            (ranges.unwrap(), looked)
+        };
+        let every_second: Vec<_> = (0..4096).step_by(2).collect();
+        let blocks = 4096 * PIECE / BLOCK_BYTES;
+        assert_eq!(found(&every_second), (std::iter::once(0..4096 * PIECE).collect(), blocks + 1));
+        assert_eq!(
+            found(&[1, 40, 41, 47, 80]).0,
+            [0..BLOCK_BYTES, 2 * BLOCK_BYTES..3 * BLOCK_BYTES, 5 * BLOCK_BYTES..6 * BLOCK_BYTES]
+        );
+        assert_eq!(found(&[]), (vec![], 1));
     }
 }

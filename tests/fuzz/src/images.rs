@@ -81,6 +81,10 @@ impl IncomingDisks for Images {
         IS_BLANK[disk]
     }
 
+    fn begin(&mut self) -> MachineResult<()> {
+        Ok(())
+    }
+
     fn write(&mut self, disk: usize, offset_bytes: u64, contents: &[u8]) -> MachineResult<()> {
         let parts = self.parts(disk, &(offset_bytes..offset_bytes + contents.len() as u64));
         let (mut state, mut rest) = (self.state(), contents);

@@ -24,7 +24,7 @@ pub(crate) mod rules;
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -492,7 +492,12 @@ impl Lease {
             std::thread::sleep(LOCK_RETRY);
         }
         let mut locked = Locked { lease: self, newest: None, next_slot: 0 };
-        let length = self.file.metadata().map_err(|e| self.io("look at it", e))?.len();
+        let metadata = self.file.metadata().map_err(|e| self.io("look at it", e))?;
+        if metadata.nlink() == 0 {
+            // What is said here nobody would read.
+            return Err(self.io("lock it", io::Error::other("it was removed meanwhile")));
+        }
+        let length = metadata.len();
         let (mut whole, mut foreign, mut blank) = (false, false, true);
         for index in 0..2 {
             let mut slot = [0; SLOT_BYTES];
@@ -560,7 +565,10 @@ impl Locked<'_> {
 
     /// Writes the next version, by us, and returns when it is on stable storage.
     fn write(&mut self, lease: Id, generation: u64, state: State) -> Result<(), Error> {
-        let record = Record { lease, generation, state, owner: self.lease.owner.clone() };
+        self.write_record(Record { lease, generation, state, owner: self.lease.owner.clone() })
+    }
+
+    fn write_record(&mut self, record: Record) -> Result<(), Error> {
         let sequence = self.lease.next(self.newest.as_ref().map_or(0, |(sequence, _)| *sequence))?;
         let first = self.newest.is_none();
         if first {

@@ -3,7 +3,7 @@
 //! ```text
 //! source       owned ----mark-moved----> moved ----take-back----> owned      (generation + 1)
 //! destination  nothing, or a record that nobody holds ----expect----> incoming ----take----> taken
-//!                 ^------------------------------------------------ forget | expect_again --'
+//!                 ^------------------------------------- forget | restore | expect_again --'
 //! ```
 //! `moved` is written before the first byte of COMMIT, `taken` before the guest runs, each by one write that is whole or never
 //! happened. So whatever is cut off at whatever moment: a record that lets a guest start lies at one end at most. Between the two
@@ -101,6 +101,41 @@ impl Lease {
             }
         }
         self.leave()
+    }
+
+    /// Destination: nothing came, and what was there before is as it was. Its record `before` is in force again.
+    ///
+    /// # Errors
+    /// It still says that a guest is to come.
+    pub fn restore(&mut self, session: &Id, before: Record) -> Result<(), Error> {
+        let action = "leave what was there before";
+        {
+            let mut locked = self.locked()?;
+            let record = locked.current(action)?;
+            if !rules::is_incoming(&record, &self.owner.id, session) {
+                return Err(locked.moved(action, record));
+            }
+            locked.write_record(before)?;
+        }
+        self.leave()
+    }
+
+    /// Whether the record says that the images of `session` are nobody's, because of us.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn is_expecting(&self, session: &Id) -> Result<bool, Error> {
+        let record = self.read()?;
+        Ok(record.is_some_and(|record| rules::is_incoming(&record, &self.owner.id, session)))
+    }
+
+    /// Removes a file that was made for nothing: nobody has ever written a record there.
+    pub fn forget_blank(self) {
+        if let Ok(locked) = self.locked()
+            && locked.newest.is_none()
+        {
+            let _it_says_nothing = std::fs::remove_file(&self.path);
+        }
     }
 
     /// Destination: nothing came, and the images are gone. Removes the record, if it is still ours.

@@ -16,6 +16,7 @@ const DOING: &str = "receiving images";
 pub(crate) struct Arriving {
     disks: Vec<Disk>,
     images: Box<dyn IncomingDisks>,
+    has_begun: bool,
     /// Blocks that were spoken of, for each image: at the end all were.
     came: Vec<PageBitmap>,
     /// Blocks that may be no zeroes.
@@ -68,6 +69,7 @@ impl Arriving {
             table: DigestTable::new(&disks),
             disks,
             images,
+            has_begun: false,
         }
     }
 
@@ -78,6 +80,9 @@ impl Arriving {
         let (Some(came), Some(filled)) = (self.came.get_mut(index), self.filled.get_mut(index)) else {
             return Ok(());
         };
+        if !std::mem::replace(&mut self.has_begun, true) {
+            self.images.begin().map_err(Error::machine("give up what was in the place of the images"))?;
+        }
         came.set_range(run.blocks());
         let written = match run.kind {
             Kind::Data => {
@@ -166,6 +171,10 @@ mod tests {
             disk == 0
         }
 
+        fn begin(&mut self) -> MachineResult<()> {
+            Ok(())
+        }
+
         fn write(&mut self, disk: usize, offset_bytes: u64, contents: &[u8]) -> MachineResult<()> {
             let range = offset_bytes..offset_bytes + contents.len() as u64;
             self.lock().unwrap().0.push((disk, range, contents[0]));
@@ -203,6 +212,7 @@ mod tests {
         let mut all = none.clone();
         all.set_range(0..disks[0].blocks());
         let arriving = Arriving {
+            has_begun: false,
             came: vec![none.clone(), none.clone()],
             filled: vec![none, all],
             table: DigestTable::new(&disks),

@@ -116,6 +116,13 @@ pub trait IncomingDisks: Send {
     /// Whether all of it reads as zeroes that nobody has written yet.
     fn is_blank(&self, disk: usize) -> bool;
 
+    /// The machine and the guest fit, and the first of what comes is here: whatever is in the places of the images is given up now, and not
+    /// before.
+    ///
+    /// # Errors
+    /// It cannot be.
+    fn begin(&mut self) -> MachineResult<()>;
+
     /// Writes a part of the image, which is inside of what the [`Disk`] says.
     ///
     /// # Errors

@@ -262,6 +262,10 @@ impl IncomingDisks for Incoming {
         disk == 0
     }
 
+    fn begin(&mut self) -> MachineResult<()> {
+        self.images.step("begin images")
+    }
+
     fn write(&mut self, disk: usize, offset_bytes: u64, contents: &[u8]) -> MachineResult<()> {
         self.images.step("write image")?;
         self.write_bytes(disk, offset_bytes, contents);
