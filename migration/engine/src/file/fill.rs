@@ -207,8 +207,12 @@ impl Shared {
         if self.claim(block, chunk) {
             return self.place(block, chunk, buffer);
         }
-        // Whoever has taken it places the page, or has placed it since, and lets go on who waits.
-        Ok(())
+        match self.has_placed(block, chunk) {
+            // What is there stays, and who waits looks again; a page that was taken away since is one of zeros.
+            true => self.pages.place_zeros(block, offset, PAGE_BYTES).map_err(failed),
+            // Whoever has taken it places the page, and lets go on who waits.
+            false => Ok(()),
+        }
     }
 
     /// Whether the chunk is ours to bring.
@@ -218,6 +222,11 @@ impl Shared {
             state.compare_exchange(MISSING, TAKEN, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         };
         state.is_some_and(taken)
+    }
+
+    fn has_placed(&self, block: usize, chunk: u64) -> bool {
+        let state = self.chunks.get(block).and_then(|states| states.get(usize::try_from(chunk).ok()?));
+        state.is_some_and(|state| state.load(Ordering::Acquire) == PLACED)
     }
 
     /// Brings a chunk that is ours.

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use stream::{CHUNK_BYTES, Expected, SectionSet};
 use vm_memory::{Bytes, VolatileMemory};
@@ -287,6 +288,31 @@ fn memory_of_several_files_comes_when_it_is_touched_or_later() {
     assert!(run(&fill));
     assert!(restored.machine.arriving.0.contents() == expected);
     assert_eq!(pages.state.lock().unwrap().lost, None);
+}
+
+/// Nobody waits for ever for a page of a piece that was brought: what is there is left, and what was taken away since is zeros.
+#[test]
+fn who_waits_for_a_page_that_was_brought_before_is_answered() {
+    let world = World::new();
+    let (_source, path) = suspended(&world);
+    let (restored, _) = restore(&world, &path, Reading::OnDemand, &[]);
+    let restored = restored.unwrap();
+    let (_fill, pages) = (restored.fill.unwrap(), restored.machine.pages);
+    let (kept, lost) = (257 * PAGE_BYTES, 299 * PAGE_BYTES);
+    let before = [kept, lost].map(|offset| pages.touch(RAM, offset).unwrap());
+    assert!(before.iter().all(|page| page.iter().any(|byte| *byte != 0)), "both are in the file");
+    // Of another piece: this one is brought when that is.
+    pages.touch(RAM, 599 * PAGE_BYTES).unwrap();
+    pages.change(|state| assert!(state.placed.remove(&(RAM, lost))));
+    let (answer, answered) = channel();
+    let waits = Arc::clone(&pages);
+    std::thread::spawn(move || answer.send(waits.touch(RAM, lost)));
+    let page = answered.recv_timeout(Duration::from_secs(30)).expect("it waits for ever");
+    assert!(page.unwrap().iter().all(|byte| *byte == 0));
+    // As a fault that was heard after its page had come.
+    pages.change(|state| state.faults.push(Fault { block: RAM, offset: kept, thread: 0 }));
+    pages.wait(|state| state.faults.is_empty().then_some(()));
+    assert!(pages.touch(RAM, kept).unwrap() == before[0]);
 }
 
 #[test]
