@@ -163,14 +163,20 @@ impl RamBlock {
     pub fn make_writable(&self) -> Result<(), Error> {
         let Some(passed) = self.passed.get() else { return Ok(()) };
         let mut spare = passed.spare.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(mapped) = spare.take() {
-            // One that could not be moved is there for another try.
-            mapped.take_the_place_of(self.mapping.as_ptr().cast()).map_err(|(mapped, source)| {
-                *spare = Some(mapped);
-                self.failed("make writable", source)
-            })?;
-        }
-        Ok(())
+        let Some(mapped) = spare.take() else { return Ok(()) };
+        let Err((mapped, source)) = mapped.take_the_place_of(self.mapping.as_ptr().cast()) else {
+            return Ok(());
+        };
+        // A move that failed may have taken away what was in the place: Linux before 5.16 does so before it finds that it moves no huge
+        // pages. The memory itself is there, and is mapped anew.
+        let failed = self.failed("move the memory that was handed over to its place", source);
+        log::warn!("{failed}; it is mapped again instead");
+        let writable = passed.writable.get().ok_or(failed)?;
+        let again = "map the memory that was handed over for writing";
+        self.map_fixed(again, writable, ProtFlags::READ | ProtFlags::WRITE).inspect_err(|_| {
+            // For another try.
+            *spare = Some(mapped);
+        })
     }
 
     /// Whether the block is `file`, which came from another process.
@@ -294,6 +300,31 @@ mod tests {
         let mut bytes = [0; 4];
         low(&next).read(4096, &mut bytes).unwrap();
         assert_eq!(&bytes, b"ours", "what came goes on");
+    }
+
+    /// A mapping that cannot be moved, and a place that has lost what was in it, as after a move that failed half-way.
+    #[test]
+    fn memory_that_cannot_be_moved_to_its_place_is_mapped_there_again() {
+        let (theirs, ours) = (GuestRam::new(1 << 20, &[]).unwrap(), GuestRam::new(1 << 20, &[]).unwrap());
+        low(&theirs).write(4096, b"they").unwrap();
+        let (readable, writable) = low(&theirs).descriptors().unwrap();
+        let (again, _) = low(&theirs).descriptors().unwrap();
+        low(&ours).map_passed(readable, Kind::Memory).unwrap();
+        low(&ours).adopt(writable).unwrap();
+        let passed = low(&ours).passed.get().unwrap();
+        // Of a descriptor that cannot write, which the kernel does not make writable.
+        *passed.spare.lock().unwrap() = Some(Spare::of(&File::from(again), 1 << 20).unwrap());
+        let nothing = rustix::fs::memfd_create("nothing", MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&nothing, 1 << 20).unwrap();
+        low(&ours).map_fixed("lose it", &nothing.into(), ProtFlags::READ).unwrap();
+        ours.make_writable().unwrap();
+        let mut bytes = [0; 4];
+        low(&ours).read(4096, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"they");
+        low(&ours).write(4096, b"ours").unwrap();
+        low(&theirs).read(4096, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"ours");
+        assert!(passed.spare.lock().unwrap().is_none());
     }
 
     #[test]
