@@ -155,6 +155,8 @@ impl Migrations {
     /// # Errors
     /// The guest is not here, or a migration runs already.
     pub fn begin(&self, vmm: &Arc<Vmm>, job: Job) -> anyhow::Result<()> {
+        // Until it has begun: what a command changes that looks whether there is one, as the namespaces, is what the destination is told of.
+        let mut state = vmm.keep_state();
         let mut current = lock(&self.current);
         loop {
             ensure!(!self.closed.load(Ordering::SeqCst), "cannot migrate: the process is ending");
@@ -176,10 +178,13 @@ impl Migrations {
                 before.thread.take().map(JoinHandle::join);
                 break;
             }
-            // Whoever asks how it goes, resets the guest or ends the process need not wait for a peer that is slow to hear.
+            // Whoever asks how it goes, resets the guest or ends the process need not wait for a peer that is slow to hear; and the thread
+            // that is to end may have a state to change.
             let ended = Arc::clone(&before.ended);
             drop(current);
+            drop(state);
             ended.pause(END_INTERVAL);
+            state = vmm.keep_state();
             current = lock(&self.current);
         }
         self.waiting.ended.store(false, Ordering::SeqCst);
@@ -212,6 +217,7 @@ impl Migrations {
         })?;
         let thread = Some(thread);
         *current = Some(Current { statistics, peer, outgoing: true, in_flight_at_stop, thread, ended });
+        drop(state);
         Ok(())
     }
 

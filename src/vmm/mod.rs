@@ -407,6 +407,12 @@ impl Vmm {
         self.change(action, effect)
     }
 
+    /// Keeps the run state, and the machine with it, as they are until this is dropped. Whoever takes the lock of the migrations as well
+    /// takes this first.
+    pub fn keep_state(&self) -> MutexGuard<'_, ()> {
+        lock(&self.transition)
+    }
+
     /// [`Self::act`] for who holds the transition lock.
     fn change<T>(
         &self,

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::ensure;
 use engine::{SnapshotOptions, Word};
 
 use super::{Request, Vmm, ownership};
@@ -43,10 +44,12 @@ impl Control {
         effect: impl FnOnce(&Machine) -> anyhow::Result<T>,
         change: impl FnOnce(&T) -> NamespaceChange,
     ) -> Result<T, Refusal> {
-        if self.0.migrations.is_leaving() {
-            return Err(Refusal("cannot change namespaces: a migration is under way".to_owned()));
-        }
         self.refuse_without_memory("change namespaces")?;
+        // Here and not before: none begins meanwhile.
+        let effect = |machine: &Machine| {
+            ensure!(!self.0.migrations.is_leaving(), "cannot change namespaces: a migration is under way");
+            effect(machine)
+        };
         let (_, value) = self.0.act(Action::ChangeNamespaces, effect).map_err(|error| refusal(&error))?;
         let change = change(&value);
         self.0.events.emit(Event::Namespace { controller: controller.to_owned(), nsid, change });
@@ -254,5 +257,39 @@ impl Operations for Control {
                 resume: microseconds(report.resume),
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::tests::running;
+
+    #[test]
+    fn no_migration_begins_while_namespaces_change_and_none_change_during_one() {
+        let (vmm, requests) = running();
+        let control = Control(Arc::clone(&vmm));
+        let folder = tempfile::tempdir().unwrap();
+        let uri = format!("unix:{}", folder.path().join("silent").display());
+        let silent = transport::Listener::bind(&uri.parse().unwrap()).unwrap();
+        let migrate = || vmm.operations().migrate(uri.as_str().into());
+        std::thread::scope(|scope| {
+            let change = |_: &Machine| {
+                let migration = scope.spawn(migrate);
+                // One that did not wait would have begun by then.
+                for _ in 0..50_000 {
+                    assert!(!vmm.migrations.is_leaving());
+                    std::thread::yield_now();
+                }
+                Ok(migration)
+            };
+            let changed = control.change_namespace("a", 1, change, |_| NamespaceChange::Added);
+            changed.unwrap().join().unwrap().unwrap();
+        });
+        let change = |_: &Machine| -> anyhow::Result<()> { panic!("the destination knows nothing of it") };
+        let refused = control.change_namespace("a", 1, change, |()| NamespaceChange::Removed);
+        assert_eq!(refused.unwrap_err().0, "cannot change namespaces: a migration is under way");
+        drop(silent);
+        assert!(matches!(requests.recv(), Ok(Request::MigrationEnded)));
     }
 }
