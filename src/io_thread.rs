@@ -296,6 +296,9 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
+    use crate::machine::Waiters;
+    use crate::memory::{GuestRam, PAGE_SIZE_BYTES, RamBlock};
+    use crate::userfault::{Fault, Userfault};
 
     struct Countdown {
         turns: u32,
@@ -376,6 +379,92 @@ mod tests {
         let told = [(); 2].map(|()| reports.recv_timeout(Duration::from_secs(30)));
         assert_eq!(told, [Ok(()), Ok(())], "that it stood still, and a turn");
         held.go_on();
+    }
+
+    /// Reads a word of the next page of guest memory in each turn, as a command that is fetched from there.
+    struct Reader {
+        block: RamBlock,
+        page: u64,
+        report: mpsc::Sender<[u8; 4]>,
+    }
+
+    impl Worker for Reader {
+        fn turn(&mut self, _: bool) -> bool {
+            let mut word = [0; 4];
+            self.block.read(self.page * PAGE_SIZE_BYTES, &mut word).unwrap();
+            self.page += 1;
+            self.report.send(word).unwrap();
+            false
+        }
+
+        fn completion_events(&self) -> io::Result<Vec<EventFd>> {
+            Ok(Vec::new())
+        }
+
+        fn deadline(&self) -> Option<Instant> {
+            None
+        }
+
+        fn stood_still(&mut self) {
+            panic!("nobody held it");
+        }
+    }
+
+    /// As in a guest that has run ahead of its memory: one page stays away, and the others come when they are touched.
+    #[test]
+    fn a_thread_that_waits_for_memory_keeps_no_other_from_its_commands() {
+        const AWAY: u64 = 200;
+        const COMMANDS: usize = 100;
+        let ram = GuestRam::new(1 << 20, &[]).unwrap();
+        let userfault = Userfault::register(ram.blocks()).unwrap();
+        let waiters = Waiters::default();
+        let (waits, waited_for) = mpsc::channel();
+        let bring = |page: u64| {
+            userfault.place(0, page * PAGE_SIZE_BYTES, &[7; PAGE_SIZE_BYTES as usize]).unwrap();
+            waiters.serve(0, &(page * PAGE_SIZE_BYTES..(page + 1) * PAGE_SIZE_BYTES));
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut faults = Vec::new();
+                loop {
+                    faults.clear();
+                    userfault.faults(&mut faults).unwrap();
+                    if faults.is_empty() {
+                        return;
+                    }
+                    for Fault { offset, thread, .. } in faults.iter().copied() {
+                        waiters.add(thread, 0, offset);
+                        match offset / PAGE_SIZE_BYTES {
+                            AWAY => waits.send(thread).unwrap(),
+                            page => bring(page),
+                        }
+                    }
+                }
+            });
+            let (one, other) = (IoThread::spawn("io-one").unwrap(), IoThread::spawn("io-other").unwrap());
+            let give = |thread: &IoThread, page: u64| {
+                let ((report, reports), wake_up) = (mpsc::channel(), WakeUp::new().unwrap());
+                let reader = Reader { block: ram.blocks()[0].clone(), page, report };
+                thread.add(Box::new(reader), wake_up.clone()).unwrap();
+                (reports, wake_up)
+            };
+            let (held, _) = give(&one, AWAY);
+            let thread = waited_for.recv_timeout(Duration::from_secs(30)).unwrap();
+            let (reports, wake_up) = give(&other, 0);
+            let command = |_| {
+                wake_up.ring();
+                reports.recv_timeout(Duration::from_secs(30))
+            };
+            let done: Vec<_> = (0..COMMANDS).map_while(|number| command(number).ok()).collect();
+            let (still_waits, nothing_came) = (waiters.has(thread), held.try_recv().is_err());
+            // First this: a thread that waits cannot be joined.
+            bring(AWAY);
+            assert_eq!(done, [[7; 4]; COMMANDS]);
+            assert!(still_waits && nothing_came);
+            assert_eq!(held.recv_timeout(Duration::from_secs(30)), Ok([7; 4]));
+            drop((one, other));
+            userfault.end();
+        });
     }
 
     #[test]
