@@ -162,7 +162,8 @@ pub struct RunArguments {
     /// only reads must be here.
     #[arg(long, requires = "incoming", conflicts_with = "clone")]
     pub with_storage: bool,
-    /// With --with-storage: give up what is in the place of the images, for the guest that comes. Block devices need it.
+    /// With --with-storage: give up what is in the place of the images, for the guest that comes. Files stand beside, as PATH.given-up, until
+    /// its first block is here, and are put back if that never comes. Block devices need this flag, and are written over in place.
     #[arg(long, requires = "with_storage")]
     pub overwrite: bool,
     /// Start the guest from images that it has left for another host. What it did there since is lost; say so only if it does not run

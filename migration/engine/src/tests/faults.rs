@@ -247,7 +247,7 @@ fn without_a_lease_a_dead_destination_stays_undecided() {
             Some((Outcome::Unknown(_), _)) => {
                 undecided += 1;
                 assert_eq!(runner, None, "{what}");
-                assert_eq!(ending.source_statistics.status.name(), "device");
+                assert_eq!(ending.source_statistics.status.name(), "handover-unknown");
                 assert!(ending.source_statistics.handover_unknown.is_some());
             }
             Some((Outcome::Failed { .. }, _)) => assert_eq!(runner, Some("source"), "{what}"),
@@ -325,7 +325,7 @@ fn a_guest_that_was_not_handed_over_waits_for_its_lease() {
     let Some((Outcome::Unknown(handover), mut source)) = ending.source else {
         panic!("{:?}", ending.source.map(|(outcome, _)| outcome));
     };
-    assert_eq!((world.running(), ending.source_statistics.status.name()), (vec![], "device"));
+    assert_eq!((world.running(), ending.source_statistics.status.name()), (vec![], "handover-unknown"));
     let known = ending.source_statistics.handover_unknown.unwrap();
     assert!(known.contains("release image fails"), "{known}");
 
