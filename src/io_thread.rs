@@ -459,11 +459,12 @@ mod tests {
             let (still_waits, nothing_came) = (waiters.has(thread), held.try_recv().is_err());
             // First this: a thread that waits cannot be joined.
             bring(AWAY);
-            assert_eq!(done, [[7; 4]; COMMANDS]);
-            assert!(still_waits && nothing_came);
-            assert_eq!(held.recv_timeout(Duration::from_secs(30)), Ok([7; 4]));
+            let came = held.recv_timeout(Duration::from_secs(30));
             drop((one, other));
             userfault.end();
+            assert_eq!(done, [[7; 4]; COMMANDS]);
+            assert!(still_waits && nothing_came);
+            assert_eq!(came, Ok([7; 4]));
         });
     }
 
