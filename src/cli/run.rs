@@ -167,7 +167,8 @@ pub struct RunArguments {
     #[arg(long, requires = "with_storage")]
     pub overwrite: bool,
     /// Start the guest from images that it has left for another host. What it did there since is lost; say so only if it does not run
-    /// there.
+    /// there. That they are stale is known from the machine's lease (beside its first image, or --lease): an image alone, in another
+    /// machine or in another order is not known.
     #[arg(long, conflicts_with = "incoming")]
     pub force_stale: bool,
     /// Start the guest anew though it lies suspended in a file, which can then not be restored any more.

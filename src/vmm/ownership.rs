@@ -107,7 +107,8 @@ fn explain(error: Error) -> anyhow::Error {
                 "the guest of these images has gone to {peer} with all it had: run it there. Only if it never arrived, and what is \
                  there still says incoming, run what is here with --force-stale"
             ),
-            _ => "these images never came whole: let the guest come again with --overwrite, or remove them"
+            _ => "these images never came whole: let the guest come again with --overwrite, or remove them (what they were to replace may \
+                  stand beside as PATH.given-up)"
                 .to_owned(),
         },
         _ => return error.into(),

@@ -140,6 +140,8 @@ fn images_that_did_not_come_are_gone_or_refused_and_come_again() {
     assert!(refused.contains("--overwrite"), "{refused}");
     destination.execute("quit", json!({}));
     destination.exit();
+    let refused = refusal(&bed, &unfinished);
+    assert!(refused.contains("never came whole") && refused.contains("incoming"), "{refused}");
 
     let (_, mut destination) = there(&bed, "third", &["--overwrite"]);
     two_rounds_with(&mut source, target(&destination), 48 << 20);

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use block::{Backend, FileImage, FileOptions, Qcow2Image};
 use engine::MachineResult;
-use engine::lease::{self, Id, Lease, NotTaken, Record, State};
+use engine::lease::{self, Id, Lease, NotTaken, Record};
 use engine::storage::{Disk, IncomingDisks};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -50,6 +50,8 @@ struct Image {
     place: Place,
     found: Found,
     is_blank: bool,
+    /// Somebody else came to use it.
+    is_anothers: bool,
     /// Once the machine for it is there.
     backend: Option<Arc<dyn Backend>>,
 }
@@ -59,7 +61,7 @@ pub struct Incoming {
     vmm: Arc<Vmm>,
     session: Id,
     lease: Option<Lease>,
-    /// What it said of a guest that is given up for the one that comes.
+    /// What it said of that which is given up for what comes: of a guest, or of images that an attempt before left unfinished.
     before: Option<Record>,
     generation: u64,
     images: Vec<Image>,
@@ -103,16 +105,13 @@ impl Incoming {
                 return Err(error);
             }
         };
-        // What never came to be a guest is worth nothing.
-        let is_worthless =
-            before.as_ref().is_some_and(|record| matches!(record.state, State::Incoming { .. }));
         // We are the only one present at the record: whoever wrote it before is gone, but for its last requests.
         let patience = before.as_ref().map_or(Duration::ZERO, |_| LAST_REQUESTS);
         let mut incoming = Self {
             vmm: Arc::clone(vmm),
             session: *session,
             lease: Some(lease),
-            before: before.filter(|_| !is_worthless),
+            before,
             generation,
             images: Vec::new(),
             io,
@@ -128,7 +127,7 @@ impl Incoming {
         }
         for ((place, disk), found) in places.into_iter().zip(disks).zip(found) {
             let name = place.path.display().to_string();
-            let image = make(place, disk, found, is_worthless);
+            let image = make(place, disk, found);
             incoming.images.push(image.with_context(|| format!("cannot make {name}"))?);
         }
         Ok(incoming)
@@ -144,7 +143,11 @@ impl Incoming {
             let found = disk.map(|disk| disk.subsystem.images()).unwrap_or_default();
             let found = found.into_iter().find(|(nsid, _)| *nsid == image.place.nsid);
             let (_, backend) = found.with_context(|| format!("there is no image {}", image.place.name))?;
-            backend.acquire()?;
+            if let Err(error) = backend.acquire() {
+                // Whoever has it since we made it keeps it.
+                image.is_anothers = matches!(error, block::Error::Locked { .. });
+                return Err(error.into());
+            }
             // Its length, and its name: the stop has nothing to do with them.
             backend.sync()?;
             if image.is_new_file() {
@@ -160,14 +163,18 @@ impl Incoming {
         image.with_context(|| format!("there is no image {disk}"))
     }
 
-    /// Notes that something was written.
-    fn wrote(&mut self, backend: &Arc<dyn Backend>, length_bytes: u64) -> anyhow::Result<()> {
-        self.unsynced_bytes = self.unsynced_bytes.saturating_add(length_bytes);
-        if self.unsynced_bytes >= SYNC_BYTES {
+    fn sync_all(&mut self) -> anyhow::Result<()> {
+        for backend in self.images.iter().filter_map(|image| image.backend.as_ref()) {
             backend.sync()?;
-            self.unsynced_bytes = 0;
         }
+        self.unsynced_bytes = 0;
         Ok(())
+    }
+
+    /// Notes that something was written.
+    fn wrote(&mut self, length_bytes: u64) -> anyhow::Result<()> {
+        self.unsynced_bytes = self.unsynced_bytes.saturating_add(length_bytes);
+        if self.unsynced_bytes >= SYNC_BYTES { self.sync_all() } else { Ok(()) }
     }
 
     /// Undoes what [`make`](Self::make) did. Before anything came, that is all of it; afterwards what was given up is gone.
@@ -251,24 +258,18 @@ impl IncomingDisks for Incoming {
     fn write(&mut self, disk: usize, offset_bytes: u64, contents: &[u8]) -> MachineResult<()> {
         let backend = self.backend(disk)?;
         self.io.write(&*backend, offset_bytes, contents)?;
-        Ok(self.wrote(&backend, contents.len() as u64)?)
+        Ok(self.wrote(contents.len() as u64)?)
     }
 
     fn write_zeroes(&mut self, disk: usize, range: Range<u64>) -> MachineResult<()> {
         let backend = self.backend(disk)?;
         let length_bytes = range.end - range.start;
         self.io.write_zeroes(&*backend, range.start, length_bytes)?;
-        Ok(self.wrote(&backend, length_bytes)?)
+        Ok(self.wrote(length_bytes)?)
     }
 
     fn sync(&mut self) -> MachineResult<()> {
-        for image in &self.images {
-            if let Some(backend) = &image.backend {
-                backend.sync()?;
-            }
-        }
-        self.unsynced_bytes = 0;
-        Ok(())
+        Ok(self.sync_all()?)
     }
 
     fn own(&mut self, session: &Id, open: &mut dyn FnMut() -> Result<(), String>) -> Result<(), NotTaken> {
@@ -276,7 +277,6 @@ impl IncomingDisks for Incoming {
             || NotTaken::Refused(lease::Error::Condition { reason: "the images were given up".to_owned() });
         self.lease.as_mut().ok_or_else(nobody)?.take(session, self.generation, open)?;
         self.is_owned = true;
-        self.forget_what_was();
         self.vmm.return_lease(self.lease.take());
         Ok(())
     }
@@ -309,6 +309,7 @@ impl Image {
     fn undo(&self, has_begun: bool) -> std::io::Result<()> {
         let path = &self.place.path;
         match &self.found {
+            _ if self.is_anothers => Err(std::io::Error::other("another process uses it")),
             Found::Nothing => remove(path),
             Found::Empty { length_bytes } => empty(path, *length_bytes),
             // Over what is there of the one that came.
@@ -332,6 +333,12 @@ fn remove(path: &Path) -> std::io::Result<()> {
 /// finished its requests.
 fn look(place: &Place, give_up: bool, patience: Duration) -> anyhow::Result<Found> {
     let path = &place.path;
+    let aside = given_up(path);
+    ensure!(
+        fs::symlink_metadata(&aside).is_err(),
+        "what was there stands aside as {}: an earlier attempt was cut off before anything came (move it back, or remove it)",
+        aside.display()
+    );
     let metadata = match fs::metadata(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Nothing),
         metadata => metadata?,
@@ -348,16 +355,7 @@ fn look(place: &Place, give_up: bool, patience: Duration) -> anyhow::Result<Foun
             bail!("there is something already: --overwrite gives it up for the guest that comes")
         }
         _ if is_device => Ok(Found::Something { aside: None }),
-        _ => {
-            let aside = given_up(path);
-            ensure!(
-                fs::symlink_metadata(&aside).is_err(),
-                "what was there would stand aside as {}, which is there already: an earlier attempt was cut off before anything came \
-                 (move it back, or remove it)",
-                aside.display()
-            );
-            Ok(Found::Something { aside: Some(aside) })
-        }
+        _ => Ok(Found::Something { aside: Some(aside) }),
     }
 }
 
@@ -368,17 +366,14 @@ fn given_up(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// Makes one image, all holes, where there is nothing, or nothing in it, or where that is given up; `is_worthless` if it never was a
-/// guest's. Nothing has changed when it fails.
-fn make(place: Place, disk: &Disk, found: Found, is_worthless: bool) -> anyhow::Result<Image> {
+/// Makes one image, all holes, where there is nothing, or nothing in it, or where that is given up: whatever the
+/// record said of it, it may be a guest's, of whose other images an attempt that was cut off had made nothing yet. Nothing has changed when
+/// it fails.
+fn make(place: Place, disk: &Disk, found: Found) -> anyhow::Result<Image> {
     let path = &place.path;
     let found = match found {
         Found::Something { aside: None } => {
-            return Ok(Image { place, found, is_blank: false, backend: None });
-        }
-        Found::Something { aside: Some(_) } if is_worthless => {
-            fs::remove_file(path)?;
-            Found::Nothing
+            return Ok(Image { place, found, is_blank: false, is_anothers: false, backend: None });
         }
         Found::Something { aside: Some(aside) } => {
             fs::rename(path, &aside)?;
@@ -386,7 +381,7 @@ fn make(place: Place, disk: &Disk, found: Found, is_worthless: bool) -> anyhow::
         }
         found => found,
     };
-    let image = Image { found, is_blank: true, backend: None, place };
+    let image = Image { found, is_blank: true, is_anothers: false, backend: None, place };
     let path = &image.place.path;
     let opened =
         OpenOptions::new().read(true).write(true).mode(0o600).create_new(image.is_new_file()).open(path);
