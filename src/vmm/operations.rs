@@ -55,6 +55,43 @@ impl Control {
         self.0.events.emit(Event::Namespace { controller: controller.to_owned(), nsid, change });
         Ok(value)
     }
+
+    fn stop_guest(&self, lacks_memory: bool) -> Result<(), Refusal> {
+        // The state is looked at when nobody else can change it.
+        let effect = |machine: &Machine| {
+            if self.0.run_state().is_running() {
+                let stopped = if lacks_memory { machine.hold() } else { machine.pause().map(drop) };
+                if lacks_memory && stopped.is_err() {
+                    // What stands still by now runs on, as the state goes on to say; a failed pause does that itself.
+                    machine.let_go()?;
+                }
+                stopped?;
+                // A guest that is stopped may be so for long. What fails fails again at the next barrier, which tells the guest.
+                if let Err(error) = machine.resources().sync_regions() {
+                    log::warn!("the guest is stopped, but: {error}");
+                }
+            }
+            Ok(())
+        };
+        self.0.act(Action::Stop, effect).map(drop).map_err(|error| refusal(&error))
+    }
+
+    fn cont_guest(&self, lacks_memory: bool) -> Result<(), Refusal> {
+        let effect = |machine: &Machine| match self.0.run_state() {
+            // It goes on when its memory does.
+            RunState::LacksMemory { .. } => Ok(()),
+            // A vCPU that waits for memory does not answer. And one that runs and is held all the same is so for the end of the process,
+            // which is not to be undone.
+            RunState::Running if lacks_memory => Ok(()),
+            _ if lacks_memory => machine.let_go(),
+            _ => {
+                // A failed migration may have left it without its images, because someone else held them.
+                machine.resources().acquire_images()?;
+                machine.resume()
+            }
+        };
+        self.0.act(Action::Continue, effect).map(drop).map_err(|error| refusal(&error))
+    }
 }
 
 /// The whole chain in one sentence.
@@ -101,40 +138,11 @@ impl Operations for Control {
 
     fn stop(&self) -> Result<(), Refusal> {
         // Asked before: a guest that has had all of its memory since stands still as well.
-        let lacks_memory = self.0.migrations.guest_lacks_memory();
-        // The state is looked at when nobody else can change it.
-        let effect = |machine: &Machine| {
-            if self.0.run_state().is_running() {
-                let stopped = if lacks_memory { machine.hold() } else { machine.pause().map(drop) };
-                if lacks_memory && stopped.is_err() {
-                    // What stands still by now runs on, as the state goes on to say; a failed pause does that itself.
-                    machine.let_go()?;
-                }
-                stopped?;
-                // A guest that is stopped may be so for long. What fails fails again at the next barrier, which tells the guest.
-                if let Err(error) = machine.resources().sync_regions() {
-                    log::warn!("the guest is stopped, but: {error}");
-                }
-            }
-            Ok(())
-        };
-        self.0.act(Action::Stop, effect).map(drop).map_err(|error| refusal(&error))
+        self.stop_guest(self.0.migrations.guest_lacks_memory())
     }
 
     fn cont(&self) -> Result<(), Refusal> {
-        let lacks_memory = self.0.migrations.guest_lacks_memory();
-        let effect = |machine: &Machine| match self.0.run_state() {
-            // It goes on when its memory does.
-            RunState::LacksMemory { .. } => Ok(()),
-            RunState::Running if lacks_memory => Ok(()),
-            _ if lacks_memory => machine.let_go(),
-            _ => {
-                // A failed migration may have left it without its images, because someone else held them.
-                machine.resources().acquire_images()?;
-                machine.resume()
-            }
-        };
-        self.0.act(Action::Continue, effect).map(drop).map_err(|error| refusal(&error))
+        self.cont_guest(self.0.migrations.guest_lacks_memory())
     }
 
     fn system_reset(&self) -> Result<(), Refusal> {
@@ -262,8 +270,11 @@ impl Operations for Control {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
-    use crate::vmm::tests::running;
+    use crate::machine::Resources;
+    use crate::vmm::tests::{process_with, running};
 
     #[test]
     fn no_migration_begins_while_namespaces_change_and_none_change_during_one() {
@@ -291,5 +302,46 @@ mod tests {
         assert_eq!(refused.unwrap_err().0, "cannot change namespaces: a migration is under way");
         drop(silent);
         assert!(matches!(requests.recv(), Ok(Request::MigrationEnded)));
+    }
+
+    /// The first vCPU does not answer, as one that waits for memory and of which nobody has noted that; the other shows what becomes of
+    /// them.
+    #[test]
+    fn a_guest_that_lacks_memory_runs_on_when_it_cannot_be_stopped() {
+        let (vmm, _requests) = process_with(&["--cpus", "2"]);
+        let machine = vmm.prepare_machine(Arc::new(Resources::open(&vmm.spec, false).unwrap())).unwrap();
+        let owners = Arc::strong_count(&vmm);
+        // The first comes here with an event: there is nothing where it begins. The second waits for its start-up message.
+        let pending = vmm.pending.lock().unwrap();
+        vmm.install(machine, Action::Start, Machine::resume).unwrap();
+        let begun = Instant::now();
+        while Arc::strong_count(&vmm) == owners {
+            assert!(begun.elapsed() < Duration::from_secs(30), "the first vCPU brings no event");
+            std::thread::yield_now();
+        }
+        let refused = Control(Arc::clone(&vmm)).stop_guest(true);
+        let machine = vmm.machine().unwrap();
+        let exits = machine.vcpu_exits();
+        drop(pending);
+        assert!(refused.unwrap_err().0.contains("vCPU 0"));
+        assert_eq!(vmm.run_state(), RunState::Running);
+        // Only a vCPU that runs has to come back from KVM to be stopped.
+        machine.halt().unwrap();
+        assert!(machine.vcpu_exits() > exits);
+    }
+
+    /// As the end of the process holds it, and asks nobody: the state goes on to say that it runs.
+    #[test]
+    fn cont_lets_no_guest_go_that_is_held_for_the_end_of_its_process() {
+        let (vmm, requests) = running();
+        let control = Control(Arc::clone(&vmm));
+        let machine = vmm.machine().unwrap();
+        machine.hold().unwrap();
+        control.cont_guest(true).unwrap();
+        assert_eq!(vmm.run_state(), RunState::Running);
+        // A vCPU that was told to run would do so first, and have come back from KVM at least once.
+        machine.halt().unwrap();
+        assert_eq!(machine.vcpu_exits(), 0);
+        assert!(requests.try_recv().is_err());
     }
 }

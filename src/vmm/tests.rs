@@ -20,9 +20,10 @@ fn process() -> (Arc<Vmm>, Receiver<Request>) {
     process_with(&[])
 }
 
-fn process_with(devices: &[&str]) -> (Arc<Vmm>, Receiver<Request>) {
+/// A process that was told more.
+pub(super) fn process_with(more: &[&str]) -> (Arc<Vmm>, Receiver<Request>) {
     let line = ["ferry", "run", "--kernel", "vmlinux", "--memory", "16M", "--serial", "null"];
-    let line = line.iter().chain(devices);
+    let line = line.iter().chain(more);
     let Command::Run(arguments) = Arguments::parse_from(line).command else { panic!("it is run") };
     Vmm::new(arguments.machine().unwrap(), &arguments).unwrap()
 }
