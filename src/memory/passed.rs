@@ -169,8 +169,9 @@ impl RamBlock {
         };
         // A move that failed may have taken away what was in the place: Linux before 5.16 does so before it finds that it moves no huge
         // pages. The memory itself is there, and is mapped anew.
+        let why = source.to_string();
         let failed = self.failed("move the memory that was handed over to its place", source);
-        log::warn!("{failed}; it is mapped again instead");
+        log::warn!("{failed}: {why}; it is mapped again instead");
         let writable = passed.writable.get().ok_or(failed)?;
         let again = "map the memory that was handed over for writing";
         self.map_fixed(again, writable, ProtFlags::READ | ProtFlags::WRITE).inspect_err(|_| {
