@@ -225,15 +225,6 @@ impl Incoming {
             log::warn!("{error}");
         }
     }
-
-    /// Removes what stood aside.
-    fn forget_what_was(&self) {
-        for path in self.images.iter().filter_map(Image::aside) {
-            if let Err(error) = remove(path) {
-                log::warn!("{}, which was given up, cannot be removed: {error}", path.display());
-            }
-        }
-    }
 }
 
 impl Drop for Incoming {
@@ -251,7 +242,11 @@ impl IncomingDisks for Incoming {
 
     fn begin(&mut self) -> MachineResult<()> {
         self.has_begun = true;
-        self.forget_what_was();
+        for path in self.images.iter().filter_map(Image::aside) {
+            if let Err(error) = remove(path) {
+                log::warn!("{}, which was given up, cannot be removed: {error}", path.display());
+            }
+        }
         Ok(())
     }
 

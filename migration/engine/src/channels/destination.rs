@@ -38,9 +38,8 @@ impl Incoming for Listener {
 
 /// The answer to a source that says `hello` and is granted `granted` as far as this machine goes. Channels, the one for pages among
 /// them, need a way in, and memory that goes itself needs no channels.
-pub(crate) fn agree(hello: &Hello, granted: u64, instance: Id, has_way_in: bool) -> Result<Agree, Error> {
+pub(crate) fn agree(hello: &Hello, mut granted: u64, instance: Id, has_way_in: bool) -> Result<Agree, Error> {
     const MEMORY: u64 = features::CHANNELS | features::LZ4 | features::ZSTD;
-    let mut granted = granted;
     if !has_way_in || granted & features::LOCAL != 0 {
         granted &= !(MEMORY | features::POSTCOPY);
     }

@@ -20,8 +20,8 @@
 //!
 //! Invariants: each chunk of 256 pages belongs to one channel, so what comes last of a page is what was sent last, without
 //! waiting of one channel for another. A page that the guest wrote to while it was sent differs from its digest at the
-//! destination, and is dirty: it comes again, or after the guest. One that differs at the end, and is not to follow, refuses the guest, and so does a digest of heads
-//! and tables that differs; PREPARE carries those of all channels. So it is the last copy of each page alone that is judged. One that was
+//! destination, and is dirty: it comes again, or after the guest. One that differs at the end, and is not to follow, refuses the
+//! guest, and so does a digest of heads and tables that differs; PREPARE carries those of all channels. So it is the last copy of each page alone that is judged. One that was
 //! damaged on its way, and came again because the guest had written to it, is right if that copy is: nothing looked at the damaged one, since
 //! no vCPU and no device runs here before the end, and nothing of it is left, since a copy is a whole page. That a link damages pages
 //! is then found only if it damages a last one; it says nothing false of the guest's memory. What a peer says costs each channel at most two bits a

@@ -215,18 +215,21 @@ impl Shared {
         }
     }
 
+    /// How far a chunk is.
+    fn state_of(&self, block: usize, chunk: u64) -> Option<&AtomicU8> {
+        self.chunks.get(block)?.get(usize::try_from(chunk).ok()?)
+    }
+
     /// Whether the chunk is ours to bring.
     fn claim(&self, block: usize, chunk: u64) -> bool {
-        let state = self.chunks.get(block).and_then(|states| states.get(usize::try_from(chunk).ok()?));
         let taken = |state: &AtomicU8| {
             state.compare_exchange(MISSING, TAKEN, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         };
-        state.is_some_and(taken)
+        self.state_of(block, chunk).is_some_and(taken)
     }
 
     fn has_placed(&self, block: usize, chunk: u64) -> bool {
-        let state = self.chunks.get(block).and_then(|states| states.get(usize::try_from(chunk).ok()?));
-        state.is_some_and(|state| state.load(Ordering::Acquire) == PLACED)
+        self.state_of(block, chunk).is_some_and(|state| state.load(Ordering::Acquire) == PLACED)
     }
 
     /// Brings a chunk that is ours.
@@ -234,7 +237,7 @@ impl Shared {
         self.memory.bring(block, chunk, buffer, |offset, bytes| {
             self.pages.place(block, offset, bytes).map_err(Error::machine("place guest memory"))
         })?;
-        if let Some(state) = self.chunks.get(block).and_then(|states| states.get(chunk as usize)) {
+        if let Some(state) = self.state_of(block, chunk) {
             state.store(PLACED, Ordering::Release);
         }
         let mut progress = self.progress();
