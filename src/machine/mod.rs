@@ -219,15 +219,27 @@ impl Machine {
     /// # Errors
     /// A persistent memory region cannot be had, or a vCPU thread does not answer.
     pub fn resume(&self) -> anyhow::Result<()> {
+        self.start().map(drop)
+    }
+
+    /// As [`Machine::resume`], and says when the last of its vCPUs went.
+    ///
+    /// # Errors
+    /// As [`Machine::resume`].
+    pub fn start(&self) -> anyhow::Result<Option<Instant>> {
         self.resources.attach_regions()?;
         for disk in self.disks.iter().rev() {
-            disk.controller().resume();
+            disk.controller().reopen();
         }
         self.entropy.device().resume();
-        if self.is_held.swap(false, Ordering::SeqCst) {
-            self.io_threads.iter().for_each(IoThread::go_on);
-        }
-        Ok(self.vcpus.resume()?)
+        let is_held = self.is_held.swap(false, Ordering::SeqCst);
+        let call_devices = || {
+            self.disks.iter().for_each(|disk| disk.controller().wake_workers());
+            if is_held {
+                self.io_threads.iter().for_each(IoThread::go_on);
+            }
+        };
+        Ok(self.vcpus.resume_with(call_devices)?)
     }
 
     /// Does what a guest that was loaded need not have waited for: from here on its interrupts go the fast way.

@@ -1,6 +1,6 @@
 //! What a destination must have to take a guest over: compared before any memory moves.
 
-use engine::Description;
+use engine::{Description, HOST, is_same_host};
 
 use super::{processor, ram_blocks};
 use crate::kvm::{boot_id, is_same_tsc_frequency};
@@ -10,8 +10,6 @@ use crate::vcpu::Offer;
 
 /// The machine model; it changes when two machines of the same configuration are no longer alike.
 const MACHINE_TYPE: &str = "ferry-1";
-/// Identity of the host, until it boots again.
-const HOST: &str = "identity.host";
 /// What names of identities that are true on one host end with.
 const IMAGE: &str = ".image";
 
@@ -28,6 +26,7 @@ pub fn describe(machine: &Machine) -> anyhow::Result<Description> {
     for (section, hash) in schema_hashes() {
         description.set(format!("state.{section}"), format!("{hash:016x}"));
     }
+    // Until it boots again.
     description.set(HOST, engine::lease::show_id(&boot_id()?));
     Ok(description)
 }
@@ -53,7 +52,7 @@ pub fn differences(source: &Description, own: &Description, offer: &Offer) -> Ve
 /// there is nothing to be told) is not compared. Which file an image is means something on the host alone: two hosts know a shared image
 /// by different numbers.
 fn other_identities(source: &Description, own: &Description) -> Vec<String> {
-    let same_host = source.get(HOST).is_some_and(|host| own.get(HOST) == Some(host));
+    let same_host = is_same_host(source, own);
     let differing = source.iter().filter_map(|(name, theirs)| {
         let ours = own.get(name).filter(|ours| *ours != theirs && name != HOST)?;
         let (_, plain) = name.split_once('.').filter(|_| same_host || !name.ends_with(IMAGE))?;

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use engine::lease::Id;
 use engine::storage::{Disk, IncomingDisks};
@@ -195,8 +196,8 @@ impl DestinationMachine for Arrival {
     }
 
     fn open_images(&mut self) -> MachineResult<()> {
-        // Harmless for what is held: it opens what is not, and checks size and identity.
-        Ok(self.machine()?.resources().acquire_images()?)
+        // Who locks an image opens it, and looks whether it has the size and identity that it had.
+        Ok(())
     }
 
     fn release_images(&mut self) {
@@ -207,16 +208,16 @@ impl DestinationMachine for Arrival {
         }
     }
 
-    fn start(&mut self, state: RunState) -> MachineResult<()> {
+    fn start(&mut self, state: RunState) -> MachineResult<Option<Instant>> {
         startup::done(Step::Ownership);
         let machine = self.machine.take().ok_or("the machine has been started already")?;
         let running = state == RunState::Running;
         let start = |machine: &Machine| {
             // Paused or not: what came with the guest is kept from now on.
             machine.resources().attach_regions()?;
-            if running { machine.resume() } else { Ok(()) }
+            if running { machine.start() } else { Ok(None) }
         };
-        self.vmm.install(machine, Action::Arrive { running }, start).inspect_err(|_| {
+        let ran = self.vmm.install(machine, Action::Arrive { running }, start).inspect_err(|_| {
             // It is ours all the same and stays paused; `cont` tries again.
             let arrived =
                 self.vmm.act(Action::Arrive { running: false }, |machine| machine.pause().map(drop));
@@ -224,6 +225,6 @@ impl DestinationMachine for Arrival {
                 log::error!("the guest is ours, but: {error:#}");
             }
         })?;
-        Ok(())
+        Ok(ran)
     }
 }

@@ -263,13 +263,26 @@ impl VcpuManager {
         first.answer(&first.ask(move |vcpu| vcpu.boot(&registers))?)?
     }
 
-    /// Lets all vCPUs run. When this returns, each is about to enter the guest. Harmless for those that run.
+    /// Lets all vCPUs run. When this returns, each is about to enter the guest. Harmless for those that run. Says when the last of them
+    /// went, if any did.
     ///
     /// # Errors
     /// [`Error::ThreadGone`], [`Error::Unresponsive`].
-    pub fn resume(&self) -> Result<(), Error> {
-        self.ask_all(|_| Vcpu::resume)?;
-        Ok(())
+    pub fn resume(&self) -> Result<Option<Instant>, Error> {
+        self.resume_with(|| ())
+    }
+
+    /// As [`Self::resume`], and has `others` called to work as soon as the vCPUs are: who is called first finds a processor that is free.
+    ///
+    /// # Errors
+    /// As [`Self::resume`]; `others` were called all the same.
+    pub fn resume_with(&self, call_others: impl FnOnce()) -> Result<Option<Instant>, Error> {
+        let asked: Result<Vec<_>, _> = self.threads.iter().map(|thread| thread.ask(Vcpu::resume)).collect();
+        call_others();
+        self.threads
+            .iter()
+            .zip(asked?)
+            .try_fold(None, |last, (thread, answer)| Ok(last.max(thread.answer(&answer)?)))
     }
 
     /// Stops all vCPUs. When this returns none is in the guest, and none is in the middle of an instruction: accesses

@@ -172,10 +172,11 @@ impl Vcpu {
         self.resting_until = until;
     }
 
-    /// Runs the guest from now on. One that has ended is over, whoever lets the machine go on that stood still meanwhile.
-    pub(super) fn resume(&mut self) {
+    /// Runs the guest from now on, and says when that is. One that has ended is over, whoever lets the machine go on that stood still
+    /// meanwhile.
+    pub(super) fn resume(&mut self) -> Option<Instant> {
         if self.has_ended {
-            return;
+            return None;
         }
         // Tells a guest with kvm-clock that it was stopped, so that its watchdogs do not complain. EINVAL: it has none.
         if let Err(error) = self.fd().kvmclock_ctrl()
@@ -186,6 +187,7 @@ impl Vcpu {
         self.running = true;
         self.resting_until = None;
         startup::vcpu_runs();
+        Some(Instant::now())
     }
 
     /// Stops and completes the access that was in progress: with `immediate_exit` KVM does no more than that. (A string

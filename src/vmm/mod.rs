@@ -291,15 +291,15 @@ impl Vmm {
     ///
     /// # Errors
     /// As [`Self::act`]. The machine is there all the same.
-    pub fn install(
+    pub fn install<T>(
         &self,
         machine: Machine,
         action: Action,
-        effect: impl FnOnce(&Machine) -> anyhow::Result<()>,
-    ) -> anyhow::Result<()> {
+        effect: impl FnOnce(&Machine) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
         let _transition = lock(&self.transition);
         *lock(&self.machine) = Some(Arc::new(machine));
-        self.change(action, effect).map(drop)
+        self.change(action, effect).map(|(_, value)| value)
     }
 
     /// The machine, if there is one.

@@ -199,6 +199,13 @@ impl Controller {
     /// Goes on after a pause, or begins after [`Controller::restore`]: signals every completion queue that holds entries the guest
     /// has not taken, and wakes every worker, so that doorbells rung before the stop are served.
     pub fn resume(&self) {
+        self.reopen();
+        self.wake_workers();
+    }
+
+    /// The first half of [`Controller::resume`]: the guest may run, and is served. What it asked for before the stop waits for the
+    /// second half, [`Controller::wake_workers`], which may come when the guest runs already.
+    pub fn reopen(&self) {
         let shared = &self.pool.shared;
         let mut admin = lock(&self.admin);
         admin.paused_at = None;
@@ -218,9 +225,12 @@ impl Controller {
             worker.wake_up();
         }
         shared.paused.store(false, Ordering::SeqCst);
-        drop(admin);
+    }
+
+    /// Has every worker look at its queues.
+    pub fn wake_workers(&self) {
         for index in 0..self.pool.workers.len() {
-            shared.host.wake(index);
+            self.pool.shared.host.wake(index);
         }
     }
 

@@ -14,6 +14,7 @@ use crate::channels::destination::{Gathered, Incoming, Intake, agree, gather};
 use crate::lease::{self, Id, Lease, NotTaken, random_id};
 use crate::link::{Link, Step};
 use crate::local::Mapped;
+use crate::moment::{Moment, is_same_host};
 use crate::ownership::Answer;
 use crate::ownership::destination::{Action, Destination as Ownership, Event};
 use crate::postcopy::{Announced, Late};
@@ -246,13 +247,10 @@ impl<'a> Destination<'a> {
         }
         let memory = mapped.map(|mapped| (mapped, passed));
         let taken = self.take(&mut machine, &commit, memory, RunState::from(prepare.running));
-        let (state, error, resume) = taken.inspect_err(|_| late.iter().for_each(Late::disown))?;
-        let running = Running {
-            session: commit.session,
-            running: state == RunState::Running,
-            resume_ns: nanoseconds(resume),
-        };
+        let (error, mut running) = taken.inspect_err(|_| late.iter().for_each(Late::disown))?;
+        running.ran = running.ran.filter(|_| agree.features & features::MOMENT != 0);
         self.running = Some(running.clone());
+        let state = RunState::from(running.running);
         Ok(Arrived { machine, state, error, acknowledged: false, running, late })
     }
 
@@ -287,11 +285,15 @@ impl<'a> Destination<'a> {
         }
         let mut source = hello.description();
         let mut reasons = Vec::new();
+        let mut lacking = features::MOMENT;
         match Arriving::of(factory, hello, &mut source, self.statistics) {
             Ok(disks) => {
                 self.disks = disks;
                 let own = factory.description().map_err(Error::machine("describe this machine"))?;
                 reasons.extend(factory.differences(&source, &own));
+                if is_same_host(&source, &own) {
+                    lacking = 0;
+                }
             }
             // Without its images there is no machine to compare.
             Err(Error::Refused { reasons: more }) => reasons.extend(more),
@@ -317,11 +319,10 @@ impl<'a> Destination<'a> {
         let machine = factory.build(&source).map_err(|source| Error::Refused {
             reasons: vec![Error::Machine { doing: "build the machine", source }.chain()],
         })?;
-        let mut granted = features::granted(hello.features);
         if !machine.takes_memory() {
-            granted &= !features::LOCAL;
+            lacking |= features::LOCAL;
         }
-        let agree = agree(hello, granted, self.instance, has_way_in)?;
+        let agree = agree(hello, features & !lacking, self.instance, has_way_in)?;
         link.send(&Message::Agree(agree.clone()), self.handshake("agreeing"))?;
         Ok((machine, agree))
     }
@@ -494,13 +495,13 @@ impl<'a> Destination<'a> {
         commit: &Commit,
         memory: Option<(Mapped, Vec<OwnedFd>)>,
         mut state: RunState,
-    ) -> Result<(RunState, Option<Error>, Duration), Error> {
+    ) -> Result<(Option<Error>, Running), Error> {
         let start = Instant::now();
         if !self.parameters.commit() {
             return Err(Error::Never { reason: "the destination was told to quit".to_owned() });
         }
         let mut reason = "COMMIT of another session".to_owned();
-        let (mut error, mut memory) = (None, Ok(memory));
+        let (mut error, mut ran, mut memory) = (None, None, Ok(memory));
         let Commit { session, generation } = *commit;
         let mut action = self.ownership.on(Event::Commit { session, generation });
         loop {
@@ -535,17 +536,22 @@ impl<'a> Destination<'a> {
                     }
                 },
                 Action::Start { .. } => {
-                    error = machine.start(state).map_err(Error::machine("start the guest")).err();
-                    if let Some(error) = &error {
+                    let started = machine.start(state).map_err(Error::machine("start the guest"));
+                    if let Err(error) = &started {
                         log::error!("the guest is ours and stays paused: {}", error.chain());
                         state = RunState::Paused;
                     }
-                    let resume = start.elapsed();
+                    ran = *started.as_ref().unwrap_or(&None);
+                    error = started.err();
+                    let resume = ran.unwrap_or_else(Instant::now) - start;
                     self.statistics.update(|s| s.downtime.resume = resume);
                     Event::Started
                 }
                 Action::Answer { answer: Answer::Running, .. } => {
-                    return Ok((state, error, self.statistics.snapshot().downtime.resume));
+                    let resume_ns = nanoseconds(self.statistics.snapshot().downtime.resume);
+                    let running = state == RunState::Running;
+                    let ran = ran.and_then(Moment::of);
+                    return Ok((error, Running { session, running, resume_ns, ran }));
                 }
                 Action::Answer { answer: Answer::Never, .. } => return Err(Error::Never { reason }),
                 Action::Go | Action::Refuse => return Err(Error::Unsure { reason }),

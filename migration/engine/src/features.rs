@@ -18,8 +18,11 @@ pub const ZSTD: u64 = 1 << 5;
 /// The destination says when all that was sent is in its place, before the guest stops.
 pub const SETTLE: u64 = 1 << 6;
 
+/// The destination says when the guest ran, by the clock of the host that both are on. Granted there only.
+pub const MOMENT: u64 = 1 << 8;
+
 /// What this build can do as a destination.
-pub const SUPPORTED: u64 = CHANNELS | LOCAL | POSTCOPY | STORAGE | LZ4 | ZSTD | SETTLE;
+pub const SUPPORTED: u64 = CHANNELS | LOCAL | POSTCOPY | STORAGE | LZ4 | ZSTD | SETTLE | MOMENT;
 
 /// What is granted to a source that offers `features`.
 #[must_use]

@@ -389,7 +389,9 @@ impl Handover {
     }
 
     fn note_downtime(&self, context: &Context<'_>) {
-        let total = self.since.elapsed();
+        // By the word of a destination on this host, which was on its way here; or else until it came.
+        let ran = self.running.as_ref().and_then(|running| running.ran);
+        let total = ran.and_then(|ran| ran.since(self.since)).unwrap_or_else(|| self.since.elapsed());
         context.statistics.update(|s| {
             s.downtime.total = total;
             if let Some(running) = &self.running {

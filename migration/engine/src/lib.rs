@@ -60,6 +60,7 @@ pub mod lease;
 mod link;
 mod local;
 mod machine;
+mod moment;
 mod ownership;
 mod parameters;
 mod patience;
@@ -91,6 +92,7 @@ pub use machine::{
     DestinationFactory, DestinationMachine, Fault, Image, ImageCopy, MachineResult, MemoryDescriptors,
     MissingPages, RamBlock, RunState, SaveFor, Since, SourceMachine,
 };
+pub use moment::{HOST, is_same_host};
 pub use ownership::source::Word;
 pub use parameters::{Parameters, PostcopyStart};
 pub use patience::Patience;

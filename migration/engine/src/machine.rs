@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use dirty_bitmap::DirtyBitmap;
 use stream::{DeviceSection, Expected, SectionSet};
@@ -465,9 +466,10 @@ pub trait DestinationMachine {
     /// Undoes [`take_image_locks`](Self::take_image_locks) and [`open_images`](Self::open_images): the guest goes back.
     fn release_images(&mut self);
 
-    /// Makes memory that was handed over writable, resumes devices, and vCPUs if `state` says so. From here on the guest runs here.
+    /// Makes memory that was handed over writable, resumes devices, and vCPUs if `state` says so. From here on the guest runs here. Says
+    /// when the vCPUs went, if the machine knows.
     ///
     /// # Errors
     /// The guest is ours and stays paused: it cannot go back, since devices may have started.
-    fn start(&mut self, state: RunState) -> MachineResult<()>;
+    fn start(&mut self, state: RunState) -> MachineResult<Option<Instant>>;
 }

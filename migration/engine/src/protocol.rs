@@ -7,6 +7,7 @@ use stream::frame::Kind;
 use vmstate::VmState;
 
 use crate::lease::Id;
+use crate::moment::Moment;
 use crate::postcopy::{Missing, PageRequest, Recover};
 use crate::{Description, RamBlock, RunState};
 
@@ -378,6 +379,9 @@ pub struct Running {
     pub running: bool,
     /// From COMMIT until the guest could run, in nanoseconds.
     pub resume_ns: u64,
+    /// When that was; only where it was granted, since older sources do not know it.
+    #[vmstate(subsection)]
+    pub ran: Option<Moment>,
 }
 
 /// See [`Message::Never`].
@@ -596,7 +600,7 @@ mod tests {
             Message::Prepared(Prepared { digest: 5, load_ns: 6 }),
             Message::Reject(reasons.clone()),
             Message::Commit(Commit { session, generation: 3 }),
-            Message::Running(Running { session, running: false, resume_ns: 4 }),
+            Message::Running(Running { session, running: false, resume_ns: 4, ran: None }),
             Message::Never(Never { session, reason: "no".into() }),
             Message::Query(Query { session, instance: [9; 16] }),
             Message::Cancel(reasons),

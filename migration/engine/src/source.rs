@@ -200,7 +200,7 @@ impl Attempt {
         if link.can_be_joined() {
             hello.features |= offered(context.parameters) | postcopy;
         }
-        hello.features |= features::SETTLE;
+        hello.features |= features::SETTLE | features::MOMENT;
         hello.channels = context.parameters.channels();
         link.send_with(
             &Message::Hello(Box::new(hello)),

@@ -72,7 +72,7 @@ impl fmt::Display for Status {
 /// Where the time of the stop went. Durations that a side did not see are zero until the other side told them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Downtime {
-    /// From the first vCPU kick to the first moment the guest could run again. On the source: until the answer came.
+    /// From the first vCPU kick to the first moment the guest could run again. From one host to another: until the answer came.
     pub total: Duration,
     /// Stopping vCPUs and devices.
     pub stop: Duration,
@@ -86,7 +86,7 @@ pub struct Downtime {
     pub load: Duration,
     /// The lease at the source, once the destination had answered.
     pub handover: Duration,
-    /// Lease, image locks, images and start at the destination.
+    /// Lease, image locks, images and start at the destination, until the last vCPU was about to enter the guest.
     pub resume: Duration,
 }
 

@@ -7,7 +7,7 @@
 use std::io::{self, Cursor, Read, Write};
 use std::net::Shutdown;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use engine::lease::Id;
 use engine::protocol::{Commit, Hello, Prepare, Progress, Properties, Query, Reasons, Settle};
@@ -137,10 +137,10 @@ impl DestinationMachine for Model {
         self.owned = false;
     }
 
-    fn start(&mut self, state: RunState) -> MachineResult<()> {
+    fn start(&mut self, state: RunState) -> MachineResult<Option<Instant>> {
         assert!(self.owned && self.started.is_none(), "it starts once, with its images");
         self.started = Some(state);
-        Ok(())
+        Ok(None)
     }
 }
 

@@ -163,7 +163,7 @@ fn restore<F: DestinationFactory>(
     }
     let state = RunState::from(first.running);
     Ok(match machine.start(state) {
-        Ok(()) => Restored { machine, state, error: None, fill },
+        Ok(_) => Restored { machine, state, error: None, fill },
         Err(source) => {
             let error = Error::Machine { doing: "start the guest", source };
             Restored { machine, state: RunState::Paused, error: Some(error), fill }

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use stream::{CHUNK_BYTES, Expected, SectionSet};
 use vm_memory::{Bytes, VolatileMemory};
@@ -188,7 +188,7 @@ impl DestinationMachine for LazyArriving {
         self.arriving.release_images();
     }
 
-    fn start(&mut self, state: RunState) -> MachineResult<()> {
+    fn start(&mut self, state: RunState) -> MachineResult<Option<Instant>> {
         self.arriving.start(state)
     }
 }

@@ -1,5 +1,7 @@
 //! What must go well, and what must be refused.
 
+use std::time::{Duration, Instant};
+
 use transport::Connection;
 use transport::faulty::Gate;
 
@@ -7,6 +9,7 @@ use super::mock::{Factory, Source, World};
 use super::{End, Ending, Play, impatience, patience};
 use crate::lease::{State, random_id};
 use crate::link::{Link, Step};
+use crate::moment::Moment;
 use crate::protocol::{Commit, Hello, Message, Progress, Properties, Query};
 use crate::{
     Arrived, Context, Destination, Error, Outcome, Parameters, Patience, RunState, SourceMachine, Statistics,
@@ -76,6 +79,26 @@ fn the_stop_is_made_in_the_order_of_the_design() {
     assert!(quiesced < released);
 }
 
+#[test]
+fn on_one_host_the_stop_ends_when_the_guest_ran_and_not_when_the_word_came() {
+    let world = World::new();
+    let before = Moment::of(Instant::now()).unwrap();
+    let ending = Play::new(&world).run();
+    assert_moved(&world, &ending);
+    let ran = ending.arrived.unwrap().running.ran.unwrap();
+    let total = ending.source_statistics.downtime.total;
+    let until_it_ran = Duration::from_nanos(ran.monotonic_ns - before.monotonic_ns);
+    assert!(!total.is_zero() && total < until_it_ran, "{total:?} of {until_it_ran:?}");
+
+    let world = World::new();
+    let mut play = Play::new(&world);
+    play.factory.host = "there";
+    let ending = play.run();
+    assert_moved(&world, &ending);
+    assert_eq!(ending.arrived.unwrap().running.ran, None, "its clock says nothing here");
+    assert!(!ending.source_statistics.downtime.total.is_zero());
+}
+
 /// The description of a machine with thousands of namespaces is longer than a frame may be.
 #[test]
 fn a_large_machine_moves_as_a_small_one() {
@@ -92,7 +115,7 @@ fn a_machine_that_cannot_be_described_does_not_even_connect() {
     world.enlarge_machines(300_000);
     let ending = Play::new(&world).run();
     let cause = ending.source_statistics.error.unwrap();
-    assert!(cause.contains("300003 properties, more than the 262144"), "{cause}");
+    assert!(cause.contains("300004 properties, more than the 262144"), "{cause}");
     assert_eq!(ending.destination_statistics.status, Status::None);
     assert_eq!(world.running(), ["source"]);
 }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use stream::{DeviceSection, Expected, SectionSet};
 use vm_memory::{Bytes, VolatileMemory};
@@ -17,8 +18,9 @@ use super::passed::Memory;
 use crate::lease::Id;
 use crate::storage::{Disk, IncomingDisks, OutgoingDisks};
 use crate::{
-    Description, DestinationFactory, DestinationMachine, Image, ImageCopy, MachineResult, MemoryDescriptors,
-    MissingPages, PAGE_BYTES, PageBitmap, RamBlock, RunState, SaveFor, Since, SourceMachine,
+    Description, DestinationFactory, DestinationMachine, HOST, Image, ImageCopy, MachineResult,
+    MemoryDescriptors, MissingPages, PAGE_BYTES, PageBitmap, RamBlock, RunState, SaveFor, Since,
+    SourceMachine,
 };
 
 pub use super::world::World;
@@ -138,6 +140,7 @@ impl Guest {
     fn description(&self) -> Description {
         let mut description = Description::new();
         description.set("cpus", 2);
+        description.set(HOST, "here");
         description.add_ram(&self.blocks);
         for index in 0..self.world.more_properties() {
             description.set(format!("nvme.a-disk-of-20-letters.ns.{index}.capacity_bytes"), 1_u64 << 40);
@@ -428,6 +431,7 @@ pub struct Factory {
     pub name: String,
     pub trouble: Option<Trouble>,
     pub cpus: u32,
+    pub host: &'static str,
     pub less_ram: bool,
     /// Its machines take memory itself.
     pub takes_memory: bool,
@@ -446,6 +450,7 @@ impl Factory {
             name: name.to_owned(),
             trouble: None,
             cpus: 2,
+            host: "here",
             less_ram: false,
             takes_memory: true,
             needs_all: None,
@@ -461,10 +466,18 @@ impl DestinationFactory for Factory {
     fn description(&mut self) -> MachineResult<Description> {
         let mut description = Guest::new(&self.name, &self.world).description();
         description.set("cpus", self.cpus);
+        description.set(HOST, self.host);
         if self.less_ram {
             description.remove("ram.namespace.length_bytes");
         }
         Ok(description)
+    }
+
+    fn differences(&mut self, source: &Description, own: &Description) -> Vec<String> {
+        let (mut source, mut own) = (source.clone(), own.clone());
+        source.remove(HOST);
+        own.remove(HOST);
+        source.differences(&own)
     }
 
     fn expected(&self) -> Expected {
@@ -572,7 +585,7 @@ impl DestinationMachine for Arriving {
         self.0.world.release_image(&self.0.name);
     }
 
-    fn start(&mut self, state: RunState) -> MachineResult<()> {
+    fn start(&mut self, state: RunState) -> MachineResult<Option<Instant>> {
         self.0.step("start")?;
         if let Some(memory) = &self.0.missing {
             self.0.threads = vec![memory.run_guest(0, 7), memory.run_guest(1, 11)];
@@ -589,6 +602,6 @@ impl DestinationMachine for Arriving {
                 self.0.write(0, 17, 0x5eed);
             }
         }
-        Ok(())
+        Ok((state == RunState::Running).then(Instant::now))
     }
 }

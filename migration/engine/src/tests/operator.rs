@@ -91,7 +91,7 @@ fn a_destination_that_answers_counts_for_more_than_the_operator() {
     let world = World::new();
     let (handover, mut source) = undecided(&world);
     let mut running =
-        || somebody(|session| Message::Running(Running { session, running: true, resume_ns: 1 }));
+        || somebody(|session| Message::Running(Running { session, running: true, resume_ns: 1, ran: None }));
     let (outcome, _) = resolve(handover, &mut source, None, Some(Word::Reclaim), &mut running);
     assert!(matches!(outcome, Outcome::Completed { note: None }), "{outcome:?}");
     assert_eq!(world.running(), [""; 0]);

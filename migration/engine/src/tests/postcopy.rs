@@ -170,8 +170,10 @@ fn a_guest_whose_memory_does_not_come_stands_still_until_it_does() {
     let world = World::new();
     let mut play = play(&world, PostcopyStart::AtOnce);
     play.breaks_after_handover = true;
-    // Nothing is asked for on the link that stays, before this one is lost.
+    // Nothing is asked for on the link that stays, before this one is lost, and what comes unasked does not come to its end.
     world.lock().sleeps = true;
+    play.parameters.set_max_bandwidth(Parameters::MAX_BANDWIDTH_LEAST);
+    let parameters = Arc::clone(&play.parameters);
     let stands_still = play.listeners.1.take().unwrap();
     let (told, statuses) = std::sync::mpsc::channel();
     let memory_of = world.clone();
@@ -179,6 +181,7 @@ fn a_guest_whose_memory_does_not_come_stands_still_until_it_does() {
         stands_still(status);
         told.send(status).unwrap();
         if status == Status::PostcopyPaused {
+            parameters.set_max_bandwidth(0);
             memory_of.missing().unwrap().wake();
         }
     }));
