@@ -56,6 +56,13 @@ impl PageBitmap {
         }
     }
 
+    /// As [`set`](Self::set); whether the page was not in it.
+    pub fn insert(&mut self, page: u64) -> bool {
+        let is_new = page < self.pages && !self.contains(page);
+        self.set(page);
+        is_new
+    }
+
     /// Takes a page out.
     pub fn clear(&mut self, page: u64) {
         if let Some(word) = self.words.get_mut((page / 64) as usize) {
@@ -216,6 +223,7 @@ mod tests {
     #[expect(clippy::single_range_in_vec_init, reason = "one run is what is expected")]
     fn pages_that_the_block_does_not_have_never_appear() {
         let mut bitmap = PageBitmap::new(70);
+        assert!(!bitmap.insert(70) && bitmap.count() == 0);
         bitmap.set(70);
         bitmap.set_range(60..1000);
         bitmap.set_range(1000..2000);

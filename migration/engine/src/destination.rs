@@ -11,6 +11,7 @@ use transport::{Connection, DESCRIPTORS_MAX};
 
 use crate::channels::combined;
 use crate::channels::destination::{Gathered, Incoming, Intake, agree, gather};
+use crate::headway::Headway;
 use crate::lease::{self, Id, Lease, NotTaken, random_id};
 use crate::link::{Link, Step};
 use crate::local::Mapped;
@@ -21,6 +22,7 @@ use crate::postcopy::{Announced, Late};
 use crate::protocol::{Agree, Commit, Hello, Message, Never, Prepare, Prepared, Reasons, Running};
 use crate::ram::Receiver;
 use crate::reception::{GLANCE, Reception, Visit, next_visit};
+use crate::source::bytes_of;
 use crate::storage::Arriving;
 use crate::{
     DestinationFactory, DestinationMachine, Error, PAGE_BYTES, Parameters, Patience, RunState, Statistics,
@@ -229,6 +231,7 @@ impl<'a> Destination<'a> {
         let mut announced = Announced::new(&machine.ram_blocks());
         let (prepare, digests) =
             self.place_all(link, &mut receiver, channels, (&mut machine, &mut announced))?;
+        self.statistics.has_moved();
         let late = match pages.take() {
             Some(channel) if announced.is_complete() => {
                 let memory = machine.missing_pages().ok_or_else(|| Error::Machine {
@@ -368,7 +371,8 @@ impl<'a> Destination<'a> {
         }
         let blocks = machine.ram_blocks();
         let placed = std::thread::scope(|scope| {
-            let intake = Intake::start(scope, channels, &blocks, self.parameters, &self.patience)?;
+            let user = (self.parameters, self.statistics);
+            let intake = Intake::start(scope, channels, &blocks, user, &self.patience)?;
             let prepare = self.place(link, receiver, Some(&intake), (machine, announced))?;
             Ok((prepare, intake.finish(&announced.by_name())?))
         });
@@ -393,18 +397,26 @@ impl<'a> Destination<'a> {
         let step =
             Step { doing, patience: self.patience.silence, cancel: Some(self.parameters), until: None };
         let (mut moved, mut beside_bytes) = (Instant::now(), 0);
+        let headway = Headway::new(&self.patience);
         loop {
+            let mut brought = receiver.brought();
             if let Some(intake) = intake {
                 let since = Instant::now();
                 while !link.is_spoken_to(step)? {
                     intake.check()?;
                     step.patient(since)?;
                 }
-                if beside_bytes != intake.bytes() {
-                    (moved, beside_bytes) = (Instant::now(), intake.bytes());
+                let (bytes, beside) = intake.came();
+                if beside_bytes != bytes {
+                    (moved, beside_bytes) = (Instant::now(), bytes);
                     self.statistics.set_status(Status::Active);
                 }
+                brought = brought + beside;
             }
+            if let Some(disks) = &self.disks {
+                brought = brought + disks.brought();
+            }
+            headway.check(brought)?;
             let message = link.receive(step)?;
             match &message {
                 Message::Stream if !link.body().is_empty() => moved = Instant::now(),
@@ -467,9 +479,10 @@ impl<'a> Destination<'a> {
                 ),
             });
         }
+        let device_bytes = bytes_of(received.sections.iter());
         machine.load_devices(received.sections).map_err(Error::machine("load the devices"))?;
         let load = start.elapsed();
-        self.statistics.update(|s| s.downtime.load = load);
+        self.statistics.update(|s| (s.downtime.load, s.device_bytes) = (load, device_bytes));
         self.ownership.on(Event::Loaded);
         let prepared = Prepared { digest: received.digest, load_ns: nanoseconds(load) };
         let step =

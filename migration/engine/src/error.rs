@@ -70,6 +70,18 @@ pub enum Error {
         /// What it may.
         limit: Duration,
     },
+    /// The source brings what it brought before, and not its guest.
+    #[error(
+        "the guest did not come within {allowed:?}, in which {bytes} bytes of its memory and images came, {again_bytes} of them again"
+    )]
+    NoHeadway {
+        /// The time that it had: see [`Patience::repetition`](crate::Patience::repetition).
+        allowed: Duration,
+        /// What came of contents.
+        bytes: u64,
+        /// What of that was for pages and blocks that had come before.
+        again_bytes: u64,
+    },
     /// The user wants a way out that the two sides have not agreed on.
     #[error(
         "the guest is to be moved ahead of its memory (postcopy) when rounds or time are used up, and the two sides have not agreed on that"

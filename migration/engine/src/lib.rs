@@ -38,11 +38,14 @@
 //! Invariants: before the first byte of COMMIT any failure leaves the source running as if nothing had happened; from
 //! there on the source runs again only if the lease says that it may (or, without a lease, the destination swore never
 //! to, or the operator says so), and the destination runs only if the lease offered it exactly this session and generation. Every step has a
-//! deadline. What the peer or a file says is believed only after it was checked, and costs no more memory than its stated
+//! deadline, and a source that brings the same again and again has one for all of it (`headway`, [`Patience::repetition`]). What the peer or a file says is believed only after it was checked, and costs no more memory than its stated
 //! maximum. Both sides report the same cause. Who may be a peer at all is decided below (crate `transport`): with TLS no
 //! message is read or written before both ends have proven who they are, on this link and on every later one.
 //!
-//! Absent: images and postcopy at once; a choice of images: all that the guest may write go, or none.
+//! Absent: images and postcopy at once; a choice of images: all that the guest may write go, or none; a migration whose rounds do not
+//! shrink for more than a week, which its destination takes for one that never ends; an end to the memory that a source withholds from a
+//! guest that has moved ahead of it: nobody waits for a page longer than [`Patience::silence`] before the guest is held, and then it is the
+//! operator who recovers or ends it.
 #![forbid(unsafe_code)]
 
 mod answers;
@@ -56,6 +59,7 @@ mod error;
 pub mod features;
 mod file;
 mod handover;
+mod headway;
 pub mod lease;
 mod link;
 mod local;

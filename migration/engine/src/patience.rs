@@ -17,6 +17,11 @@ pub struct Patience {
     pub prepare: Duration,
     /// Signs of life of a source that sends no RAM: it writes back its images.
     pub stall: Duration,
+    /// What a destination grants a source for bringing again what was here before, in rounds that do not end, all together: time that comes
+    /// on top of what contents buy that are new (`headway` says how). An honest source needs it for a guest that dirties its memory as fast
+    /// as the link takes it, and the rhythm in which such guests become calm is one of days, at most of a week: who is still not done after
+    /// that does not converge. It keeps a source that is broken or hostile, and says the same for ever, from holding a destination for ever.
+    pub repetition: Duration,
     /// What rounds show of a guest is believed after as long: vCPUs that are slowed down dirty nothing for a part of the time and much in
     /// the rest.
     pub throttle: Duration,
@@ -42,6 +47,7 @@ impl Default for Patience {
             silence: Duration::from_secs(30),
             prepare: Duration::from_secs(60),
             stall: Duration::from_secs(300),
+            repetition: Duration::from_secs(7 * 24 * 3600),
             throttle: Duration::from_millis(200),
             stopped: Duration::from_secs(120),
             answer: Duration::from_secs(10),

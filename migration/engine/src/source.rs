@@ -6,6 +6,8 @@
 use std::thread::Scope;
 use std::time::Instant;
 
+use stream::DeviceSection;
+
 use crate::channels::combined;
 use crate::channels::source::{Channels, Opened, offered, open};
 use crate::handover::Handover;
@@ -341,7 +343,9 @@ impl Attempt {
         let digest = combined(ram.finish_live()?, self.disks.iter().map(|disks| disks.digest()));
         let link = self.link.as_mut().expect("agree leaves a link");
         let sent_bytes = link.sent_bytes() + beside - before;
+        statistics.has_moved();
         statistics.update(|s| {
+            s.device_bytes = bytes_of(&sections);
             s.downtime.stop = stopped_at - since;
             s.downtime.device_save = saved_at - stopped_at;
             s.downtime.last_pass = saved_at.elapsed();
@@ -462,6 +466,11 @@ pub(crate) fn told(description: &Description) -> Result<Properties, Error> {
 fn properties(description: &Description) -> Result<Properties, Error> {
     Properties::try_from(description)
         .map_err(|reason| Error::Blocked { reasons: vec![format!("its description: {reason}")] })
+}
+
+/// What of a stream is state of vCPUs and devices.
+pub(crate) fn bytes_of<'a>(sections: impl IntoIterator<Item = &'a DeviceSection>) -> u64 {
+    sections.into_iter().map(|section| section.payload.len() as u64).sum()
 }
 
 /// Makes the guest run here again; the error says why it stays paused.

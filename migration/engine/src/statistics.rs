@@ -151,6 +151,10 @@ pub struct Snapshot {
     pub compressed_bytes: u64,
     /// What of [`transferred_bytes`](Self::transferred_bytes) went over each channel; none: guest memory goes over the link.
     pub channel_bytes: Vec<u64>,
+    /// Pages that went over each of them, those that are zero included.
+    pub channel_pages: Vec<u64>,
+    /// State of vCPUs and devices, as it stands in the sections: none of it is guest memory.
+    pub device_bytes: u64,
     /// What of [`transferred_bytes`](Self::transferred_bytes) was sent with the guest stopped.
     pub downtime_bytes: u64,
     /// Rounds begun (QEMU's `dirty-sync-count`).
@@ -165,6 +169,8 @@ pub struct Snapshot {
     pub expected_downtime: Duration,
     /// From the start to the first page.
     pub setup: Duration,
+    /// From the first page until the last that did not follow after the guest, or until now.
+    pub moving: Duration,
     /// From the start until now, or until the end.
     pub elapsed: Duration,
     /// The stop; zero before.
@@ -177,6 +183,26 @@ pub struct Snapshot {
     pub error: Option<String>,
     /// The answer to COMMIT is outstanding and nothing else has decided: what is known.
     pub handover_unknown: Option<String>,
+}
+
+impl Snapshot {
+    /// How fast each channel was, in bytes a second of the time in which memory moved.
+    #[must_use]
+    pub fn channel_bytes_per_second(&self) -> Vec<u64> {
+        let seconds = self.moving.as_secs_f64();
+        let speed = |bytes: &u64| if seconds > 0.0 { (*bytes as f64 / seconds) as u64 } else { 0 };
+        self.channel_bytes.iter().map(speed).collect()
+    }
+
+    /// Counts a batch of channel number `index`.
+    pub(crate) fn add_to_channel(&mut self, index: usize, bytes: u64, pages: u64) {
+        if let Some((all_bytes, all_pages)) =
+            self.channel_bytes.get_mut(index).zip(self.channel_pages.get_mut(index))
+        {
+            *all_bytes += bytes;
+            *all_pages += pages;
+        }
+    }
 }
 
 type Listener = Box<dyn Fn(Status) + Send + Sync>;
@@ -218,9 +244,11 @@ impl Statistics {
         {
             snapshot.elapsed = started.elapsed();
         }
-        let sending = snapshot.elapsed.saturating_sub(snapshot.setup);
-        if snapshot.status == Status::Active && snapshot.bytes_per_second == 0 && !sending.is_zero() {
-            let bytes_per_second = snapshot.transferred_bytes as f64 / sending.as_secs_f64();
+        if snapshot.moving.is_zero() && !snapshot.setup.is_zero() {
+            snapshot.moving = snapshot.elapsed.saturating_sub(snapshot.setup);
+        }
+        if snapshot.status == Status::Active && snapshot.bytes_per_second == 0 && !snapshot.moving.is_zero() {
+            let bytes_per_second = snapshot.transferred_bytes as f64 / snapshot.moving.as_secs_f64();
             snapshot.bytes_per_second = bytes_per_second as u64;
         }
         snapshot
@@ -239,6 +267,17 @@ impl Statistics {
 
     pub(crate) fn update(&self, change: impl FnOnce(&mut Snapshot)) {
         change(&mut self.lock().snapshot);
+    }
+
+    /// Guest memory goes over so many channels.
+    pub(crate) fn start_channels(&self, count: usize) {
+        self.update(|s| (s.channel_bytes, s.channel_pages) = (vec![0; count], vec![0; count]));
+    }
+
+    /// All of memory that does not follow after the guest has gone, or come.
+    pub(crate) fn has_moved(&self) {
+        let elapsed = self.elapsed();
+        self.update(|s| s.moving = elapsed.saturating_sub(s.setup));
     }
 
     pub(crate) fn set_status(&self, status: Status) {
@@ -335,6 +374,30 @@ mod tests {
         statistics.start();
         assert_eq!((statistics.snapshot().rounds, statistics.snapshot().error), (0, None));
         assert_eq!(*seen.lock().unwrap(), ["setup", "active", "failed", "setup"]);
+    }
+
+    #[test]
+    fn channels_are_counted_apart_and_their_speed_is_that_of_the_time_in_which_memory_moved() {
+        let statistics = Statistics::new();
+        statistics.start();
+        statistics.start_channels(2);
+        statistics.update(|s| s.add_to_channel(1, 3000, 7));
+        assert_eq!(statistics.snapshot().channel_bytes_per_second(), [0, 0], "none has begun to move");
+        statistics.set_status(Status::Active);
+        assert!(statistics.snapshot().channel_bytes_per_second()[1] > 0);
+        statistics.update(|s| {
+            s.add_to_channel(0, 500, 1);
+            s.add_to_channel(1, 1000, 2);
+            s.add_to_channel(2, 1, 1);
+        });
+        statistics.has_moved();
+        let moving = statistics.snapshot().moving;
+        statistics.set_status(Status::Completed);
+        let mut snapshot = statistics.snapshot();
+        assert_eq!(snapshot.moving, moving, "what follows is not counted");
+        assert_eq!((&*snapshot.channel_bytes, &*snapshot.channel_pages), (&[500, 4000][..], &[1, 9][..]));
+        snapshot.moving = Duration::from_millis(500);
+        assert_eq!(snapshot.channel_bytes_per_second(), [1000, 8000]);
     }
 
     #[test]

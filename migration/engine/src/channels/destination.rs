@@ -10,13 +10,14 @@ use transport::{Connection, Listener};
 use super::CHANNELS_MAX;
 use super::differing::Differing;
 use super::lane::{Lane, LaneInput, Watch};
-use super::receive::{Came, DOING, Inlet};
+use super::receive::{Batch, Came, DOING, Inlet};
 use crate::destination::unexpected;
+use crate::headway::Brought;
 use crate::lease::{Id, random_id};
 use crate::link::{Link, SLICE, Step};
 use crate::protocol::{Agree, ChannelHello, ChannelKey, Hello, Message};
 use crate::reception::{GLANCE, Reception, Visit, next_visit};
-use crate::{Error, PageBitmap, Parameters, Patience, RamBlock, features};
+use crate::{Error, PageBitmap, Parameters, Patience, RamBlock, Statistics, features};
 
 /// Between two looks whether the source is still there.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
@@ -144,13 +145,24 @@ pub(crate) struct Intake {
 #[derive(Default)]
 struct Shared {
     watch: Watch,
-    bytes: Mutex<u64>,
+    /// All batches that are where they belong.
+    came: Mutex<Batch>,
     more: Condvar,
 }
 
 impl Shared {
-    fn bytes(&self) -> MutexGuard<'_, u64> {
-        self.bytes.lock().unwrap_or_else(PoisonError::into_inner)
+    fn came(&self) -> MutexGuard<'_, Batch> {
+        self.came.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A batch is where it belongs.
+    fn add(&self, batch: Batch) {
+        let mut came = self.came();
+        came.bytes += batch.bytes;
+        came.pages += batch.pages;
+        came.brought = came.brought + batch.brought;
+        drop(came);
+        self.more.notify_all();
     }
 }
 
@@ -160,9 +172,10 @@ impl Intake {
         scope: &'scope Scope<'scope, '_>,
         connections: Vec<Connection>,
         blocks: &[RamBlock],
-        parameters: &'scope Parameters,
+        (parameters, statistics): (&'scope Parameters, &'scope Statistics),
         patience: &Patience,
     ) -> Result<Self, Error> {
+        statistics.start_channels(connections.len());
         let (count, shared) = (connections.len(), Arc::<Shared>::default());
         let (told, ended) = channel();
         let step = Step { doing: DOING, patience: patience.silence, cancel: Some(parameters), until: None };
@@ -176,9 +189,9 @@ impl Intake {
                 let mut input = LaneInput { lane: Lane::new(connection), step, watch: &shared.watch, since };
                 loop {
                     match inlet.receive(&mut input) {
-                        Ok(Came::Batch { bytes }) => {
-                            *shared.bytes() += bytes;
-                            shared.more.notify_all();
+                        Ok(Came::Batch(batch)) => {
+                            statistics.update(|s| s.add_to_channel(index, batch.bytes, batch.pages));
+                            shared.add(batch);
                         }
                         Ok(Came::End { digest }) => {
                             let _the_attempt_is_over = told.send((index, (digest, inlet.into_differing())));
@@ -193,16 +206,17 @@ impl Intake {
         Ok(intake)
     }
 
-    /// How much has come.
-    pub fn bytes(&self) -> u64 {
-        *self.shared.bytes()
+    /// How much has come, on the channels, and of memory.
+    pub fn came(&self) -> (u64, Brought) {
+        let came = self.shared.came();
+        (came.bytes, came.brought)
     }
 
     /// Waits until as many `bytes` have come and are where they belong.
     pub fn settle(&self, bytes: u64) -> Result<(), Error> {
         let since = Instant::now();
-        let mut came = self.shared.bytes();
-        while *came < bytes {
+        let mut came = self.shared.came();
+        while came.bytes < bytes {
             let waited = self.shared.more.wait_timeout(came, SLICE);
             came = waited.unwrap_or_else(PoisonError::into_inner).0;
             self.check()?;

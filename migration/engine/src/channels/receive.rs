@@ -12,15 +12,27 @@ use super::lane::Input;
 use super::wire::{
     CONTENTS_BYTES_MAX, Chain, DIGEST_BYTES, HEAD_BYTES, Head, Run, RunKind, Shape, decode_table, table_bytes,
 };
+use crate::headway::Brought;
 use crate::{Error, PAGE_BYTES, PageBitmap, RamBlock};
 
 /// What came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Came {
-    /// A batch of so many bytes.
-    Batch { bytes: u64 },
+    /// A batch.
+    Batch(Batch),
     /// The end: everything said has this digest.
     End { digest: u64 },
+}
+
+/// What a batch was.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Batch {
+    /// On the channel.
+    pub bytes: u64,
+    /// Of them all, those that are zero included.
+    pub pages: u64,
+    /// Contents of pages.
+    pub brought: Brought,
 }
 
 /// The receiving end of a channel. Its memory is two bits for each page, and what the largest batch needs.
@@ -32,6 +44,8 @@ pub(crate) struct Inlet {
     has_file: Vec<bool>,
     /// Pages of each block that hold something: the others are still the holes of fresh memory.
     placed: Vec<PageBitmap>,
+    /// Contents that came in this batch.
+    brought: Brought,
     differing: Differing,
     round: u32,
     chain: Chain,
@@ -61,6 +75,7 @@ impl Inlet {
             differing: Differing::none(&blocks),
             blocks,
             placed: nothing,
+            brought: Brought::default(),
             round: 0,
             chain: Chain::default(),
             table: Vec::new(),
@@ -93,10 +108,14 @@ impl Inlet {
         } else {
             self.scatter(&runs, digests, input)?;
         }
-        let bytes = (HEAD_BYTES + table.len() + contents_bytes) as u64;
+        let batch = Batch {
+            bytes: (HEAD_BYTES + table.len() + contents_bytes) as u64,
+            pages: runs.iter().map(|run| run.pages).sum(),
+            brought: std::mem::take(&mut self.brought),
+        };
         self.runs = runs;
         self.table = table;
-        Ok(Came::Batch { bytes })
+        Ok(Came::Batch(batch))
     }
 
     /// Whether its contents cannot be received where they belong: they are compressed, or the pages are not there yet. To
@@ -186,16 +205,17 @@ impl Inlet {
             if self.placed.get(run.block).is_some_and(|placed| placed.contains(page)) {
                 let slice = self.block(run)?.mapping.get_slice((page * PAGE_BYTES) as usize, PAGE_LENGTH);
                 slice.map_err(unwritable)?.copy_from(&[0_u8; PAGE_LENGTH]);
-                self.judge(run, page, false);
+                self.differing.note(run.block, page, false);
             }
         }
         Ok(())
     }
 
-    /// Notes a page that was placed, and whether it is what the source saw.
+    /// Notes a page whose contents were placed, and whether they are what the source saw.
     fn judge(&mut self, run: &Run, page: u64, differs: bool) {
-        if let Some(placed) = self.placed.get_mut(run.block) {
-            placed.set(page);
+        self.brought.bytes += PAGE_BYTES;
+        if self.placed.get_mut(run.block).is_some_and(|placed| placed.insert(page)) {
+            self.brought.new_bytes += PAGE_BYTES;
         }
         self.differing.note(run.block, page, differs);
     }

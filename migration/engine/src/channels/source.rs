@@ -153,7 +153,7 @@ impl<'a> Channels<'a> {
         let mut outlets = outlets.collect::<Result<Vec<_>, _>>()?.into_iter();
         let first =
             outlets.next().ok_or_else(|| Error::Protocol { doing, reason: "none was opened".into() })?;
-        statistics.update(|s| s.channel_bytes = vec![0; count]);
+        statistics.start_channels(count);
         let mut channels = Self { shared, first, others: Vec::with_capacity(count - 1) };
         for (index, mut outlet) in (1..).zip(outlets) {
             let (jobs, waiting) = channel::<(Arc<[PageBitmap]>, Work)>();
@@ -299,9 +299,7 @@ impl Shared<'_> {
             s.compressed_pages += sent.compressed_pages;
             s.compressed_bytes += sent.compressed_bytes;
             s.transferred_bytes += sent.bytes;
-            if let Some(bytes) = s.channel_bytes.get_mut(index) {
-                *bytes += sent.bytes;
-            }
+            s.add_to_channel(index, sent.bytes, pages);
         });
     }
 

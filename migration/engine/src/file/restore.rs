@@ -13,6 +13,7 @@ use super::memory::{Layer, Memory};
 use super::{FileState, Fill, PIECE_BYTES, SECTION, chain, expect_file, properties};
 use crate::lease::{Lease, Record, State};
 use crate::ram::Receiver;
+use crate::source::bytes_of;
 use crate::{
     Description, DestinationFactory, DestinationMachine, Error, Parameters, RamBlock, RunState, Statistics,
     Status,
@@ -137,13 +138,14 @@ fn restore<F: DestinationFactory>(
     }
     // The devices take the rest.
     let _the_first: FileState = contents.sections.take(SECTION, 0).map_err(Error::stream("read the file"))?;
+    let device_bytes = bytes_of(contents.sections.iter());
     let start = Instant::now();
     machine.load_devices(contents.sections).map_err(Error::machine("load the devices"))?;
     // One that was suspended goes on where it stopped, once.
     if first.images.is_some() {
         machine.renew_generation().map_err(Error::machine("give the guest another generation ID"))?;
     }
-    statistics.update(|s| s.downtime.load = start.elapsed());
+    statistics.update(|s| (s.downtime.load, s.device_bytes) = (start.elapsed(), device_bytes));
 
     if !parameters.commit() {
         return Err(Error::Cancelled);

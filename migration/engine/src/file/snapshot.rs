@@ -32,7 +32,7 @@ use super::write::{FileSink, copy_pages, populated};
 use super::{FileImages, FileState, SECTION, expect_file};
 use crate::lease::Id;
 use crate::machine::ImageCopy;
-use crate::source::{MACHINE, bring_back, told};
+use crate::source::{MACHINE, bring_back, bytes_of, told};
 use crate::{
     Context, Error, PAGE_BYTES, PageBitmap, RamBlock, RunState, SaveFor, Since, SourceMachine, Status,
 };
@@ -169,6 +169,7 @@ impl Attempt {
         machine.resume(state).map_err(Error::machine("resume the guest"))?;
         self.stopped = None;
         context.statistics.update(|s| {
+            s.device_bytes = bytes_of(&sections);
             s.downtime.stop = stop;
             s.downtime.device_save = device_save;
             s.downtime.last_pass = last_pass;

@@ -12,7 +12,7 @@ use super::{FileState, SECTION, properties};
 use crate::handover::Handover;
 use crate::lease::Id;
 use crate::ram::{Receiver, Sender};
-use crate::source::{MACHINE, bring_back, report, told};
+use crate::source::{MACHINE, bring_back, bytes_of, report, told};
 use crate::{Context, Error, Outcome, PageBitmap, RunState, SaveFor, SourceMachine, Statistics, Status};
 
 /// Stops the guest and puts it into a file, which appears under its name only when it is whole. Afterwards it never runs
@@ -112,6 +112,7 @@ fn suspend(
     let digest = write::contents(machine, &mut draft, layout, &contents, context)?;
     machine.quiesce_disks().map_err(Error::machine("make the images stable"))?;
     statistics.update(|s| {
+        s.device_bytes = bytes_of(&sections);
         s.downtime.stop = stop;
         s.downtime.device_save = device_save;
         s.downtime.last_pass = start.elapsed() - stop - device_save;

@@ -3,6 +3,7 @@
 use stream::{Decoder, DeviceSection, Event, Expected, SectionSet};
 use vm_memory::VolatileMemory;
 
+use crate::headway::Brought;
 use crate::{Error, PAGE_BYTES, PageBitmap, RamBlock};
 
 /// Looks at each section as soon as it is there, before what follows it is read.
@@ -16,6 +17,7 @@ pub(crate) struct Receiver<'a> {
     order: Vec<usize>,
     /// Pages that hold something: the others are still the holes of fresh memory, and zeroes need not be written there.
     placed: Vec<PageBitmap>,
+    brought: Brought,
     sections: SectionSet,
     complete: bool,
     inspect: Inspect<'a>,
@@ -47,8 +49,8 @@ impl<'a> Receiver<'a> {
     fn new(decoder: Decoder, blocks: Vec<RamBlock>, inspect: Inspect<'a>, doing: &'static str) -> Self {
         let placed = blocks.iter().map(|block| PageBitmap::for_bytes(block.length_bytes())).collect();
         let sections = SectionSet::default();
-        let (order, complete) = (Vec::new(), false);
-        Self { decoder, blocks, order, placed, sections, complete, inspect, doing }
+        let (order, complete, brought) = (Vec::new(), false, Brought::default());
+        Self { decoder, blocks, order, placed, brought, sections, complete, inspect, doing }
     }
 
     /// The next bytes of the stream.
@@ -63,6 +65,11 @@ impl<'a> Receiver<'a> {
             return Err(self.wrong("there is more after the end of the stream".to_owned()));
         }
         Ok(())
+    }
+
+    /// What has come of memory.
+    pub fn brought(&self) -> Brought {
+        self.brought
     }
 
     /// There are no more bytes. Nothing may be missing.
@@ -92,7 +99,8 @@ impl<'a> Receiver<'a> {
                     let slice = block.mapping.get_slice(offset as usize, bytes.len());
                     let slice = slice.map_err(|error| wrong(format!("block {}: {error}", block.name)))?;
                     slice.copy_from(bytes);
-                    placed.set(offset / PAGE_BYTES);
+                    self.brought.bytes += PAGE_BYTES;
+                    self.brought.new_bytes += if placed.insert(offset / PAGE_BYTES) { PAGE_BYTES } else { 0 };
                 }
                 Event::RamZero { block, offset } => {
                     let (block, placed) = place(&self.order, &self.blocks, &mut self.placed, block)

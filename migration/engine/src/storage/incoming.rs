@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::wire::{DigestTable, Kind, Run};
 use super::{Disk, IncomingDisks, described};
+use crate::headway::Brought;
 use crate::lease::{Id, NotTaken};
 use crate::protocol::Hello;
 use crate::{Description, DestinationFactory, Error, PageBitmap, Statistics, features};
@@ -19,6 +20,7 @@ pub(crate) struct Arriving {
     has_begun: bool,
     /// Blocks that were spoken of, for each image: at the end all were.
     came: Vec<PageBitmap>,
+    brought: Brought,
     /// Blocks that may be no zeroes.
     filled: Vec<PageBitmap>,
     table: DigestTable,
@@ -65,6 +67,7 @@ impl Arriving {
         };
         Self {
             came: disks.iter().map(none).collect(),
+            brought: Brought::default(),
             filled: disks.iter().enumerate().map(filled).collect(),
             table: DigestTable::new(&disks),
             disks,
@@ -82,6 +85,13 @@ impl Arriving {
         };
         if !std::mem::replace(&mut self.has_begun, true) {
             self.images.begin().map_err(Error::machine("give up what was in the place of the images"))?;
+        }
+        if run.kind == Kind::Data {
+            // A few: contents are shorter than a frame.
+            let again = run.blocks().filter(|block| came.contains(*block)).count() as u64;
+            let length_bytes = run.length_bytes();
+            let new_bytes = length_bytes.saturating_sub(again * super::BLOCK_BYTES);
+            self.brought = self.brought + Brought { bytes: length_bytes, new_bytes };
         }
         came.set_range(run.blocks());
         let written = match run.kind {
@@ -112,6 +122,11 @@ impl Arriving {
             }
         });
         Ok(())
+    }
+
+    /// What has come of contents. Blocks of which it was said before that they are zero do not count as new.
+    pub fn brought(&self) -> Brought {
+        self.brought
     }
 
     /// Makes stable what has come so far, while the guest still runs elsewhere: little is left for when it stands still.
@@ -214,6 +229,7 @@ mod tests {
         let arriving = Arriving {
             has_begun: false,
             came: vec![none.clone(), none.clone()],
+            brought: Brought::default(),
             filled: vec![none, all],
             table: DigestTable::new(&disks),
             disks,

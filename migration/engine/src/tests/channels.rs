@@ -53,6 +53,15 @@ fn a_running_guest_moves_over_any_number_of_channels() {
         assert!(statistics.downtime_bytes > 0 && statistics.downtime_bytes < beside, "{statistics:?}");
         assert!(statistics.zero_pages > 0 && statistics.normal_pages > 300, "{statistics:?}");
         assert_eq!(statistics.remaining_bytes, 0);
+        let pages: u64 = statistics.channel_pages.iter().sum();
+        assert_eq!(pages, statistics.normal_pages + statistics.zero_pages, "{statistics:?}");
+        let there = &ending.destination_statistics;
+        assert_eq!(there.channel_bytes, statistics.channel_bytes, "what one sends the other receives");
+        assert_eq!(there.channel_pages, statistics.channel_pages);
+        for statistics in [statistics, there] {
+            let carried = |amounts: &[u64]| amounts.iter().map(|amount| *amount > 0).collect::<Vec<_>>();
+            assert_eq!(carried(&statistics.channel_bytes_per_second()), carried(&statistics.channel_bytes));
+        }
         // 600 and 40 pages are four chunks.
         let used = statistics.channel_bytes.iter().filter(|bytes| **bytes > 1000).count();
         assert!(used >= usize::from(channels).min(2), "{:?}", statistics.channel_bytes);

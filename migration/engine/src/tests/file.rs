@@ -46,8 +46,9 @@ fn suspended_in(layout: Layout, world: &World) -> (Source, std::path::PathBuf) {
     let mut source = Source::new(world, "source");
     let mut lease = world.lease("source");
     lease.claim().unwrap();
-    let (outcome, _) = suspend_in(layout, &mut source, &path, Some(&mut lease));
+    let (outcome, statistics) = suspend_in(layout, &mut source, &path, Some(&mut lease));
     assert!(matches!(outcome, Outcome::Completed { .. }), "{outcome:?}");
+    assert_eq!(statistics.device_bytes, vmstate::to_bytes(&source.guest.device).len() as u64);
     (source, path)
 }
 

@@ -44,6 +44,8 @@ fn a_running_guest_moves_with_all_it_wrote() {
     assert!(source.rounds >= 2, "{source:?}");
     assert!(source.zero_pages > 0 && source.normal_pages > 300);
     assert_eq!(source.total_bytes, 640 * 4096);
+    let state = vmstate::to_bytes(&ending.arrived.as_ref().unwrap().machine.0.device);
+    assert_eq!((source.device_bytes, destination.device_bytes), (state.len() as u64, state.len() as u64));
     assert_eq!(destination.downtime, source.downtime, "both sides tell the same figures");
     assert!(!source.downtime.total.is_zero());
 }

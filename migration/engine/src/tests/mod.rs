@@ -7,6 +7,7 @@ mod disks;
 mod faults;
 mod file;
 mod fill;
+mod headway;
 mod link;
 mod local;
 mod migrate;
@@ -47,6 +48,7 @@ pub fn patience() -> Patience {
         silence: long,
         prepare: long,
         stall: long,
+        repetition: long,
         throttle: Duration::ZERO,
         stopped: long,
         answer: long,

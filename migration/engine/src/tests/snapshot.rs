@@ -106,6 +106,7 @@ fn the_guest_goes_on_and_what_it_was_comes_out_once() {
     taken.unwrap();
     assert_eq!(world.running(), ["source"]);
     assert_eq!(statistics.status, Status::Completed);
+    assert_eq!(statistics.device_bytes, vmstate::to_bytes(&source.guest.device).len() as u64);
     assert!(statistics.rounds > 0 && statistics.downtime.total > std::time::Duration::ZERO);
     assert_eq!(files(&world), ["kept", "kept.disk-1.raw", "kept.disk-1.raw.ferry-lease", "lease"]);
     assert_eq!(std::fs::read(world.path("kept.disk-1.raw")).unwrap(), b"reflink of the image");
