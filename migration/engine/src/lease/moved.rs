@@ -238,6 +238,43 @@ mod tests {
         assert!(matches!(destination.take(&[9; 16], generation, || Ok(())), Err(NotTaken::Refused(_))));
     }
 
+    /// Whoever opened it for nothing leaves nothing, and nothing that somebody has said is lost.
+    #[test]
+    fn only_a_file_in_which_nothing_was_ever_said_is_forgotten() {
+        let hosts = Hosts::new();
+        let path = hosts.folder.path().join("destination");
+        let blank = hosts.lease("destination");
+        assert!(path.exists());
+        blank.forget_blank();
+        assert!(!path.exists());
+
+        let mut said = hosts.lease("destination");
+        said.expect(&SESSION, false).unwrap();
+        let record = said.read().unwrap();
+        assert!(record.is_some());
+        hosts.lease("destination").forget_blank();
+        assert_eq!(said.read().unwrap(), record);
+        said.forget(&SESSION).unwrap();
+        assert!(!path.exists());
+    }
+
+    /// Two came at the same time, and the first has removed the file that the second has open.
+    #[test]
+    fn what_is_said_in_a_file_that_is_removed_is_said_to_nobody_and_fails() {
+        let hosts = Hosts::new();
+        let path = hosts.folder.path().join("destination");
+        let mut late = hosts.lease("destination");
+        hosts.lease("destination").forget_blank();
+        let said = [late.expect(&SESSION, true).map(drop), late.claim().map(drop), late.read().map(drop)];
+        for error in said.map(Result::unwrap_err) {
+            let Error::Io { source, .. } = &error else { panic!("{error:?}") };
+            assert!(source.to_string().contains("it was removed meanwhile"), "{error}");
+        }
+        late.forget_blank();
+        assert!(!path.exists());
+        hosts.lease("destination").expect(&SESSION, false).unwrap();
+    }
+
     #[test]
     fn stale_and_unfinished_images_are_refused_and_only_the_stale_ones_by_force_not() {
         let hosts = Hosts::new();
