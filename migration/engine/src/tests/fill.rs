@@ -147,6 +147,10 @@ impl DestinationFactory for Lazy {
         self.factory.description()
     }
 
+    fn differences(&mut self, source: &Description, own: &Description) -> Vec<String> {
+        self.factory.differences(source, own)
+    }
+
     fn expected(&self) -> Expected {
         self.factory.expected()
     }
