@@ -53,6 +53,8 @@ pub struct Run {
     pub total_milliseconds: u64,
     /// Bytes sent.
     pub bytes: u64,
+    /// What of them was state of vCPUs and devices.
+    pub device_bytes: u64,
     /// Passes over RAM.
     pub rounds: u32,
     /// Disk commands in flight when the stop began.
@@ -116,6 +118,8 @@ pub struct Row {
     pub copy_bytes_per_second: Option<Spread>,
     /// Bytes a second of the migration by those of the copy after it.
     pub throughput_ratio: Option<Spread>,
+    /// State of vCPUs and devices, in bytes.
+    pub device_bytes: Spread,
     /// Passes over RAM.
     pub rounds: Spread,
     /// Disk commands in flight when the stop began.
@@ -246,6 +250,7 @@ fn move_once(
         guest_gap: Gap::new(&before, &first),
         total_milliseconds: report.total_milliseconds,
         bytes: report.bytes,
+        device_bytes: finished.details.as_ref().map_or(0, |details| details.device_bytes),
         rounds: report.rounds,
         in_flight_at_stop: report.in_flight_at_stop,
         dirtied_bytes_per_second: dirtied,
@@ -283,6 +288,7 @@ impl Row {
             bytes_per_second: spread(Run::bytes_per_second)?,
             copy_bytes_per_second: known(|run| run.copy_bytes_per_second),
             throughput_ratio: known(Run::throughput_ratio),
+            device_bytes: spread(|run| run.device_bytes as f64)?,
             rounds: spread(|run| f64::from(run.rounds))?,
             in_flight_at_stop: spread(|run| f64::from(run.in_flight_at_stop))?,
             dirtied_bytes_per_second: spread(|run| run.dirtied_bytes_per_second)?,
@@ -330,6 +336,7 @@ pub(super) mod tests {
             guest_gap: Gap { largest: downtime + 100, before: 100, added: downtime },
             total_milliseconds: 500,
             bytes: 1 << 29,
+            device_bytes: 12 << 10,
             rounds: 2,
             in_flight_at_stop: 3,
             dirtied_bytes_per_second: f64::from(90 << 20),

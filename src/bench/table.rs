@@ -100,6 +100,7 @@ impl fmt::Display for Row {
         row("largest gap for the guest, ms", &self.guest_gap_milliseconds, 1.0, 1)?;
         row("  while it does not move", &self.other_gap_milliseconds, 1.0, 1)?;
         row("time of the migration, ms", &self.total_milliseconds, 1.0, 0)?;
+        row("vCPUs and devices, KiB", &self.device_bytes, 1024_f64.recip(), 1)?;
         if let (Some(copy), Some(ratio)) = (&self.copy_bytes_per_second, &self.throughput_ratio) {
             row("throughput, MiB/s", &self.bytes_per_second, MEBIBYTE.recip(), 0)?;
             row("  of a plain copy", copy, MEBIBYTE.recip(), 0)?;
@@ -168,6 +169,7 @@ mod tests {
         assert_eq!(words(&text, "downtime, ms"), ["9.0", "5.0", "30.0"]);
         assert_eq!(words(&text, "hand-over"), ["9.0", "5.0", "30.0"]);
         assert_eq!(words(&text, "resume"), ["0.0", "0.0", "0.0"]);
+        assert_eq!(words(&text, "vCPUs and devices, KiB"), ["12.0", "12.0", "12.0"]);
         assert_eq!(words(&text, "throughput, MiB/s"), ["1024", "1024", "1024"]);
         assert_eq!(words(&text, "the one by the other"), ["0.50", "0.50", "0.50"]);
         let text = results(&[Transport::Local]).to_string();
@@ -206,6 +208,7 @@ mod tests {
             "bytes-per-second",
             "copy-bytes-per-second",
             "throughput-ratio",
+            "device-bytes",
             "rounds",
             "in-flight-at-stop",
             "dirtied-bytes-per-second",

@@ -14,8 +14,8 @@ use transport::Uri;
 
 use super::control::word;
 use crate::control::{
-    Client, DiskStats, FerryDowntime, Finished, Limits, MigrateRequest, MigrationInfo, MigrationStatus,
-    RamStats,
+    Client, DiskStats, FerryChannel, FerryDowntime, Finished, Limits, MigrateRequest, MigrationInfo,
+    MigrationStatus, RamStats,
 };
 
 /// Exit status after a second Ctrl-C: the shell's for SIGINT.
@@ -347,11 +347,15 @@ fn details(finished: &Finished) -> Vec<String> {
             let bytes = HumanBytes(details.compressed_bytes);
             kinds.push(format!("{} compressed to {bytes}", details.compressed_pages));
         }
+        kinds.push(format!("{} of vCPUs and devices", HumanBytes(details.device_bytes)));
         kinds.push(format!("{} while stopped", HumanBytes(ram.downtime_bytes)));
         lines.push(format!("sent: {}", kinds.join(", ")));
     }
-    if !details.channel_bytes.is_empty() {
-        let channels = details.channel_bytes.iter().map(|bytes| HumanBytes(*bytes).to_string());
+    if !details.channels.is_empty() {
+        let channels = details.channels.iter().map(|channel| {
+            let FerryChannel { bytes, pages, bytes_per_second } = *channel;
+            format!("{} in {pages} pages at {}/s", HumanBytes(bytes), HumanBytes(bytes_per_second))
+        });
         lines.push(format!("by channel: {}", channels.collect::<Vec<_>>().join(", ")));
     }
     lines
@@ -419,7 +423,11 @@ mod tests {
         let downtime = FerryDowntime { total: 2400, stop: 310, last_pass: 1200, ..FerryDowntime::default() };
         let migration = FerryMigration {
             downtime: Some(downtime),
-            channel_bytes: vec![3 << 20, 2 << 20],
+            channels: vec![
+                FerryChannel { bytes: 3 << 20, pages: 70, bytes_per_second: 6 << 20 },
+                FerryChannel { bytes: 2 << 20, pages: 17, bytes_per_second: 4 << 20 },
+            ],
+            device_bytes: 5120,
             compressed_pages: 9,
             compressed_bytes: 2048,
             ..FerryMigration::default()
@@ -430,12 +438,13 @@ mod tests {
             details(&finished),
             [
                 "stopped, ms: stop 0.31, device state 0.00, last pass 1.20, transfer 0.00, load 0.00, hand-over 0.00, resume 0.00",
-                "sent: 80 pages with contents, 7 zero, 9 compressed to 2.00 KiB, 0 B while stopped",
-                "by channel: 3.00 MiB, 2.00 MiB",
+                "sent: 80 pages with contents, 7 zero, 9 compressed to 2.00 KiB, 5.00 KiB of vCPUs and devices, 0 B while stopped",
+                "by channel: 3.00 MiB in 70 pages at 6.00 MiB/s, 2.00 MiB in 17 pages at 4.00 MiB/s",
             ]
         );
         finished.details = Some(FerryMigration { handed_over_bytes: 1 << 30, downtime: None, ..migration });
-        assert_eq!(details(&finished), ["by channel: 3.00 MiB, 2.00 MiB"]);
+        let lines = details(&finished);
+        assert!(lines.len() == 1 && lines[0].starts_with("by channel: 3.00 MiB in 70 pages"), "{lines:?}");
     }
 
     #[test]

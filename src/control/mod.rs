@@ -25,6 +25,7 @@
 //! meaning here.
 
 mod access;
+mod channel;
 pub mod client;
 mod commands;
 mod convergence;
@@ -41,6 +42,7 @@ mod session;
 #[cfg(test)]
 mod tests;
 
+pub use channel::FerryChannel;
 pub use client::Client;
 #[cfg(test)]
 pub(crate) use commands::names as command_names;

@@ -1,7 +1,8 @@
 //! What the control socket may ask of a machine, and the reports that come back.
 //!
 //! The names and units in JSON are those of QEMU's QAPI schema (`run-state.json`, `migration.json`); types whose names
-//! start with `Ferry`, and what they hold, are this project's own and only seen through `x-ferry-status`.
+//! start with `Ferry`, and what they hold, are this project's own and only seen through `x-ferry-status`, and in `query-migrate` under
+//! names that begin with `x-ferry-`.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 use engine::{Compression, SnapshotOptions};
 use serde::{Deserialize, Serialize};
 
-use super::{ConvergenceParameters, FerryCpu};
+use super::{ConvergenceParameters, FerryChannel, FerryCpu};
 use crate::config::NamespaceOption;
 
 /// A machine as its operator sees it. Every method may be called from any thread at any time, and none waits for a
@@ -234,6 +235,12 @@ pub struct MigrationInfo {
     /// Nanoseconds that half of the waits did not exceed; on a destination.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub postcopy_latency: Option<u64>,
+    /// Bytes of the state of vCPUs and devices, which are none of RAM; once they have gone, or come.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub x_ferry_device_bytes: Option<u64>,
+    /// The data channels, if there are any.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub x_ferry_channels: Vec<FerryChannel>,
     /// Why it failed: the same cause that the other side reports.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error_desc: Option<String>,
@@ -256,6 +263,8 @@ impl MigrationInfo {
             cpu_throttle_percentage: None,
             postcopy_blocktime: None,
             postcopy_latency: None,
+            x_ferry_device_bytes: None,
+            x_ferry_channels: Vec::new(),
             error_desc: None,
             blocked_reasons: Vec::new(),
         }
@@ -556,6 +565,12 @@ pub struct FerryMigration {
     /// Bytes sent over each data channel, if there are any.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub channel_bytes: Vec<u64>,
+    /// The same with pages and speed of each; at a destination what it has received.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub channels: Vec<FerryChannel>,
+    /// Bytes of the state of vCPUs and devices, which are none of RAM.
+    #[serde(default)]
+    pub device_bytes: u64,
     /// Pages that were compressed.
     #[serde(default)]
     pub compressed_pages: u64,

@@ -7,7 +7,8 @@ use engine::{PAGE_BYTES, Postcopy, Snapshot, Status};
 
 use super::{Migrations, lock};
 use crate::control::{
-    DiskStats, FerryDowntime, FerryMigration, FerryPostcopy, MigrationInfo, MigrationStatus, RamStats,
+    DiskStats, FerryChannel, FerryDowntime, FerryMigration, FerryPostcopy, MigrationInfo, MigrationStatus,
+    RamStats,
 };
 
 impl Migrations {
@@ -49,6 +50,8 @@ impl Migrations {
                 info.postcopy_latency = u64::try_from(postcopy.latency_median.as_nanos()).ok();
             }
         }
+        info.x_ferry_channels = FerryChannel::all(&snapshot);
+        info.x_ferry_device_bytes = Some(snapshot.device_bytes).filter(|bytes| *bytes > 0);
         info.error_desc = snapshot.error;
         Some(info)
     }
@@ -69,6 +72,8 @@ impl Migrations {
             throttle_percentage: snapshot.throttle_percent,
             in_flight_at_stop: current.in_flight_at_stop.load(Ordering::Relaxed),
             channel_bytes: snapshot.channel_bytes.clone(),
+            channels: FerryChannel::all(&snapshot),
+            device_bytes: snapshot.device_bytes,
             compressed_pages: snapshot.compressed_pages,
             compressed_bytes: snapshot.compressed_bytes,
             downtime: (!downtime.total.is_zero()).then(|| FerryDowntime {

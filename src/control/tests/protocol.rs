@@ -212,13 +212,16 @@ fn migration_is_reported_in_the_shape_of_qemu() {
         total_time: Some(12),
         setup_time: Some(1),
         downtime: Some(3),
+        x_ferry_device_bytes: Some(9000),
+        x_ferry_channels: vec![FerryChannel { bytes: 5, pages: 4, bytes_per_second: 3 }],
         ..MigrationInfo::new(MigrationStatus::Completed)
     };
     setup.machine.set(|state| state.migration = Some(info));
     let answer = raw.ask(r#"{"execute":"query-migrate"}"#)["return"].take();
     assert_eq!(answer["status"], "completed");
     assert_eq!((&answer["total-time"], &answer["setup-time"]), (&json!(12), &json!(1)));
-    assert_eq!(answer["downtime"], 3);
+    assert_eq!((&answer["downtime"], &answer["x-ferry-device-bytes"]), (&json!(3), &json!(9000)));
+    assert_eq!(answer["x-ferry-channels"], json!([{ "bytes": 5, "pages": 4, "bytes-per-second": 3 }]));
     // Every member that QAPI's MigrationStats requires is there, and no other.
     let mut members: Vec<_> = answer["ram"].as_object().unwrap().keys().map(String::as_str).collect();
     members.sort_unstable();
