@@ -1,6 +1,7 @@
 //! One channel: what its bytes are, and what of them is refused.
 
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,12 +13,13 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, VolatileMemory, VolatileSlice};
 
 use super::Compression;
+use super::destination::Intake;
 use super::lane::{Input, Lane, LaneInput, Watch};
 use super::receive::Inlet;
 use super::replay::{place, record};
 use super::wire::{Chain, Head, RUNS_MAX, Run, RunKind};
 use crate::link::{Link, Step};
-use crate::{Error, PAGE_BYTES, PageBitmap, RamBlock};
+use crate::{Error, PAGE_BYTES, PageBitmap, Parameters, RamBlock, Statistics};
 
 const PAGE: usize = PAGE_BYTES as usize;
 /// Two chunks and a bit, and a small block; in the order of their names the small one is first.
@@ -343,6 +345,41 @@ fn a_page_that_was_written_to_meanwhile_must_come_again() {
         let placed = &contents(&destination)[0];
         assert!(placed[7 * PAGE..8 * PAGE] == page(3) && placed[9 * PAGE..10 * PAGE] == page(2));
     }
+}
+
+/// A page that is named as one that follows comes once more: what of it came in a channel was dropped, and nobody judges it.
+#[test]
+fn a_page_that_was_written_to_meanwhile_may_follow() {
+    let run = Run { block: 1, kind: RunKind::Data, first_page: 7, pages: 1, contents_bytes: PAGE };
+    let mut bytes = Vec::new();
+    append(&mut bytes, 1, &[run], &[0], &[8; PAGE]);
+    let bytes = finished(&bytes, std::slice::from_ref(&(0..16 + 16 + 8)));
+    let (parameters, statistics) = (Parameters::new(), Statistics::new());
+    let end_with = |follow: [&PageBitmap; 2]| {
+        let (mut near, far) = Connection::pair().unwrap();
+        let channel = Link::new(far).unwrap().into_connection();
+        near.write_all(&bytes).unwrap();
+        std::thread::scope(|scope| {
+            let user = (&parameters, &statistics);
+            let patience = crate::tests::patience();
+            let intake = Intake::start(scope, vec![channel], &memory(false), user, &patience).unwrap();
+            intake.finish(&follow)
+        })
+    };
+    let by_name = |pages: &[u64]| {
+        let [mut low, namespace] = <[PageBitmap; 2]>::try_from(bitmaps(&[])).unwrap();
+        pages.iter().for_each(|page| low.set(*page));
+        [namespace, low]
+    };
+    for others in [&[][..], &[6, 8]] {
+        let error = end_with(by_name(others).each_ref()).unwrap_err().chain();
+        assert!(error.contains("page 0x7 of RAM block \"ram.low\" is not what was sent"), "{error}");
+    }
+    assert_eq!(end_with(by_name(&[7, 8]).each_ref()).unwrap().len(), 1);
+    assert_eq!(
+        (&*statistics.snapshot().channel_pages, statistics.snapshot().channel_bytes[0]),
+        (&[1][..], 4136)
+    );
 }
 
 fn step(patience: Duration) -> Step<'static> {
