@@ -3,13 +3,14 @@
 use std::fmt::{self, Debug};
 use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bus::{GuestMemory, GuestRange};
 use vm_memory::GuestAddress;
 use vmstate::Migratability;
 
-use crate::{DirtyBlocks, IoContext, Place};
+use crate::{DirtyBlocks, ImageFile, IoContext, Place};
 
 /// What an image is, as far as another process could check it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -192,6 +193,20 @@ pub trait Backend: Send + Sync + Debug {
     /// Which file it is, if it is one of this host's.
     fn place(&self) -> Option<Place> {
         None
+    }
+
+    /// The files of this host that it is made of: its own first, then what it lies over.
+    fn files(&self) -> Vec<&ImageFile> {
+        Vec::new()
+    }
+
+    /// For each of [`files`](Self::files), in that order, a [descriptor](ImageFile) by which another process of this host opens it as well.
+    /// None, if the image is not held.
+    ///
+    /// # Errors
+    /// No descriptor is left, or `/proc` is not there.
+    fn nodes(&self) -> Result<Vec<OwnedFd>, crate::Error> {
+        Ok(Vec::new())
     }
 
     /// What becomes of it when its machine moves. Contents that another process can reach, or that are guest RAM, move along.

@@ -95,6 +95,14 @@ pub enum Error {
         /// Size and identity now.
         now: String,
     },
+    /// What another process passed for a file of an image is not that file, or more than it.
+    #[error("image {} cannot be opened by what was passed for it: {reason}", path.display())]
+    Passed {
+        /// The file, as it is called here.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// The image cannot be released while requests use it.
     #[error("image {} has requests in flight and cannot be released", path.display())]
     InUse {

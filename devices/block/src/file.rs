@@ -4,21 +4,21 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use arc_swap::ArcSwapOption;
 use nix::fcntl::{FcntlArg, fcntl};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
+use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
 use vmstate::Migratability;
 
-use crate::{Backend, DirtyBlocks, Error, Failure, Identity, IoContext, Operation, Place, Request};
-
-/// Kinds of access, as error messages call them.
-pub(crate) const READING: &str = "reading";
-pub(crate) const WRITING: &str = "writing";
+use crate::image_file::{READING, WRITING};
+use crate::{
+    Backend, DirtyBlocks, Error, Failure, Identity, ImageFile, IoContext, Operation, Place, Request,
+};
 
 /// How to open an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,11 +51,9 @@ struct Stamp {
 /// ends only when the kernel has finished the process's requests, so nothing of them arrives under the next holder.
 #[derive(Debug)]
 pub struct FileImage {
-    path: PathBuf,
+    file: ImageFile,
     options: FileOptions,
-    /// Of when it was looked at first.
-    stamp: Stamp,
-    /// What it has grown to since.
+    /// What it was when it was looked at first, or has grown to since.
     capacity_bytes: AtomicU64,
     dirty: Arc<DirtyBlocks>,
     held: ArcSwapOption<OpenFile>,
@@ -68,11 +66,10 @@ impl FileImage {
     /// # Errors
     /// The file cannot be opened for reading, or is neither a regular file nor a block device.
     pub fn inspect(path: impl Into<PathBuf>, options: FileOptions) -> Result<Self, Error> {
-        let path = path.into();
-        let stamp = Stamp::of(&open(&path, READING)?, &path)?;
-        let capacity_bytes = AtomicU64::new(stamp.capacity_bytes);
+        let (file, opened) = ImageFile::look(path.into())?;
+        let capacity_bytes = AtomicU64::new(Stamp::of(&opened, file.path())?.capacity_bytes);
         let dirty = Arc::default();
-        Ok(Self { path, options, stamp, capacity_bytes, dirty, held: ArcSwapOption::empty() })
+        Ok(Self { file, options, capacity_bytes, dirty, held: ArcSwapOption::empty() })
     }
 
     /// Opens and locks the image.
@@ -88,11 +85,11 @@ impl FileImage {
     /// Where the image is.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
     fn stamp(&self) -> Stamp {
-        Stamp { capacity_bytes: self.capacity_bytes.load(Ordering::Acquire), ..self.stamp }
+        Stamp { place: self.file.place(), capacity_bytes: self.capacity_bytes.load(Ordering::Acquire) }
     }
 
     /// The open file, while the image is held.
@@ -126,7 +123,18 @@ impl Backend for FileImage {
     }
 
     fn place(&self) -> Option<Place> {
-        Some(self.stamp.place)
+        Some(self.file.place())
+    }
+
+    fn files(&self) -> Vec<&ImageFile> {
+        vec![&self.file]
+    }
+
+    fn nodes(&self) -> Result<Vec<OwnedFd>, Error> {
+        match self.held.load_full() {
+            Some(held) => Ok(vec![self.file.node_of(&held.file)?]),
+            None => Ok(Vec::new()),
+        }
     }
 
     fn migratability(&self) -> Migratability {
@@ -141,7 +149,7 @@ impl Backend for FileImage {
 
     fn sync(&self) -> Result<(), Error> {
         let Some(file) = self.held.load_full().filter(|_| !self.options.read_only) else { return Ok(()) };
-        file.sync().map_err(|source| Error::Flush { path: self.path.clone(), source })
+        file.sync().map_err(|source| Error::Flush { path: self.path().to_owned(), source })
     }
 
     fn release(&self) -> Result<(), Error> {
@@ -149,16 +157,16 @@ impl Backend for FileImage {
         // Requests hold the file: with one under way the lock must not go.
         let file = Arc::try_unwrap(file).map_err(|file| {
             self.held.store(Some(file));
-            Error::InUse { path: self.path.clone() }
+            Error::InUse { path: self.path().to_owned() }
         })?;
         if !self.options.read_only
             && let Err(source) = file.sync()
         {
             self.held.store(Some(Arc::new(file)));
-            return Err(Error::Flush { path: self.path.clone(), source });
+            return Err(Error::Flush { path: self.path().to_owned(), source });
         }
         // Not by closing the file alone: the kernel lets go of a request's file some time after it has told of its end.
-        unlock(&file.file, &self.path)
+        unlock(&file.file, self.path())
     }
 
     fn acquire(&self) -> Result<(), Error> {
@@ -166,13 +174,13 @@ impl Backend for FileImage {
             return Ok(());
         }
         let access = if self.options.read_only { READING } else { WRITING };
-        let file = open(&self.path, access)?;
-        lock(&file, &self.path, access)?;
-        let stamp = Stamp::of(&file, &self.path)?;
+        let file = self.file.open(access)?;
+        lock(&file, self.path(), access)?;
+        let stamp = Stamp::of(&file, self.path())?;
         let before = self.stamp();
         if stamp != before {
             return Err(Error::Changed {
-                path: self.path.clone(),
+                path: self.path().to_owned(),
                 before: before.to_string(),
                 now: stamp.to_string(),
             });
@@ -191,7 +199,7 @@ impl Backend for FileImage {
 
     fn next_data(&self, offset_bytes: u64) -> Result<Option<Range<u64>>, Error> {
         let capacity_bytes = self.capacity_bytes.load(Ordering::Acquire);
-        let failed = |source| Error::Holes { path: self.path.clone(), source };
+        let failed = |source| Error::Holes { path: self.path().to_owned(), source };
         let file = self.held.load_full().ok_or_else(|| failed(io::Error::other("it is not held")))?;
         if offset_bytes >= capacity_bytes {
             return Ok(None);
@@ -212,12 +220,12 @@ impl Backend for FileImage {
     }
 
     fn grow(&self, capacity_bytes: Option<u64>) -> Result<u64, Error> {
-        let path = || self.path.clone();
+        let path = || self.path().to_owned();
         let failed = |capacity_bytes| move |source| Error::Grow { path: path(), capacity_bytes, source };
         let before_bytes = self.capacity_bytes.load(Ordering::Acquire);
         let released = || failed(capacity_bytes.unwrap_or(before_bytes))(io::Error::other("it is not held"));
         let file = self.held.load_full().ok_or_else(released)?;
-        let found_bytes = Stamp::of(&file.file, &self.path)?.capacity_bytes;
+        let found_bytes = Stamp::of(&file.file, self.path())?.capacity_bytes;
         let wanted_bytes = capacity_bytes.unwrap_or(found_bytes);
         let now_bytes = wanted_bytes.min(found_bytes);
         if now_bytes < before_bytes {
@@ -310,21 +318,6 @@ impl OpenFile {
                 && (length_bits as u64).is_multiple_of(alignment.granule_bytes)
         })
     }
-}
-
-/// Opens `path` if it can be an image.
-pub(crate) fn open(path: &Path, access: &'static str) -> Result<File, Error> {
-    let failed =
-        |errno: rustix::io::Errno| Error::Open { path: path.to_owned(), access, source: errno.into() };
-    // Before it is opened: opening a pipe would wait, opening a terminal or a tape could do worse.
-    let kind = FileType::from_raw_mode(rustix::fs::stat(path).map_err(failed)?.st_mode);
-    if !matches!(kind, FileType::RegularFile | FileType::BlockDevice) {
-        return Err(Error::NotAnImage { path: path.to_owned() });
-    }
-    let flags = if access == WRITING { OFlags::RDWR } else { OFlags::RDONLY };
-    Ok(rustix::fs::open(path, flags | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty())
-        .map_err(failed)?
-        .into())
 }
 
 impl Stamp {

@@ -22,7 +22,8 @@
 //! - Whoever copies an image that is in use learns of every change of it ([`DirtyBlocks`]).
 //!
 //! Images: [`FileImage`] (raw file or block device), [`Qcow2Image`] (also as an overlay over a [`Base`]), [`MemoryImage`] (travels like
-//! RAM), [`NullImage`] (measurement), [`FaultImage`] and [`VolatileImage`] (tests).
+//! RAM), [`NullImage`] (measurement), [`FaultImage`] and [`VolatileImage`] (tests). Another process of the same host can pass the very
+//! files that an image is made of, to be opened instead of their names ([`ImageFile`]).
 //!
 //! Absent: metadata as a thing of their own, caching of our own, ordering between requests in flight (as with real disks there is none),
 //! knowledge of NVMe. The only threads are those of `pool`, where the kernel offers no io_uring, and of images whose library
@@ -39,6 +40,7 @@ mod error;
 mod fault;
 mod file;
 mod guest;
+mod image_file;
 mod memory;
 mod null;
 mod overlay;
@@ -60,6 +62,7 @@ pub use dirty::{DIRTY_BLOCK_BYTES, DirtyBlocks};
 pub use error::Error;
 pub use fault::{Fault, FaultControl, FaultImage, Target};
 pub use file::{FileImage, FileOptions};
+pub use image_file::ImageFile;
 pub use memory::MemoryImage;
 pub use null::NullImage;
 pub use overlay::{Base, BaseFormat, create_overlay};

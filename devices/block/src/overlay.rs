@@ -21,7 +21,7 @@ use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder};
 
 use crate::Error;
-use crate::file::{self, READING};
+use crate::image_file::{ImageFile, READING};
 use crate::qcow2::{Access, open_format};
 
 /// "Unknown extensions can be safely ignored", and others keep them.
@@ -71,19 +71,17 @@ pub struct Base {
 }
 
 impl Base {
-    /// Opens the base for reading. The lock is the caller's business.
-    pub(crate) fn open(&self) -> Result<(File, Access), Error> {
-        let file = file::open(&self.path, READING)?;
+    /// What is in the base, which is open for reading as `file`. The lock is the caller's business.
+    pub(crate) fn access(&self, file: &File) -> Result<Access, Error> {
         let again = file.try_clone().map_err(|source| self.unreadable(source))?;
-        let access = match self.format {
-            BaseFormat::Qcow2 => open_format(again, &self.path, false, None)?,
+        match self.format {
+            BaseFormat::Qcow2 => open_format(again, &self.path, false, None),
             BaseFormat::Raw => {
                 let opened = imago::file::File::try_from(again)
                     .and_then(|file| Raw::builder(file).open(DenyImplicitOpenGate::default()));
-                FormatAccess::new(opened.map_err(|source| self.unreadable(source))?)
+                Ok(FormatAccess::new(opened.map_err(|source| self.unreadable(source))?))
             }
-        };
-        Ok((file, access))
+        }
     }
 
     fn unreadable(&self, source: io::Error) -> Error {
@@ -114,7 +112,8 @@ impl Base {
 /// # Errors
 /// The base cannot be read, or its name does not fit into the header; the overlay cannot be written.
 pub fn create_overlay(into: &File, path: &Path, base: &Base) -> Result<(), Error> {
-    let (file, access) = base.open()?;
+    let (_, file) = ImageFile::look(base.path.clone())?;
+    let access = base.access(&file)?;
     let name = std::path::absolute(&base.path).map_err(|source| base.unreadable(source))?;
     let name = match name.to_str() {
         Some(name) if name.len() <= NAME_BYTES_MAX => name.to_owned(),

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::os::fd::AsFd;
 
 use rustix::fs::{AtFlags, FileType, StatxFlags, statx};
 
@@ -17,12 +18,23 @@ pub struct Place {
 impl Place {
     /// Of an open file or block device.
     pub(crate) fn of(file: &File) -> rustix::io::Result<Self> {
-        let about = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::BASIC_STATS)?;
-        let (device, inode) = match FileType::from_raw_mode(about.stx_mode.into()) {
+        Self::with_kind(file, "").map(|(_, place)| place)
+    }
+
+    /// Of what `path` leads to from `directory`, or of `directory` itself, if there is no path; and what it is.
+    pub(crate) fn with_kind(
+        directory: impl AsFd,
+        path: impl rustix::path::Arg,
+    ) -> rustix::io::Result<(FileType, Self)> {
+        // None of this ever changes: no server of a file system has to be asked, which may be slow to answer, or the peer's own.
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let about = statx(directory, path, flags, StatxFlags::BASIC_STATS)?;
+        let kind = FileType::from_raw_mode(about.stx_mode.into());
+        let (device, inode) = match kind {
             FileType::BlockDevice => ((about.stx_rdev_major, about.stx_rdev_minor), 0),
             _ => ((about.stx_dev_major, about.stx_dev_minor), about.stx_ino),
         };
-        Ok(Self { device, inode })
+        Ok((kind, Self { device, inode }))
     }
 }
 

@@ -4,6 +4,7 @@
 //! writes these and then makes all stable.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -11,15 +12,17 @@ use arc_swap::ArcSwapOption;
 use bus::{GuestMemory, GuestRange};
 use imago::qcow2::Qcow2;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder, FormatDriverBuilder};
-use rustix::io::Errno;
 use vmstate::Migratability;
 
 use crate::blocking::Blocking;
 use crate::bounce::Bounce;
 use crate::error::failure_of;
-use crate::file::{self, READING, WRITING};
+use crate::file;
 use crate::guest::check_ranges;
-use crate::{Backend, Base, DirtyBlocks, Error, Failure, Identity, IoContext, Operation, Place, Request};
+use crate::image_file::{READING, WRITING, place_of};
+use crate::{
+    Backend, Base, DirtyBlocks, Error, Failure, Identity, ImageFile, IoContext, Operation, Place, Request,
+};
 
 /// An open image of any format.
 pub(crate) type Access = FormatAccess<imago::file::File>;
@@ -30,12 +33,10 @@ pub(crate) type Access = FormatAccess<imago::file::File>;
 /// opened [over the base](Self::inspect_over) that the caller names.
 #[derive(Debug)]
 pub struct Qcow2Image {
-    path: PathBuf,
+    file: ImageFile,
     read_only: bool,
-    base: Option<Base>,
+    base: Option<(Base, ImageFile)>,
     capacity_bytes: u64,
-    /// Of when it was looked at first.
-    place: Place,
     held: ArcSwapOption<Held>,
     dirty: Arc<DirtyBlocks>,
     threads: Blocking,
@@ -71,23 +72,22 @@ impl Qcow2Image {
     }
 
     fn look(path: PathBuf, base: Option<Base>, read_only: bool) -> Result<Self, Error> {
-        let file = file::open(&path, READING)?;
-        let place = place_of(&file, &path)?;
-        let access = match &base {
-            None => open_format(file, &path, false, None)?,
+        let (file, opened) = ImageFile::look(path)?;
+        let (access, base) = match base {
+            None => (open_format(opened, file.path(), false, None)?, None),
             Some(base) => {
-                let (base_file, base_access) = base.open()?;
-                open_over(file, &path, false, base, (&base_file, base_access))?
+                let (base_file, base_opened) = ImageFile::look(base.path.clone())?;
+                let access = open_over(opened, file.path(), false, &base, &base_opened)?;
+                (access, Some((base, base_file)))
             }
         };
         let threads = Blocking::new()
             .map_err(|source| Error::System { what: "start threads for a qcow2 image", source })?;
         Ok(Self {
+            file,
             read_only,
             base,
             capacity_bytes: access.size(),
-            place,
-            path,
             held: ArcSwapOption::empty(),
             dirty: Arc::default(),
             threads,
@@ -138,12 +138,6 @@ impl Qcow2Image {
     }
 }
 
-fn place_of(file: &File, path: &Path) -> Result<Place, Error> {
-    let failed =
-        |errno: Errno| Error::Open { path: path.to_owned(), access: "looking at", source: errno.into() };
-    Place::of(file).map_err(failed)
-}
-
 /// Opens the format in `file`, over `base` if it is an overlay.
 pub(crate) fn open_format(
     file: File,
@@ -163,14 +157,15 @@ pub(crate) fn open_format(
     })
 }
 
-/// Opens the overlay in `file` over `base`, which is open as `base_file`.
+/// Opens the overlay in `file` over `base`, which is open for reading as `base_file`.
 fn open_over(
     file: File,
     path: &Path,
     writable: bool,
     base: &Base,
-    (base_file, base_access): (&File, Access),
+    base_file: &File,
 ) -> Result<Access, Error> {
+    let base_access = base.access(base_file)?;
     base.check(base_file, &file, path)?;
     let base_bytes = base_access.size();
     let access = open_format(file, path, writable, Some(base_access))?;
@@ -274,12 +269,22 @@ fn failure(error: std::io::Error) -> Failure {
 
 impl Backend for Qcow2Image {
     fn identity(&self) -> Identity {
-        let kind = self.base.as_ref().map_or("qcow2", |base| base.format.kind());
+        let kind = self.base.as_ref().map_or("qcow2", |(base, _)| base.format.kind());
         Identity { kind, capacity_bytes: self.capacity_bytes, read_only: self.read_only }
     }
 
     fn place(&self) -> Option<Place> {
-        Some(self.place)
+        Some(self.file.place())
+    }
+
+    fn files(&self) -> Vec<&ImageFile> {
+        std::iter::once(&self.file).chain(self.base.iter().map(|(_, base)| base)).collect()
+    }
+
+    fn nodes(&self) -> Result<Vec<OwnedFd>, Error> {
+        let Some(held) = self.held.load_full() else { return Ok(Vec::new()) };
+        let files = std::iter::once(&held.file).chain(&held.base);
+        self.files().into_iter().zip(files).map(|(file, held)| file.node_of(held)).collect()
     }
 
     fn migratability(&self) -> Migratability {
@@ -299,7 +304,7 @@ impl Backend for Qcow2Image {
     fn sync(&self) -> Result<(), Error> {
         let Some(held) = self.held.load_full().filter(|_| !self.read_only) else { return Ok(()) };
         let access = held.access.read().unwrap_or_else(PoisonError::into_inner);
-        make_stable(&access).map_err(|source| Error::Flush { path: self.path.clone(), source })
+        make_stable(&access).map_err(|source| Error::Flush { path: self.file.path().to_owned(), source })
     }
 
     fn release(&self) -> Result<(), Error> {
@@ -308,14 +313,14 @@ impl Backend for Qcow2Image {
         // Requests hold it: with one under way the lock must not go.
         let Held { access, file, base } = Arc::try_unwrap(held).map_err(|held| {
             self.held.store(Some(held));
-            Error::InUse { path: self.path.clone() }
+            Error::InUse { path: self.file.path().to_owned() }
         })?;
         // All of it is on the disk; nothing is written afterwards.
         drop(access);
-        if let (Some(file), Some(base)) = (&base, &self.base) {
+        if let (Some(file), Some((base, _))) = (&base, &self.base) {
             file::unlock(file, &base.path)?;
         }
-        file::unlock(&file, &self.path)
+        file::unlock(&file, self.file.path())
     }
 
     fn acquire(&self) -> Result<(), Error> {
@@ -323,25 +328,25 @@ impl Backend for Qcow2Image {
             return Ok(());
         }
         let access = if self.read_only { READING } else { WRITING };
-        let file = file::open(&self.path, access)?;
-        file::lock(&file, &self.path, access)?;
+        let path = self.file.path();
+        let file = self.file.open(access)?;
+        file::lock(&file, path, access)?;
         let again =
-            file.try_clone().map_err(|source| Error::Open { path: self.path.clone(), access, source })?;
+            file.try_clone().map_err(|source| Error::Open { path: path.to_owned(), access, source })?;
         // Only now: whoever held it before may have written its tables until the lock was free.
         let (format, base) = match &self.base {
-            None => (open_format(again, &self.path, !self.read_only, None)?, None),
-            Some(base) => {
-                let (base_file, base_access) = base.open()?;
+            None => (open_format(again, path, !self.read_only, None)?, None),
+            Some((base, file_of_base)) => {
+                let base_file = file_of_base.open(READING)?;
                 file::lock(&base_file, &base.path, READING)?;
-                let opened = (&base_file, base_access);
-                (open_over(again, &self.path, !self.read_only, base, opened)?, Some(base_file))
+                (open_over(again, path, !self.read_only, base, &base_file)?, Some(base_file))
             }
         };
-        let (place, size_bytes) = (place_of(&file, &self.path)?, format.size());
-        if (size_bytes, place) != (self.capacity_bytes, self.place) {
+        let (place, size_bytes) = (place_of(&file, path)?, format.size());
+        if (size_bytes, place) != (self.capacity_bytes, self.file.place()) {
             return Err(Error::Changed {
-                path: self.path.clone(),
-                before: format!("{} bytes ({})", self.capacity_bytes, self.place),
+                path: path.to_owned(),
+                before: format!("{} bytes ({})", self.capacity_bytes, self.file.place()),
                 now: format!("{size_bytes} bytes ({place})"),
             });
         }

@@ -110,10 +110,10 @@ fn completions_without_an_event_are_told_of_when_it_is_wanted_again() {
 }
 
 /// A block device over a file, gone with this value.
-struct Loop(PathBuf);
+pub struct Loop(pub PathBuf);
 
 impl Loop {
-    fn over(file: &Path) -> Option<Self> {
+    pub fn over(file: &Path) -> Option<Self> {
         let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
         match made {
             Ok(output) if output.status.success() => {

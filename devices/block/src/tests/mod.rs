@@ -7,6 +7,7 @@ mod files;
 mod hostile;
 mod images;
 mod locks;
+mod nodes;
 mod operations;
 mod overlays;
 mod qcow2;
