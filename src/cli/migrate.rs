@@ -61,6 +61,7 @@ pub struct MigrateArguments {
     pub insecure: bool,
     /// Give a process of this host, of this version or a newer one, the memory itself over the Unix socket instead of its contents: the
     /// guest is stopped for as long whatever its size, and limits have nothing to limit. Where that cannot be, the contents are sent.
+    /// The files of its images go along: they are the ones that the destination opens, whatever their names lead to by then.
     #[arg(long)]
     pub local: bool,
     /// Let the guest run at the destination before all of its memory is there: after the first pass over it, unless the rest fits into the

@@ -101,7 +101,7 @@ pub struct MigrationTarget {
     pub insecure: bool,
     /// The socket that the address names, with `fd:`.
     pub descriptor: Option<OwnedFd>,
-    /// A process of this host is to get the memory itself, instead of its contents.
+    /// A process of this host is to get the memory itself, instead of its contents, and the files of the images.
     pub local: bool,
     /// When guest memory may follow after the guest; what the capability says, if nothing is said.
     pub postcopy: Option<engine::PostcopyStart>,

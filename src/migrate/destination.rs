@@ -8,8 +8,8 @@ use std::time::Instant;
 use engine::lease::Id;
 use engine::storage::{Disk, IncomingDisks};
 use engine::{
-    Description, DestinationFactory, DestinationMachine, MachineResult, MissingPages, PAGE_BYTES, PageBitmap,
-    RamBlock, RunState, Since,
+    Description, DestinationFactory, DestinationMachine, ImageFile, MachineResult, MissingPages, PAGE_BYTES,
+    PageBitmap, RamBlock, RunState, Since,
 };
 use stream::{Expected, SectionSet};
 
@@ -22,7 +22,7 @@ use crate::machine::{Action, Machine, Resources};
 use crate::startup::{self, Step};
 use crate::userfault::Userfault;
 use crate::vcpu::Offer;
-use crate::vmm::Vmm;
+use crate::vmm::{Vmm, has_room};
 
 /// Builds the configured machine for whoever comes.
 pub struct Factory {
@@ -161,6 +161,16 @@ impl DestinationMachine for Arrival {
 
     fn adopt_memory(&mut self, passed: Vec<OwnedFd>) -> MachineResult<()> {
         Ok(self.machine()?.resources().adopt_passed(passed)?)
+    }
+
+    fn image_files(&self) -> Option<Vec<String>> {
+        // What came stays open beside the image itself.
+        let machine = self.machine.as_ref().filter(|_| has_room(&self.vmm.spec))?;
+        Some(machine.resources().image_file_names())
+    }
+
+    fn adopt_image_files(&mut self, passed: Vec<ImageFile>) -> MachineResult<()> {
+        Ok(self.machine()?.resources().adopt_image_files(passed)?)
     }
 
     fn discard(&mut self, block: usize, pages: Range<u64>) -> MachineResult<()> {

@@ -10,8 +10,8 @@ use anyhow::{Context, anyhow};
 use engine::lease::Lease;
 use engine::storage::OutgoingDisks;
 use engine::{
-    Description, Image, ImageCopy, MachineResult, MemoryDescriptors, PageBitmap, RamBlock, RunState, SaveFor,
-    Since, SourceMachine,
+    Description, Image, ImageCopy, ImageFile, MachineResult, MemoryDescriptors, PageBitmap, RamBlock,
+    RunState, SaveFor, Since, SourceMachine,
 };
 use stream::{DeviceSection, Expected};
 
@@ -69,6 +69,10 @@ impl SourceMachine for Source {
             Ok(MemoryDescriptors { readable, writable })
         });
         Ok(Some(descriptors.collect::<std::io::Result<_>>()?))
+    }
+
+    fn image_files(&mut self) -> MachineResult<Vec<ImageFile>> {
+        Ok(self.machine.resources().image_files()?)
     }
 
     fn populated(&mut self, block: &RamBlock) -> MachineResult<Vec<Range<u64>>> {

@@ -10,18 +10,42 @@ use std::io;
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, getrlimit};
 
-use crate::config::MachineSpec;
+use crate::config::{BackendSpec, MachineSpec};
 
 /// What a process has besides: of KVM, threads, channels, control clients, credentials.
 const OTHERS: u64 = 256;
 
+/// Of an image: each of its files is held, and besides there is a descriptor by which another process has passed it, or is to get it.
+fn of_image(backend: &BackendSpec) -> u64 {
+    match backend {
+        BackendSpec::File(_) | BackendSpec::Qcow2(_) => 2,
+        BackendSpec::Overlay { .. } => 4,
+        BackendSpec::Memory { .. } | BackendSpec::Null { .. } => 0,
+    }
+}
+
+/// What the machine of `spec` will have open at most.
+fn needed(spec: &MachineSpec) -> u64 {
+    let of_controllers = spec.controllers.iter().map(|controller| {
+        let images = controller.namespaces.iter().map(|namespace| of_image(&namespace.backend));
+        u64::from(controller.vectors) + images.sum::<u64>()
+    });
+    OTHERS + u64::from(spec.cpus) + of_controllers.sum::<u64>()
+}
+
+fn limit() -> u64 {
+    getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
+}
+
+/// Whether the process may have all of that.
+#[must_use]
+pub fn has_room(spec: &MachineSpec) -> bool {
+    needed(spec) <= limit()
+}
+
 /// Makes room for all that the machine of `spec` will have open. Called while there is one thread.
 pub fn make_room(spec: &MachineSpec) {
-    let of_controllers = spec
-        .controllers
-        .iter()
-        .map(|controller| u64::from(controller.vectors) + controller.namespaces.len() as u64);
-    let count = OTHERS + u64::from(spec.cpus) + of_controllers.sum::<u64>();
+    let count = needed(spec);
     if let Err(error) = make_room_for(count) {
         // It works all the same, only not as fast.
         log::info!("no room for {count} descriptors ahead of time: {error}");
@@ -30,8 +54,7 @@ pub fn make_room(spec: &MachineSpec) {
 
 /// The table is as large as its largest number has made it, and stays so.
 fn make_room_for(count: u64) -> io::Result<()> {
-    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    let last = i32::try_from(count.min(limit).saturating_sub(1)).map_err(io::Error::other)?;
+    let last = i32::try_from(count.min(limit()).saturating_sub(1)).map_err(io::Error::other)?;
     let any = File::open("/dev/null")?;
     Ok(fcntl_dupfd_cloexec(&any, last).map(drop)?)
 }

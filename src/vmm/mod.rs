@@ -38,6 +38,7 @@ use crate::kvm::Host;
 use crate::machine::{Action, EventSink, GuestEvent, Machine, Refused, Resources, RunState};
 use crate::migrate::{ImagesCome, Migrations};
 use crate::startup::{self, Step};
+pub(crate) use descriptors::has_room;
 
 /// How long clients may still ask how the guest has left, before the process ends.
 const LAST_WORDS: Duration = Duration::from_secs(1);

@@ -1,15 +1,18 @@
-//! Guests whose memory itself goes to another process: nothing is copied, and what one process writes the other never sees too early.
+//! Guests whose memory itself goes to another process, with the files of their images: nothing is copied, and what one process writes
+//! the other never sees too early.
 
-use std::fs;
+use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hasher};
 use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use exerciser::report::Counters;
 use ferry::control::{FerryOwnership, MigrationStatus, RunState};
 use serde_json::json;
 use stream::frame::Kind;
-use support::{Proxy, Vm, WATCHDOG};
+use support::{Proxy, TestBed, Verdict, Vm, WATCHDOG};
 
 use crate::guest::{BUSY, EXERCISER, MEMORY, bed, guest_memory, lease, many_disks, one_disk};
 use crate::load::{arrives, works};
@@ -125,4 +128,75 @@ fn a_source_that_hears_nothing_lets_go_of_memory_that_is_another_guests() {
     assert_eq!(source.status().ownership, FerryOwnership::GivenAway);
     arrives(&mut destination, &done);
     destination.finish();
+}
+
+/// Moves the images of [`many_disks`] away, and puts empty ones in their places. Those.
+fn replace_images(bed: &TestBed) -> Vec<PathBuf> {
+    let replace = |name: &str| {
+        let path = bed.path(name);
+        let length_bytes = fs::metadata(&path).expect("an image").len();
+        fs::rename(&path, path.with_extension("moved")).expect("it can be moved");
+        File::create_new(&path).expect("its name is free").set_len(length_bytes).expect("a file of holes");
+        path
+    };
+    ["a.img", "b.img"].map(replace).into()
+}
+
+/// How often the process has an image open under a name that ends so.
+fn opened(vm: &Vm, suffix: &str) -> usize {
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", vm.process.id())).expect("the process is there");
+    let targets = descriptors.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    targets.filter(|target| target.to_string_lossy().ends_with(suffix)).count()
+}
+
+/// Somebody moves the images between the destination's look at them and the hand-over.
+#[test]
+fn the_images_themselves_go_whatever_their_names_lead_to_by_then() {
+    let bed = bed();
+    let machine = many_disks(&bed);
+    let mut source = machine.boot(&bed, "source", EXERCISER, BUSY);
+    let before = works(&mut source, &Counters::default());
+    let path = bed.path("to");
+    let mut destination = machine.expect(&bed, "destination", &format!("unix:{}", path.display()));
+    let proxy = Proxy::new(&bed, "by", &path, Kind::Memory);
+    source.hand_over(proxy.uri());
+    let held = proxy.held();
+    let empty = replace_images(&bed);
+    held.resolve(Verdict::Pass);
+    source.migrated();
+    assert_eq!(source.status().ownership, FerryOwnership::GivenAway);
+    assert!(destination.owns_a_running_guest());
+    assert_eq!((opened(&destination, ".img"), opened(&destination, ".moved") >= 2), (0, true));
+    arrives(&mut destination, &before);
+    destination.finish();
+    for path in empty {
+        assert_eq!(fs::metadata(&path).expect("it is there").blocks(), 0, "{}", path.display());
+    }
+}
+
+#[test]
+fn a_guest_that_was_not_taken_goes_on_with_its_images_whatever_their_names_lead_to_by_then() {
+    let bed = bed();
+    let machine = many_disks(&bed);
+    let mut source = machine.boot(&bed, "source", EXERCISER, BUSY);
+    let before = works(&mut source, &Counters::default());
+    let path = bed.path("to");
+    let destination = machine.expect(&bed, "destination", &format!("unix:{}", path.display()));
+    let proxy = Proxy::new(&bed, "by", &path, Kind::Identified);
+    source.hand_over(proxy.uri());
+    let held = proxy.held();
+    let empty = replace_images(&bed);
+    proxy.aim(Kind::Commit.into());
+    held.resolve(Verdict::Pass);
+    let held = proxy.held();
+    destination.kill();
+    held.cut();
+    let reason = source.not_migrated();
+    let status = source.status();
+    assert_eq!((status.ownership, status.status), (FerryOwnership::Owned, RunState::Running), "{reason}");
+    works(&mut source, &before);
+    source.finish();
+    for path in empty {
+        assert_eq!(fs::metadata(&path).expect("it is there").blocks(), 0, "{}", path.display());
+    }
 }

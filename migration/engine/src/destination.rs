@@ -14,7 +14,7 @@ use crate::channels::destination::{Gathered, Incoming, Intake, agree, gather};
 use crate::headway::Headway;
 use crate::lease::{self, Id, Lease, NotTaken, random_id};
 use crate::link::{Link, Step};
-use crate::local::Mapped;
+use crate::local::{Mapped, images};
 use crate::moment::{Moment, is_same_host};
 use crate::ownership::Answer;
 use crate::ownership::destination::{Action, Destination as Ownership, Event};
@@ -171,7 +171,7 @@ impl<'a> Destination<'a> {
         match said {
             Ok(Message::Hello(mut hello)) => {
                 if !passes_descriptors {
-                    hello.features &= !features::LOCAL;
+                    hello.features &= !(features::LOCAL | features::IMAGE_FILES);
                 }
                 self.statistics.start();
                 match self.attempt(factory, &mut link, &hello, incoming) {
@@ -218,7 +218,7 @@ impl<'a> Destination<'a> {
         let incoming = incoming.filter(|_| link.can_be_joined());
         let (mut machine, agree) = self.agree(factory, link, hello, incoming.is_some())?;
         let is_local = agree.features & features::LOCAL != 0;
-        let mapped = if is_local { Some(self.map(&mut machine, link)?) } else { None };
+        let mapped = if is_local { Some(self.map(&mut machine, link, agree.features)?) } else { None };
         let Gathered { channels, pages } = match incoming {
             Some(incoming) => self.gather(&agree, hello.session, link, incoming)?,
             None => Gathered::default(),
@@ -325,18 +325,30 @@ impl<'a> Destination<'a> {
         if !machine.takes_memory() {
             lacking |= features::LOCAL;
         }
-        let agree = agree(hello, features & !lacking, self.instance, has_way_in)?;
+        let granted = features & !lacking;
+        if granted & features::LOCAL == 0 || machine.image_files().is_none() {
+            lacking |= features::IMAGE_FILES;
+        }
+        let agree = agree(hello, granted & !lacking, self.instance, has_way_in)?;
         link.send(&Message::Agree(agree.clone()), self.handshake("agreeing"))?;
         Ok((machine, agree))
     }
 
-    /// The memory itself, to be read.
-    fn map(&self, machine: &mut dyn DestinationMachine, link: &mut Link) -> Result<Mapped, Error> {
+    /// The memory itself, to be read, and the files of the images, if they were granted.
+    fn map(
+        &self,
+        machine: &mut dyn DestinationMachine,
+        link: &mut Link,
+        granted: u64,
+    ) -> Result<Mapped, Error> {
         let doing = "taking over guest memory";
         let step =
             Step { doing, patience: self.patience.silence, cancel: Some(self.parameters), until: None };
         let mapped = Mapped::receive(machine, link, step, unexpected)?;
         self.statistics.update(|s| s.handed_over_bytes = mapped.bytes);
+        if granted & features::IMAGE_FILES != 0 {
+            images::receive(machine, link, Step { doing: "taking the files of images", ..step }, unexpected)?;
+        }
         Ok(mapped)
     }
 

@@ -5,7 +5,7 @@
 
 /// Guest memory goes over channels of its own, one or more.
 pub const CHANNELS: u64 = 1 << 0;
-/// Guest memory and images go as descriptors to a process of the same host.
+/// Guest memory goes as descriptors to a process of the same host.
 pub const LOCAL: u64 = 1 << 1;
 /// Guest memory may follow after the guest.
 pub const POSTCOPY: u64 = 1 << 2;
@@ -17,12 +17,13 @@ pub const LZ4: u64 = 1 << 4;
 pub const ZSTD: u64 = 1 << 5;
 /// The destination says when all that was sent is in its place, before the guest stops.
 pub const SETTLE: u64 = 1 << 6;
-
+/// With guest memory, the files of images go as descriptors to a process of the same host.
+pub const IMAGE_FILES: u64 = 1 << 7;
 /// The destination says when the guest ran, by the clock of the host that both are on. Granted there only.
 pub const MOMENT: u64 = 1 << 8;
 
 /// What this build can do as a destination.
-pub const SUPPORTED: u64 = CHANNELS | LOCAL | POSTCOPY | STORAGE | LZ4 | ZSTD | SETTLE | MOMENT;
+pub const SUPPORTED: u64 = CHANNELS | LOCAL | POSTCOPY | STORAGE | LZ4 | ZSTD | SETTLE | IMAGE_FILES | MOMENT;
 
 /// What is granted to a source that offers `features`.
 #[must_use]

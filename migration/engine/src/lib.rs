@@ -29,7 +29,7 @@
 //!   through the stream (`ram`), as it does into a file.
 //! - [`converge()`]: when to stop, and what to do about a guest that is faster than the link, a pure function; `rounds` does it.
 //! - [`storage`]: images that go with their guest, where the two ends have none in common.
-//! - `local`: to a process of the same host the memory itself goes, instead of its contents in rounds.
+//! - `local`: to a process of the same host the memory itself goes, instead of its contents in rounds, and the files of the images.
 //! - [`protocol`]: the messages; `link` gives each a deadline.
 //! - `postcopy`: memory that follows after its guest.
 //! - [`suspend_to_file`] and [`restore_from_file`]: the same guest in a file; [`snapshot_to_file`]: it goes on, and is there as well,
@@ -93,8 +93,8 @@ pub use file::{
 pub use handover::Handover;
 pub use link::Dial;
 pub use machine::{
-    DestinationFactory, DestinationMachine, Fault, Image, ImageCopy, MachineResult, MemoryDescriptors,
-    MissingPages, RamBlock, RunState, SaveFor, Since, SourceMachine,
+    DestinationFactory, DestinationMachine, Fault, Image, ImageCopy, ImageFile, MachineResult,
+    MemoryDescriptors, MissingPages, RamBlock, RunState, SaveFor, Since, SourceMachine,
 };
 pub use moment::{HOST, is_same_host};
 pub use ownership::source::Word;

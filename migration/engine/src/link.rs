@@ -9,7 +9,9 @@ use stream::frame::{self, HEADER_BYTES, Header, Kind};
 use transport::{Connection, Identity, Received};
 
 use crate::postcopy::{MISSING_BYTES_MAX, PAGES_BYTES_MAX};
-use crate::protocol::{HELLO_BYTES_MAX, MEMORY_BYTES_MAX, Message, NEVER_BYTES_MAX, REASONS_BYTES_MAX};
+use crate::protocol::{
+    HELLO_BYTES_MAX, IMAGE_FILES_BYTES_MAX, MEMORY_BYTES_MAX, Message, NEVER_BYTES_MAX, REASONS_BYTES_MAX,
+};
 use crate::storage::BLOCKS_BYTES_MAX;
 use crate::{Error, Parameters, local};
 
@@ -414,6 +416,7 @@ fn body_bytes_max(kind: Kind) -> u32 {
         Kind::Refuse | Kind::Reject | Kind::Cancel => REASONS_BYTES_MAX as u32,
         Kind::Never => NEVER_BYTES_MAX as u32,
         Kind::Memory => MEMORY_BYTES_MAX as u32,
+        Kind::ImageFiles => IMAGE_FILES_BYTES_MAX as u32,
         Kind::Missing => MISSING_BYTES_MAX as u32,
         Kind::Pages => PAGES_BYTES_MAX as u32,
         Kind::Blocks => BLOCKS_BYTES_MAX as u32,

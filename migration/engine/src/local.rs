@@ -1,11 +1,13 @@
-//! Local handover: the guest's memory itself goes to a process of the same host, and nothing of it is copied.
+//! Local handover: the guest's memory itself goes to a process of the same host, and so do the files of its images. Nothing is copied.
 //!
 //! ```text
 //! source                                       destination
-//!   hello {LOCAL} + a token     ------------>  did the token arrive?
-//!                               <------------  agree {LOCAL}
+//!   hello {LOCAL, IMAGE_FILES}  ------------>  did the token arrive?
+//!     + a token                 <------------  agree {LOCAL, IMAGE_FILES}
 //!   MEMORY {names, lengths} + descriptors ---> checks each, maps it read-only in the place of its own
 //!                               <------------  MAPPED
+//!   IMAGE FILES {names, more?} + descriptors > are they the files that its own names lead to?   (again, while there are more)
+//!                               <------------  IDENTIFIED
 //!   writes back the images' caches, stops, sends the devices and PREPARE, offers: as ever, without rounds
 //!   COMMIT + descriptors that can write ---->  under the record lock: are they the same? maps them, still read-only
 //!                                              lease := taken, and only then writable
@@ -25,11 +27,14 @@
 //! the mapping stays read-only until it does. The source writes nothing after `offered`: its vCPUs and devices stand still, and
 //! it lets go of its own mappings at RUNNING.
 //!
-//! *Images* are not passed. Each side opens them by name: a lock belongs to the open file, which a passed descriptor shares, so
-//! that one side's lock would be the other's too.
+//! *Images* go as descriptors that only say which files they are ([`images`]): each side opens them anew, for itself and with locks of its
+//! own, the destination when the record lock is held and the guest is offered. A lock belongs to the open file, which a passed
+//! descriptor would share, so that one side's lock would be the other's too.
 //!
 //! *Bounds.* A message carries at most [`DESCRIPTORS_MAX`] descriptors, and a machine with more blocks is copied. They are taken
-//! from the three messages that may have some; from all others the kernel drops them.
+//! from the four messages that may have some; from all others the kernel drops them.
+
+pub(crate) mod images;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -40,7 +45,8 @@ use transport::DESCRIPTORS_MAX;
 use crate::link::{Link, Step};
 use crate::protocol::{MemoryBlocks, Message};
 use crate::source::{Context, unexpected};
-use crate::{DestinationMachine, Error, MemoryDescriptors, RamBlock, SourceMachine};
+use crate::{DestinationMachine, Error, MemoryDescriptors, RamBlock, SourceMachine, features};
+use images::Images;
 
 /// What a source hands over: one descriptor of each kind for each of its blocks.
 #[derive(Debug)]
@@ -49,6 +55,7 @@ pub(crate) struct Memory {
     blocks: MemoryBlocks,
     readable: Vec<OwnedFd>,
     writable: Vec<OwnedFd>,
+    images: Images,
 }
 
 impl Memory {
@@ -76,7 +83,21 @@ impl Memory {
             .map(|MemoryDescriptors { readable, writable }| (readable, writable))
             .unzip();
         let complete = ram.len() == readable.len();
-        complete.then(|| Self { token, blocks: MemoryBlocks::new(&ram), readable, writable })
+        let blocks = MemoryBlocks::new(&ram);
+        complete.then(|| Self { token, blocks, readable, writable, images: Images::of(machine) })
+    }
+
+    /// What the hello offers.
+    pub fn features(&self) -> u64 {
+        if self.images.is_empty() { features::LOCAL } else { features::LOCAL | features::IMAGE_FILES }
+    }
+
+    /// What is left of it for a destination that grants these features.
+    pub fn granted(mut self, granted: u64) -> Option<Self> {
+        if granted & features::IMAGE_FILES == 0 {
+            self.images = Images::default();
+        }
+        (granted & features::LOCAL != 0).then_some(self)
     }
 
     /// What goes with the hello.
@@ -84,16 +105,18 @@ impl Memory {
         &self.token
     }
 
-    /// Lets the destination map everything, while the guest runs. How much that is.
+    /// Lets the destination map everything, and identify the images, while the guest runs. How much is mapped.
     pub fn pass(&self, link: &mut Link, context: &Context<'_>) -> Result<u64, Error> {
         let patience = context.patience.silence;
         let step = |doing| Step { doing, patience, cancel: Some(context.parameters), until: None };
         link.send_with(&Message::Memory(self.blocks.clone()), &self.readable, step("passing guest memory"))?;
         let doing = "waiting for the destination to map guest memory";
         match link.receive(step(doing))? {
-            Message::Mapped => Ok(self.blocks.iter().map(|(_, length_bytes)| length_bytes).sum()),
-            other => Err(unexpected(other, doing)),
+            Message::Mapped => {}
+            other => return Err(unexpected(other, doing)),
         }
+        self.images.pass(link, step)?;
+        Ok(self.blocks.iter().map(|(_, length_bytes)| length_bytes).sum())
     }
 
     /// What goes with COMMIT.

@@ -48,6 +48,15 @@ pub struct MemoryDescriptors {
     pub writable: OwnedFd,
 }
 
+/// A file of an image, for a process of the same host.
+#[derive(Debug)]
+pub struct ImageFile {
+    /// Unique, at most 255 bytes. Which part of which image it is, not where it is: the other process's machine has one of this name too.
+    pub name: String,
+    /// Through this one nobody can read, write or lock; it says which file it is, and lets it be opened anew. Closing it changes nothing.
+    pub descriptor: OwnedFd,
+}
+
 /// Whether the vCPUs run. It travels: a paused guest arrives paused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunState {
@@ -139,6 +148,15 @@ pub trait SourceMachine {
     /// The host refuses; contents are sent then too.
     fn memory_descriptors(&mut self) -> MachineResult<Option<Vec<MemoryDescriptors>>> {
         Ok(None)
+    }
+
+    /// The files that the images are made of, as they are held. None: the other process opens its images by their names in the file
+    /// system.
+    ///
+    /// # Errors
+    /// The host refuses; they are opened by their names then too.
+    fn image_files(&mut self) -> MachineResult<Vec<ImageFile>> {
+        Ok(Vec::new())
     }
 
     /// The byte ranges of `block` that hold data: what the memfd has. The rest is never read, so that holes stay holes.
@@ -413,6 +431,21 @@ pub trait DestinationMachine {
     /// One is not of the memory that was mapped, or cannot write.
     fn adopt_memory(&mut self, passed: Vec<OwnedFd>) -> MachineResult<()> {
         Err(format!("this machine takes no memory, and {} descriptors of some came", passed.len()).into())
+    }
+
+    /// Names of the [files](ImageFile) that the images are made of. `None`: they are opened by their names in the file system only.
+    fn image_files(&self) -> Option<Vec<String>> {
+        None
+    }
+
+    /// Takes files that a source of the same host passes: from now on they are opened so, whatever their names in the file system lead
+    /// to. The source has the guest, and goes on with it if this attempt fails: nothing is opened, read or locked yet.
+    ///
+    /// # Errors
+    /// One is not the very file that would be opened by its name here, or the descriptor can do more than it should.
+    fn adopt_image_files(&mut self, passed: Vec<ImageFile>) -> MachineResult<()> {
+        Err(format!("this machine opens images by their names, and {} files of some came", passed.len())
+            .into())
     }
 
     /// Drops what is in these pages of block number `block` of [`ram_blocks`](Self::ram_blocks): they are missing again.

@@ -24,6 +24,8 @@ const TEXT_MAX_BYTES: usize = 4096;
 pub(crate) const REASONS_BYTES_MAX: usize = 64 << 10;
 /// Of the list of passed blocks, each with its mark, a name of at most 255 bytes and a length.
 pub(crate) const MEMORY_BYTES_MAX: usize = transport::DESCRIPTORS_MAX * (1 + 2 + 255 + 8) + 1;
+/// Of a list of passed files, each with its mark and a name of at most 255 bytes.
+pub(crate) const IMAGE_FILES_BYTES_MAX: usize = 1 + transport::DESCRIPTORS_MAX * (1 + 2 + 255) + 1;
 /// A session and a sentence.
 pub(crate) const NEVER_BYTES_MAX: usize = 16 + 2 + TEXT_MAX_BYTES;
 
@@ -63,6 +65,10 @@ pub enum Message {
     Memory(MemoryBlocks),
     /// Destination: mapped.
     Mapped,
+    /// Source: these are files of images; descriptors by which they can be opened go along.
+    ImageFiles(ImageFiles),
+    /// Destination: they are those that it would open by their names.
+    Identified,
     /// Source: all that was sent is to be in its place before the guest stops.
     Settle(Settle),
     /// Destination: it is.
@@ -330,6 +336,29 @@ impl MemoryBlocks {
     }
 }
 
+/// See [`Message::ImageFiles`].
+#[derive(Clone, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "image-files", version = 1)]
+pub struct ImageFiles {
+    /// Whether others follow.
+    pub more: bool,
+    #[vmstate(list, max = transport::DESCRIPTORS_MAX)]
+    names: Vec<Text>,
+}
+
+impl ImageFiles {
+    /// Of these names, in the order of the descriptors.
+    #[must_use]
+    pub fn new<S: AsRef<str>>(names: &[S], more: bool) -> Self {
+        Self { more, names: names.iter().map(|name| name.as_ref().into()).collect() }
+    }
+
+    /// The names.
+    pub fn iter(&self) -> impl Iterator<Item = String> {
+        self.names.iter().map(String::from)
+    }
+}
+
 /// See [`Message::Prepare`].
 #[derive(Clone, Debug, PartialEq, Eq, VmState)]
 #[vmstate(name = "prepare", version = 1)]
@@ -452,6 +481,8 @@ impl Message {
             Self::Progress(_) => "progress",
             Self::Memory(_) => "memory",
             Self::Mapped => "mapped",
+            Self::ImageFiles(_) => "image files",
+            Self::Identified => "identified",
             Self::Settle(_) => "settle",
             Self::Settled => "settled",
             Self::Missing(_) => "missing",
@@ -483,6 +514,8 @@ impl Message {
             Self::Progress(body) => (Kind::Progress, vmstate::to_bytes(body)),
             Self::Memory(body) => (Kind::Memory, vmstate::to_bytes(body)),
             Self::Mapped => (Kind::Mapped, Vec::new()),
+            Self::ImageFiles(body) => (Kind::ImageFiles, vmstate::to_bytes(body)),
+            Self::Identified => (Kind::Identified, Vec::new()),
             Self::Settle(body) => (Kind::Settle, vmstate::to_bytes(body)),
             Self::Settled => (Kind::Settled, Vec::new()),
             Self::Missing(body) => (Kind::Missing, vmstate::to_bytes(body)),
@@ -517,6 +550,9 @@ impl Message {
             Kind::Memory => Self::Memory(state(body)?),
             Kind::Mapped if body.is_empty() => Self::Mapped,
             Kind::Mapped => return Err(format!("mapped: {} bytes too many", body.len())),
+            Kind::ImageFiles => Self::ImageFiles(state(body)?),
+            Kind::Identified if body.is_empty() => Self::Identified,
+            Kind::Identified => return Err(format!("identified: {} bytes too many", body.len())),
             Kind::Settle => Self::Settle(state(body)?),
             Kind::Settled => Self::Settled,
             Kind::ChannelHello => Self::Channel(state(body)?),
@@ -609,6 +645,8 @@ mod tests {
                 blocks: vec![MemoryBlock { name: "ram-low".into(), length_bytes: 4096 }],
             }),
             Message::Mapped,
+            Message::ImageFiles(ImageFiles::new(&["nvme.a.ns.1.file.0", "nvme.a.ns.1.file.1"], true)),
+            Message::Identified,
         ] {
             let (kind, body) = message.encode();
             assert_eq!(Message::decode(kind, &body), Ok(message.clone()), "{}", message.name());

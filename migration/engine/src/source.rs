@@ -194,7 +194,7 @@ impl Attempt {
         };
         let description = if link.knows_identities() { identified } else { told(&description)? };
         let mut hello = Hello::new(self.session, lease, description);
-        hello.features = memory.as_ref().map_or(0, |_| features::LOCAL);
+        hello.features = memory.as_ref().map_or(0, Memory::features);
         let postcopy = if self.disks.is_some() { 0 } else { postcopy::offered(context.parameters) };
         if self.disks.is_some() {
             hello.features |= features::STORAGE;
@@ -226,7 +226,7 @@ impl Attempt {
                 if memory.is_some() && !granted {
                     log::warn!("the destination takes no memory itself: its contents are sent instead");
                 }
-                self.memory = memory.filter(|_| granted);
+                self.memory = memory.and_then(|memory| memory.granted(agree.features));
                 if !granted {
                     check_way_out(context.parameters, agree.features)?;
                     let step =

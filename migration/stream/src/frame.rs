@@ -98,6 +98,10 @@ kinds! {
     Received = 24,
     /// Blocks of an image that goes with its guest.
     Blocks = 25,
+    /// The source passes the files of images themselves, to a process of the same host.
+    ImageFiles = 26,
+    /// The destination has found them to be those that it would open.
+    Identified = 27,
 }
 
 impl TryFrom<u16> for Kind {

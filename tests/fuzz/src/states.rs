@@ -48,6 +48,8 @@ const MESSAGES: &[Kind] = &[
     kind::<protocol::Query>(),
     kind::<protocol::Progress>(),
     kind::<protocol::ChannelHello>(),
+    kind::<protocol::MemoryBlocks>(),
+    kind::<protocol::ImageFiles>(),
 ];
 
 /// Loads a state, which must be saved as it was; returns whether it could be loaded.

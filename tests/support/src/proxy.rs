@@ -75,6 +75,7 @@ impl From<Kind> for Place {
             | Kind::Running
             | Kind::Never
             | Kind::Mapped
+            | Kind::Identified
             | Kind::PageRequest
             | Kind::Received => Way::ToSource,
             _ => Way::ToDestination,

@@ -18,7 +18,7 @@ use crate::{
 /// All blocks of the mock machine.
 const RAM_BYTES: u64 = 640 * 4096;
 
-fn local(world: &World) -> Play {
+pub fn local(world: &World) -> Play {
     let mut play = Play::new(world);
     play.source.passes_memory = true;
     play.parameters.set_local(true);
@@ -54,6 +54,7 @@ fn it_can_be_read_before_the_stop_and_written_when_the_lease_says_so() {
     let wanted = [
         "destination: build",
         "destination: map memory",
+        "destination: adopt image files",
         "source: prepare stop",
         "source: stop",
         "source: save",
@@ -77,9 +78,13 @@ fn it_can_be_read_before_the_stop_and_written_when_the_lease_says_so() {
 
 #[test]
 fn a_step_that_fails_leaves_the_source_running_with_its_memory_as_it_was() {
-    for (step, both_know) in
-        [("map memory", true), ("load", true), ("take image", true), ("adopt memory", true)]
-    {
+    for (step, both_know) in [
+        ("map memory", true),
+        ("adopt image files", true),
+        ("load", true),
+        ("take image", true),
+        ("adopt memory", true),
+    ] {
         let world = World::new();
         let mut play = local(&world);
         play.factory.trouble = Some(Trouble::Fail(step));
@@ -90,7 +95,9 @@ fn a_step_that_fails_leaves_the_source_running_with_its_memory_as_it_was() {
         assert!(cause.contains(&format!("{step} fails")), "{step}: {cause}");
         assert_eq!(ending.destination_statistics.error == Some(cause), both_know, "{step}");
     }
-    for (step, stopped) in [("map memory", false), ("load", true), ("adopt memory", true)] {
+    for (step, stopped) in
+        [("map memory", false), ("adopt image files", false), ("load", true), ("adopt memory", true)]
+    {
         let world = World::new();
         let mut play = local(&world);
         play.factory.trouble = Some(Trouble::Kill(step));
@@ -129,20 +136,30 @@ fn contents_are_sent_where_the_memory_itself_cannot_go() {
 }
 
 /// A source by hand, up to AGREE.
-struct Hand {
-    link: Link,
-    source: Source,
+pub struct Hand {
+    pub link: Link,
+    pub source: Source,
 }
 
 impl Hand {
     fn agreed(connect: &mut dyn FnMut() -> Link, world: &World, token: bool) -> (Self, u64) {
+        Self::agreed_on(features::LOCAL, connect, world, token)
+    }
+
+    /// The same with an offer of these features.
+    pub fn agreed_on(
+        features: u64,
+        connect: &mut dyn FnMut() -> Link,
+        world: &World,
+        token: bool,
+    ) -> (Self, u64) {
         let mut source = Source::new(world, "source");
         source.passes_memory = true;
         let mut link = connect();
         let description = Properties::try_from(&source.description().unwrap()).unwrap();
         let lease = world.lease("reader").read().unwrap().map(|record| record.lease);
         let mut hello = Hello::new([1; 16], lease, description);
-        hello.features = features::LOCAL;
+        hello.features = features;
         let tokens: Vec<_> = token.then(|| eventfd(0, EventfdFlags::CLOEXEC).unwrap()).into_iter().collect();
         link.send_with(&Message::Hello(Box::new(hello)), &tokens, step()).unwrap();
         match link.receive(step()).unwrap() {
@@ -155,7 +172,7 @@ impl Hand {
         self.source.memory_descriptors().unwrap().unwrap()
     }
 
-    fn readable(&mut self) -> Vec<OwnedFd> {
+    pub fn readable(&mut self) -> Vec<OwnedFd> {
         self.descriptors().into_iter().map(|block| block.readable).collect()
     }
 
@@ -163,7 +180,7 @@ impl Hand {
         self.descriptors().into_iter().map(|block| block.writable).collect()
     }
 
-    fn passes(&mut self, blocks: &[RamBlock], descriptors: &[OwnedFd]) -> Message {
+    pub fn passes(&mut self, blocks: &[RamBlock], descriptors: &[OwnedFd]) -> Message {
         self.link.send_with(&Message::Memory(MemoryBlocks::new(blocks)), descriptors, step()).unwrap();
         self.link.receive(step()).unwrap()
     }
@@ -195,7 +212,7 @@ impl Hand {
     }
 }
 
-fn reason(answer: Message) -> String {
+pub fn reason(answer: Message) -> String {
     match answer {
         Message::Reject(reasons) => reasons.sentences().join("; "),
         Message::Never(never) => String::from(&never.reason),

@@ -14,11 +14,11 @@ use vmstate::VmState;
 
 use super::disks::{Images, Incoming, Outgoing};
 use super::missing::{Found, MockMemory};
-use super::passed::Memory;
+use super::passed::{self, Memory};
 use crate::lease::Id;
 use crate::storage::{Disk, IncomingDisks, OutgoingDisks};
 use crate::{
-    Description, DestinationFactory, DestinationMachine, HOST, Image, ImageCopy, MachineResult,
+    Description, DestinationFactory, DestinationMachine, HOST, Image, ImageCopy, ImageFile, MachineResult,
     MemoryDescriptors, MissingPages, PAGE_BYTES, PageBitmap, RamBlock, RunState, SaveFor, Since,
     SourceMachine,
 };
@@ -52,6 +52,10 @@ pub struct Guest {
     pub lacks_pages: bool,
     /// Digest of the file that it came out of.
     restored_from: Option<u64>,
+    /// Names of the files of its images; `None`: it takes none of another process.
+    pub image_files: Option<Vec<String>>,
+    /// Those that came from another process.
+    pub adopted: Vec<ImageFile>,
     /// Memory that follows it.
     pub missing: Option<Arc<MockMemory>>,
     /// What it has on its host, if that is its own.
@@ -91,6 +95,8 @@ impl Guest {
             lease_lost_at: None,
             lacks_pages: false,
             restored_from: None,
+            image_files: Some(vec!["disk.0".to_owned(), "disk.1".to_owned()]),
+            adopted: Vec::new(),
             missing: None,
             images: None,
             threads: Vec::new(),
@@ -243,6 +249,12 @@ impl SourceMachine for Source {
 
     fn memory_descriptors(&mut self) -> MachineResult<Option<Vec<MemoryDescriptors>>> {
         Ok(self.passes_memory.then(|| self.guest.memory.iter().map(Memory::descriptors).collect()))
+    }
+
+    fn image_files(&mut self) -> MachineResult<Vec<ImageFile>> {
+        self.guest.step("image files")?;
+        let names = self.guest.image_files.as_deref().unwrap_or_default();
+        Ok(passed::image_files(&self.guest.world, names))
     }
 
     fn populated(&mut self, block: &RamBlock) -> MachineResult<Vec<Range<u64>>> {
@@ -435,6 +447,8 @@ pub struct Factory {
     pub less_ram: bool,
     /// Its machines take memory itself.
     pub takes_memory: bool,
+    /// Names of the files of its machines' images, where it takes those of another process.
+    pub image_files: Option<Vec<String>>,
     /// Why no memory may follow the guest, if so.
     pub needs_all: Option<&'static str>,
     /// How many machines were built.
@@ -453,6 +467,7 @@ impl Factory {
             host: "here",
             less_ram: false,
             takes_memory: true,
+            image_files: Some(vec!["disk.0".to_owned(), "disk.1".to_owned()]),
             needs_all: None,
             built: 0,
             images: None,
@@ -497,6 +512,7 @@ impl DestinationFactory for Factory {
         let mut guest = Guest::new(&self.name, &self.world);
         guest.trouble = self.trouble;
         guest.images = self.images.clone();
+        guest.image_files = self.image_files.clone();
         guest.step("build")?;
         self.built += 1;
         Ok(Arriving(guest, self.takes_memory))
@@ -529,6 +545,17 @@ impl DestinationMachine for Arriving {
         let Guest { blocks, memory, .. } = &mut self.0;
         let all = blocks.iter().zip(memory).rev().zip(passed);
         all.into_iter().try_for_each(|((block, memory), passed)| memory.adopt(block, passed))
+    }
+
+    fn image_files(&self) -> Option<Vec<String>> {
+        self.0.image_files.clone()
+    }
+
+    fn adopt_image_files(&mut self, passed: Vec<ImageFile>) -> MachineResult<()> {
+        self.0.step("adopt image files")?;
+        passed.iter().try_for_each(|file| passed::identify(&self.0.world, file))?;
+        self.0.adopted.extend(passed);
+        Ok(())
     }
 
     fn discard(&mut self, block: usize, pages: Range<u64>) -> MachineResult<()> {

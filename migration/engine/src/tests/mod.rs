@@ -8,6 +8,7 @@ mod faults;
 mod file;
 mod fill;
 mod headway;
+mod image_files;
 mod link;
 mod local;
 mod migrate;

@@ -1,4 +1,4 @@
-//! Memory of the mock machines that can go from one to the other itself.
+//! Memory of the mock machines that can go from one to the other itself, and files of their images.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -6,12 +6,13 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use dirty_bitmap::DirtyBitmap;
-use rustix::fs::{MemfdFlags, OFlags, fcntl_getfl, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, Mode, OFlags, fcntl_getfl, ftruncate, memfd_create};
 use vm_memory::FileOffset;
 use vm_memory::bitmap::NewBitmap;
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 
-use crate::{MachineResult, MemoryDescriptors, RamBlock};
+use super::world::World;
+use crate::{ImageFile, MachineResult, MemoryDescriptors, RamBlock};
 
 /// The memory of one block.
 #[derive(Debug)]
@@ -79,4 +80,25 @@ impl Memory {
 
 fn access(descriptor: &impl AsFd) -> OFlags {
     fcntl_getfl(descriptor).unwrap() & OFlags::RWMODE
+}
+
+/// The files of these names in the folder of `world`, to be passed.
+pub fn image_files(world: &World, names: &[String]) -> Vec<ImageFile> {
+    let file = |name: &String| {
+        let path = world.path(name);
+        File::options().create(true).append(true).open(&path).unwrap();
+        let descriptor = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        ImageFile { name: name.clone(), descriptor }
+    };
+    names.iter().map(file).collect()
+}
+
+/// As the real machine does: it must be the file that the name leads to here.
+pub fn identify(world: &World, ImageFile { name, descriptor }: &ImageFile) -> MachineResult<()> {
+    let (ours, theirs) = (std::fs::metadata(world.path(name))?, rustix::fs::fstat(descriptor)?);
+    if (ours.dev(), ours.ino()) != (theirs.st_dev, theirs.st_ino) {
+        return Err(format!("another file came for {name}").into());
+    }
+    assert!(fcntl_getfl(descriptor).unwrap().contains(OFlags::PATH), "it could have a lock");
+    Ok(())
 }
