@@ -2,7 +2,8 @@
 //!
 //! The kernel doubles the table whenever a number does not fit any more, and with several threads in the process whoever needs that
 //! number waits until every processor has let go of the old table (an RCU grace period): 10 ms and more. The images of a guest with many
-//! namespaces are opened while it stands still, between two processes, and the vectors of a controller while a restored guest waits.
+//! namespaces are opened while it stands still, between two processes, and its memory comes from one to the other then; the vectors of
+//! a controller are made while a restored guest waits.
 
 use std::fs::File;
 use std::io;
@@ -15,20 +16,27 @@ use crate::config::{BackendSpec, MachineSpec};
 /// What a process has besides: of KVM, threads, channels, control clients, credentials.
 const OTHERS: u64 = 256;
 
-/// Of an image: each of its files is held, and besides there is a descriptor by which another process has passed it, or is to get it.
-fn of_image(backend: &BackendSpec) -> u64 {
+/// Of a block of memory: our own, and those by which another process has passed it, one to read and one to write.
+const OF_MEMORY: u64 = 3;
+/// Of a file of an image: the one that is held, and one by which another process has passed it, or is to get it.
+const OF_FILE: u64 = 2;
+
+fn of_namespace(backend: &BackendSpec) -> u64 {
     match backend {
-        BackendSpec::File(_) | BackendSpec::Qcow2(_) => 2,
-        BackendSpec::Overlay { .. } => 4,
-        BackendSpec::Memory { .. } | BackendSpec::Null { .. } => 0,
+        BackendSpec::File(_) | BackendSpec::Qcow2(_) => OF_FILE,
+        BackendSpec::Overlay { .. } => 2 * OF_FILE,
+        BackendSpec::Memory { .. } => OF_MEMORY,
+        BackendSpec::Null { .. } => 0,
     }
 }
 
 /// What the machine of `spec` will have open at most.
 fn needed(spec: &MachineSpec) -> u64 {
     let of_controllers = spec.controllers.iter().map(|controller| {
-        let images = controller.namespaces.iter().map(|namespace| of_image(&namespace.backend));
-        u64::from(controller.vectors) + images.sum::<u64>()
+        let namespaces = controller.namespaces.iter().map(|namespace| of_namespace(&namespace.backend));
+        let memory =
+            [controller.buffer_bytes, controller.region_bytes].into_iter().filter(|bytes| *bytes > 0);
+        u64::from(controller.vectors) + namespaces.sum::<u64>() + OF_MEMORY * memory.count() as u64
     });
     OTHERS + u64::from(spec.cpus) + of_controllers.sum::<u64>()
 }
@@ -61,7 +69,32 @@ fn make_room_for(count: u64) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
+    use crate::cli::{Arguments, Command};
+
+    fn needed_with(flags: &[&str]) -> u64 {
+        let line = ["ferry", "run", "--kernel", "none", "--nvme", "serial=a,queues=1"].iter().chain(flags);
+        let Command::Run(arguments) = Arguments::parse_from(line).command else { panic!("it is run") };
+        needed(&arguments.machine().unwrap())
+    }
+
+    #[test]
+    fn what_comes_in_a_hand_over_has_room_beside_what_is_held() {
+        let more = |flags: &[&str]| needed_with(flags) - needed_with(&[]);
+        for (namespace, count) in [
+            ("backend=file,path=a", OF_FILE),
+            ("backend=qcow2,path=a", OF_FILE),
+            ("backend=qcow2,path=a,base=b", 2 * OF_FILE),
+            ("backend=memory,size=1M", OF_MEMORY),
+            ("backend=null,size=1M", 0),
+        ] {
+            assert_eq!(more(&["--ns", &format!("controller=a,nsid=1,{namespace}")]), count, "{namespace}");
+        }
+        let plain = more(&["--nvme", "serial=b,queues=1"]);
+        assert_eq!(more(&["--nvme", "serial=b,queues=1,cmb=1M"]), plain + OF_MEMORY);
+    }
 
     /// How many descriptors the table has room for.
     fn room() -> u64 {
