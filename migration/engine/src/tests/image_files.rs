@@ -61,6 +61,8 @@ fn images_are_opened_by_their_names_where_one_side_passes_or_takes_none() {
         let mut play = local(&world);
         (play.source.guest.image_files, play.factory.image_files) = (theirs, ours);
         assert!(adopted(&world, play).is_empty());
+        let asked = world.log().iter().any(|entry| entry == "destination: adopt image files");
+        assert!(!asked, "nothing is passed that was not agreed on");
     }
     let world = World::new();
     let mut play = local(&world);
