@@ -13,12 +13,13 @@
 
 mod clone;
 mod descriptors;
+pub(crate) mod marks;
 mod operations;
 pub(crate) mod ownership;
 pub mod phases;
 mod signals;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -160,6 +161,9 @@ fn live(
             force_stale: arguments.force_stale,
         })?,
         Some(uri) => {
+            if vmm.images_come.is_none() {
+                marks::check(&vmm.spec, Despite::default())?;
+            }
             let lease = match (arguments.clone, vmm.images_come) {
                 (true, _) => vmm.open_lease_of_clone()?,
                 // It is made with the images, when they come.
@@ -229,14 +233,18 @@ impl Vmm {
     /// The first boot: becomes the owner, builds the machine, starts it.
     fn boot_first(self: &Arc<Self>, despite: Despite) -> anyhow::Result<()> {
         ownership::check(&self.spec, despite)?;
+        marks::check(&self.spec, despite)?;
         let resources = Arc::new(Resources::open(&self.spec, false)?);
         self.acquire_images(&resources)?;
+        // Again, now that nobody else has them: a guest may have left with one meanwhile.
+        marks::settle(&self.spec, despite)?;
         let machine = self.boot(resources)?;
         // Last, so that a machine that cannot be built leaves no trace.
         let mut lease = ownership::open_lease(&self.spec)?;
         if let Some(lease) = &mut lease {
             ownership::claim(lease, despite)?;
         }
+        marks::forget(&self.spec);
         self.return_lease(lease);
         startup::done(Step::Ownership);
         // A destination looks for it.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::ensure;
 use engine::{SnapshotOptions, Word};
 
-use super::{Request, Vmm, ownership};
+use super::{Despite, Request, Vmm, marks, ownership};
 use crate::config::NamespaceOption;
 use crate::control::{
     AccessScope, AccessState, Event, FerryLease, FerryOwnership, FerryStart, FerryStatus, MigrationInfo,
@@ -209,7 +209,12 @@ impl Operations for Control {
 
     fn add_namespace(&self, option: &NamespaceOption) -> Result<(), Refusal> {
         let NamespaceOption { controller, namespace } = option;
-        let add = |machine: &Machine| machine.add_namespace(controller, namespace);
+        let add = |machine: &Machine| {
+            if let Some(image) = namespace.backend.path().filter(|_| !namespace.read_only) {
+                marks::check_image(&self.0.spec, image, Despite::default())?;
+            }
+            machine.add_namespace(controller, namespace)
+        };
         self.change_namespace(controller, namespace.nsid, add, |()| NamespaceChange::Added)
     }
 

@@ -156,7 +156,7 @@ pub fn lease_path(spec: &MachineSpec) -> anyhow::Result<Option<PathBuf>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::cli::{Arguments, Command};
     use clap::Parser;
@@ -179,7 +179,7 @@ mod tests {
     }
 
     /// A node of a block device, which is looked at and never opened: one of this host's, or one made in `folder`.
-    fn block_device(folder: &std::path::Path) -> PathBuf {
+    pub(crate) fn block_device(folder: &std::path::Path) -> PathBuf {
         use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 
         let nodes = std::fs::read_dir("/dev").unwrap().map(|entry| entry.unwrap());

@@ -21,7 +21,7 @@ fn process() -> (Arc<Vmm>, Receiver<Request>) {
 }
 
 /// A process that was told more.
-pub(super) fn process_with(more: &[&str]) -> (Arc<Vmm>, Receiver<Request>) {
+pub(crate) fn process_with(more: &[&str]) -> (Arc<Vmm>, Receiver<Request>) {
     let line = ["ferry", "run", "--kernel", "vmlinux", "--memory", "16M", "--serial", "null"];
     let line = line.iter().chain(more);
     let Command::Run(arguments) = Arguments::parse_from(line).command else { panic!("it is run") };

@@ -151,6 +151,58 @@ fn images_that_did_not_come_are_gone_or_refused_and_come_again() {
     destination.finish();
 }
 
+/// The lease beside the first image says nothing to who puts only the second into a machine: the mark beside that does.
+#[test]
+fn an_image_that_went_or_did_not_all_come_is_refused_alone_too() {
+    let bed = bed();
+    let (_, mut source) = here(&bed);
+    let before = works(&mut source, &Counters::default());
+    let alone = |name: &str| {
+        let path = bed.path(name).display().to_string();
+        let second = format!("controller=d0,nsid=10,backend=qcow2,path={path}");
+        (Machine::new("128M").controller("serial=d0,queues=8").namespace(&second), path)
+    };
+    source.execute("migrate-set-parameters", json!({ "max-bandwidth": 4 << 20 }));
+    let (_, destination) = there(&bed, "first", &[]);
+    source.migrate_with(target(&destination));
+    some_of_the_images_has_gone(&mut source);
+    destination.kill();
+    source.not_migrated();
+    assert!(source.owns_a_running_guest());
+    let (unfinished, path) = alone("there.qcow2");
+    let refused = refusal(&bed, &unfinished);
+    assert!(refused.contains("never came whole") && refused.contains("incoming in session"), "{refused}");
+    assert!(refused.contains(&path), "{refused}");
+    let refused = refusal(&bed, &unfinished.switch("--force-stale"));
+    assert!(refused.contains("never came whole"), "whoever forces it has less than half of it: {refused}");
+    let marks = || bed.files().into_iter().filter(|name| name.ends_with("-mark")).collect::<Vec<_>>();
+    assert_eq!(marks(), ["there.img.ferry-mark", "there.qcow2.ferry-mark"], "here nothing has left");
+
+    let (_, mut destination) = there(&bed, "second", &["--overwrite"]);
+    two_rounds_with(&mut source, target(&destination), 48 << 20);
+    source.migrated();
+    arrives(&mut destination, &before);
+    source.execute("quit", json!({}));
+    source.exit();
+    let (stale, path) = alone("here.qcow2");
+    let refused = refusal(&bed, &stale);
+    let words = [path.as_str(), "moved to unix:", "in session", "--force-stale"];
+    assert!(words.iter().all(|word| refused.contains(word)), "{refused}");
+    let other = json!({ "controller": "d0", "nsid": 2, "backend": "file", "path": bed.path("here.img") });
+    let refused = destination.refused("x-ferry-namespace-add", other);
+    assert!(refused.contains("moved to unix:"), "{refused}");
+    destination.finish();
+    assert_eq!(marks(), ["here.img.ferry-mark", "here.qcow2.ferry-mark"], "there all is here");
+    let mut forced = stale.clone().switch("--force-stale").boot(&bed, "forced", EXERCISER, BUSY);
+    begins(&forced, 1);
+    assert_eq!(marks(), ["here.img.ferry-mark"], "what was forced is a guest's again");
+    assert!(forced.owns_a_running_guest());
+    forced.kill();
+    let again = stale.boot(&bed, "again", EXERCISER, BUSY);
+    begins(&again, 1);
+    again.kill();
+}
+
 /// An operator's mistake costs nothing, though he has said that what is there may be given up.
 #[test]
 fn what_is_in_the_place_of_images_is_given_up_only_when_they_come() {

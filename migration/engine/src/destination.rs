@@ -185,15 +185,18 @@ impl<'a> Destination<'a> {
                         }
                         self.statistics.set_status(Status::Completed);
                         arrived.acknowledged = self.acknowledged(&mut link, &arrived.running, end);
+                        // What is said beside each image ends with its guest running, and nobody waits for that.
+                        self.disks = None;
                         link.close(self.patience.last_words);
                         Some(arrived)
                     }
                     Err(error) => {
                         // The machine is gone, and the session is fenced before the source hears of it.
                         self.ownership.on(Event::Failed);
-                        self.disks = None;
                         self.parameters.reopen();
                         let error = self.farewell(link, error, hello.session);
+                        // Images that are nobody's may take long to remove, and the source's guest stands still until it is answered.
+                        self.disks = None;
                         log::warn!("no guest from {peer}: {}", error.chain());
                         self.statistics.fail(&error.chain());
                         None

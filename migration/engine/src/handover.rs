@@ -356,12 +356,11 @@ impl Handover {
             }
         };
         // A guest whose images would be refused the next time does not go on as if nothing were wrong.
-        let unmarked = match self.disks.take() {
-            Some(mut disks) => disks.take_back(&self.session),
-            None => Ok(()),
-        };
+        let unmarked = self.disks.as_mut().map_or(Ok(()), |disks| disks.take_back(&self.session));
         let state = if unmarked.is_ok() { self.state } else { RunState::Paused };
         let paused = bring_back(machine, tracking, true, Some(state)).err();
+        // The guest does not wait for what is said beside each image.
+        self.disks = None;
         Outcome::Failed { error, paused: paused.or(unmarked.err().map(|error| error.chain())) }
     }
 

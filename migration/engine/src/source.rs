@@ -253,6 +253,7 @@ impl Attempt {
         let statistics = context.statistics;
         let link = self.link.as_mut().expect("agree leaves a link");
         let handed_over = self.memory.as_ref().map(|memory| memory.pass(link, context)).transpose()?;
+        let peer = link.peer().to_owned();
         let sink = Sink::new(link, context);
         let blocks = machine.ram_blocks();
         // Memory that goes itself is none of the stream's: its digests too would cost the stop the more the larger it is.
@@ -268,7 +269,7 @@ impl Attempt {
             self.tracking = true;
         }
         if let Some(disks) = &mut self.disks {
-            disks.begin()?;
+            disks.begin(&self.session, &peer)?;
         }
         // Tracking comes first: a page that is filled while the holes are looked for is dirty.
         let mut pages = Vec::with_capacity(sent.len());
@@ -410,9 +411,11 @@ impl Attempt {
         }
         let action = self.ownership.on(Event::Failed);
         debug_assert_eq!(action, Action::Resume, "nothing was given away yet");
-        (self.remainder, self.pages, self.disks) = (None, None, None);
+        (self.remainder, self.pages) = (None, None);
         let state = self.stopped.map(|stopped| stopped.state);
         let paused = bring_back(machine, self.tracking, self.disks_touched, state).err();
+        // The guest does not wait for what is said beside its images.
+        self.disks = None;
         Outcome::Failed { error, paused }
     }
 

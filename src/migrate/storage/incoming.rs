@@ -13,14 +13,14 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use block::{Backend, FileImage, FileOptions, Qcow2Image};
 use engine::MachineResult;
-use engine::lease::{self, Id, Lease, NotTaken, Record};
+use engine::lease::{self, Id, Lease, Mark, NotTaken, Record, State};
 use engine::storage::{Disk, IncomingDisks};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-use super::{ImageIo, Place, folder_of, places};
+use super::{ImageIo, Place, folder_of, only_the_lease_tells, places};
 use crate::machine::{Resources, try_while_locked};
-use crate::vmm::{LAST_REQUESTS, Vmm, ownership};
+use crate::vmm::{LAST_REQUESTS, Vmm, marks, ownership};
 
 /// After so much the disk is asked to write what it has: the stop then waits for little.
 const SYNC_BYTES: u64 = 64 << 20;
@@ -52,6 +52,8 @@ struct Image {
     is_blank: bool,
     /// Somebody else came to use it.
     is_anothers: bool,
+    /// Where its mark is, and what was said there before.
+    mark: Option<(PathBuf, Option<Mark>)>,
     /// Once the machine for it is there.
     backend: Option<Arc<dyn Backend>>,
 }
@@ -64,6 +66,8 @@ pub struct Incoming {
     /// What it said of that which is given up for what comes: of a guest, or of images that an attempt before left unfinished.
     before: Option<Record>,
     generation: u64,
+    /// What is said beside each image.
+    mark: Mark,
     images: Vec<Image>,
     io: ImageIo,
     unsynced_bytes: u64,
@@ -105,6 +109,7 @@ impl Incoming {
                 return Err(error);
             }
         };
+        let mark = lease.mark(State::Incoming { session: *session })?;
         // We are the only one present at the record: whoever wrote it before is gone, but for its last requests.
         let patience = before.as_ref().map_or(Duration::ZERO, |_| LAST_REQUESTS);
         let mut incoming = Self {
@@ -113,6 +118,7 @@ impl Incoming {
             lease: Some(lease),
             before,
             generation,
+            mark,
             images: Vec::new(),
             io,
             unsynced_bytes: 0,
@@ -127,7 +133,7 @@ impl Incoming {
         }
         for ((place, disk), found) in places.into_iter().zip(disks).zip(found) {
             let name = place.path.display().to_string();
-            let image = make(place, disk, found);
+            let image = make(place, disk, found, &incoming.mark);
             incoming.images.push(image.with_context(|| format!("cannot make {name}"))?);
         }
         Ok(incoming)
@@ -216,6 +222,13 @@ impl Incoming {
                 log::error!("{}: {error}", folder.display());
             }
         }
+        if is_undone {
+            let mut images = self.images.iter();
+            if let Err(error) = images.try_for_each(|image| image.unmark(&self.mark, self.has_begun)) {
+                is_undone = false;
+                log::error!("{:#}", anyhow::Error::new(error));
+            }
+        }
         let said = match self.before.take() {
             _ if !is_undone => lease.leave(),
             Some(before) if !self.has_begun => lease.restore(&self.session, before),
@@ -230,7 +243,13 @@ impl Incoming {
 impl Drop for Incoming {
     fn drop(&mut self) {
         if !self.is_owned {
-            self.give_up();
+            return self.give_up();
+        }
+        for (path, _) in self.images.iter().filter_map(|image| image.mark.as_ref()) {
+            if let Err(error) = self.mark.remove(path) {
+                // The lease says that it is here, as long as it is this guest's.
+                log::error!("{:#}", anyhow::Error::new(error));
+            }
         }
     }
 }
@@ -300,6 +319,26 @@ impl Image {
         matches!(self.found, Found::Nothing) || self.aside().is_some()
     }
 
+    /// Says beside it that it is nobody's.
+    fn mark(&mut self, mark: &Mark) -> Result<(), lease::Error> {
+        let Some(path) = marks::place(&self.place.path) else {
+            log::warn!("{}", only_the_lease_tells(&self.place.path));
+            return Ok(());
+        };
+        let before = Mark::read(&path)?;
+        self.mark = Some((path.clone(), before));
+        mark.write(&path)
+    }
+
+    /// Says again what was said before of what is there again, or nothing of what is gone.
+    fn unmark(&self, mark: &Mark, has_begun: bool) -> Result<(), lease::Error> {
+        match &self.mark {
+            Some((path, Some(before))) if !has_begun => before.write(path),
+            Some((path, _)) => mark.remove(path),
+            None => Ok(()),
+        }
+    }
+
     /// Makes the place as it was; once something `has_begun` to come, what was given up is gone.
     fn undo(&self, has_begun: bool) -> std::io::Result<()> {
         let path = &self.place.path;
@@ -364,11 +403,14 @@ fn given_up(path: &Path) -> PathBuf {
 /// Makes one image, all holes, where there is nothing, or nothing in it, or where that is given up: whatever the
 /// record said of it, it may be a guest's, of whose other images an attempt that was cut off had made nothing yet. Nothing has changed when
 /// it fails.
-fn make(place: Place, disk: &Disk, found: Found) -> anyhow::Result<Image> {
+fn make(place: Place, disk: &Disk, found: Found, mark: &Mark) -> anyhow::Result<Image> {
     let path = &place.path;
     let found = match found {
         Found::Something { aside: None } => {
-            return Ok(Image { place, found, is_blank: false, is_anothers: false, backend: None });
+            let mut image =
+                Image { place, found, is_blank: false, is_anothers: false, mark: None, backend: None };
+            image.mark(mark)?;
+            return Ok(image);
         }
         Found::Something { aside: Some(aside) } => {
             fs::rename(path, &aside)?;
@@ -376,16 +418,20 @@ fn make(place: Place, disk: &Disk, found: Found) -> anyhow::Result<Image> {
         }
         found => found,
     };
-    let image = Image { found, is_blank: true, is_anothers: false, backend: None, place };
-    let path = &image.place.path;
+    let mut image = Image { found, is_blank: true, is_anothers: false, mark: None, backend: None, place };
+    let path = image.place.path.clone();
     let opened =
-        OpenOptions::new().read(true).write(true).mode(0o600).create_new(image.is_new_file()).open(path);
+        OpenOptions::new().read(true).write(true).mode(0o600).create_new(image.is_new_file()).open(&path);
     let made = match opened {
-        Ok(file) => fill(file, &image.place, disk.length_bytes),
+        // The file is ours by now, and holds nothing yet.
+        Ok(file) => image
+            .mark(mark)
+            .map_err(anyhow::Error::from)
+            .and_then(|()| fill(file, &image.place, disk.length_bytes)),
         Err(error) => {
             // Whatever is there by now is somebody else's.
             if let (Some(aside), false) = (image.aside(), path.try_exists()?) {
-                fs::rename(aside, path)?;
+                fs::rename(aside, &path)?;
             }
             return Err(error.into());
         }
@@ -393,8 +439,9 @@ fn make(place: Place, disk: &Disk, found: Found) -> anyhow::Result<Image> {
     match made {
         Ok(()) => Ok(image),
         Err(error) => {
-            if let Err(undo) = image.undo(false) {
-                log::error!("{} is not as it was: {undo}", path.display());
+            let undone = image.undo(false).map_err(anyhow::Error::from);
+            if let Err(undo) = undone.and_then(|()| Ok(image.unmark(mark, false)?)) {
+                log::error!("{} is not as it was: {undo:#}", path.display());
             }
             Err(error)
         }

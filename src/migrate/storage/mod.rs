@@ -2,10 +2,13 @@
 //!
 //! Both ends name an image after its controller and namespace, and go through the backends that the guest uses, so that what moves is
 //! what the guest sees. What may start from images is said by the lease record of the machine, which lies beside the first of them and
-//! speaks for all.
+//! speaks for all, and by a mark beside each, in whatever machine it is used: before the stop that its guest is about to leave, and from
+//! before its first block until the guest runs that it comes.
 
 mod incoming;
 mod outgoing;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -74,6 +77,14 @@ fn places(spec: &MachineSpec) -> Vec<Place> {
     }
     places.sort_by(|one, other| one.name.cmp(&other.name));
     places
+}
+
+/// What is to be known of an image that has no mark.
+fn only_the_lease_tells(image: &Path) -> String {
+    format!(
+        "{} is a block device, beside which nothing lasts: only the lease of its machine tells whether its guest is there",
+        image.display()
+    )
 }
 
 /// The folder that the name of a file is in.

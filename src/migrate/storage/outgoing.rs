@@ -5,14 +5,14 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
 use block::Backend;
-use engine::lease::{Id, Lease, show_id};
+use engine::lease::{Id, Lease, Mark, State, show_id};
 use engine::storage::{BLOCK_BYTES, Disk, OutgoingDisks};
 use engine::{MachineResult, PageBitmap};
 
-use super::{ImageIo, Place, places};
+use super::{ImageIo, Place, only_the_lease_tells, places};
 use crate::machine::Machine;
 use crate::migrate::{images, lock};
-use crate::vmm::Vmm;
+use crate::vmm::{Vmm, marks};
 
 /// The images of the machine of a [`Vmm`], for one attempt. The lease is here meanwhile, and goes back in the end.
 pub struct Outgoing {
@@ -21,6 +21,10 @@ pub struct Outgoing {
     lease: Arc<Mutex<Option<Lease>>>,
     images: Vec<(Place, Arc<dyn Backend>)>,
     io: ImageIo,
+    /// What is said beside each image.
+    mark: Option<Mark>,
+    /// The lease says, or may say, that they have gone.
+    have_moved: bool,
 }
 
 impl Outgoing {
@@ -43,7 +47,7 @@ impl Outgoing {
         let found =
             vmm.take_lease().context("there is no lease record beside an image, to say where they went")?;
         *lock(lease) = Some(found);
-        Ok(Self { vmm: Arc::clone(vmm), lease: Arc::clone(lease), images, io })
+        Ok(Self { vmm: Arc::clone(vmm), lease: Arc::clone(lease), images, io, mark: None, have_moved: false })
     }
 
     fn image(&self, disk: usize) -> anyhow::Result<(&Place, &Arc<dyn Backend>)> {
@@ -58,6 +62,19 @@ impl Outgoing {
         let mut lease = lock(&self.lease);
         Ok(change(lease.as_mut().context("the lease is with somebody else")?)?)
     }
+
+    /// Says beside each image for good what the lease says of all, or nothing any more.
+    fn settle_marks(&self) {
+        let Some(mark) = &self.mark else { return };
+        for (place, _) in &self.images {
+            let Some(path) = marks::place(&place.path) else { continue };
+            let settled = if self.have_moved { mark.keep(&path) } else { mark.remove(&path) };
+            if let Err(error) = settled {
+                // The lease says the same, as long as it is this guest's.
+                log::error!("{:#}", anyhow::Error::new(error));
+            }
+        }
+    }
 }
 
 impl Drop for Outgoing {
@@ -67,6 +84,7 @@ impl Drop for Outgoing {
                 dirty.disarm();
             }
         }
+        self.settle_marks();
         self.vmm.return_lease(lock(&self.lease).take());
     }
 }
@@ -115,15 +133,31 @@ impl OutgoingDisks for Outgoing {
         Ok(read.with_context(|| format!("cannot read image {name}"))?)
     }
 
+    fn prepare_to_leave(&mut self, id: &Id, peer: &str) -> MachineResult<()> {
+        let state = State::Moved { session: *id, peer: peer.to_owned() };
+        let mark = self.with_lease(|lease| lease.mark(state))?;
+        let mark = self.mark.insert(mark);
+        for (place, _) in &self.images {
+            match marks::place(&place.path) {
+                Some(path) => mark.write(&path)?,
+                None => log::warn!("{}", only_the_lease_tells(&place.path)),
+            }
+        }
+        Ok(())
+    }
+
     fn mark_moved(&mut self, id: &Id, peer: &str) -> MachineResult<()> {
+        self.have_moved = true;
         Ok(self.with_lease(|lease| lease.mark_moved(id, peer))?)
     }
 
     fn take_back(&mut self, id: &Id) -> MachineResult<()> {
         let taken = self.with_lease(|lease| lease.take_back(id));
-        Ok(taken.with_context(|| {
+        taken.with_context(|| {
             format!("if session {} never ran elsewhere, start it again with --force-stale", show_id(id))
-        })?)
+        })?;
+        self.have_moved = false;
+        Ok(())
     }
 }
 

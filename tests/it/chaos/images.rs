@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use block::Qcow2Image;
-use engine::lease::{Lease, Owner, Record, State};
+use engine::lease::{Lease, Owner, Record, State, mark_path};
 use support::{Machine, TestBed, WATCHDOG};
 
 use super::decision::Outcome;
@@ -76,15 +76,28 @@ impl Host {
         assert!(words.iter().all(|word| said.contains(word)), "{words:?} are not all in {said:?}");
     }
 
+    fn marks(&self) -> [PathBuf; 2] {
+        [&self.raw, &self.qcow2].map(|image| mark_path(image))
+    }
+
+    /// A machine on the second image alone, to which the lease beside the first says nothing, is refused as well.
+    fn is_refused_in_part(&self, bed: &TestBed, words: &[&str]) {
+        let second = format!("controller=d0,nsid=4,backend=qcow2,path={}", self.qcow2.display());
+        let machine = Machine::new("128M").controller("serial=d0,queues=8").namespace(&second);
+        Self { machine, ..self.clone() }.is_refused(bed, words);
+    }
+
     /// Nothing is left of an attempt whose destination lives.
     fn is_empty(&self) {
-        let left: Vec<_> =
-            [&self.raw, &self.qcow2, &self.lease].into_iter().filter(|path| path.exists()).collect();
+        let marks = self.marks();
+        let all = [&self.raw, &self.qcow2, &self.lease].into_iter().chain(&marks);
+        let left: Vec<_> = all.filter(|path| path.exists()).collect();
         assert!(left.is_empty(), "{left:?}, {:?}", self.state());
     }
 
     fn remove(self) {
-        for path in [self.raw, self.qcow2, self.lease] {
+        let marks = self.marks();
+        for path in [self.raw, self.qcow2, self.lease].iter().chain(&marks) {
             fs::remove_file(path).expect("it is there");
         }
     }
@@ -146,6 +159,7 @@ impl Travel {
         assert!(has_moved || !is_taken, "both ends let the guest start: {left:?} and {came:?}");
         if has_moved {
             self.here.is_refused(bed, &["moved to", "--force-stale"]);
+            self.here.is_refused_in_part(bed, &["moved to", "--force-stale"]);
         }
         if is_taken {
             std::mem::replace(&mut self.here, there).remove();

@@ -14,10 +14,14 @@
 //!   whose owner is gone without a word can be claimed; that moves the generation on, so that a message of an old
 //!   migration finds another one.
 //!
+//! The record speaks for all images of a machine, to who starts that machine; a [`Mark`] beside an image that moves speaks for it alone.
+//!
 //! What may follow on what the record says is in `rules`, without I/O. Absent: when to write what; `ownership` and `file`
 //! know that.
 
 mod copy;
+mod error;
+mod mark;
 mod moved;
 mod record;
 pub(crate) mod rules;
@@ -33,6 +37,8 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
 pub use copy::Kept;
+pub use error::Error;
+pub use mark::{Mark, mark_path};
 use moved::refusal;
 use record::{FILE_BYTES, SLOT_BYTES, SLOT_STRIDE_BYTES};
 pub use record::{Id, Owner, Record, State, random_id, show_id};
@@ -44,83 +50,6 @@ const LOCK_RETRY: Duration = Duration::from_millis(1);
 const RECORD_RANGE: (i64, i64) = (0, FILE_BYTES as i64);
 /// Beyond the contents: locks need no bytes behind them.
 const PRESENCE_RANGE: (i64, i64) = (1 << 20, 1);
-
-/// Why the lease does not do what was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The operating system failed.
-    #[error("lease {path}: cannot {action}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What was tried.
-        action: &'static str,
-        /// Why.
-        source: io::Error,
-    },
-    /// The file is something else.
-    #[error("lease {path}: the file exists and is no lease")]
-    NotALease {
-        /// The file.
-        path: PathBuf,
-    },
-    /// Neither copy is whole.
-    #[error(
-        "lease {path}: both copies of the record are damaged; nobody can tell who owns the guest. Remove the file only when no process runs it"
-    )]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-    },
-    /// Another process is at the record and does not finish.
-    #[error("lease {path}: another process has held its lock for {waited:?}")]
-    Busy {
-        /// The file.
-        path: PathBuf,
-        /// How long it was tried.
-        waited: Duration,
-    },
-    /// The owner lives.
-    #[error("lease {path}: held: {record}")]
-    Held {
-        /// The file.
-        path: PathBuf,
-        /// Who holds it.
-        record: Box<Record>,
-    },
-    /// The guest lies in a file.
-    #[error("lease {path}: the guest lies suspended in a file: {record}")]
-    Suspended {
-        /// The lease.
-        path: PathBuf,
-        /// What it says.
-        record: Box<Record>,
-    },
-    /// The images beside it are not all here, or went elsewhere.
-    #[error("lease {path}: the images beside it have no guest: {record}")]
-    WithoutGuest {
-        /// The lease.
-        path: PathBuf,
-        /// What it says.
-        record: Box<Record>,
-    },
-    /// The record does not say what it must for this step.
-    #[error("lease {path}: cannot {action}: the record says {record}")]
-    Moved {
-        /// The file.
-        path: PathBuf,
-        /// What was tried.
-        action: String,
-        /// What it says.
-        record: Box<Record>,
-    },
-    /// A step that was to be taken under the lock failed.
-    #[error("{reason}")]
-    Condition {
-        /// What failed.
-        reason: String,
-    },
-}
 
 /// How an undecided handover was settled.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! source                                             destination
-//!   hello: storage.NAME.length_bytes, .format ------>  its record says `incoming`; makes the images, all holes
+//!   hello: storage.NAME.length_bytes, .format ------>  its record says `incoming`, and so does a mark beside each image; makes them
+//!   a mark beside each says where its record is                                                            all holes
 //!   first round: what is no hole, block by block --->  places, and looks at the digest of each run
 //!   each round: blocks that the guest changed ------>
 //!   stop, last blocks ------------------------------>
@@ -96,8 +97,16 @@ pub trait OutgoingDisks: Send {
     /// The image cannot be read there.
     fn read(&mut self, disk: usize, offset_bytes: u64, into: &mut [u8]) -> MachineResult<()>;
 
-    /// Says beside the images, on stable storage, that they have moved to `peer`: nobody runs their guest here. Called stopped, with all
-    /// of them made stable, before the first byte of COMMIT.
+    /// Says beside each image, on stable storage, that it will have moved to `peer` when [`mark_moved`](Self::mark_moved) says so. The guest
+    /// runs meanwhile, so that there is nothing to be done for each of them when it stands still. Dropping this makes it so, or takes it
+    /// back, as was said last.
+    ///
+    /// # Errors
+    /// It cannot be said of all.
+    fn prepare_to_leave(&mut self, session: &Id, peer: &str) -> MachineResult<()>;
+
+    /// Says at one place for all images, on stable storage, that they have moved to `peer`: nobody runs their guest here. Called stopped,
+    /// with all of them made stable, before the first byte of COMMIT.
     ///
     /// # Errors
     /// It may say so all the same.
@@ -111,7 +120,7 @@ pub trait OutgoingDisks: Send {
 }
 
 /// The images of a machine that arrives. Dropping this leaves them as they were found, or, where something was given up for them, as
-/// images that nobody runs; once they are [owned](Self::own) it changes nothing.
+/// images that nobody runs; once they are [owned](Self::own) it only ends what was said beside each of them until then.
 pub trait IncomingDisks: Send {
     /// Whether all of it reads as zeroes that nobody has written yet.
     fn is_blank(&self, disk: usize) -> bool;

@@ -76,8 +76,10 @@ impl Leaving {
         describe(&self.disks, description);
     }
 
-    /// From here on changes are seen; all that is no hole is to be sent.
-    pub fn begin(&mut self) -> Result<(), Error> {
+    /// From here on changes are seen; all that is no hole is to be sent to `peer`.
+    pub fn begin(&mut self, session: &Id, peer: &str) -> Result<(), Error> {
+        let marked = self.images.prepare_to_leave(session, peer);
+        marked.map_err(Error::machine("mark each image as one that leaves"))?;
         self.images.start_tracking().map_err(Error::machine("track changes of the images"))?;
         // Tracking comes first: what is written to a hole while the holes are looked for is dirty.
         for (index, (disk, dirty)) in (0_u16..).zip(self.disks.iter().zip(&mut self.dirty)) {

@@ -1,10 +1,12 @@
 //! Two hosts, each with images and a record of its own.
 
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::mock::World;
-use crate::lease::{Id, Lease, NotTaken, Owner, Record, State};
+use crate::lease::{Id, Lease, Mark, NotTaken, Owner, Record, State, mark_path};
 use crate::storage::{BLOCK_BYTES, Disk, IncomingDisks, OutgoingDisks};
 use crate::{MachineResult, PageBitmap};
 
@@ -30,7 +32,12 @@ pub struct Images {
     pub fails_at: Mutex<Option<&'static str>>,
     /// Bytes that were written to them, by whoever.
     pub written_bytes: Mutex<u64>,
+    /// They are given up only when the guest of this host runs, which is waited for in vain if nobody lets it.
+    pub gives_up_after: Mutex<Option<&'static str>>,
 }
+
+/// Far longer than a guest needs to run again.
+const IN_VAIN: Duration = Duration::from_secs(20);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -50,6 +57,7 @@ impl Images {
             overwrite: false,
             fails_at: Mutex::default(),
             written_bytes: Mutex::default(),
+            gives_up_after: Mutex::default(),
         })
     }
 
@@ -83,14 +91,36 @@ impl Images {
         path.exists().then(|| self.open_lease().read().unwrap()).flatten()
     }
 
+    /// Where the marks are of images that would be files.
+    fn mark_paths(&self) -> impl Iterator<Item = PathBuf> {
+        let host = &self.host;
+        IMAGES.iter().map(move |(name, _)| mark_path(&self.world.path(&format!("{host}.{name}"))))
+    }
+
+    /// What is said beside each image.
+    pub fn marks(&self) -> Vec<Option<Mark>> {
+        self.mark_paths().map(|path| Mark::read(&path).unwrap()).collect()
+    }
+
     /// Whether a guest would start from them.
     fn starts(&self) -> bool {
         !lock(&self.contents).is_empty() && self.record().is_none_or(|record| !record.is_without_guest())
     }
 
+    /// Whether one would start from an image alone, in a machine that has nothing to do with this one.
+    pub fn start_alone(&self) -> Vec<bool> {
+        let somebody = || Owner::this_process("somebody").unwrap();
+        let is_here = !lock(&self.contents).is_empty();
+        let marks = self.marks().into_iter();
+        marks.map(|mark| is_here && mark.is_none_or(|mark| !mark.holds(somebody()))).collect()
+    }
+
     /// What must hold whenever the power is cut.
     pub fn assert_one_starts_at_most(&self, other: &Self) {
         assert!(!(self.starts() && other.starts()), "{:?} {:?}", self.record(), other.record());
+        let (here, there) = (self.start_alone(), other.start_alone());
+        let both = here.iter().zip(&there).any(|(here, there)| *here && *there);
+        assert!(!both, "{here:?} {:?}\n{there:?} {:?}", self.marks(), other.marks());
     }
 
     /// A guest runs from them now.
@@ -139,11 +169,26 @@ impl Images {
 }
 
 /// Those of a source.
-pub struct Outgoing(pub Arc<Images>);
+pub struct Outgoing {
+    images: Arc<Images>,
+    mark: Option<Mark>,
+    have_moved: bool,
+}
+
+impl Outgoing {
+    pub fn new(images: &Arc<Images>) -> Self {
+        Self { images: Arc::clone(images), mark: None, have_moved: false }
+    }
+}
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        *lock(&self.0.dirty) = None;
+        *lock(&self.images.dirty) = None;
+        let Some(mark) = self.mark.take().filter(|_| !std::thread::panicking()) else { return };
+        for path in self.images.mark_paths() {
+            if self.have_moved { mark.keep(&path) } else { mark.remove(&path) }.unwrap();
+        }
+        self.images.world.note(&self.images.host, "marks settled");
     }
 }
 
@@ -158,14 +203,15 @@ impl OutgoingDisks for Outgoing {
     }
 
     fn start_tracking(&mut self) -> MachineResult<()> {
-        self.0.step("track images")?;
-        *lock(&self.0.dirty) = Some(self.disks().iter().map(|disk| PageBitmap::new(disk.blocks())).collect());
+        self.images.step("track images")?;
+        *lock(&self.images.dirty) =
+            Some(self.disks().iter().map(|disk| PageBitmap::new(disk.blocks())).collect());
         Ok(())
     }
 
     fn populated(&mut self, disk: usize) -> MachineResult<Vec<Range<u64>>> {
-        self.0.step("find holes")?;
-        let contents = lock(&self.0.contents);
+        self.images.step("find holes")?;
+        let contents = lock(&self.images.contents);
         let blocks = contents[disk].chunks(BLOCK_BYTES as usize).enumerate();
         let data = blocks.filter(|(_, block)| block.iter().any(|byte| *byte != 0));
         // Where they begin and end in a block is the file system's affair.
@@ -175,36 +221,49 @@ impl OutgoingDisks for Outgoing {
     }
 
     fn collect_dirty(&mut self) -> MachineResult<Vec<PageBitmap>> {
-        self.0.step("look at images")?;
-        if self.0.world.running().contains(&self.0.host) {
-            let mut looks = lock(&self.0.looks);
-            for index in 0..*lock(&self.0.writes) {
+        self.images.step("look at images")?;
+        if self.images.world.running().contains(&self.images.host) {
+            let mut looks = lock(&self.images.looks);
+            for index in 0..*lock(&self.images.writes) {
                 // Holes too, and some become holes.
                 let value = if index % 4 == 3 { 0 } else { *looks as u8 ^ index as u8 };
-                self.0.change(0, (index * 7 + *looks * 3) % 40, value);
+                self.images.change(0, (index * 7 + *looks * 3) % 40, value);
             }
             *looks += 1;
         }
-        let mut dirty = lock(&self.0.dirty);
+        let mut dirty = lock(&self.images.dirty);
         let dirty = dirty.as_mut().ok_or("nothing is tracked")?;
         Ok(dirty.iter_mut().map(|dirty| std::mem::replace(dirty, PageBitmap::new(dirty.pages()))).collect())
     }
 
     fn read(&mut self, disk: usize, offset_bytes: u64, into: &mut [u8]) -> MachineResult<()> {
-        self.0.step("read image")?;
-        into.copy_from_slice(&lock(&self.0.contents)[disk][offset_bytes as usize..][..into.len()]);
+        self.images.step("read image")?;
+        into.copy_from_slice(&lock(&self.images.contents)[disk][offset_bytes as usize..][..into.len()]);
+        Ok(())
+    }
+
+    fn prepare_to_leave(&mut self, session: &Id, peer: &str) -> MachineResult<()> {
+        let state = State::Moved { session: *session, peer: peer.to_owned() };
+        let mark = self.mark.insert(lock(&self.images.lease).as_ref().unwrap().mark(state)?);
+        for path in self.images.mark_paths() {
+            self.images.step("mark image")?;
+            mark.write(&path)?;
+        }
         Ok(())
     }
 
     fn mark_moved(&mut self, session: &Id, peer: &str) -> MachineResult<()> {
-        self.0.step("mark moved")?;
-        lock(&self.0.lease).as_mut().unwrap().mark_moved(session, peer)?;
-        self.0.step("after the mark")
+        self.images.step("mark moved")?;
+        self.have_moved = true;
+        lock(&self.images.lease).as_mut().unwrap().mark_moved(session, peer)?;
+        self.images.step("after the mark")
     }
 
     fn take_back(&mut self, session: &Id) -> MachineResult<()> {
-        self.0.step("take back")?;
-        Ok(lock(&self.0.lease).as_mut().unwrap().take_back(session)?)
+        self.images.step("take back")?;
+        lock(&self.images.lease).as_mut().unwrap().take_back(session)?;
+        self.have_moved = false;
+        Ok(())
     }
 }
 
@@ -216,6 +275,7 @@ pub struct Incoming {
     is_new: bool,
     is_owned: bool,
     unsynced: bool,
+    mark: Mark,
 }
 
 impl Incoming {
@@ -227,12 +287,17 @@ impl Incoming {
         }
         let mut lease = images.open_lease();
         let (generation, before) = lease.expect(session, images.overwrite)?;
+        let mark = lease.mark(State::Incoming { session: *session })?;
         *lock(&images.lease) = Some(lease);
+        for path in images.mark_paths() {
+            images.step("mark image")?;
+            mark.write(&path)?;
+        }
         let length = |disk: &Disk| vec![0; disk.length_bytes as usize];
         *lock(&images.contents) = disks.iter().map(length).collect();
         let (images, session) = (Arc::clone(images), *session);
         let is_new = before.is_none();
-        Ok(Self { images, session, generation, is_new, is_owned: false, unsynced: false })
+        Ok(Self { images, session, generation, is_new, is_owned: false, unsynced: false, mark })
     }
 
     fn write_bytes(&mut self, disk: usize, offset_bytes: u64, bytes: &[u8]) {
@@ -244,10 +309,24 @@ impl Incoming {
 
 impl Drop for Incoming {
     fn drop(&mut self) {
-        if self.is_owned || std::thread::panicking() {
+        if std::thread::panicking() {
             return;
         }
-        lock(&self.images.contents).clear();
+        let after = *lock(&self.images.gives_up_after);
+        let since = Instant::now();
+        while let Some(host) =
+            after.filter(|host| !self.images.world.running().iter().any(|name| name == host))
+        {
+            assert!(since.elapsed() < IN_VAIN, "{host} waits for what is done with images of nobody");
+            std::thread::yield_now();
+        }
+        if !self.is_owned {
+            lock(&self.images.contents).clear();
+        }
+        self.images.mark_paths().for_each(|path| self.mark.remove(&path).unwrap());
+        if self.is_owned {
+            return;
+        }
         let lease = lock(&self.images.lease).take().unwrap();
         if self.is_new {
             lease.forget(&self.session).unwrap();

@@ -395,7 +395,7 @@ impl SourceMachine for Source {
 
     fn storage(&mut self) -> MachineResult<Box<dyn OutgoingDisks>> {
         let images = self.guest.images.as_ref().ok_or("it has no images that could go with it")?;
-        Ok(Box::new(Outgoing(Arc::clone(images))))
+        Ok(Box::new(Outgoing::new(images)))
     }
 
     fn quiesce_disks(&mut self) -> MachineResult<()> {

@@ -9,7 +9,7 @@ use super::disks::Images;
 use super::migrate::assert_moved;
 use super::mock::{Source, Trouble, World};
 use super::{End, Ending, Play, impatience, patience};
-use crate::lease::State;
+use crate::lease::{Mark, State};
 use crate::link::{Link, Step};
 use crate::protocol::{Hello, Message, Prepare, Properties};
 use crate::storage::BLOCK_BYTES;
@@ -48,6 +48,12 @@ impl Hosts {
         assert!(self.source.contents() == self.destination.contents(), "images differ");
         assert!(matches!(self.destination.record().unwrap().state, State::Taken { .. }));
         assert!(matches!(self.source.record().unwrap().state, State::Moved { .. }));
+        let for_good = |mark: &Option<Mark>| {
+            mark.as_ref()
+                .is_some_and(|mark| matches!(mark.record.state, State::Moved { .. }) && mark.unless.is_none())
+        };
+        assert!(self.source.marks().iter().all(for_good), "{:?}", self.source.marks());
+        assert_eq!(self.destination.marks(), [None, None]);
     }
 
     /// It runs where it was, and nothing is left elsewhere.
@@ -57,6 +63,11 @@ impl Hosts {
         assert_eq!(self.source.record().unwrap().state, State::Owned, "{what}");
         assert!(self.destination.contents().is_empty(), "{what}");
         assert!(self.destination.record().is_none(), "{what}");
+        assert_eq!(
+            [self.source.marks(), self.destination.marks()].concat(),
+            [None, None, None, None],
+            "{what}"
+        );
     }
 }
 
@@ -110,6 +121,7 @@ fn all_is_stable_and_marked_before_anybody_else_may_run_it() {
     let order = [
         "destination: make images",
         "destination: build",
+        "source: mark image",
         "source: track images",
         "source: find holes",
         "source: stop",
@@ -122,6 +134,7 @@ fn all_is_stable_and_marked_before_anybody_else_may_run_it() {
         "destination: open image",
         "destination: start",
         "destination: runs",
+        "source: marks settled",
     ];
     let places: Vec<_> = order.iter().map(|step| at(step)).collect();
     assert!(places.is_sorted(), "{:#?}\n{log:#?}", order.iter().zip(&places).collect::<Vec<_>>());
@@ -129,8 +142,15 @@ fn all_is_stable_and_marked_before_anybody_else_may_run_it() {
 
 #[test]
 fn whatever_fails_the_guest_runs_where_it_was_and_a_second_attempt_succeeds() {
-    for step in ["track images", "find holes", "look at images", "read image", "mark moved", "after the mark"]
-    {
+    for step in [
+        "mark image",
+        "track images",
+        "find holes",
+        "look at images",
+        "read image",
+        "mark moved",
+        "after the mark",
+    ] {
         let hosts = Hosts::new();
         *hosts.source.fails_at.lock().unwrap() = Some(step);
         let ending = hosts.play().run();

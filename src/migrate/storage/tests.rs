@@ -1,0 +1,284 @@
+//! What becomes of images whose processes are cut off between any two steps: which machines would start from them.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use clap::Parser;
+use engine::lease::{Id, Lease, Mark, State, mark_path};
+use engine::storage::{Disk, IncomingDisks, OutgoingDisks};
+
+use super::*;
+use crate::cli::{Arguments, Command};
+use crate::machine::Resources;
+use crate::vmm::ownership::tests::block_device;
+use crate::vmm::tests::process_with;
+use crate::vmm::{Despite, Vmm, marks, ownership};
+
+const SESSION: Id = [3; 16];
+const IMAGE_BYTES: u64 = 1 << 20;
+/// Machines that the two images are put into: the one that the guest has, one in another order, and one with each alone.
+const MACHINES: [&[&str]; 4] = [&["a", "b"], &["b", "a"], &["a"], &["b"]];
+const FORCED: Despite = Despite { discard_suspended: false, force_stale: true };
+
+/// A folder of images.
+struct Host {
+    folder: tempfile::TempDir,
+}
+
+fn flags(folder: &Path, images: &[&str]) -> Vec<String> {
+    let option = |name: &&str| format!("path={},serial={name}", folder.join(format!("{name}.img")).display());
+    images.iter().flat_map(|name| ["--nvme".to_owned(), option(name)]).collect()
+}
+
+fn spec(flags: &[String]) -> MachineSpec {
+    let line = ["ferry", "run", "--kernel", "vmlinux"].map(str::to_owned).into_iter();
+    let Command::Run(arguments) = Arguments::parse_from(line.chain(flags.iter().cloned())).command else {
+        panic!("it is run")
+    };
+    arguments.machine().unwrap()
+}
+
+impl Host {
+    fn new() -> Self {
+        Self { folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn with_images() -> Self {
+        let host = Self::new();
+        for name in ["a.img", "b.img"] {
+            fs::write(host.path(name), vec![7; IMAGE_BYTES as usize]).unwrap();
+        }
+        host
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The process that has or gets both images.
+    fn process(&self) -> Arc<Vmm> {
+        let flags = flags(self.folder.path(), &["a", "b"]);
+        process_with(&flags.iter().map(String::as_str).collect::<Vec<_>>()).0
+    }
+
+    /// Images of a guest that runs in it, on their way out.
+    fn outgoing(&self) -> Outgoing {
+        let vmm = self.process();
+        let mut lease = ownership::open_lease(&vmm.spec).unwrap().unwrap();
+        lease.claim().unwrap();
+        vmm.return_lease(Some(lease));
+        let resources = Arc::new(Resources::open(&vmm.spec, false).unwrap());
+        let machine = vmm.prepare_machine(resources).unwrap();
+        Outgoing::new(&vmm, &machine, &Arc::<Mutex<Option<Lease>>>::default()).unwrap()
+    }
+
+    /// Which of [`MACHINES`] would start when the power is back, with no process of before there.
+    fn starting(&self, despite: Despite) -> Vec<&'static [&'static str]> {
+        let after = tempfile::tempdir().unwrap();
+        for name in self.names() {
+            fs::copy(self.path(&name), after.path().join(name)).unwrap();
+        }
+        let starts = |images: &&'static [&str]| {
+            let spec = spec(&flags(after.path(), images));
+            ownership::check(&spec, despite).and_then(|()| marks::check(&spec, despite)).is_ok()
+        };
+        MACHINES.into_iter().filter(starts).collect()
+    }
+
+    fn assert_none_starts(&self, when: &str) {
+        assert!(self.starting(Despite::default()).is_empty(), "{when}: {:?}", self.names());
+    }
+
+    fn assert_all_start(&self, when: &str) {
+        assert_eq!(self.starting(Despite::default()), MACHINES, "{when}");
+    }
+
+    fn names(&self) -> Vec<String> {
+        let names = fs::read_dir(self.folder.path()).unwrap();
+        let mut names: Vec<_> =
+            names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort_unstable();
+        names
+    }
+
+    fn mark(&self, name: &str) -> Option<Mark> {
+        Mark::read(&mark_path(&self.path(name))).unwrap()
+    }
+}
+
+#[test]
+fn wherever_a_source_is_cut_off_no_image_that_may_have_left_starts_in_any_machine() {
+    let host = Host::with_images();
+    let mut outgoing = host.outgoing();
+    host.assert_all_start("its guest runs");
+    outgoing.prepare_to_leave(&SESSION, "unix:/there").unwrap();
+    host.assert_all_start("its guest runs still");
+    outgoing.mark_moved(&SESSION, "unix:/there").unwrap();
+    host.assert_none_starts("it stands still, and COMMIT may be on its way");
+    assert_eq!(host.starting(FORCED), MACHINES);
+    drop(outgoing);
+    host.assert_none_starts("it has gone");
+    assert_eq!(host.starting(FORCED), MACHINES);
+    // What lies beside the first image may go with it.
+    fs::remove_file(host.path("a.img")).unwrap();
+    fs::remove_file(host.path("a.img.ferry-lease")).unwrap();
+    host.assert_none_starts("one is gone");
+    assert_eq!(host.names(), ["a.img.ferry-mark", "b.img", "b.img.ferry-mark"]);
+}
+
+#[test]
+fn images_that_did_not_leave_start_in_every_machine_and_nothing_is_left_of_it() {
+    let names = ["a.img", "a.img.ferry-lease", "b.img"];
+    let host = Host::with_images();
+    let mut outgoing = host.outgoing();
+    outgoing.prepare_to_leave(&SESSION, "unix:/there").unwrap();
+    drop(outgoing);
+    assert_eq!(host.names(), names);
+    host.assert_all_start("it was cancelled");
+
+    let host = Host::with_images();
+    let mut outgoing = host.outgoing();
+    outgoing.prepare_to_leave(&SESSION, "unix:/there").unwrap();
+    outgoing.mark_moved(&SESSION, "unix:/there").unwrap();
+    outgoing.take_back(&SESSION).unwrap();
+    host.assert_all_start("the guest is ours again, and was not told yet");
+    drop(outgoing);
+    assert_eq!(host.names(), names);
+    host.assert_all_start("it failed");
+}
+
+#[test]
+fn images_of_which_one_cannot_be_marked_stay_unmarked() {
+    let host = Host::with_images();
+    let mut outgoing = host.outgoing();
+    // No file is written there.
+    fs::create_dir(host.path("b.img.ferry-mark.new")).unwrap();
+    let error = outgoing.prepare_to_leave(&SESSION, "unix:/there").unwrap_err();
+    assert!(error.to_string().contains("b.img.ferry-mark"), "{error}");
+    drop(outgoing);
+    fs::remove_dir(host.path("b.img.ferry-mark.new")).unwrap();
+    assert_eq!(host.names(), ["a.img", "a.img.ferry-lease", "b.img"]);
+}
+
+fn come() -> Vec<Disk> {
+    let disk =
+        |name: &str| Disk { name: format!("{name}-1"), length_bytes: IMAGE_BYTES, format: "raw".to_owned() };
+    vec![disk("a"), disk("b")]
+}
+
+#[test]
+fn wherever_a_destination_is_cut_off_no_image_that_is_not_all_here_starts_in_any_machine() {
+    let host = Host::new();
+    let vmm = host.process();
+    let expect = || Incoming::make(&vmm, ImagesCome { overwrite: false }, &SESSION, &come()).unwrap();
+    let mut incoming = expect();
+    host.assert_none_starts("they are made");
+    assert!(host.starting(FORCED).is_empty());
+    incoming.begin().unwrap();
+    host.assert_none_starts("they come");
+    drop(incoming);
+    assert!(host.names().is_empty(), "{:?}", host.names());
+
+    let mut incoming = expect();
+    incoming.begin().unwrap();
+    incoming.own(&SESSION, &mut || Err("a disk is gone".to_owned())).unwrap_err();
+    host.assert_none_starts("NEVER may be on its way");
+    drop(incoming);
+    assert!(host.names().is_empty(), "{:?}", host.names());
+
+    let mut incoming = expect();
+    incoming.begin().unwrap();
+    incoming.own(&SESSION, &mut || Ok(())).unwrap();
+    host.assert_all_start("the guest is here, and does not run yet");
+    drop(incoming);
+    assert_eq!(host.names(), ["a.img", "a.img.ferry-lease", "b.img"]);
+    host.assert_all_start("it runs");
+}
+
+#[test]
+fn an_image_alone_is_refused_after_its_destination_was_cut_off_whatever_became_of_the_lease() {
+    let host = Host::new();
+    let incoming = Incoming::make(&host.process(), ImagesCome { overwrite: false }, &SESSION, &come());
+    // As if it were killed: nothing is undone.
+    std::mem::forget(incoming.unwrap());
+    fs::remove_file(host.path("a.img.ferry-lease")).unwrap();
+    host.assert_none_starts("nobody knows more");
+    assert!(host.starting(FORCED).is_empty());
+}
+
+/// Images that have left may be given up for a guest that comes back. If it does not, they are what they were.
+#[test]
+fn what_was_said_of_images_that_stay_is_said_again() {
+    let host = Host::with_images();
+    let mut outgoing = host.outgoing();
+    outgoing.prepare_to_leave(&SESSION, "unix:/there").unwrap();
+    outgoing.mark_moved(&SESSION, "unix:/there").unwrap();
+    drop(outgoing);
+    let marks = ["a.img", "b.img"].map(|name| host.mark(name));
+    let names = host.names();
+
+    let vmm = host.process();
+    let make = || Incoming::make(&vmm, ImagesCome { overwrite: true }, &[4; 16], &come());
+    let incoming = make().unwrap();
+    for name in ["a.img", "b.img"] {
+        let state = host.mark(name).unwrap().record.state;
+        assert!(matches!(state, State::Incoming { session: [4, ..] }), "{state}");
+    }
+    drop(incoming);
+    assert_eq!(["a.img", "b.img"].map(|name| host.mark(name)), marks);
+    assert_eq!(host.names(), names);
+    host.assert_none_starts("they have left");
+
+    let mut incoming = make().unwrap();
+    incoming.begin().unwrap();
+    drop(incoming);
+    assert!(host.names().is_empty(), "they were given up: {:?}", host.names());
+}
+
+#[test]
+fn who_starts_images_settles_what_is_said_beside_them() {
+    let host = Host::with_images();
+    let mut outgoing = host.outgoing();
+    outgoing.prepare_to_leave(&SESSION, "unix:/there").unwrap();
+    let all = spec(&flags(host.folder.path(), &["a", "b"]));
+    // Its process was killed.
+    std::mem::forget(outgoing);
+    marks::settle(&all, Despite::default()).unwrap();
+    assert_eq!(host.names(), ["a.img", "a.img.ferry-lease", "b.img"]);
+
+    let host = Host::with_images();
+    let mut outgoing = host.outgoing();
+    outgoing.prepare_to_leave(&SESSION, "unix:/there").unwrap();
+    outgoing.mark_moved(&SESSION, "unix:/there").unwrap();
+    drop(outgoing);
+    let second = spec(&flags(host.folder.path(), &["b"]));
+    let error = format!("{:#}", marks::settle(&second, Despite::default()).unwrap_err());
+    let image = fs::canonicalize(host.path("b.img")).unwrap();
+    let words = [
+        image.to_str().unwrap(),
+        "moved to unix:/there in session 03030303",
+        "--force-stale",
+        "run it there",
+    ];
+    assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    marks::settle(&second, FORCED).unwrap();
+    assert!(host.mark("b.img").is_some(), "nobody has it yet");
+    marks::forget(&second);
+    assert!(host.mark("b.img").is_none() && host.mark("a.img").is_some());
+    // What is only read may be stale.
+    let mut reads = flags(host.folder.path(), &["a"]);
+    reads[1].push_str(",ro");
+    marks::check(&spec(&reads), Despite::default()).unwrap();
+}
+
+#[test]
+fn a_block_device_has_no_mark() {
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(marks::place(&block_device(folder.path())), None);
+    let place = marks::place(Path::new("/nowhere/disk")).unwrap();
+    assert_eq!(place.file_name(), Some(OsStr::new("disk.ferry-mark")));
+    let said = only_the_lease_tells(Path::new("/dev/nvme0n1"));
+    assert!(said.contains("/dev/nvme0n1 is a block device"), "{said}");
+}
