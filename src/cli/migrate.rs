@@ -70,8 +70,9 @@ pub struct MigrateArguments {
     #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "after-first-round")]
     pub postcopy: Option<PostcopyWhen>,
     /// Take the images along that the guest may write, to a host that shares none with this one and waits with ferry run --with-storage.
-    /// Holes stay holes. What is left here when the guest has gone is stale, and refused by ferry run. Each host has its own lease, so that
-    /// a link that breaks at the very end may need an operator (ferry confirm, ferry reclaim).
+    /// Holes stay holes. What is left here when the guest has gone is stale, and refused by ferry run, each image for itself: a mark
+    /// beside it (PATH.ferry-mark) says where it went. Each host has its own lease, so that a link that breaks at the very end may need an
+    /// operator (ferry confirm, ferry reclaim).
     #[arg(long, conflicts_with_all = ["local", "postcopy"])]
     pub with_storage: bool,
     /// Return when the migration has begun, and leave it to the machine: `ferry status` tells how it goes. The exit status then says

@@ -157,18 +157,19 @@ pub struct RunArguments {
     /// Read and verify all of the file of --incoming file:PATH before the guest runs, instead of what it touches while it runs.
     #[arg(long, requires = "incoming")]
     pub verify: bool,
-    /// Expect a guest that brings its images (ferry migrate --with-storage): those that it may write are made here when it comes, where
-    /// nothing is, or nothing in it. Until the guest is here they are nobody's, and if it does not come they are removed. Images that it
-    /// only reads must be here.
+    /// Expect a guest that brings its images (ferry migrate --with-storage): those that it may write are made here when one comes that
+    /// fits, where nothing is, or nothing in it. Until it runs here they are nobody's, each for itself (PATH.ferry-mark says so beside it),
+    /// and if it does not come they are removed. Images that it only reads must be here.
     #[arg(long, requires = "incoming", conflicts_with = "clone")]
     pub with_storage: bool,
-    /// With --with-storage: give up what is in the place of the images, for the guest that comes. Files stand beside, as PATH.given-up, until
-    /// its first block is here, and are put back if that never comes. Block devices need this flag, and are written over in place.
+    /// With --with-storage: give up what is in the place of the images, for a guest that comes and fits. Files stand beside, as
+    /// PATH.given-up, until its first block is here, and are put back if that never comes. Block devices need this flag, and are written
+    /// over in place.
     #[arg(long, requires = "with_storage")]
     pub overwrite: bool,
-    /// Start the guest from images that it has left for another host. What it did there since is lost; say so only if it does not run
-    /// there. That they are stale is known from the machine's lease (beside its first image, or --lease): an image alone, in another
-    /// machine or in another order is not known.
+    /// Start a guest from images that one has left for another host. What it did there since is lost; say so only if it does not run
+    /// there. That an image is stale is known from its mark (PATH.ferry-mark), in whatever machine it is used, alone or in another order,
+    /// and from the lease of the machine that it was in. A block device has no mark. What is only read (ro) may be stale.
     #[arg(long, conflicts_with = "incoming")]
     pub force_stale: bool,
     /// Start the guest anew though it lies suspended in a file, which can then not be restored any more.

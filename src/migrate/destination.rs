@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Instant;
 
 use engine::lease::Id;
@@ -14,8 +14,8 @@ use engine::{
 use stream::{Expected, SectionSet};
 
 use super::paging::Paging;
-use super::storage::Incoming;
-use super::{description, processor, ram_blocks};
+use super::storage::{Incoming, Shared};
+use super::{description, lock, processor, ram_blocks};
 use crate::dirty::DirtyTracker;
 use crate::kvm::GuestTime;
 use crate::machine::{Action, Machine, Resources};
@@ -34,8 +34,10 @@ pub struct Factory {
     offer: Offer,
     /// Its memory.
     blocks: Vec<stream::RamBlock>,
-    /// The images of the attempt that begins have been made.
+    /// The guest of the attempt that begins brings its images.
     has_images: bool,
+    /// Those, to be made once it fits: until then the machine has others in their place.
+    images: Weak<Mutex<Incoming>>,
 }
 
 impl Factory {
@@ -49,6 +51,7 @@ impl Factory {
             offer: Offer::default(),
             blocks: Vec::new(),
             has_images: false,
+            images: Weak::new(),
         }
     }
 
@@ -56,10 +59,26 @@ impl Factory {
         if let Some(machine) = self.machine.take() {
             return Ok(machine);
         }
-        let resources = Arc::new(Resources::open(&self.vmm.spec, true)?);
+        self.prepare_on(Resources::open(&self.vmm.spec, true)?)
+    }
+
+    fn prepare_on(&mut self, resources: Resources) -> anyhow::Result<Machine> {
         let blocks = resources.ram().blocks().iter();
         self.blocks = blocks.map(|block| stream::RamBlock::new(&block.name, block.length_bytes())).collect();
-        self.vmm.prepare_machine(resources)
+        self.vmm.prepare_machine(Arc::new(resources))
+    }
+
+    /// Makes the images of the attempt that begins, if there are any, and the machine on them.
+    fn make_images(&mut self) -> anyhow::Result<()> {
+        let Some(images) = std::mem::take(&mut self.images).upgrade() else { return Ok(()) };
+        let mut images = lock(&images);
+        // The one that was compared.
+        self.machine = None;
+        images.make()?;
+        let machine = self.prepare()?;
+        images.open(machine.resources())?;
+        self.machine = Some(machine);
+        Ok(())
     }
 }
 
@@ -76,20 +95,21 @@ impl DestinationFactory for Factory {
             come.ok_or("the destination has its own: start it with --with-storage for those of the source")?;
         // One that was built on images of before.
         self.machine = None;
-        let mut images = Incoming::make(&self.vmm, come, session, disks)?;
-        let machine = self.prepare()?;
-        images.open(machine.resources())?;
-        self.machine = Some(machine);
+        let images = Incoming::expect(&self.vmm, come, session, disks)?;
+        self.machine = Some(self.prepare_on(images.stand_ins()?)?);
         self.has_images = true;
+        let (images, way) = Shared::new(images);
+        self.images = way;
         Ok(Box::new(images))
     }
 
     fn description(&mut self) -> MachineResult<Description> {
-        if self.vmm.images_come.is_some() && !std::mem::take(&mut self.has_images) {
+        let has_images = std::mem::take(&mut self.has_images);
+        if self.vmm.images_come.is_some() && !has_images {
             return Err("it was started --with-storage, and the source keeps its images (ferry migrate --with-storage)".into());
         }
         // What guests create in a folder changes while one waits for them: it is looked at anew.
-        if self.vmm.spec.controllers.iter().any(|controller| controller.subsystem.is_some()) {
+        if !has_images && self.vmm.spec.controllers.iter().any(|controller| controller.subsystem.is_some()) {
             self.machine = None;
         }
         // It is made now and kept: it costs nothing until memory arrives, and the guest finds it ready.
@@ -112,6 +132,7 @@ impl DestinationFactory for Factory {
     }
 
     fn build(&mut self, source: &Description) -> MachineResult<Arrival> {
+        self.make_images()?;
         let machine = self.prepare()?;
         // What comes out of a file is known only with the vCPUs' state, which then has it too.
         if let Some(tables) = processor::tables(source) {

@@ -1,5 +1,5 @@
 //! What is said beside the images of a machine, each for itself: one that went with its guest, or is not all here, is refused in
-//! whatever machine, place and order it comes. What all of them are is said by the lease ([`ownership`](super::ownership)).
+//! whatever machine, place and order it comes. What all of them are is said by the lease ([`ownership`]).
 //!
 //! Beside a block device nothing can be said: what lies in /dev is gone with the power. Of one only the lease of its machine tells.
 

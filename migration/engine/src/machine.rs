@@ -306,7 +306,8 @@ pub trait DestinationFactory {
     /// The device sections that must come, and how much RAM at most.
     fn expected(&self) -> Expected;
 
-    /// Makes images for the guest of `session`, which brings what is in them, before its machine is [described](Self::description).
+    /// Looks whether images can be made for the guest of `session`, which brings what is in them, before its machine is
+    /// [described](Self::description). Nothing is touched: [`build`](Self::build) makes them, for a guest that fits.
     ///
     /// # Errors
     /// They do not fit this machine, there is something in their place, or no room.

@@ -5,6 +5,7 @@
 //! speaks for all, and by a mark beside each, in whatever machine it is used: before the stop that its guest is about to leave, and from
 //! before its first block until the guest runs that it comes.
 
+mod image;
 mod incoming;
 mod outgoing;
 #[cfg(test)]
@@ -22,7 +23,7 @@ use vmm_sys_util::poll::PollContext;
 
 use crate::config::{BackendSpec, MachineSpec};
 
-pub use incoming::{ImagesCome, Incoming};
+pub use incoming::{ImagesCome, Incoming, Shared};
 pub use outgoing::Outgoing;
 
 const _: () = assert!(block::DIRTY_BLOCK_BYTES == engine::storage::BLOCK_BYTES);

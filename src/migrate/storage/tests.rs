@@ -168,11 +168,43 @@ fn come() -> Vec<Disk> {
     vec![disk("a"), disk("b")]
 }
 
+/// Images that come, from a guest that fits.
+fn make(vmm: &Arc<Vmm>, overwrite: bool, session: Id) -> Shared {
+    let mut incoming = Incoming::expect(vmm, ImagesCome { overwrite }, &session, &come()).unwrap();
+    incoming.make().unwrap();
+    Shared::new(incoming).0
+}
+
+/// Whatever may be given up is so only for a guest that fits.
+#[test]
+fn images_are_looked_for_and_compared_without_touching_what_is_there() {
+    let host = Host::with_images();
+    drop(host.outgoing());
+    let contents = || host.names().into_iter().map(|name| (fs::read(host.path(&name)).unwrap(), name));
+    let before: Vec<_> = contents().collect();
+    let vmm = host.process();
+    let incoming = Incoming::expect(&vmm, ImagesCome { overwrite: true }, &SESSION, &come()).unwrap();
+    let machine = vmm.prepare_machine(Arc::new(incoming.stand_ins().unwrap())).unwrap();
+    let description = crate::migrate::description::describe(&machine).unwrap();
+    let length = description.get("nvme.b.ns.1.capacity_bytes");
+    assert_eq!(length, Some(&*IMAGE_BYTES.to_string()), "{description:?}");
+    drop(machine);
+    assert!(contents().eq(before.iter().cloned()), "an attempt begins");
+    host.assert_all_start("it was cut off");
+    drop(incoming);
+    assert!(contents().eq(before), "it was refused");
+
+    let host = Host::new();
+    let incoming = Incoming::expect(&host.process(), ImagesCome { overwrite: false }, &SESSION, &come());
+    incoming.unwrap().stand_ins().unwrap();
+    assert!(host.names().is_empty(), "{:?}", host.names());
+}
+
 #[test]
 fn wherever_a_destination_is_cut_off_no_image_that_is_not_all_here_starts_in_any_machine() {
     let host = Host::new();
     let vmm = host.process();
-    let expect = || Incoming::make(&vmm, ImagesCome { overwrite: false }, &SESSION, &come()).unwrap();
+    let expect = || make(&vmm, false, SESSION);
     let mut incoming = expect();
     host.assert_none_starts("they are made");
     assert!(host.starting(FORCED).is_empty());
@@ -200,9 +232,8 @@ fn wherever_a_destination_is_cut_off_no_image_that_is_not_all_here_starts_in_any
 #[test]
 fn an_image_alone_is_refused_after_its_destination_was_cut_off_whatever_became_of_the_lease() {
     let host = Host::new();
-    let incoming = Incoming::make(&host.process(), ImagesCome { overwrite: false }, &SESSION, &come());
     // As if it were killed: nothing is undone.
-    std::mem::forget(incoming.unwrap());
+    std::mem::forget(make(&host.process(), false, SESSION));
     fs::remove_file(host.path("a.img.ferry-lease")).unwrap();
     host.assert_none_starts("nobody knows more");
     assert!(host.starting(FORCED).is_empty());
@@ -220,8 +251,7 @@ fn what_was_said_of_images_that_stay_is_said_again() {
     let names = host.names();
 
     let vmm = host.process();
-    let make = || Incoming::make(&vmm, ImagesCome { overwrite: true }, &[4; 16], &come());
-    let incoming = make().unwrap();
+    let incoming = make(&vmm, true, [4; 16]);
     for name in ["a.img", "b.img"] {
         let state = host.mark(name).unwrap().record.state;
         assert!(matches!(state, State::Incoming { session: [4, ..] }), "{state}");
@@ -231,7 +261,7 @@ fn what_was_said_of_images_that_stay_is_said_again() {
     assert_eq!(host.names(), names);
     host.assert_none_starts("they have left");
 
-    let mut incoming = make().unwrap();
+    let mut incoming = make(&vmm, true, [4; 16]);
     incoming.begin().unwrap();
     drop(incoming);
     assert!(host.names().is_empty(), "they were given up: {:?}", host.names());

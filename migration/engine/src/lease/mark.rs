@@ -20,6 +20,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use nix::libc;
+
 use super::record::SLOT_BYTES;
 use super::{Error, Lease, Owner, Record, State};
 
@@ -58,8 +60,9 @@ impl Mark {
     /// It cannot be read, or is none.
     pub fn read(path: &Path) -> Result<Option<Self>, Error> {
         let mut bytes = Vec::new();
-        let read =
-            File::open(path).and_then(|file| file.take(FILE_BYTES_MAX as u64 + 1).read_to_end(&mut bytes));
+        // Who finds something else there must not wait for it.
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        let read = file.and_then(|file| file.take(FILE_BYTES_MAX as u64 + 1).read_to_end(&mut bytes));
         match read {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(failed(path, "read it")(error)),
@@ -344,6 +347,9 @@ mod tests {
             assert!(matches!(Mark::read(&host.mark), Err(Error::DamagedMark { .. })));
             assert!(mark.remove(&host.mark).is_err(), "it may be anybody's");
         }
+        fs::remove_file(&host.mark).unwrap();
+        nix::unistd::mkfifo(&host.mark, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        assert!(Mark::read(&host.mark).is_err(), "nobody writes there, and nobody waits for that");
         // Neither is taken for the other.
         mark.write(&host.mark).unwrap();
         assert!(matches!(Lease::open_existing(&host.mark, owner("x")), Err(Error::NotALease { .. })));

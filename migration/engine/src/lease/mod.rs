@@ -234,22 +234,8 @@ impl Lease {
     ) -> Result<(u64, Option<Record>), Error> {
         let claimed = {
             let mut locked = self.locked()?;
-            let previous = locked.newest.clone().map(|(_, record)| record);
+            let previous = self.be_alone(&locked, action, allowed)?;
             let generation = self.next(previous.as_ref().map_or(0, |record| record.generation))?;
-            // Under the record lock, so that of two who find the owner gone only one goes on.
-            if !self.lock(libc::F_WRLCK, PRESENCE_RANGE)? {
-                return Err(match previous {
-                    Some(record) => Error::Held { path: self.path.clone(), record: Box::new(record) },
-                    None => Error::Busy { path: self.path.clone(), waited: Duration::ZERO },
-                });
-            }
-            if !allowed(previous.as_ref()) {
-                self.lock(libc::F_UNLCK, PRESENCE_RANGE)?;
-                return Err(match previous {
-                    Some(record) => locked.moved(action, record),
-                    None => Error::NotALease { path: self.path.clone() },
-                });
-            }
             let lease = match &previous {
                 Some(record) => record.lease,
                 None => random_id().map_err(|source| self.io("draw its name", source))?,
@@ -261,6 +247,31 @@ impl Lease {
         };
         self.present = true;
         Ok(claimed)
+    }
+
+    /// Takes presence alone, if what the record says is `allowed`; returns that. Under the record lock, so that of two who find the
+    /// owner gone only one goes on.
+    fn be_alone(
+        &self,
+        locked: &Locked<'_>,
+        action: &str,
+        allowed: impl Fn(Option<&Record>) -> bool,
+    ) -> Result<Option<Record>, Error> {
+        let previous = locked.newest.as_ref().map(|(_, record)| record.clone());
+        if !self.lock(libc::F_WRLCK, PRESENCE_RANGE)? {
+            return Err(match previous {
+                Some(record) => Error::Held { path: self.path.clone(), record: Box::new(record) },
+                None => Error::Busy { path: self.path.clone(), waited: Duration::ZERO },
+            });
+        }
+        if allowed(previous.as_ref()) {
+            return Ok(previous);
+        }
+        self.lock(libc::F_UNLCK, PRESENCE_RANGE)?;
+        Err(match previous {
+            Some(record) => locked.moved(action, record),
+            None => Error::NotALease { path: self.path.clone() },
+        })
     }
 
     /// Source, before the first byte of COMMIT: lets the destination of `session` take the guest. Returns the generation

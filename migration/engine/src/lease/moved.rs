@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! source       owned ----mark-moved----> moved ----take-back----> owned      (generation + 1)
-//! destination  nothing, or a record that nobody holds ----expect----> incoming ----take----> taken
+//! destination  nothing, or a record that nobody holds --attend, expect--> incoming ----take----> taken
 //!                 ^------------------------------------- forget | restore | expect_again --'
 //! ```
 //! `moved` is written before the first byte of COMMIT, `taken` before the guest runs, each by one write that is whole or never
@@ -13,7 +13,9 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::{Error, Id, Lease, Record, State, rules};
+use nix::libc;
+
+use super::{Error, Id, Lease, PRESENCE_RANGE, Record, State, rules};
 
 /// What keeps a guest that is not here from being started.
 pub(super) fn refusal(path: PathBuf, record: Box<Record>) -> Error {
@@ -21,6 +23,14 @@ pub(super) fn refusal(path: PathBuf, record: Box<Record>) -> Error {
         true => Error::Suspended { path, record },
         false => Error::WithoutGuest { path, record },
     }
+}
+
+/// What a destination does, in errors.
+const EXPECT: &str = "receive images where those of a guest are";
+
+/// Whether images may come where those of a record are.
+fn may_be_replaced(record: Option<&Record>, replace: bool) -> bool {
+    replace || record.is_none_or(|record| matches!(record.state, State::Incoming { .. }))
 }
 
 impl Lease {
@@ -71,6 +81,22 @@ impl Lease {
         self.claim_unless(|record| record.is_in_file() || matches!(record.state, State::Incoming { .. }))
     }
 
+    /// Destination, before it is known whether a guest fits: nobody starts what is beside the record from now on, which says what it said.
+    /// `replace` and what is returned are as with [`expect`](Self::expect), which may follow.
+    ///
+    /// # Errors
+    /// As [`expect`](Self::expect).
+    pub fn attend(&mut self, replace: bool) -> Result<Option<Record>, Error> {
+        let before = {
+            let locked = self.locked()?;
+            let before = self.be_alone(&locked, EXPECT, |record| may_be_replaced(record, replace))?;
+            self.lock(libc::F_RDLCK, PRESENCE_RANGE)?;
+            before
+        };
+        self.present = true;
+        Ok(before)
+    }
+
     /// Destination, before anything is written to an image: what is beside the record is nobody's from now on. `replace` says that a
     /// guest may be given up for it whose record this is; without, there must be none, or one that never came to be a guest. Returns
     /// the generation to [take](Self::take), and what the record said.
@@ -78,11 +104,8 @@ impl Lease {
     /// # Errors
     /// [`Error::Held`]; [`Error::Moved`]: there is a guest.
     pub fn expect(&mut self, session: &Id, replace: bool) -> Result<(u64, Option<Record>), Error> {
-        let action = "receive images where those of a guest are";
         let incoming = State::Incoming { session: *session };
-        self.claim_as(incoming, action, |record| {
-            replace || record.is_none_or(|record| matches!(record.state, State::Incoming { .. }))
-        })
+        self.claim_as(incoming, EXPECT, |record| may_be_replaced(record, replace))
     }
 
     /// Destination: it was taken, or may have been, but nothing ran and nothing ever will.
@@ -129,10 +152,11 @@ impl Lease {
         Ok(record.is_some_and(|record| rules::is_incoming(&record, &self.owner.id, session)))
     }
 
-    /// Removes a file that was made for nothing: nobody has ever written a record there.
+    /// Removes a file that was made for nothing: nobody has ever written a record there, and nobody is about to.
     pub fn forget_blank(self) {
         if let Ok(locked) = self.locked()
             && locked.newest.is_none()
+            && let Ok(true) = self.lock(libc::F_WRLCK, PRESENCE_RANGE)
         {
             let _it_says_nothing = std::fs::remove_file(&self.path);
         }
@@ -273,6 +297,43 @@ mod tests {
         late.forget_blank();
         assert!(!path.exists());
         hosts.lease("destination").expect(&SESSION, false).unwrap();
+    }
+
+    #[test]
+    fn who_attends_keeps_others_out_and_changes_nothing() {
+        let hosts = Hosts::new();
+        let contents = || std::fs::read(hosts.folder.path().join("destination")).unwrap();
+        let mut guest = hosts.lease("destination");
+        guest.claim().unwrap();
+        assert!(matches!(hosts.lease("destination").attend(true), Err(Error::Held { .. })), "it runs");
+        guest.release().unwrap();
+        drop(guest);
+        let before = contents();
+        assert!(matches!(hosts.lease("destination").attend(false), Err(Error::Moved { .. })), "it was one");
+        let mut attending = hosts.lease("destination");
+        assert_eq!(attending.attend(true).unwrap().unwrap().state, State::Released);
+        for error in
+            [hosts.lease("destination").claim().map(drop), hosts.lease("destination").attend(true).map(drop)]
+        {
+            assert!(matches!(error, Err(Error::Held { .. })), "{error:?}");
+        }
+        assert_eq!(contents(), before);
+        assert!(hosts.starts("destination"), "the power is cut");
+        let (generation, _) = attending.expect(&SESSION, true).unwrap();
+        assert!(!hosts.starts("destination"));
+        attending.take(&SESSION, generation, || Ok(())).unwrap();
+        drop(attending);
+
+        let mut attending = hosts.lease("other");
+        assert_eq!(attending.attend(false).unwrap(), None);
+        assert!(hosts.lease("other").attend(true).is_err());
+        hosts.lease("other").forget_blank();
+        attending.expect(&SESSION, false).unwrap();
+        attending.forget(&SESSION).unwrap();
+        let mut attending = hosts.lease("other");
+        attending.attend(false).unwrap();
+        attending.forget_blank();
+        assert!(!hosts.folder.path().join("other").exists());
     }
 
     #[test]

@@ -2,14 +2,16 @@
 //!
 //! ```text
 //! source                                             destination
-//!   hello: storage.NAME.length_bytes, .format ------>  its record says `incoming`, and so does a mark beside each image; makes them
-//!   a mark beside each says where its record is                                                            all holes
+//!   hello: storage.NAME.length_bytes, .format ------>  compares; its record says `incoming`; makes the images, all holes, and a
+//!   a mark beside each image names its record          mark beside each, which says the same and names the record
 //!   first round: what is no hole, block by block --->  places, and looks at the digest of each run
 //!   each round: blocks that the guest changed ------>
 //!   stop, last blocks ------------------------------>
 //!   PREPARE(digest of memory, devices and blocks) -->  every block came; makes the images stable
 //!                            <-----------------------  PREPARED
 //!   its record says `moved` (one write), COMMIT ---->  its record says `taken` (one write), starts
+//!                            <-----------------------  RUNNING; the marks go
+//!   the marks say `moved` by themselves
 //! ```
 //! What moves is what the guest sees, whatever format holds it: an image of qcow2 arrives as a new image of qcow2, without the
 //! clusters that were given up, and nothing of its tables goes over the link or is believed there. Both ends have the same formats.
@@ -18,7 +20,7 @@
 //!   all that was said about the chunk in the order in which it was said. Both ends keep it, PREPARE compares.
 //! - `outgoing`, `incoming`: the two ends; [`replay`]: the second without the first.
 //! - [`crate::lease`] `moved`: what the records beside the images say, so that no guest starts from images that are not all here, or
-//!   that it has left.
+//!   that it has left; `mark`: what is said beside each image, so that none does in whatever machine it is put into.
 //!
 //! Invariants: *first the bitmap is taken, then blocks are read*; whoever writes sets its bit after the image has changed and before
 //! the guest hears of it, so a block that was read too early is in the next bitmap. All images that the guest may write go, or none;

@@ -68,6 +68,13 @@ impl Hosts {
             [None, None, None, None],
             "{what}"
         );
+        let log = self.world.log();
+        let at = |step: &str| log.iter().rposition(|entry| entry == step);
+        let settled = at("source: marks settled");
+        assert!(
+            settled.is_none() || at("source: runs") < settled,
+            "{what}: the guest waits for what is said beside its images: {log:#?}"
+        );
     }
 }
 
@@ -182,6 +189,19 @@ fn whatever_fails_the_guest_runs_where_it_was_and_a_second_attempt_succeeds() {
         play.source.guest.trouble = Some(Trouble::Fail(step));
         let ending = play.run();
         failure(&ending);
+        hosts.assert_stayed(step);
+    }
+}
+
+/// Images may be large, and long to remove.
+#[test]
+fn a_source_is_answered_before_what_did_not_come_is_given_up() {
+    for step in ["own images", "sync images"] {
+        let hosts = Hosts::new();
+        *hosts.destination.fails_at.lock().unwrap() = Some(step);
+        *hosts.destination.gives_up_after.lock().unwrap() = Some("source");
+        let ending = hosts.play().run();
+        assert!(failure(&ending).chain().contains(step), "{step}");
         hosts.assert_stayed(step);
     }
 }
