@@ -15,7 +15,8 @@ use std::path::PathBuf;
 
 use nix::libc;
 
-use super::{Error, Id, Lease, PRESENCE_RANGE, Record, State, rules};
+use super::rules::{self, Ruling};
+use super::{Error, Id, Lease, PRESENCE_RANGE, Record, State};
 
 /// What keeps a guest that is not here from being started.
 pub(super) fn refusal(path: PathBuf, record: Box<Record>) -> Error {
@@ -28,28 +29,14 @@ pub(super) fn refusal(path: PathBuf, record: Box<Record>) -> Error {
 /// What a destination does, in errors.
 const EXPECT: &str = "receive images where those of a guest are";
 
-/// Whether images may come where those of a record are.
-fn may_be_replaced(record: Option<&Record>, replace: bool) -> bool {
-    replace || record.is_none_or(|record| matches!(record.state, State::Incoming { .. }))
-}
-
 impl Lease {
     /// Source, before the first byte of COMMIT: the images beside the record are stale, or will be. Safe to call again.
     ///
     /// # Errors
     /// [`Error::Moved`]: the guest is not ours to give. Others: the record may say it all the same.
     pub fn mark_moved(&mut self, session: &Id, peer: &str) -> Result<(), Error> {
-        let action = "mark its images as moved";
-        let mut locked = self.locked()?;
-        let record = locked.current(action)?;
-        let state = State::Moved { session: *session, peer: peer.to_owned() };
-        if record.state == state && record.owner.id == self.owner.id {
-            return Ok(());
-        }
-        if !rules::holds(&record, &self.owner.id) {
-            return Err(locked.moved(action, record));
-        }
-        locked.write(record.lease, record.generation, state)
+        let me = self.owner.id;
+        self.rewrite("mark its images as moved", |record| rules::mark_moved(record, &me, session, peer))
     }
 
     /// Source: the destination never will run the guest of `session`, which is ours as before. Harmless if it never said otherwise.
@@ -57,19 +44,32 @@ impl Lease {
     /// # Errors
     /// [`Error::Moved`]: someone else wrote it. Others: the record may still say that the images have moved.
     pub fn take_back(&mut self, session: &Id) -> Result<(), Error> {
-        let action = "take the images back";
+        let me = self.owner.id;
+        self.rewrite("take the images back", |record| rules::take_back(record, &me, session))
+    }
+
+    /// Source: the guest stands still here and is to go on. Its images, if they could not be taken back when it came back, are now.
+    /// Harmless if they were, and only for who knows that it is here.
+    ///
+    /// # Errors
+    /// As [`take_back`](Self::take_back).
+    pub fn take_back_what_moved(&mut self) -> Result<(), Error> {
+        let record = self.read()?;
+        match record.as_ref().and_then(|record| rules::moved_by(record, &self.owner.id)) {
+            Some(session) => self.take_back(session),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes what `rule` says of the record, if it is to say something else.
+    fn rewrite(&self, action: &str, rule: impl FnOnce(&Record) -> Ruling) -> Result<(), Error> {
         let mut locked = self.locked()?;
         let record = locked.current(action)?;
-        if rules::holds(&record, &self.owner.id) {
-            return Ok(());
+        match rule(&record) {
+            Ruling::Write(change) => locked.write(record.lease, change.generation, change.state),
+            Ruling::Stays => Ok(()),
+            Ruling::Refused => Err(locked.moved(action, record)),
         }
-        let ours = record.owner.id == self.owner.id
-            && matches!(&record.state, State::Moved { session: s, .. } if s == session);
-        if !ours {
-            return Err(locked.moved(action, record));
-        }
-        let next = self.next(record.generation)?;
-        locked.write(record.lease, next, State::Owned)
     }
 
     /// At the start of a VM whose guest has gone elsewhere with its images: makes us the owner all the same. Who does that knows that
@@ -89,7 +89,7 @@ impl Lease {
     pub fn attend(&mut self, replace: bool) -> Result<Option<Record>, Error> {
         let before = {
             let locked = self.locked()?;
-            let before = self.be_alone(&locked, EXPECT, |record| may_be_replaced(record, replace))?;
+            let before = self.be_alone(&locked, EXPECT, |record| rules::may_expect(record, replace))?;
             self.lock(libc::F_RDLCK, PRESENCE_RANGE)?;
             before
         };
@@ -105,7 +105,7 @@ impl Lease {
     /// [`Error::Held`]; [`Error::Moved`]: there is a guest.
     pub fn expect(&mut self, session: &Id, replace: bool) -> Result<(u64, Option<Record>), Error> {
         let incoming = State::Incoming { session: *session };
-        self.claim_as(incoming, EXPECT, |record| may_be_replaced(record, replace))
+        self.claim_as(incoming, EXPECT, |record| rules::may_expect(record, replace))
     }
 
     /// Destination: it was taken, or may have been, but nothing ran and nothing ever will.
@@ -113,16 +113,9 @@ impl Lease {
     /// # Errors
     /// The record may still say that the guest is ours.
     pub fn expect_again(&mut self, session: &Id) -> Result<(), Error> {
+        let me = self.owner.id;
         let action = "give up the images of a guest that did not come";
-        {
-            let mut locked = self.locked()?;
-            let record = locked.current(action)?;
-            if rules::is_taken(&record, &self.owner.id, session) {
-                locked.write(record.lease, record.generation, State::Incoming { session: *session })?;
-            } else if !rules::is_incoming(&record, &self.owner.id, session) {
-                return Err(locked.moved(action, record));
-            }
-        }
+        self.rewrite(action, |record| rules::expect_again(record, &me, session))?;
         self.leave()
     }
 
@@ -249,6 +242,24 @@ mod tests {
         assert_eq!(source.read().unwrap().unwrap().generation, first + 1);
         destination.forget(&SESSION).unwrap();
         assert!(!hosts.folder.path().join("destination").exists());
+    }
+
+    #[test]
+    fn a_guest_that_stood_still_takes_back_what_it_had_marked_in_whatever_session() {
+        let hosts = Hosts::new();
+        let mut source = hosts.lease("source");
+        source.take_back_what_moved().unwrap();
+        assert_eq!(source.read().unwrap(), None, "nobody has said anything");
+        source.claim().unwrap();
+        source.mark_moved(&SESSION, "there").unwrap();
+        let mut stranger = hosts.lease("source");
+        stranger.take_back_what_moved().unwrap();
+        assert!(!hosts.starts("source"), "it was not the stranger's guest");
+        source.take_back_what_moved().unwrap();
+        assert!(hosts.starts("source"));
+        source.offer(&SESSION, "there").unwrap();
+        source.take_back_what_moved().unwrap();
+        assert!(matches!(source.read().unwrap().unwrap().state, State::Offered { .. }), "both sides decide");
     }
 
     #[test]

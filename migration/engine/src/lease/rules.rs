@@ -21,6 +21,17 @@ pub(crate) enum Settle {
     Gone,
 }
 
+/// What a record that only one side sees comes to, of a guest that goes with its images.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Ruling {
+    /// It says so, once this is written.
+    Write(Change),
+    /// It says so already.
+    Stays,
+    /// It says something else, which stays.
+    Refused,
+}
+
 /// Whether the guest is with the process `me`, to be offered, suspended or released.
 pub(crate) fn holds(record: &Record, me: &Id) -> bool {
     matches!(record.state, State::Owned | State::Taken { .. }) && record.owner.id == *me
@@ -75,5 +86,55 @@ pub(crate) fn settle(record: &Record, me: &Id, present: bool, session: &Id) -> S
     match record.generation.checked_add(1) {
         Some(generation) if back => Settle::Back(Change { generation, state: State::Owned }),
         _ => Settle::Gone,
+    }
+}
+
+/// The source `me` says beside its images that they go to `peer`.
+pub(crate) fn mark_moved(record: &Record, me: &Id, session: &Id, peer: &str) -> Ruling {
+    let state = State::Moved { session: *session, peer: peer.to_owned() };
+    if record.state == state && record.owner.id == *me {
+        Ruling::Stays
+    } else if holds(record, me) {
+        Ruling::Write(Change { generation: record.generation, state })
+    } else {
+        Ruling::Refused
+    }
+}
+
+/// The source `me` knows that the guest of `session` never runs elsewhere.
+pub(crate) fn take_back(record: &Record, me: &Id, session: &Id) -> Ruling {
+    if holds(record, me) {
+        return Ruling::Stays;
+    }
+    match record.generation.checked_add(1) {
+        Some(generation) if moved_by(record, me) == Some(session) => {
+            Ruling::Write(Change { generation, state: State::Owned })
+        }
+        _ => Ruling::Refused,
+    }
+}
+
+/// The session in which `me` has marked the images beside the record as moved, if it has.
+pub(crate) fn moved_by<'a>(record: &'a Record, me: &Id) -> Option<&'a Id> {
+    match &record.state {
+        State::Moved { session, .. } if record.owner.id == *me => Some(session),
+        _ => None,
+    }
+}
+
+/// Whether images may be received beside `record`, if there is one. `replace`: a guest may be given up for them.
+pub(crate) fn may_expect(record: Option<&Record>, replace: bool) -> bool {
+    replace || record.is_none_or(|record| matches!(record.state, State::Incoming { .. }))
+}
+
+/// The destination `me` took the guest that came with its images, or may have, and neither ran it nor ever will.
+pub(crate) fn expect_again(record: &Record, me: &Id, session: &Id) -> Ruling {
+    if is_taken(record, me, session) {
+        let state = State::Incoming { session: *session };
+        Ruling::Write(Change { generation: record.generation, state })
+    } else if is_incoming(record, me, session) {
+        Ruling::Stays
+    } else {
+        Ruling::Refused
     }
 }

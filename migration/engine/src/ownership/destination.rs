@@ -201,8 +201,8 @@ impl Destination {
         self.phase == Phase::Listening
     }
 
-    pub fn is_receiving(&self) -> bool {
-        matches!(self.phase, Phase::Receiving { .. })
+    pub fn is_receiving(&self, session: &Id) -> bool {
+        self.phase == Phase::Receiving { session: *session }
     }
 
     pub fn has_fenced(&self, session: &Id) -> bool {

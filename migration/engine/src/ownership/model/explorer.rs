@@ -19,6 +19,16 @@ pub trait Model {
 
     /// Whether what must happen has happened here.
     fn is_settled(&self, state: &Self::State) -> bool;
+
+    /// Whether what is wanted must still be possible from here.
+    fn may_succeed(&self, _: &Self::State) -> bool {
+        false
+    }
+
+    /// Whether what is wanted has come.
+    fn has_succeeded(&self, _: &Self::State) -> bool {
+        false
+    }
 }
 
 /// Something that can happen.
@@ -71,7 +81,8 @@ struct Graph<S> {
     before: Vec<Vec<usize>>,
 }
 
-/// Looks for a state that must not be, and then for one from which what must happen cannot happen any more without a fault.
+/// Looks for a state that must not be, and then for one from which what must happen, or what must stay possible, cannot happen any
+/// more without a fault.
 pub fn explore<M: Model>(model: &M) -> Result<Explored, Box<Counterexample>> {
     let initial = Rc::new(model.initial());
     let mut indices = HashMap::from([(Rc::clone(&initial), 0)]);
@@ -100,19 +111,23 @@ pub fn explore<M: Model>(model: &M) -> Result<Explored, Box<Counterexample>> {
         }
         next += 1;
     }
-    let settled: Vec<_> = graph.states.iter().map(|state| model.is_settled(state)).collect();
-    match graph.cannot_reach(&settled) {
-        Some(index) => Err(graph.counterexample(index, "it never settles".to_owned())),
-        None => {
-            let settled = settled.iter().filter(|settled| **settled).count();
-            Ok(Explored { states: graph.states.len(), steps, settled })
-        }
+    let all = |holds: &dyn Fn(&M::State) -> bool| graph.states.iter().map(|state| holds(state)).collect();
+    let settled: Vec<bool> = all(&|state| model.is_settled(state));
+    if let Some(index) = graph.reaches(&settled).iter().position(|reaches| !reaches) {
+        return Err(graph.counterexample(index, "it never settles".to_owned()));
     }
+    let succeeded: Vec<bool> = all(&|state| model.has_succeeded(state));
+    let fails = |(state, reaches): (&Rc<M::State>, bool)| !reaches && model.may_succeed(state);
+    if let Some(index) = graph.states.iter().zip(graph.reaches(&succeeded)).position(fails) {
+        return Err(graph.counterexample(index, "no further attempt can succeed".to_owned()));
+    }
+    let settled = settled.iter().filter(|settled| **settled).count();
+    Ok(Explored { states: graph.states.len(), steps, settled })
 }
 
 impl<S: Debug> Graph<S> {
-    /// The first state from which no state of `goal` is reached without a fault.
-    fn cannot_reach(&self, goal: &[bool]) -> Option<usize> {
+    /// For each state, whether a state of `goal` is reached from it without a fault.
+    fn reaches(&self, goal: &[bool]) -> Vec<bool> {
         let mut reaches = goal.to_vec();
         let mut fresh: Vec<_> = (0..goal.len()).filter(|index| goal[*index]).collect();
         while let Some(index) = fresh.pop() {
@@ -122,7 +137,7 @@ impl<S: Debug> Graph<S> {
                 }
             }
         }
-        reaches.iter().position(|reaches| !reaches)
+        reaches
     }
 
     fn counterexample(&self, index: usize, reason: String) -> Box<Counterexample> {

@@ -1,13 +1,14 @@
 //! The machines that ship are sound in every order, and broken ones are found out.
 
 use super::explorer::explore;
-use super::world::{Mutation, World};
+use super::world::{Leases, Mutation, World};
 
 /// Two processes, one lease, two attempts.
 const LEASED: World = World {
-    leased: true,
+    leases: Leases::Common,
     lease_fails: false,
     operator: true,
+    restarts: 0,
     shares_ram: false,
     attempts: 2,
     mutation: None,
@@ -15,7 +16,9 @@ const LEASED: World = World {
 /// The lease cannot be read or written for a while, at any time.
 const FAILING: World = World { lease_fails: true, ..LEASED };
 /// Two processes that have nothing in common but their link.
-const UNLEASED: World = World { leased: false, ..LEASED };
+const UNLEASED: World = World { leases: Leases::None, ..LEASED };
+/// Each has a lease beside images of its own; who was killed may be started anew.
+const STORAGE: World = World { leases: Leases::OneEach, restarts: 1, ..LEASED };
 
 fn is_sound(name: &str, world: &World) {
     match explore(world) {
@@ -45,6 +48,17 @@ fn without_a_lease_the_operator_decides_what_nobody_else_can() {
 }
 
 #[test]
+fn with_a_lease_at_either_end_one_of_them_starts_the_guest() {
+    is_sound("with two leases", &STORAGE);
+    is_sound("with two leases and no operator", &World { operator: false, ..STORAGE });
+}
+
+#[test]
+fn with_leases_that_fail_at_either_end_one_of_them_starts_the_guest() {
+    is_sound("with two leases that fail", &World { lease_fails: true, attempts: 1, ..STORAGE });
+}
+
+#[test]
 fn ram_that_both_have_is_written_by_whose_guest_it_is() {
     is_sound("of RAM itself, with a lease", &World { shares_ram: true, ..LEASED });
     is_sound("of RAM itself, without a lease", &World { shares_ram: true, ..UNLEASED });
@@ -58,8 +72,12 @@ fn ram_of_a_lease_that_fails_at_any_write_is_written_by_whose_guest_it_is() {
 
 /// The exploration finds `mutation` in `world`; says how.
 fn finds(mutation: Mutation, world: World) -> String {
-    let world = World { mutation: Some(mutation), attempts: 1, ..world };
-    match explore(&world) {
+    finds_in(&World { mutation: Some(mutation), attempts: 1, ..world })
+}
+
+fn finds_in(world: &World) -> String {
+    let World { mutation, .. } = world;
+    match explore(world) {
         Ok(explored) => panic!("{mutation:?} is not found in {explored}"),
         Err(counterexample) => {
             println!("{mutation:?}: {}, after {} steps", counterexample.reason, counterexample.steps.len());
@@ -75,6 +93,7 @@ fn a_source_that_resumes_after_commit_is_found() {
         let reason = finds(Mutation::ResumeAfterCommit, world);
         assert!(reason.starts_with("the guest runs"), "{reason}");
     }
+    assert_eq!(finds(Mutation::ResumeAfterCommit, STORAGE), "both ends let the guest start");
 }
 
 #[test]
@@ -94,6 +113,8 @@ fn a_destination_that_forgets_its_never_is_found() {
     for world in [LEASED, UNLEASED] {
         assert_eq!(finds(Mutation::NoFence, world), "a session runs of which NEVER was said");
     }
+    // The source has taken its images back by then.
+    assert_eq!(finds(Mutation::NoFence, STORAGE), "both ends let the guest start");
 }
 
 #[test]
@@ -124,7 +145,9 @@ fn a_destination_that_says_never_without_knowing_is_found() {
 
 #[test]
 fn a_source_that_does_not_ask_again_is_found() {
-    assert_eq!(finds(Mutation::NoQuery, World { operator: false, ..UNLEASED }), "it never settles");
+    for world in [UNLEASED, STORAGE] {
+        assert_eq!(finds(Mutation::NoQuery, World { operator: false, ..world }), "it never settles");
+    }
 }
 
 #[test]
@@ -143,4 +166,63 @@ fn a_side_that_writes_ram_that_is_not_its_own_is_found() {
 fn an_operator_whose_word_beats_the_lease_is_found() {
     let reason = finds(Mutation::WordBeforeLease, LEASED);
     assert!(reason.starts_with("the guest runs"), "{reason}");
+}
+
+/// Each side with a lease that may fail.
+const STORAGE_FAILING: World = World { lease_fails: true, ..STORAGE };
+
+#[test]
+fn a_source_that_leaves_its_images_as_they_were_is_found() {
+    for mutation in [Mutation::MarkAfterCommit, Mutation::MarkWithoutSync] {
+        assert_eq!(finds(mutation, STORAGE), "both ends let the guest start");
+    }
+}
+
+#[test]
+fn a_source_that_runs_with_images_that_are_marked_as_moved_is_found() {
+    let reason = "the guest runs at the source and the lease does not say so";
+    assert_eq!(finds(Mutation::ResumeFromMoved, STORAGE), reason);
+    assert_eq!(finds(Mutation::ContinueFromMoved, STORAGE_FAILING), reason);
+}
+
+#[test]
+fn a_destination_whose_own_lease_does_not_say_that_it_has_the_guest_is_found() {
+    for mutation in [Mutation::RunBeforeTaking, Mutation::RunBeforeSync] {
+        let reason = finds(mutation, STORAGE);
+        assert_eq!(reason, "the guest runs at the destination and the lease does not say so", "{mutation:?}");
+    }
+}
+
+#[test]
+fn a_destination_that_says_never_of_images_that_may_be_its_own_is_found() {
+    let reason = finds(Mutation::NeverWhenUnsure, STORAGE_FAILING);
+    assert_eq!(reason, "NEVER is said of a guest that is the destination's");
+    assert_eq!(finds(Mutation::OpenAfterTaking, STORAGE), reason);
+}
+
+#[test]
+fn images_that_are_left_where_they_did_not_come_whole_are_found() {
+    assert_eq!(finds(Mutation::LeaveIncoming, STORAGE), "it never settles");
+}
+
+#[test]
+fn an_operator_who_reads_a_record_and_asks_no_process_is_found() {
+    let reason = finds(Mutation::ReclaimByRecord, STORAGE);
+    assert!(reason.starts_with("the guest runs") || reason.starts_with("both ends"), "{reason}");
+    assert_eq!(finds(Mutation::ConfirmByRecord, STORAGE_FAILING), "it never settles");
+}
+
+#[test]
+fn what_goes_wrong_before_the_guest_is_given_away_is_found() {
+    for world in [LEASED, UNLEASED] {
+        assert_eq!(finds(Mutation::StayStopped, world), "it never settles");
+        assert_eq!(finds(Mutation::WaitForEver, world), "it never settles");
+    }
+    for world in [LEASED, UNLEASED, STORAGE] {
+        let reason = finds(Mutation::RunOn, world);
+        assert!(reason.starts_with("the guest runs"), "{reason}");
+        assert_eq!(finds(Mutation::LoadWithoutRam, world), "the guest runs without its memory");
+        let reason = finds_in(&World { mutation: Some(Mutation::ListenOnce), ..world });
+        assert_eq!(reason, "no further attempt can succeed");
+    }
 }
