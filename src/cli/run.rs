@@ -168,8 +168,9 @@ pub struct RunArguments {
     #[arg(long, requires = "with_storage")]
     pub overwrite: bool,
     /// Start a guest from images that one has left for another host. What it did there since is lost; say so only if it does not run
-    /// there. That an image is stale is known from its mark (PATH.ferry-mark), in whatever machine it is used, alone or in another order,
-    /// and from the lease of the machine that it was in. A block device has no mark. What is only read (ro) may be stale.
+    /// there, and no process there waits for it. That an image is stale is known from its mark (PATH.ferry-mark), in whatever machine it
+    /// is used, alone or in another order, and from the lease of the machine that it was in. A block device has no mark. What is only read
+    /// (ro) may be stale.
     #[arg(long, conflicts_with = "incoming")]
     pub force_stale: bool,
     /// Start the guest anew though it lies suspended in a file, which can then not be restored any more.

@@ -193,6 +193,7 @@ impl Migrations {
             bail!("cannot migrate: {wish}");
         }
         let machine = vmm.machine().context("there is no machine to migrate")?;
+        vmm.take_images_back().context("cannot migrate")?;
         // Here and not on its thread: a cancel that follows on the command must not be lost.
         self.parameters.begin();
         self.parameters.set_local(matches!(job, Job::Move { local: true, .. }));

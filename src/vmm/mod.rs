@@ -396,6 +396,14 @@ impl Vmm {
         *lock(&self.lease) = lease;
     }
 
+    /// Says beside the images of a guest that is here that they are its own, if a failed migration has left there that they have moved.
+    ///
+    /// # Errors
+    /// It cannot be said: whoever starts the guest here the next time would be refused.
+    pub fn take_images_back(&self) -> anyhow::Result<()> {
+        Ok(lock(&self.lease).as_mut().map_or(Ok(()), Lease::take_back_what_moved)?)
+    }
+
     /// Asks the main thread for something.
     pub fn request(&self, request: Request) {
         // It lives until the process ends.

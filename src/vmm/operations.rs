@@ -85,7 +85,9 @@ impl Control {
             RunState::Running if lacks_memory => Ok(()),
             _ if lacks_memory => machine.let_go(),
             _ => {
-                // A failed migration may have left it without its images, because someone else held them.
+                // A failed migration may have left it without its images, because someone else held them, or since what lies beside
+                // them could not be written.
+                self.0.take_images_back()?;
                 machine.resources().acquire_images()?;
                 machine.resume()
             }

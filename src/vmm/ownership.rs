@@ -104,8 +104,8 @@ fn explain(error: Error) -> anyhow::Error {
         }
         Error::WithoutGuest { record, .. } => match &record.state {
             State::Moved { peer, .. } => format!(
-                "the guest of these images has gone to {peer} with all it had: run it there. Only if it never arrived, and what is \
-                 there still says incoming, run what is here with --force-stale"
+                "the guest of these images has gone to {peer} with all it had: run it there. Only if it never arrived, what is there \
+                 still says incoming, and no process there waits for it any more, run what is here with --force-stale"
             ),
             _ => "these images never came whole: let the guest come again with --overwrite, or remove them (what they were to replace may \
                   stand beside as PATH.given-up)"

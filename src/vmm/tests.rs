@@ -91,6 +91,40 @@ fn a_device_that_cannot_move_is_told_of_before_a_migration_and_refuses_it() {
     assert_eq!(vmm.run_state(), RunState::Running);
 }
 
+/// A failed migration let the guest stand still, since it could not say beside its images that they are the guest's again.
+#[test]
+fn a_guest_goes_on_or_leaves_only_when_its_images_are_its_own_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.img");
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let disk = format!("path={},serial=a,queues=1", image.display());
+    for goes_on in [true, false] {
+        let (vmm, _requests) = process_with(&["--nvme", &disk]);
+        let mut lease = ownership::open_lease(&vmm.spec).unwrap().unwrap();
+        let path = lease.path().to_owned();
+        lease.claim().unwrap();
+        lease.mark_moved(&[3; 16], "there").unwrap();
+        vmm.return_lease(Some(lease));
+        let machine = vmm.prepare_machine(Arc::new(Resources::open(&vmm.spec, false).unwrap())).unwrap();
+        vmm.install(machine, Action::Start, |_| Ok(())).unwrap();
+        *lock(&vmm.run_state) = RunState::Paused;
+        let client = vmm.operations();
+        let leaves_or_goes_on =
+            || if goes_on { client.cont() } else { client.migrate("unix:/nowhere".into()) };
+
+        let record = std::fs::read(&path).unwrap();
+        std::fs::write(&path, "nothing that can be read").unwrap();
+        let refusal = leaves_or_goes_on().unwrap_err().0;
+        assert!(refusal.contains("no lease"), "{refusal}");
+        assert_eq!(vmm.run_state(), RunState::Paused);
+        std::fs::write(&path, record).unwrap();
+        leaves_or_goes_on().unwrap();
+        let (_, record) = ownership::record(&vmm.spec).unwrap();
+        assert_eq!(record.state, engine::lease::State::Owned, "{record}");
+        vmm.migrations.stop();
+    }
+}
+
 #[test]
 fn only_a_disk_that_takes_its_time_is_waited_for() {
     let busy = anyhow::Error::new(nvme::Error::PauseTimeout { in_flight: 1 });
