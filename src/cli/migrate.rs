@@ -196,7 +196,11 @@ impl MigrateArguments {
                 Ok(())
             }
             MigrationStatus::Cancelled => {
-                bail!("the migration to {uri} was cancelled: the guest was not moved")
+                let stays_paused = reason.split_once("; ").map(|(_, why)| format!("; {why}"));
+                bail!(
+                    "the migration to {uri} was cancelled: the guest was not moved{}",
+                    stays_paused.unwrap_or_default()
+                )
             }
             _ => bail!("the migration to {uri} failed: {reason}"),
         }

@@ -76,10 +76,13 @@ pub fn migrate(machine: &mut dyn SourceMachine, dial: &mut Dial<'_>, context: &m
 pub(crate) fn report(outcome: &Outcome, statistics: &Statistics) {
     match outcome {
         Outcome::Completed { .. } => statistics.set_status(Status::Completed),
-        Outcome::Failed { error: Error::Cancelled, .. } => statistics.set_status(Status::Cancelled),
         Outcome::Failed { error, paused } => {
             let paused = paused.as_ref().map(|why| format!("; the guest stays paused: {why}"));
-            statistics.fail(&format!("{}{}", error.chain(), paused.unwrap_or_default()));
+            let cause = format!("{}{}", error.chain(), paused.unwrap_or_default());
+            match error {
+                Error::Cancelled => statistics.cancelled(&cause),
+                _ => statistics.fail(&cause),
+            }
         }
         Outcome::Unknown(_) => {}
     }

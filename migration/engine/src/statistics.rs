@@ -179,7 +179,7 @@ pub struct Snapshot {
     pub postcopy: Option<Postcopy>,
     /// The images, where they go with the guest.
     pub storage: Option<Storage>,
-    /// Why it failed.
+    /// Why the guest stayed, and what else went wrong with that.
     pub error: Option<String>,
     /// The answer to COMMIT is outstanding and nothing else has decided: what is known.
     pub handover_unknown: Option<String>,
@@ -339,6 +339,12 @@ impl Statistics {
     pub(crate) fn fail(&self, cause: &str) {
         self.update(|snapshot| snapshot.error = Some(cause.to_owned()));
         self.set_status(Status::Failed);
+    }
+
+    /// It ended by the user's wish. `cause` says that too, and what else there is to know.
+    pub(crate) fn cancelled(&self, cause: &str) {
+        self.update(|snapshot| snapshot.error = Some(cause.to_owned()));
+        self.set_status(Status::Cancelled);
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {

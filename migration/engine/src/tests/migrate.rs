@@ -255,6 +255,10 @@ fn cancel_works_at_every_message_until_commit() {
             let source = ending.source.unwrap();
             assert!(matches!(source.0, Outcome::Failed { error: Error::Cancelled, paused: None }), "{at}");
             assert_eq!(ending.source_statistics.status, Status::Cancelled);
+            assert_eq!(ending.source_statistics.error.as_deref(), Some("migration cancelled"), "{at}");
+            // What the destination hears may be the link's end, if the source had not yet said what it wants.
+            let theirs = ending.destination_statistics.error;
+            assert!(theirs.is_none_or(|cause| cause == "migration cancelled"), "{at}");
             assert_eq!(world.running(), ["source"], "{at}");
             let record = world.lease("reader").read().unwrap().unwrap();
             assert_eq!(record.state, State::Owned);
