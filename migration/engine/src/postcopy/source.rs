@@ -55,10 +55,13 @@ struct Memory {
 struct Server {
     link: Connection,
     thread: Option<JoinHandle<()>>,
+    /// Nobody is to ask any more: that its link ends is no failure.
+    is_given_up: Arc<AtomicBool>,
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
+        self.is_given_up.store(true, Ordering::SeqCst);
         let _gone_already = self.link.shutdown(Shutdown::Both);
         self.thread.take().map(JoinHandle::join);
     }
@@ -94,8 +97,12 @@ impl Remainder {
     fn serve(&mut self, mut pages: Link, main: &Link, patience: Patience) -> Result<(), Error> {
         let (link, main) = (pages.handle()?, main.handle()?);
         let memory = Arc::clone(&self.memory);
+        let is_given_up = Arc::new(AtomicBool::new(false));
+        let is_over = Arc::clone(&is_given_up);
         let thread = std::thread::Builder::new().name("page-server".to_owned()).spawn(move || {
-            if let Err(error) = memory.answer(&mut pages, patience) {
+            if let Err(error) = memory.answer(&mut pages, patience)
+                && !is_over.load(Ordering::SeqCst)
+            {
                 memory.lost().get_or_insert(error);
                 // Who sends there fails next. What the destination has to say of it is still heard.
                 let _gone_already = main.shutdown(Shutdown::Write);
@@ -105,7 +112,7 @@ impl Remainder {
             doing: "start the thread that answers page requests",
             source: source.into(),
         })?;
-        self.server = Some(Server { link, thread: Some(thread) });
+        self.server = Some(Server { link, thread: Some(thread), is_given_up });
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use transport::faulty::Fault;
 
 use super::missing::MARK_OFFSET;
-use super::mock::World;
+use super::mock::{Trouble, World};
 use super::{End, Ending, Play};
 use crate::lease::State;
 use crate::ram::PAGE_LENGTH;
@@ -91,6 +91,20 @@ fn assert_moved(world: &World, ending: &mut Ending, what: &str) {
     assert_eq!((statistics.0.status, statistics.1.status), (Status::Completed, Status::Completed), "{what}");
     assert_eq!((statistics.0.remaining_bytes, statistics.1.remaining_bytes), (0, 0), "{what}");
     world.assert_sound(what);
+}
+
+/// The end of the link where pages are asked for does not take the other with it, on which it is said why.
+#[test]
+fn a_source_that_gives_up_when_all_was_prepared_says_why() {
+    let world = World::new();
+    let mut play = play(&world, PostcopyStart::AtOnce);
+    play.source.guest.trouble = Some(Trouble::Fail("quiesce"));
+    let ending = play.run();
+    let Some((Outcome::Failed { error, paused: None }, _)) = &ending.source else { panic!("it stays") };
+    assert!(error.chain().contains("make the images stable"), "{}", error.chain());
+    assert_eq!(ending.destination_statistics.error, Some(error.chain()));
+    assert_eq!(world.running(), ["source"]);
+    world.assert_sound("given up");
 }
 
 #[test]
