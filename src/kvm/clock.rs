@@ -8,6 +8,8 @@
 //! is the difference of the two hosts' wall clocks, which is bounded, because such clocks can be wrong. All vCPUs get
 //! the same shift, so that they agree as well as they did before.
 
+use std::sync::OnceLock;
+
 use rustix::time::{ClockId, clock_gettime};
 use vmstate::VmState;
 
@@ -51,13 +53,18 @@ impl HostTime {
     }
 }
 
+/// Names the host, until it boots again. Asked for once: the next time may be while a guest stands still.
 pub(crate) fn boot_id() -> Result<[u8; 16], Error> {
+    static KNOWN: OnceLock<[u8; 16]> = OnceLock::new();
+    if let Some(known) = KNOWN.get() {
+        return Ok(*known);
+    }
     let path = "/proc/sys/kernel/random/boot_id";
     let unknown = |why: String| Error::DeviceState { device: "host clock", why: format!("{path}: {why}") };
     let text = std::fs::read_to_string(path).map_err(|e| unknown(e.to_string()))?;
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
     let id = u128::from_str_radix(&digits, 16).map_err(|e| unknown(format!("{text:?}: {e}")))?;
-    Ok(id.to_be_bytes())
+    Ok(*KNOWN.get_or_init(|| id.to_be_bytes()))
 }
 
 /// Why the guest was stopped, which says how its clocks go on.

@@ -55,6 +55,8 @@ pub struct FileImage {
     options: FileOptions,
     /// What it was when it was looked at first, or has grown to since.
     capacity_bytes: AtomicU64,
+    /// What direct I/O asks for, if the file can do it. Known before the image is acquired, which guests wait for.
+    alignment: Option<Alignment>,
     dirty: Arc<DirtyBlocks>,
     held: ArcSwapOption<OpenFile>,
 }
@@ -68,8 +70,9 @@ impl FileImage {
     pub fn inspect(path: impl Into<PathBuf>, options: FileOptions) -> Result<Self, Error> {
         let (file, opened) = ImageFile::look(path.into())?;
         let capacity_bytes = AtomicU64::new(Stamp::of(&opened, file.path())?.capacity_bytes);
+        let alignment = alignment(&opened, &options);
         let dirty = Arc::default();
-        Ok(Self { file, options, capacity_bytes, dirty, held: ArcSwapOption::empty() })
+        Ok(Self { file, options, capacity_bytes, alignment, dirty, held: ArcSwapOption::empty() })
     }
 
     /// Opens and locks the image.
@@ -174,7 +177,7 @@ impl Backend for FileImage {
             return Ok(());
         }
         let access = if self.options.read_only { READING } else { WRITING };
-        let file = self.file.open(access)?;
+        let file = self.file.open_at_once(access)?;
         lock(&file, self.path(), access)?;
         let stamp = Stamp::of(&file, self.path())?;
         let before = self.stamp();
@@ -185,10 +188,15 @@ impl Backend for FileImage {
                 now: stamp.to_string(),
             });
         }
-        let alignment = match self.options.direct {
-            true => go_direct(&file, self.options.block_size_bytes),
-            false => None,
-        };
+        let alignment = self.alignment.filter(|_| rustix::fs::fcntl_setfl(&file, OFlags::DIRECT).is_ok());
+        if alignment.is_none() {
+            // Requests would end before they are done.
+            rustix::fs::fcntl_setfl(&file, OFlags::empty()).map_err(|errno| Error::Open {
+                path: self.path().to_owned(),
+                access,
+                source: errno.into(),
+            })?;
+        }
         self.held.store(Some(Arc::new(OpenFile::new(file, alignment, Arc::clone(&self.dirty)))));
         Ok(())
     }
@@ -362,16 +370,15 @@ fn set_lock(file: &File, kind: i32) -> nix::Result<()> {
     fcntl(file, FcntlArg::F_OFD_SETLK(&range)).map(drop)
 }
 
-/// Turns direct I/O on if the file can do it in blocks of `block_size_bytes`.
-fn go_direct(file: &File, block_size_bytes: u32) -> Option<Alignment> {
+/// What direct I/O on the file asks for, if it is wished and the file can do it in the blocks of the image.
+fn alignment(file: &File, options: &FileOptions) -> Option<Alignment> {
+    if !options.direct {
+        return None;
+    }
     let about = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
     let (memory, granule) = (about.stx_dio_mem_align, about.stx_dio_offset_align);
     // Zero: the file system cannot, or the kernel (before 6.1) does not say.
     let known = about.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && memory != 0 && granule != 0;
-    if !known || granule > block_size_bytes {
-        return None;
-    }
-    let flags = rustix::fs::fcntl_getfl(file).ok()?;
-    rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT).ok()?;
-    Some(Alignment { memory_bytes: memory as usize, granule_bytes: u64::from(granule) })
+    let is_fit = known && granule <= options.block_size_bytes;
+    is_fit.then(|| Alignment { memory_bytes: memory as usize, granule_bytes: u64::from(granule) })
 }

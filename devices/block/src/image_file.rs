@@ -58,9 +58,18 @@ impl ImageFile {
     pub(crate) fn open(&self, access: &'static str) -> Result<File, Error> {
         match self.node.get() {
             // It is known to be an image.
-            Some(node) => open(&way_to(node), access).map_err(failed(&self.path, access)),
+            Some(node) => open(&way_to(node), access, OFlags::empty()).map_err(failed(&self.path, access)),
             None => open_name(&self.path, access),
         }
+    }
+
+    /// Opens it with `O_NONBLOCK`, while a guest may wait for it, and does not look at what the name leads to by now, which costs as much as
+    /// opening it: with that flag not even a pipe would be waited for. The caller sees by [`place_of`] whether the file is the one that
+    /// was looked at when it was named, before it reads or writes, and takes the flag off.
+    pub(crate) fn open_at_once(&self, access: &'static str) -> Result<File, Error> {
+        let way = self.node.get().map(way_to);
+        let way = way.as_deref().unwrap_or(&self.path);
+        open(way, access, OFlags::NONBLOCK).map_err(failed(&self.path, access))
     }
 
     /// A node of the file, which is open as `held`, for another process. This one, should it open the file again, goes by it as well.
@@ -124,11 +133,11 @@ fn open_name(path: &Path, access: &'static str) -> Result<File, Error> {
     if !is_image(kind) {
         return Err(Error::NotAnImage { path: path.to_owned() });
     }
-    open(path, access).map_err(failed(path, access))
+    open(path, access, OFlags::empty()).map_err(failed(path, access))
 }
 
-fn open(way: &Path, access: &'static str) -> rustix::io::Result<File> {
-    let flags = if access == WRITING { OFlags::RDWR } else { OFlags::RDONLY };
+fn open(way: &Path, access: &'static str, flags: OFlags) -> rustix::io::Result<File> {
+    let flags = flags | if access == WRITING { OFlags::RDWR } else { OFlags::RDONLY };
     Ok(rustix::fs::open(way, flags | OFlags::CLOEXEC | OFlags::NOCTTY, Mode::empty())?.into())
 }
 

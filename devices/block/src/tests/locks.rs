@@ -173,3 +173,29 @@ fn only_files_and_block_devices_are_images() {
     let error = FileImage::open(&missing, FileOptions::default()).unwrap_err();
     assert!(error.to_string().contains("missing"), "{error}");
 }
+
+#[test]
+fn what_has_come_in_the_place_of_an_image_is_not_waited_for_and_held_files_wait_for_their_requests() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("image");
+    std::fs::write(&path, vec![1; 8192]).unwrap();
+    for direct in [true, false] {
+        let image = FileImage::inspect(&path, FileOptions { direct, ..FileOptions::default() }).unwrap();
+        image.acquire().unwrap();
+        let flags = rustix::fs::fcntl_getfl(image.held_file().unwrap().file()).unwrap();
+        assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK), "{flags:?}");
+        image.release().unwrap();
+    }
+    for read_only in [true, false] {
+        let options = FileOptions { read_only, ..FileOptions::default() };
+        let image = FileImage::inspect(&path, options).unwrap();
+        std::fs::rename(&path, folder.path().join("aside")).unwrap();
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let error = image.acquire().unwrap_err();
+        assert!(!matches!(error, Error::Locked { .. } | Error::InUse { .. }), "{error}");
+        assert!(image.held_file().is_none());
+        std::fs::rename(folder.path().join("aside"), &path).unwrap();
+        image.acquire().unwrap();
+        image.release().unwrap();
+    }
+}
