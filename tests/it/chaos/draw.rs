@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use stream::frame::Kind;
 use support::Place;
 
 use super::place::{before, place};
@@ -102,6 +103,8 @@ pub enum Act {
     Stop(Side),
     /// It stands still, and the link is cut meanwhile, behind what is there.
     StopAndCut(Side),
+    /// The source's user does not want it any more.
+    Cancel,
 }
 
 impl Mode {
@@ -180,7 +183,7 @@ impl Phase {
 }
 
 impl Act {
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Cut,
         Self::HalfClose,
         Self::Swallow,
@@ -191,6 +194,7 @@ impl Act {
         Self::Stop(Side::Destination),
         Self::StopAndCut(Side::Source),
         Self::StopAndCut(Side::Destination),
+        Self::Cancel,
     ];
 
     /// In a table.
@@ -206,6 +210,7 @@ impl Act {
             Self::Stop(Side::Destination) => "stop-d",
             Self::StopAndCut(Side::Source) => "stopcut-s",
             Self::StopAndCut(Side::Destination) => "stopcut-d",
+            Self::Cancel => "cancel",
         }
     }
 }
@@ -213,7 +218,7 @@ impl Act {
 /// Combinations of a phase and an act.
 pub const CELLS: u64 = (Phase::ALL.len() * Act::ALL.len()) as u64;
 /// From one run to the next, so that those that follow each other differ; it has no divisor in common with [`CELLS`].
-const STRIDE: u64 = 67;
+const STRIDE: u64 = 62;
 
 /// A run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -232,6 +237,25 @@ pub struct Run {
     pub compression: &'static str,
     /// What `migrate` is told of postcopy.
     pub postcopy: &'static str,
+}
+
+impl Run {
+    /// Whether the two sides, if both live, can tell each other why the guest does not move: the link on which they do is whole.
+    pub fn can_be_explained(&self) -> bool {
+        let is_first = match self.place {
+            Place::Byte { connection, .. } => connection == 0,
+            // What is sealed is known by its length, which others have too.
+            Place::Frame { kind, .. } => {
+                self.mode.is_secure() || !matches!(kind, Kind::ChannelHello | Kind::Pages | Kind::PageRequest)
+            }
+            Place::Batch { .. } => false,
+        };
+        match self.act {
+            Act::Cancel | Act::Delay | Act::Stop(_) => true,
+            Act::Cut | Act::HalfClose | Act::Swallow | Act::StopAndCut(_) => !is_first,
+            Act::Kill(_) => false,
+        }
+    }
 }
 
 /// Numbers from a seed: SplitMix64.

@@ -5,6 +5,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use block::Qcow2Image;
 use engine::lease::{Lease, Owner, Record, State, mark_path};
@@ -13,6 +14,8 @@ use support::{Machine, TestBed, WATCHDOG};
 use super::decision::Outcome;
 use crate::guest::EXERCISER;
 
+/// Between two looks at what is left.
+const LOOK: Duration = Duration::from_millis(5);
 const MIB: u64 = 1 << 20;
 const RAW_BYTES: u64 = 48 * MIB;
 const QCOW2_BYTES: u64 = 16 * MIB;
@@ -87,12 +90,18 @@ impl Host {
         Self { machine, ..self.clone() }.is_refused(bed, words);
     }
 
-    /// Nothing is left of an attempt whose destination lives.
+    /// Nothing is left of an attempt whose destination lives, as soon as that has heard of all: what lay before it when it stood still may be
+    /// a whole attempt.
     fn is_empty(&self) {
         let marks = self.marks();
         let all = [&self.raw, &self.qcow2, &self.lease].into_iter().chain(&marks);
-        let left: Vec<_> = all.filter(|path| path.exists()).collect();
-        assert!(left.is_empty(), "{left:?}, {:?}", self.state());
+        let all: Vec<_> = all.collect();
+        let end = Instant::now() + WATCHDOG;
+        while all.iter().any(|path| path.exists()) {
+            let left = all.iter().filter(|path| path.exists());
+            assert!(Instant::now() < end, "{:?}, {:?}", left.collect::<Vec<_>>(), self.state());
+            std::thread::sleep(LOOK);
+        }
     }
 
     fn remove(self) {

@@ -2,7 +2,7 @@
 //! said, and either process is killed or stands still, in every phase and whichever way the guest moves.
 //!
 //! After each, exactly one guest runs, or it died with a process that it needed ([`decision`] says what is accepted); its disk and
-//! RAM are what they must be; the other process says why it has no guest; images that went with it are refused where it is not
+//! RAM are what they must be; the other process says why it has no guest, and the same as the first wherever the link could tell it; images that went with it are refused where it is not
 //! ([`images`]); and the guest moves to another process after all.
 //! `FERRY_CHAOS_SEEDS=5000` draws more, `FERRY_CHAOS_FIRST=SEED` begins elsewhere: what a failing seed did is in the output, and it
 //! does it again.
@@ -191,7 +191,15 @@ impl Chaos {
         match outcome {
             Outcome::AtSource => {
                 let mut source = source.take().expect("it has the guest");
-                assert!(!source.not_migrated().is_empty());
+                let cause = why_it_stayed(&mut source);
+                if let Some(theirs) = destination.as_mut().and_then(said_why) {
+                    let are_one = cause.contains(&theirs) || theirs.contains(&cause);
+                    assert!(
+                        are_one || !run.can_be_explained(),
+                        "the source says {cause:?}, and the destination {theirs:?}"
+                    );
+                    tally.add_causes(are_one);
+                }
                 self.guest(which).works(source, false);
             }
             Outcome::AtDestination => {
@@ -234,6 +242,18 @@ impl Chaos {
             self.travel.ended(&self.bed, Outcome::AtDestination, true);
         }
     }
+}
+
+/// What the source says of a migration that has ended with the guest there.
+fn why_it_stayed(source: &mut Vm) -> String {
+    let info = source.end_of_migration();
+    assert!(matches!(info.status, MigrationStatus::Failed | MigrationStatus::Cancelled), "{info:?}");
+    info.error_desc.filter(|cause| !cause.is_empty()).expect("a migration that failed says why")
+}
+
+/// What a destination says that has no guest, if one was on its way.
+fn said_why(destination: &mut Vm) -> Option<String> {
+    destination.status().migration?.detail
 }
 
 /// Waits until the migration is where the act is to happen; nothing if it ends before it comes there.
@@ -288,6 +308,12 @@ fn acts(pair: &mut Pair, run: &Run, held: Held) {
         Act::Delay => {
             pair.set_open(true);
             std::thread::sleep(run.moment);
+            held.resolve(Verdict::Pass);
+        }
+        Act::Cancel => {
+            pair.set_open(true);
+            let source = pair.source.as_mut().expect("it is there");
+            source.execute("migrate_cancel", json!({}));
             held.resolve(Verdict::Pass);
         }
         Act::Kill(side) => {

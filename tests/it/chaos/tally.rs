@@ -22,6 +22,8 @@ pub struct Tally {
     modes: [Count; Mode::ALL.len()],
     recovered: u32,
     operators: u32,
+    /// Guests that stayed, of which both sides said why: how often the same, and how often not.
+    causes: [u32; 2],
 }
 
 fn place<T: PartialEq>(all: &[T], one: &T) -> usize {
@@ -47,6 +49,11 @@ impl Tally {
     pub fn add_help(&mut self, recoveries: u32, has_spoken: bool) {
         self.recovered += recoveries;
         self.operators += u32::from(has_spoken);
+    }
+
+    /// Both sides said why the guest stayed, and the same or not.
+    pub fn add_causes(&mut self, are_one: bool) {
+        self.causes[usize::from(!are_one)] += 1;
     }
 
     /// How many runs came to their place.
@@ -102,6 +109,11 @@ impl fmt::Display for Tally {
         for (mode, count) in Mode::ALL.iter().zip(&self.modes) {
             writeln!(f, "{:<12}{}", format!("{mode:?}"), ends(count))?;
         }
+        let [same, other] = self.causes;
+        writeln!(
+            f,
+            "guests that stayed: {same} times for one cause at both sides, {other} times one each, the link being lost"
+        )?;
         write!(
             f,
             "lost links replaced by an operator: {}; hand-overs decided by one, without a lease: {}",
