@@ -244,9 +244,12 @@ impl DestinationMachine for Arrival {
         let machine = self.machine.take().ok_or("the machine has been started already")?;
         let running = state == RunState::Running;
         let start = |machine: &Machine| {
+            if running {
+                return machine.start();
+            }
             // Paused or not: what came with the guest is kept from now on.
             machine.resources().attach_regions()?;
-            if running { machine.start() } else { Ok(None) }
+            Ok(None)
         };
         let ran = self.vmm.install(machine, Action::Arrive { running }, start).inspect_err(|_| {
             // It is ours all the same and stays paused; `cont` tries again.

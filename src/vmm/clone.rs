@@ -1,7 +1,7 @@
 //! A copy of the guest of a snapshot: its images, and what the lease of the snapshot says.
 
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -99,11 +99,7 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
 /// Under its name only when it is whole.
 fn make(from: &Kept<'_>, path: &Path, how: ImageCopy) -> anyhow::Result<()> {
     ensure!(fs::symlink_metadata(path).is_err(), "there is something already");
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let draft = NamedTempFile::new_in(folder)?;
+    let draft = NamedTempFile::new_in(engine::folder_of(path))?;
     match from.base {
         Some(base) => block::create_overlay(draft.as_file(), path, base)?,
         None => images::copy(&from.path, draft.as_file(), how)?,
@@ -111,8 +107,7 @@ fn make(from: &Kept<'_>, path: &Path, how: ImageCopy) -> anyhow::Result<()> {
     draft.as_file().sync_all()?;
     draft.persist_noclobber(path)?;
     // The name too, before a guest is told that anything in there is stable.
-    File::open(folder)?.sync_all()?;
-    Ok(())
+    Ok(engine::sync_folder_of(path)?)
 }
 
 /// What the lease at `path` says, if there is one.

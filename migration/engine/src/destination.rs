@@ -529,7 +529,8 @@ impl<'a> Destination<'a> {
             return Err(Error::Never { reason: "the destination was told to quit".to_owned() });
         }
         let mut reason = "COMMIT of another session".to_owned();
-        let (mut error, mut ran, mut memory) = (None, None, Ok(memory));
+        let (mut error, mut ran, mut resume) = (None, None, Duration::ZERO);
+        let mut memory = Ok(memory);
         let Commit { session, generation } = *commit;
         let mut action = self.ownership.on(Event::Commit { session, generation });
         loop {
@@ -564,20 +565,19 @@ impl<'a> Destination<'a> {
                     }
                 },
                 Action::Start { .. } => {
-                    let started = machine.start(state).map_err(Error::machine("start the guest"));
-                    if let Err(error) = &started {
-                        log::error!("the guest is ours and stays paused: {}", error.chain());
-                        state = RunState::Paused;
+                    match machine.start(state).map_err(Error::machine("start the guest")) {
+                        Ok(when) => ran = when,
+                        Err(why) => {
+                            log::error!("the guest is ours and stays paused: {}", why.chain());
+                            (state, error) = (RunState::Paused, Some(why));
+                        }
                     }
-                    ran = *started.as_ref().unwrap_or(&None);
-                    error = started.err();
-                    let resume = ran.unwrap_or_else(Instant::now) - start;
+                    resume = ran.unwrap_or_else(Instant::now) - start;
                     self.statistics.update(|s| s.downtime.resume = resume);
                     Event::Started
                 }
                 Action::Answer { answer: Answer::Running, .. } => {
-                    let resume_ns = nanoseconds(self.statistics.snapshot().downtime.resume);
-                    let running = state == RunState::Running;
+                    let (running, resume_ns) = (state == RunState::Running, nanoseconds(resume));
                     let ran = ran.and_then(Moment::of);
                     return Ok((error, Running { session, running, resume_ns, ran }));
                 }

@@ -58,6 +58,7 @@ mod destination;
 mod error;
 pub mod features;
 mod file;
+mod folder;
 mod handover;
 mod headway;
 pub mod lease;
@@ -90,6 +91,7 @@ pub use file::{
     FileParent, FileState, Fill, Reading, Restored, SnapshotFailed, SnapshotOptions, Taking, expect_file,
     file_schema, restore_from_file, snapshot_to_file, suspend_to_file,
 };
+pub use folder::{folder_of, sync_folder_of};
 pub use handover::Handover;
 pub use link::Dial;
 pub use machine::{

@@ -14,7 +14,7 @@ use engine::lease::{self, Mark};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
-use super::{Place, folder_of, only_the_lease_tells};
+use super::{Place, only_the_lease_tells};
 use crate::machine::try_while_locked;
 use crate::vmm::marks;
 
@@ -164,7 +164,7 @@ impl Image {
         // Its length, and its name: the stop has nothing to do with them.
         backend.sync()?;
         if self.is_new_file() {
-            File::open(folder_of(&self.place.path))?.sync_all()?;
+            engine::sync_folder_of(&self.place.path)?;
         }
         self.backend = Some(backend);
         Ok(())

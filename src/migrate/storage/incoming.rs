@@ -16,7 +16,7 @@ use engine::lease::{self, Id, Lease, Mark, NotTaken, Record, State};
 use engine::storage::{Disk, IncomingDisks};
 
 use super::image::{Image, remove};
-use super::{ImageIo, Place, folder_of, places};
+use super::{ImageIo, Place, places};
 use crate::config::BackendSpec;
 use crate::machine::Resources;
 use crate::vmm::{LAST_REQUESTS, Vmm, ownership};
@@ -215,7 +215,8 @@ impl Incoming {
             }
         }
         // What is gone must not come back with the power when its record does not.
-        let folders: BTreeSet<_> = self.images.iter().map(|image| folder_of(&image.place.path)).collect();
+        let folders: BTreeSet<_> =
+            self.images.iter().map(|image| engine::folder_of(&image.place.path)).collect();
         for folder in folders {
             if let Err(error) = File::open(folder).and_then(|folder| folder.sync_all()) {
                 is_undone = false;

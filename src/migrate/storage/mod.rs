@@ -88,14 +88,6 @@ fn only_the_lease_tells(image: &Path) -> String {
     )
 }
 
-/// The folder that the name of a file is in.
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    }
-}
-
 /// Reads and writes images, one request at a time, and waits for each.
 struct ImageIo {
     context: IoContext,

@@ -21,10 +21,10 @@ use nix::libc;
 use stream::Expected;
 use vmstate::VmState;
 
-use super::draft::folder_of;
 use super::head::{Head, no_section};
 use super::memory::Layer;
 use super::{FileState, SECTION};
+use crate::folder::folder_of;
 use crate::ram::match_blocks;
 use crate::{Error, RamBlock};
 

@@ -11,6 +11,7 @@ use nix::libc;
 use rustix::fs::{AtFlags, CWD, RenameFlags, linkat, renameat_with};
 
 use crate::Error;
+use crate::folder::{folder_of, sync_folder_of};
 use crate::lease::{Record, State, random_id, show_id};
 
 /// A file without a name, so that the kernel removes it with the process, however that ends: it holds guest memory. Where the
@@ -91,7 +92,7 @@ impl Draft {
         };
         named.map_err(|errno| self.failed("give its name to")(errno.into()))?;
         self.name = None;
-        let synced = File::open(folder_of(&self.path)).and_then(|folder| folder.sync_all());
+        let synced = sync_folder_of(&self.path);
         if let Err(source) = synced {
             // The lease does not know it: it is not the guest.
             Published { path: self.path.clone(), digest }.remove();
@@ -111,13 +112,6 @@ impl Drop for Draft {
         if let Some(name) = &self.name {
             let _gone_already = fs::remove_file(name);
         }
-    }
-}
-
-pub(super) fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
     }
 }
 

@@ -14,7 +14,7 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::OpenOptionsExt;
@@ -24,6 +24,7 @@ use nix::libc;
 
 use super::record::SLOT_BYTES;
 use super::{Error, Lease, Owner, Record, State};
+use crate::folder::{folder_of, sync_folder_of};
 
 const MAGIC: [u8; 8] = *b"FRRYMARK";
 const HEAD_BYTES: usize = MAGIC.len() + SLOT_BYTES;
@@ -79,12 +80,20 @@ impl Mark {
     pub fn write(&self, path: &Path) -> Result<(), Error> {
         let mut draft = OsString::from(path);
         draft.push(".new");
-        let mut options = OpenOptions::new();
-        let file = options.write(true).create(true).truncate(true).mode(0o600).open(&draft);
-        file.and_then(|mut file| file.write_all(&self.to_bytes()).and_then(|()| file.sync_all()))
-            .map_err(failed(path, "write it"))?;
-        fs::rename(&draft, path).map_err(failed(path, "give it its name"))?;
-        sync_folder(path).map_err(failed(path, "sync the folder of it"))
+        // What a process has left that was killed while it wrote; and nothing that a link there leads to is written over.
+        match fs::remove_file(&draft) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(failed(path, "write it")(error)),
+            _ => {}
+        }
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft);
+        let mut file = file.map_err(failed(path, "write it"))?;
+        let written = file.write_all(&self.to_bytes()).and_then(|()| file.sync_all());
+        let named = written.and_then(|()| fs::rename(&draft, path));
+        named.map_err(|error| {
+            let _what_failed_is_told = fs::remove_file(&draft);
+            failed(path, "write it")(error)
+        })?;
+        sync_folder_of(path).map_err(failed(path, "sync the folder of it"))
     }
 
     /// Makes it hold whatever a lease says, if it is still at `path`; another's stays as it is.
@@ -104,7 +113,7 @@ impl Mark {
     /// It may still be there.
     pub fn remove(&self, path: &Path) -> Result<(), Error> {
         if Self::read(path)?.as_ref() == Some(self) {
-            fs::remove_file(path).and_then(|()| sync_folder(path)).map_err(failed(path, "remove it"))?;
+            fs::remove_file(path).and_then(|()| sync_folder_of(path)).map_err(failed(path, "remove it"))?;
         }
         Ok(())
     }
@@ -172,17 +181,6 @@ impl fmt::Display for Mark {
 fn failed(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
     move |source| Error::Mark { path, action, source }
-}
-
-fn folder_of(path: &Path) -> &Path {
-    match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    }
-}
-
-fn sync_folder(path: &Path) -> io::Result<()> {
-    File::open(folder_of(path))?.sync_all()
 }
 
 #[cfg(test)]
@@ -322,6 +320,24 @@ mod tests {
         assert_eq!(Mark::read(&mark_path(&host.image)).unwrap(), Some(mark));
         let nowhere = mark_path(&host.folder.path().join("no-folder/image"));
         assert_eq!(Mark::read(&nowhere).unwrap(), None);
+    }
+
+    #[test]
+    fn writing_a_mark_follows_no_link_and_leaves_nothing_that_is_not_whole() {
+        let host = Host::new();
+        let mut source = host.lease();
+        source.claim().unwrap();
+        let mark = source.mark(moved()).unwrap();
+        std::os::unix::fs::symlink(&host.image, host.folder.path().join("second.img.ferry-mark.new"))
+            .unwrap();
+        mark.write(&host.mark).unwrap();
+        assert_eq!(fs::read_to_string(&host.image).unwrap(), "contents");
+        assert_eq!(host.names(), ["record", "second.img", "second.img.ferry-mark"]);
+        mark.remove(&host.mark).unwrap();
+        // No name can be given where a folder is.
+        fs::create_dir(&host.mark).unwrap();
+        assert!(matches!(mark.write(&host.mark), Err(Error::Mark { .. })));
+        assert_eq!(host.names(), ["record", "second.img", "second.img.ferry-mark"]);
     }
 
     #[test]

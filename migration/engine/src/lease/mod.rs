@@ -36,6 +36,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
+use crate::folder::sync_folder_of;
 pub use copy::Kept;
 pub use error::Error;
 pub use mark::{Mark, mark_path};
@@ -521,13 +522,7 @@ impl Locked<'_> {
             .map_err(|e| self.lease.io("write it", e))?;
         self.lease.file.sync_data().map_err(|e| self.lease.io("sync it", e))?;
         if first {
-            let folder = match self.lease.path.parent() {
-                Some(folder) if !folder.as_os_str().is_empty() => folder,
-                _ => Path::new("."),
-            };
-            File::open(folder)
-                .and_then(|folder| folder.sync_all())
-                .map_err(|e| self.lease.io("sync the folder of it", e))?;
+            sync_folder_of(&self.lease.path).map_err(|e| self.lease.io("sync the folder of it", e))?;
         }
         self.newest = Some((sequence, record));
         self.next_slot = 1 - self.next_slot;
