@@ -6,12 +6,16 @@
 //! A page of a memfd is missing until something is written to it, through whatever mapping, and is missing again once a hole was
 //! punched there. It is placed whole: nobody sees half of one. Placing a page that is there changes nothing.
 //!
+//! A huge page comes in parts, which a second mapping takes that nobody else knows. Who touches it through the guest's waits until it is
+//! [complete](Userfault::complete), whatever the file holds of it ("minor" faults): what was there when the watch began is kept,
+//! unseen. So there is never a second copy of it.
+//!
 //! A vCPU that waits cannot be stopped: some KVMs do not listen to signals meanwhile. But one that was told to stop runs no further
 //! instruction when it has its page ([`VcpuManager::hold`](crate::vcpu::VcpuManager::hold)), and until then it runs none either.
 //!
 //! The structures and numbers are those of `linux/userfaultfd.h`.
 //!
-//! Absent: write protection, minor faults, huge pages, and what to place: that is for who [waits](Userfault::faults) for faults.
+//! Absent: write protection, and what to place: that is for who [waits](Userfault::faults) for faults.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -22,10 +26,11 @@ use std::sync::Arc;
 use bus::GuestMapping;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
 use rustix::mm::UserfaultfdFlags;
+use vm_memory::VolatileMemory;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iowr_nr};
 
-use crate::memory::{PAGE_SIZE_BYTES, RamBlock};
+use crate::memory::{PAGE_SIZE_BYTES, RamBlock, RamSlice};
 
 /// Where a process gets a descriptor that may not make the system call.
 const DEVICE: &str = "/dev/userfaultfd";
@@ -33,14 +38,19 @@ const DEVICE: &str = "/dev/userfaultfd";
 const UFFDIO: u32 = 0xaa;
 /// Version of the interface.
 const UFFD_API: u64 = 0xaa;
+const UFFD_FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
 const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 const UFFD_FEATURE_THREAD_ID: u64 = 1 << 8;
+const UFFD_FEATURE_MINOR_HUGETLBFS: u64 = 1 << 9;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
+const UFFDIO_REGISTER_MODE_MINOR: u64 = 1 << 2;
 const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
 /// `struct uffd_msg`.
 const MESSAGE_BYTES: usize = 32;
 /// Messages that are read at a time.
 const MESSAGES: usize = 16;
+/// A page of zeros.
+const ZEROS: [u8; PAGE_SIZE_BYTES as usize] = [0; PAGE_SIZE_BYTES as usize];
 
 /// `struct uffdio_api`.
 #[repr(C)]
@@ -86,6 +96,15 @@ struct ZeroPage {
     zeroed_bytes: i64,
 }
 
+/// `struct uffdio_continue`.
+#[repr(C)]
+struct Continue {
+    range: Range,
+    mode: u64,
+    /// What was done, or a negative error.
+    mapped_bytes: i64,
+}
+
 /// The numbers of the calls.
 #[allow(missing_docs, reason = "the macro makes functions without")]
 mod calls {
@@ -98,6 +117,7 @@ mod calls {
     ioctl_ior_nr!(UFFDIO_WAKE, UFFDIO, 0x02, Range);
     ioctl_iowr_nr!(UFFDIO_COPY, UFFDIO, 0x03, Copy);
     ioctl_iowr_nr!(UFFDIO_ZEROPAGE, UFFDIO, 0x04, ZeroPage);
+    ioctl_iowr_nr!(UFFDIO_CONTINUE, UFFDIO, 0x07, Continue);
 }
 use calls::*;
 
@@ -121,6 +141,17 @@ pub enum Error {
         /// What it offers.
         features: u64,
     },
+    /// Nor one that knows huge pages.
+    #[error(
+        "this kernel cannot bring huge pages when they are touched (features {features:#x}; Linux 5.18 can)"
+    )]
+    UnsuitableForHugePages {
+        /// What it offers.
+        features: u64,
+    },
+    /// Memory cannot be watched or put into its place by other calls.
+    #[error("cannot bring pages of guest memory")]
+    Memory(#[from] crate::memory::Error),
     /// A call failed.
     #[error("cannot {what}")]
     Call {
@@ -160,35 +191,64 @@ pub struct Userfault {
     fd: OwnedFd,
     /// Readable from [`Self::end`] on.
     ended: OwnedFd,
-    /// They stay mapped while the kernel tells us of them.
-    mappings: Vec<Arc<GuestMapping>>,
+    blocks: Vec<Watched>,
+}
+
+/// A block whose missing pages are brought.
+#[derive(Debug)]
+struct Watched {
+    /// It stays mapped while the kernel tells us of it.
+    mapping: Arc<GuestMapping>,
+    /// The same memory, for the parts of huge pages.
+    parts: Option<GuestMapping>,
+    page_bytes: u64,
+}
+
+impl Watched {
+    fn of(block: &RamBlock) -> Result<Self, Error> {
+        let mapping = Arc::clone(&block.mapping);
+        let parts = block.map_parts()?;
+        let page_bytes = block.page_bytes()?;
+        Ok(Self { mapping, parts, page_bytes })
+    }
 }
 
 impl Userfault {
+    /// Whether this host lets us watch memory, also such in huge pages.
+    ///
+    /// # Errors
+    /// Those of [`Self::register`].
+    pub fn check(in_huge_pages: bool) -> Result<(), Error> {
+        let (_, features) = agree()?;
+        if in_huge_pages { check_huge(features) } else { Ok(()) }
+    }
+
     /// From here on whoever touches a missing page of `blocks` waits until it is placed.
     ///
     /// # Errors
-    /// [`Error::Unavailable`], [`Error::Unsuitable`], [`Error::Call`]: nothing is registered then.
+    /// [`Error::Unavailable`], [`Error::Unsuitable`], [`Error::Call`], and [`Error::UnsuitableForHugePages`] and [`Error::Memory`] for those
+    /// in huge pages: nothing is registered then.
     pub fn register(blocks: &[RamBlock]) -> Result<Self, Error> {
-        let fd = open()?;
-        let mut api = Api { api: UFFD_API, features: UFFD_FEATURE_THREAD_ID, ioctls: 0 };
-        // SAFETY: the kernel reads and writes one `uffdio_api`.
-        let result = unsafe { ioctl_with_mut_ref(&fd, UFFDIO_API(), &mut api) };
-        check(result, || "agree on a version of userfaultfd".to_owned())?;
-        if api.features & UFFD_FEATURE_MISSING_SHMEM == 0 {
-            return Err(Error::Unsuitable { features: api.features });
-        }
+        let (fd, features) = agree()?;
         let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| failed("make an eventfd", errno))?;
-        let mappings = blocks.iter().map(|block| Arc::clone(&block.mapping)).collect();
-        let userfault = Self { fd, ended, mappings };
-        for (index, block) in blocks.iter().enumerate() {
+        let watched = blocks.iter().map(Watched::of).collect::<Result<Vec<_>, _>>()?;
+        if watched.iter().any(|block| block.parts.is_some()) {
+            check_huge(features)?;
+        }
+        let userfault = Self { fd, ended, blocks: watched };
+        for (index, (block, watched)) in blocks.iter().zip(&userfault.blocks).enumerate() {
             let range = userfault.range(index, 0, block.length_bytes())?;
-            let mut register = Register { range, mode: UFFDIO_REGISTER_MODE_MISSING, ioctls: 0 };
+            let minor = if watched.parts.is_some() { UFFDIO_REGISTER_MODE_MINOR } else { 0 };
+            let mut register = Register { range, mode: UFFDIO_REGISTER_MODE_MISSING | minor, ioctls: 0 };
             // SAFETY: the kernel reads and writes one `uffdio_register`. The range is a mapping that we keep, and what happens to
             // those who touch it is only that they wait.
             let result = unsafe { ioctl_with_mut_ref(&userfault.fd, UFFDIO_REGISTER(), &mut register) };
             check(result, || format!("watch memory block \"{}\" for missing pages", block.name))?;
+            if watched.parts.is_some() {
+                // What this process has touched so far it would see without waiting.
+                block.forget_mapped()?;
+            }
         }
         Ok(userfault)
     }
@@ -196,10 +256,17 @@ impl Userfault {
     /// Places whole pages from `offset` of block number `block` on, and lets go on who waits for one of them. Pages that are there
     /// stay as they are.
     ///
+    /// If the block lies in huge pages, these are parts of some that are not [complete](Self::complete), and what was there is written
+    /// over.
+    ///
     /// # Errors
     /// [`Error::OutOfBounds`]; [`Error::Call`]: there is no memory, or the block is not watched any more.
     pub fn place(&self, block: usize, offset: u64, pages: &[u8]) -> Result<(), Error> {
         let Range { start, length_bytes } = self.range(block, offset, pages.len() as u64)?;
+        if let Some(parts) = self.parts(block, offset, length_bytes) {
+            parts?.copy_from(pages);
+            return Ok(());
+        }
         let mut done = 0;
         while done < length_bytes {
             let mut copy = Copy {
@@ -212,8 +279,9 @@ impl Userfault {
             // SAFETY: the kernel reads and writes one `uffdio_copy`, and reads what is left of `pages`. It fills pages that nobody
             // could read yet, in a mapping that is only accessed by volatile reads and writes.
             let result = unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_COPY(), &mut copy) };
+            let left = start + done..start + length_bytes;
             let what = || format!("place {length_bytes:#x} bytes at {offset:#x} of block number {block}");
-            done += self.progress(result, copy.copied_bytes, start + done..start + length_bytes, what)?;
+            done += self.progress(result, copy.copied_bytes, (left, PAGE_SIZE_BYTES), what)?;
         }
         Ok(())
     }
@@ -224,16 +292,67 @@ impl Userfault {
     /// Those of [`Self::place`].
     pub fn place_zeros(&self, block: usize, offset: u64, length_bytes: u64) -> Result<(), Error> {
         let Range { start, length_bytes } = self.range(block, offset, length_bytes)?;
+        if let Some(parts) = self.parts(block, offset, length_bytes) {
+            let parts = parts?;
+            for offset in (0..parts.len()).step_by(ZEROS.len()) {
+                // It ends where the slice does.
+                let _beyond_its_end = parts.offset(offset).map(|parts| parts.copy_from(&ZEROS));
+            }
+            return Ok(());
+        }
         let mut done = 0;
         while done < length_bytes {
             let range = Range { start: start + done, length_bytes: length_bytes - done };
             let mut zero = ZeroPage { range, mode: 0, zeroed_bytes: 0 };
             // SAFETY: the kernel reads and writes one `uffdio_zeropage`, and fills pages as in `place`.
             let result = unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_ZEROPAGE(), &mut zero) };
+            let left = start + done..start + length_bytes;
             let what = || format!("clear {length_bytes:#x} bytes at {offset:#x} of block number {block}");
-            done += self.progress(result, zero.zeroed_bytes, start + done..start + length_bytes, what)?;
+            done += self.progress(result, zero.zeroed_bytes, (left, PAGE_SIZE_BYTES), what)?;
         }
         Ok(())
+    }
+
+    /// Huge pages of block number `block` lack nothing: whoever waits for one goes on. They are as they were placed, and zeros where they
+    /// never were. Harmless for those that are complete.
+    ///
+    /// # Errors
+    /// [`Error::OutOfBounds`], also for a block of other pages or a part of one; [`Error::Call`]: the block is not watched any more.
+    pub fn complete(&self, block: usize, offset: u64, length_bytes: u64) -> Result<(), Error> {
+        let Range { start, length_bytes } = self.range(block, offset, length_bytes)?;
+        let outside = Error::OutOfBounds { block, offset, length_bytes };
+        let page_bytes = self.page_bytes(block);
+        let parts = self.parts(block, offset, length_bytes).filter(|_| {
+            let whole = |number: u64| number.is_multiple_of(page_bytes);
+            whole(offset) && whole(length_bytes)
+        });
+        let parts = parts.ok_or(outside)??;
+        let mut done = 0;
+        while done < length_bytes {
+            // One that nothing was ever placed in is in the file from here on.
+            let _is_read = parts.get_ref::<u8>(done as usize).map(|byte| byte.load());
+            let range = Range { start: start + done, length_bytes: page_bytes };
+            let mut proceed = Continue { range, mode: 0, mapped_bytes: 0 };
+            // SAFETY: the kernel reads and writes one `uffdio_continue`, and maps pages of the file of a mapping that we keep.
+            let result = unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_CONTINUE(), &mut proceed) };
+            let what = || format!("show {length_bytes:#x} bytes at {offset:#x} of block number {block}");
+            let left = start + done..start + done + page_bytes;
+            done += self.progress(result, proceed.mapped_bytes, (left, page_bytes), what)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of the pages that a block lies in.
+    #[must_use]
+    pub fn page_bytes(&self, block: usize) -> u64 {
+        self.blocks.get(block).map_or(PAGE_SIZE_BYTES, |block| block.page_bytes)
+    }
+
+    /// Bytes of a block in huge pages, by the mapping that is for their parts.
+    fn parts(&self, block: usize, offset: u64, length_bytes: u64) -> Option<Result<RamSlice<'_>, Error>> {
+        let parts = self.blocks.get(block)?.parts.as_ref()?;
+        let slice = parts.get_slice(offset as usize, length_bytes as usize);
+        Some(slice.map_err(|_| Error::OutOfBounds { block, offset, length_bytes }))
     }
 
     /// Bytes of the addresses `left` that a call dealt with: those it says, or a page that is there already.
@@ -241,7 +360,7 @@ impl Userfault {
         &self,
         result: i32,
         done_bytes: i64,
-        left: std::ops::Range<u64>,
+        (left, page_bytes): (std::ops::Range<u64>, u64),
         what: impl FnOnce() -> String,
     ) -> Result<u64, Error> {
         let left_bytes = left.end - left.start;
@@ -253,7 +372,7 @@ impl Userfault {
             // Some were done before one that was not: that one is looked at next.
             Some(libc::EAGAIN) => Ok(u64::try_from(done_bytes).unwrap_or(0).min(left_bytes)),
             Some(libc::EEXIST) => {
-                let page = Range { start: left.start, length_bytes: left_bytes.min(PAGE_SIZE_BYTES) };
+                let page = Range { start: left.start, length_bytes: left_bytes.min(page_bytes) };
                 // Somebody else put it there, and whoever waits has not heard of it.
                 self.wake_range(&page, what)?;
                 Ok(page.length_bytes)
@@ -283,7 +402,7 @@ impl Userfault {
     /// # Errors
     /// [`Error::OutOfBounds`], [`Error::Call`].
     pub fn unregister(&self, block: usize) -> Result<(), Error> {
-        let length_bytes = self.mappings.get(block).map_or(0, |mapping| mapping.size() as u64);
+        let length_bytes = self.blocks.get(block).map_or(0, |block| block.mapping.size() as u64);
         let range = self.range(block, 0, length_bytes)?;
         // SAFETY: the kernel reads one `uffdio_range`, of a mapping that we keep.
         let result = unsafe { ioctl_with_ref(&self.fd, UFFDIO_UNREGISTER(), &range) };
@@ -334,25 +453,43 @@ impl Userfault {
             log::warn!("userfaultfd: event {event:#x} is not known");
             return None;
         }
-        let offset_in = |mapping: &Arc<GuestMapping>| {
-            let offset = address.checked_sub(mapping.as_ptr() as u64)?;
-            (offset < mapping.size() as u64).then_some(offset - offset % PAGE_SIZE_BYTES)
+        let offset_in = |block: &Watched| {
+            let offset = address.checked_sub(block.mapping.as_ptr() as u64)?;
+            (offset < block.mapping.size() as u64).then_some(offset - offset % block.page_bytes)
         };
         let thread = message.get(24..28)?.try_into().ok().map(u32::from_ne_bytes)?;
-        let found = self.mappings.iter().enumerate();
-        found.filter_map(|(block, mapping)| Some(Fault { block, offset: offset_in(mapping)?, thread })).next()
+        let found = self.blocks.iter().enumerate();
+        found.filter_map(|(block, watched)| Some(Fault { block, offset: offset_in(watched)?, thread })).next()
     }
 
     /// Addresses of whole pages of a block.
     fn range(&self, block: usize, offset: u64, length_bytes: u64) -> Result<Range, Error> {
         let whole = |number: u64| number.is_multiple_of(PAGE_SIZE_BYTES);
-        let mapping = self.mappings.get(block).filter(|mapping| {
+        let mapping = self.blocks.get(block).map(|block| &block.mapping).filter(|mapping| {
             let inside = offset.checked_add(length_bytes).is_some_and(|end| end <= mapping.size() as u64);
             inside && whole(offset) && whole(length_bytes)
         });
         let mapping = mapping.ok_or(Error::OutOfBounds { block, offset, length_bytes })?;
         Ok(Range { start: mapping.as_ptr() as u64 + offset, length_bytes })
     }
+}
+
+/// A descriptor, and what the kernel offers.
+fn agree() -> Result<(OwnedFd, u64), Error> {
+    let fd = open()?;
+    let mut api = Api { api: UFFD_API, features: UFFD_FEATURE_THREAD_ID, ioctls: 0 };
+    // SAFETY: the kernel reads and writes one `uffdio_api`.
+    let result = unsafe { ioctl_with_mut_ref(&fd, UFFDIO_API(), &mut api) };
+    check(result, || "agree on a version of userfaultfd".to_owned())?;
+    match api.features & UFFD_FEATURE_MISSING_SHMEM {
+        0 => Err(Error::Unsuitable { features: api.features }),
+        _ => Ok((fd, api.features)),
+    }
+}
+
+fn check_huge(features: u64) -> Result<(), Error> {
+    let needed = UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MINOR_HUGETLBFS;
+    if features & needed == needed { Ok(()) } else { Err(Error::UnsuitableForHugePages { features }) }
 }
 
 /// By the system call, or by the device for those who may open it.
@@ -387,199 +524,4 @@ fn failed(what: &str, errno: rustix::io::Errno) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Seek;
-    use std::os::unix::fs::FileExt;
-    use std::thread::{self, ScopedJoinHandle};
-
-    use vm_memory::ReadVolatile;
-
-    use super::*;
-    use crate::memory::{GuestRam, RAM_LOW};
-    use crate::vcpu::tests::TestGuest;
-
-    const PAGE: u64 = PAGE_SIZE_BYTES;
-
-    fn ram() -> GuestRam {
-        GuestRam::new(1 << 20, &[("namespace".into(), 1 << 16)]).unwrap()
-    }
-
-    /// Who waits, by whichever thread.
-    fn next(userfault: &Userfault) -> Vec<Fault> {
-        let mut faults = Vec::new();
-        userfault.faults(&mut faults).unwrap();
-        let mut known =
-            faults.iter().map(|fault| std::path::PathBuf::from(format!("/proc/self/task/{}", fault.thread)));
-        assert!(known.all(|thread| thread.exists()), "{faults:?}");
-        faults.iter_mut().for_each(|fault| fault.thread = 0);
-        faults
-    }
-
-    fn word(block: &RamBlock, offset: u64) -> u32 {
-        let mut data = [0; 4];
-        block.read(offset, &mut data).unwrap();
-        u32::from_le_bytes(data)
-    }
-
-    /// Has a thread look at a word.
-    fn look<'a>(
-        scope: &'a thread::Scope<'a, '_>,
-        block: &'a RamBlock,
-        offset: u64,
-    ) -> ScopedJoinHandle<'a, u32> {
-        scope.spawn(move || word(block, offset))
-    }
-
-    #[test]
-    fn who_touches_a_missing_page_waits_for_it() {
-        let ram = ram();
-        let userfault = Userfault::register(ram.blocks()).unwrap();
-        let [low, namespace] = ram.blocks() else { panic!("there are two") };
-        thread::scope(|scope| {
-            let one = look(scope, low, 5 * PAGE + 8);
-            assert_eq!(next(&userfault), [Fault { block: 0, offset: 5 * PAGE, thread: 0 }]);
-            let two = look(scope, namespace, 0xfffc);
-            assert_eq!(next(&userfault), [Fault { block: 1, offset: 0xf000, thread: 0 }]);
-            userfault.place(1, 0xf000, &[2; PAGE as usize]).unwrap();
-            assert_eq!(two.join().unwrap(), 0x0202_0202);
-            assert!(!one.is_finished(), "its page is another");
-            userfault.place(0, 4 * PAGE, &[1; 3 * PAGE as usize]).unwrap();
-            assert_eq!(one.join().unwrap(), 0x0101_0101);
-        });
-        assert_eq!([4, 6].map(|page| word(low, page * PAGE)), [0x0101_0101; 2], "they came with it");
-        assert_eq!(low.populated_ranges().unwrap(), std::slice::from_ref(&(4 * PAGE..7 * PAGE)));
-        assert_eq!(low.mapping.bitmap().get_and_reset(), [0; 4], "nobody has written");
-    }
-
-    #[test]
-    fn what_is_there_stays_as_it_is() {
-        let ram = ram();
-        let low = ram.block(RAM_LOW).unwrap();
-        low.write(2 * PAGE, &[9; 4]).unwrap();
-        let userfault = Userfault::register(ram.blocks()).unwrap();
-        userfault.place(0, PAGE, &[1; 3 * PAGE as usize]).unwrap();
-        assert_eq!([1, 2, 3].map(|page| word(low, page * PAGE)), [0x0101_0101, 0x0909_0909, 0x0101_0101]);
-        assert_eq!(word(low, 2 * PAGE + 4), 0);
-        userfault.place(0, 2 * PAGE, &[1; PAGE as usize]).unwrap();
-        userfault.place_zeros(0, 0, 6 * PAGE).unwrap();
-        let words = [0, 1, 2, 3, 5].map(|page| word(low, page * PAGE));
-        assert_eq!(words, [0, 0x0101_0101, 0x0909_0909, 0x0101_0101, 0]);
-    }
-
-    #[test]
-    fn who_waits_for_a_page_that_another_way_brought_goes_on() {
-        let ram = ram();
-        let low = ram.block(RAM_LOW).unwrap();
-        let userfault = Userfault::register(ram.blocks()).unwrap();
-        let file = low.mapping.file_offset().unwrap().file();
-        thread::scope(|scope| {
-            for (page, by_zeros) in [(3, false), (5, true)] {
-                let waits = look(scope, low, page * PAGE);
-                assert_eq!(next(&userfault), [Fault { block: 0, offset: page * PAGE, thread: 0 }]);
-                file.write_all_at(&[7; 4], page * PAGE).unwrap();
-                match by_zeros {
-                    true => userfault.place_zeros(0, page * PAGE, PAGE).unwrap(),
-                    false => userfault.place(0, page * PAGE, &[1; PAGE as usize]).unwrap(),
-                }
-                assert_eq!(waits.join().unwrap(), 0x0707_0707);
-            }
-        });
-    }
-
-    #[test]
-    fn what_the_kernel_touches_for_us_waits_as_well() {
-        let ram = ram();
-        let low = ram.block(RAM_LOW).unwrap();
-        let userfault = Userfault::register(ram.blocks()).unwrap();
-        let mut file = tempfile::tempfile().unwrap();
-        io::Write::write_all(&mut file, &[7; 8192]).unwrap();
-        file.rewind().unwrap();
-        thread::scope(|scope| {
-            let reader =
-                scope.spawn(|| file.read_exact_volatile(&mut low.slice(PAGE - 4, 8).unwrap()).unwrap());
-            for page in [0, 1] {
-                assert_eq!(next(&userfault), [Fault { block: 0, offset: page * PAGE, thread: 0 }]);
-                userfault.place_zeros(0, page * PAGE, PAGE).unwrap();
-            }
-            reader.join().unwrap();
-        });
-        assert_eq!(
-            [PAGE - 8, PAGE - 4, PAGE, PAGE + 4].map(|offset| word(low, offset)),
-            [0, 0x0707_0707, 0x0707_0707, 0]
-        );
-    }
-
-    #[test]
-    fn a_guest_waits_for_its_pages() {
-        // A word at 0x20000 to port 0x10, for ever. Its own page is 1.
-        const TELL: [u8; 9] = [0xa1, 0x00, 0x00, 0x02, 0x00, 0xe7, 0x10, 0xeb, 0xf7];
-        let guest = TestGuest::new(1, &TELL);
-        let userfault = Userfault::register(guest.ram.blocks()).unwrap();
-        guest.vcpus.resume().unwrap();
-        loop {
-            let faults = next(&userfault);
-            let data = Fault { block: 0, offset: 0x20_000, thread: 0 };
-            if faults.contains(&data) {
-                userfault.place(0, data.offset, &[3; PAGE as usize]).unwrap();
-                break;
-            }
-            for fault in faults {
-                userfault.place_zeros(fault.block, fault.offset, PAGE).unwrap();
-            }
-        }
-        assert_eq!(guest.next_value(), 0x0303_0303);
-        guest.vcpus.pause().unwrap();
-    }
-
-    #[test]
-    fn what_is_still_missing_at_the_end_is_zeros() {
-        let ram = ram();
-        let [low, namespace] = ram.blocks() else { panic!("there are two") };
-        let userfault = Userfault::register(ram.blocks()).unwrap();
-        thread::scope(|scope| {
-            let (one, two) = (look(scope, low, 0), look(scope, namespace, 0));
-            let mut faults = Vec::new();
-            while faults.len() < 2 {
-                userfault.faults(&mut faults).unwrap();
-            }
-            userfault.unregister(0).unwrap();
-            assert_eq!((one.join().unwrap(), word(low, PAGE)), (0, 0));
-            assert!(userfault.place(0, 0, &[1; PAGE as usize]).is_err(), "it is not watched any more");
-            drop(userfault);
-            assert_eq!(two.join().unwrap(), 0);
-        });
-    }
-
-    #[test]
-    fn a_wait_for_faults_has_an_end() {
-        let ram = ram();
-        let userfault = Userfault::register(ram.blocks()).unwrap();
-        thread::scope(|scope| {
-            let server = scope.spawn(|| next(&userfault));
-            userfault.end();
-            assert_eq!(server.join().unwrap(), []);
-        });
-        assert_eq!(next(&userfault), []);
-        thread::scope(|scope| {
-            let looked = look(scope, &ram.blocks()[0], 0);
-            // Whoever came is told all the same.
-            while next(&userfault).is_empty() {}
-            userfault.place_zeros(0, 0, PAGE).unwrap();
-            looked.join().unwrap();
-        });
-    }
-
-    #[test]
-    fn only_whole_pages_of_a_block_are_placed() {
-        let ram = ram();
-        let userfault = Userfault::register(ram.blocks()).unwrap();
-        for (block, offset, length) in
-            [(2, 0, PAGE), (0, 1, PAGE), (0, 0, PAGE - 1), (1, 1 << 16, PAGE), (0, u64::MAX - 4095, PAGE)]
-        {
-            let outside = |result| matches!(result, Err(Error::OutOfBounds { .. }));
-            assert!(outside(userfault.place_zeros(block, offset, length)), "{block} {offset:#x}+{length:#x}");
-            assert!(outside(userfault.place(block, offset, &vec![0; length as usize])));
-            assert!(outside(userfault.wake(block, offset, length)));
-        }
-    }
-}
+mod tests;

@@ -51,6 +51,29 @@ pub(super) fn page_bytes(memfd: &File) -> io::Result<u64> {
     Ok(if found.f_type == HUGETLBFS_MAGIC { found.f_bsize.unsigned_abs() } else { super::PAGE_SIZE_BYTES })
 }
 
+/// Has the next who touches `mapping`, whatever of it, look at the file again.
+pub(super) fn forget_mapped(mapping: &GuestMapping) -> io::Result<()> {
+    // SAFETY: the range is the mapping, of a file whose contents stay, and which is only reached by volatile accesses.
+    match unsafe { libc::madvise(mapping.as_ptr().cast(), mapping.size(), libc::MADV_DONTNEED) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Whether the page at `offset` is one that can be touched through `mapping` without looking at the file.
+pub(super) fn is_mapped(mapping: &GuestMapping, offset: u64) -> io::Result<bool> {
+    let start = offset - offset % super::PAGE_SIZE_BYTES;
+    let Some(start) = usize::try_from(start).ok().filter(|start| *start < mapping.size()) else {
+        return Ok(false);
+    };
+    let mut state = 0_u8;
+    // SAFETY: the page is within the mapping, and there is a byte for it.
+    let result = unsafe {
+        libc::mincore(mapping.as_ptr().add(start).cast(), super::PAGE_SIZE_BYTES as usize, &raw mut state)
+    };
+    if result == 0 { Ok(state & 1 == 1) } else { Err(io::Error::last_os_error()) }
+}
+
 /// How many huge pages nobody uses, if the kernel tells.
 pub(super) fn free_pages() -> Option<u64> {
     std::fs::read_to_string(FREE).ok()?.trim().parse().ok()

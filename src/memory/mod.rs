@@ -221,6 +221,41 @@ impl RamBlock {
         huge::is_huge(self.memfd())
     }
 
+    /// Bytes of the pages that it lies in.
+    ///
+    /// # Errors
+    /// [`Error::Access`]: the kernel does not say.
+    pub fn page_bytes(&self) -> Result<u64, Error> {
+        let failed = |source| self.access_failed("ask for the size of the pages", source);
+        huge::page_bytes(self.memfd()).map_err(failed)
+    }
+
+    /// A second mapping of memory in huge pages, to fill pages that nobody is to see yet; `None` for other memory. What is written there
+    /// is not marked in the block's bitmap.
+    ///
+    /// # Errors
+    /// [`Error::Access`].
+    pub fn map_parts(&self) -> Result<Option<GuestMapping>, Error> {
+        if !self.is_huge() {
+            return Ok(None);
+        }
+        let failed = |source| self.access_failed("map huge pages for their parts", source);
+        huge::map(&self.memfd, self.mapping.size()).map(Some).map_err(failed)
+    }
+
+    /// Has whoever touches memory in huge pages from now on look at its file again, which stays as it is.
+    ///
+    /// # Errors
+    /// [`Error::Access`]: the kernel is older than Linux 5.18.
+    pub fn forget_mapped(&self) -> Result<(), Error> {
+        let failed = |source| self.access_failed("unmap huge pages (Linux 5.18 can)", source);
+        huge::forget_mapped(&self.mapping).map_err(failed)
+    }
+
+    fn access_failed(&self, what: &'static str, source: io::Error) -> Error {
+        Error::Access { what, name: self.name.clone(), offset: 0, source }
+    }
+
     /// The bytes `[offset, offset + length_bytes)`.
     ///
     /// # Errors
@@ -300,8 +335,7 @@ impl RamBlock {
             return Ok(std::iter::once(0..self.length_bytes()).collect());
         }
         if self.is_huge() {
-            let what = "look for populated huge pages";
-            let failed = |source| Error::Access { what, name: self.name.clone(), offset: 0, source };
+            let failed = |source| self.access_failed("look for populated huge pages", source);
             return huge::populated_ranges(self.memfd(), &self.mapping).map_err(failed);
         }
         let mut ranges = Vec::new();
@@ -314,11 +348,17 @@ impl RamBlock {
         Ok(ranges)
     }
 
-    /// Whether the page at `offset` holds memory, as [`Self::populated_ranges`] has it.
+    /// Whether the page at `offset` is there for whoever touches it in the guest: it holds memory, as [`Self::populated_ranges`] has it,
+    /// and of a huge one the guest's mapping knows.
     ///
     /// # Errors
     /// [`Error::Access`].
     pub fn is_populated(&self, offset: u64) -> Result<bool, Error> {
+        if self.is_huge() {
+            let what = "look for a huge page";
+            let failed = |source| Error::Access { what, name: self.name.clone(), offset, source };
+            return huge::is_mapped(&self.mapping, offset).map_err(failed);
+        }
         Ok(self.seek(SeekFrom::Data(offset))?.is_some_and(|start| start < offset + PAGE_SIZE_BYTES))
     }
 

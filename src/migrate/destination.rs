@@ -125,10 +125,7 @@ impl DestinationFactory for Factory {
     }
 
     fn can_miss_pages(&mut self) -> MachineResult<()> {
-        if self.vmm.spec.hugepages {
-            return Err("its RAM lies in huge pages".into());
-        }
-        Ok(Userfault::register(&[]).map(drop)?)
+        Ok(Userfault::check(self.vmm.spec.hugepages)?)
     }
 
     fn build(&mut self, source: &Description) -> MachineResult<Arrival> {
@@ -197,6 +194,10 @@ impl DestinationMachine for Arrival {
     fn discard(&mut self, block: usize, pages: Range<u64>) -> MachineResult<()> {
         let blocks = self.machine()?.resources().ram().blocks();
         let block = blocks.get(block).ok_or_else(|| format!("there is no block number {block}"))?;
+        if block.is_huge() {
+            // Nobody sees the page before all that is missing of it came, over what is there.
+            return Ok(());
+        }
         Ok(block.clear(pages.start * PAGE_BYTES, (pages.end - pages.start) * PAGE_BYTES)?)
     }
 

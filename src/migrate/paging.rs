@@ -1,5 +1,6 @@
 //! Guest memory that is placed when it is touched, as the migration engine sees it.
 
+use std::ops::Range;
 use std::sync::{Arc, Weak};
 
 use engine::{Fault, MachineResult, MissingPages};
@@ -9,8 +10,7 @@ use crate::memory::RamBlock;
 use crate::userfault::{Error, Userfault};
 use crate::vmm::{Request, Vmm};
 
-/// The memory of one machine, but for what is read first: persistent memory regions, which become files before the guest runs, and huge
-/// pages.
+/// The memory of one machine, but for what is read first: persistent memory regions, which become files before the guest runs.
 pub struct Paging {
     userfault: Userfault,
     /// For each of `userfault`'s blocks its number in the machine.
@@ -33,7 +33,7 @@ impl Paging {
             .iter()
             .cloned()
             .enumerate()
-            .filter(|(_, block)| !resources.is_region(block) && !block.is_huge())
+            .filter(|(_, block)| !resources.is_region(block))
             .unzip();
         let (userfault, waiters) = (Userfault::register(&blocks)?, Arc::clone(resources.waiters()));
         let blocks = resources.ram().blocks().to_vec();
@@ -53,6 +53,13 @@ impl Paging {
         }
     }
 
+    /// Whoever waited for these pages goes on; for parts of a page nobody waits.
+    fn placed(&self, block: usize, bytes: Range<u64>) {
+        if self.page_bytes(block) == engine::PAGE_BYTES {
+            self.waiters.serve(block, &bytes);
+        }
+    }
+
     /// What `userfault` calls the machine's block.
     fn place_of(&self, block: usize) -> MachineResult<usize> {
         let place = self.numbers.iter().position(|number| *number == block);
@@ -63,6 +70,16 @@ impl Paging {
 impl MissingPages for Paging {
     fn has(&self, block: usize) -> bool {
         self.numbers.contains(&block)
+    }
+
+    fn page_bytes(&self, block: usize) -> u64 {
+        self.place_of(block).map_or(engine::PAGE_BYTES, |place| self.userfault.page_bytes(place))
+    }
+
+    fn complete(&self, block: usize, offset: u64, length_bytes: u64) -> MachineResult<()> {
+        self.userfault.complete(self.place_of(block)?, offset, length_bytes)?;
+        self.waiters.serve(block, &(offset..offset.saturating_add(length_bytes)));
+        Ok(())
     }
 
     fn faults(&self, faults: &mut Vec<Fault>) -> MachineResult<()> {
@@ -79,13 +96,13 @@ impl MissingPages for Paging {
 
     fn place(&self, block: usize, offset: u64, pages: &[u8]) -> MachineResult<()> {
         self.userfault.place(self.place_of(block)?, offset, pages)?;
-        self.waiters.serve(block, &(offset..offset + pages.len() as u64));
+        self.placed(block, offset..offset.saturating_add(pages.len() as u64));
         Ok(())
     }
 
     fn place_zeros(&self, block: usize, offset: u64, length_bytes: u64) -> MachineResult<()> {
         self.userfault.place_zeros(self.place_of(block)?, offset, length_bytes)?;
-        self.waiters.serve(block, &(offset..offset.saturating_add(length_bytes)));
+        self.placed(block, offset..offset.saturating_add(length_bytes));
         Ok(())
     }
 

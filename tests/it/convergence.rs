@@ -92,7 +92,8 @@ fn a_guest_whose_time_is_over_stays_or_is_stopped_as_the_user_wants() {
     destination.finish();
 }
 
-/// On a host that has reserved huge pages for two machines; elsewhere it is told, and that the reason is given.
+/// On a host that has reserved huge pages for two machines; elsewhere it is told, and that the reason is given. The guest goes whole, ahead
+/// of all its memory and ahead of what it has dirtied, and out of a file.
 #[test]
 fn a_guest_moves_between_huge_pages_and_others() {
     let bed = bed();
@@ -113,12 +114,37 @@ fn a_guest_moves_between_huge_pages_and_others() {
     }
     let mut here = huge.boot(&bed, "process-0", EXERCISER, BUSY);
     let mut done = Counters::default();
-    for (hop, machine) in [&huge, &machine, &huge].into_iter().enumerate() {
+    let hops = [(&huge, None), (&machine, None), (&huge, Some("now")), (&huge, Some("after-first-round"))];
+    for (hop, (machine, postcopy)) in hops.into_iter().enumerate() {
         let mut there = machine.expect(&bed, &format!("process-{}", hop + 1), &uri(&bed, &format!("m{hop}")));
-        done = moves(&mut here, &mut there, &done).0;
+        match postcopy {
+            None => done = moves(&mut here, &mut there, &done).0,
+            Some(start) => {
+                done = works(&mut here, &done);
+                here.execute("migrate-set-parameters", json!({ "downtime-limit": 0 }));
+                here.migrate_with(json!({ "uri": there.uri(), "x-ferry-postcopy": start }));
+                here.migrated();
+                there.wait_for_migration("all memory", |info| info.status == MigrationStatus::Completed);
+                done = arrives(&mut there, &done);
+                let figures =
+                    there.status().migration.and_then(|info| info.postcopy).expect("memory followed");
+                // A huge page of 512 pages is asked for at once.
+                assert!(figures.requests > 0 && figures.missing_bytes == 0, "{figures:?}");
+                println!("measured: into huge pages, {start}: {figures:?}");
+            }
+        }
         here.execute("quit", json!({}));
         assert_eq!(here.exit().code(), Some(0));
         here = there;
     }
+    let file = format!("file:{}", bed.path("suspended").display());
+    let before = works(&mut here, &done);
+    here.migrate(&file);
+    here.migrated();
+    here.execute("quit", json!({}));
+    assert_eq!(here.exit().code(), Some(0));
+    let restored = huge.clone().flag("--incoming", &file);
+    let mut here = Vm::start(&bed, "restored", restored.flags().to_vec());
+    arrives(&mut here, &before);
     here.finish();
 }

@@ -226,7 +226,8 @@ impl<'a> Destination<'a> {
             Some(incoming) => self.gather(&agree, hello.session, link, incoming)?,
             None => Gathered::default(),
         };
-        let mut pages = pages.zip(agree.key.map(|key| key.key));
+        let mut pages =
+            pages.zip(agree.key.map(|key| key.key)).map(|(link, key)| (link, key, agree.features));
         let mut receiver = match &mapped {
             Some(_) => Receiver::local(factory.expected()),
             None => Receiver::live(factory.expected(), machine.ram_blocks()),

@@ -21,9 +21,12 @@ pub const SETTLE: u64 = 1 << 6;
 pub const IMAGE_FILES: u64 = 1 << 7;
 /// The destination says when the guest ran, by the clock of the host that both are on. Granted there only.
 pub const MOMENT: u64 = 1 << 8;
+/// Of memory that follows, several pages can be asked for at once.
+pub const PAGE_RUNS: u64 = 1 << 9;
 
 /// What this build can do as a destination.
-pub const SUPPORTED: u64 = CHANNELS | LOCAL | POSTCOPY | STORAGE | LZ4 | ZSTD | SETTLE | IMAGE_FILES | MOMENT;
+pub const SUPPORTED: u64 =
+    CHANNELS | LOCAL | POSTCOPY | STORAGE | LZ4 | ZSTD | SETTLE | IMAGE_FILES | MOMENT | PAGE_RUNS;
 
 /// What is granted to a source that offers `features`.
 #[must_use]

@@ -349,6 +349,12 @@ pub trait MissingPages: Send + Sync {
     /// Whether who touches a missing page of the block waits for it. Pages of other blocks are never missing.
     fn has(&self, block: usize) -> bool;
 
+    /// Bytes of the pages that the block lies in, which are missing and come to be there as wholes: [`PAGE_BYTES`](crate::PAGE_BYTES), or a multiple of
+    /// it. [`Fault`]s are of whole ones.
+    fn page_bytes(&self, _block: usize) -> u64 {
+        crate::PAGE_BYTES
+    }
+
     /// Waits until somebody touches missing pages, and adds all that is waited for; adds nothing once [`release`](Self::release)
     /// was called.
     ///
@@ -359,6 +365,9 @@ pub trait MissingPages: Send + Sync {
     /// Places whole pages, as this process's own writes are *not*: nobody has changed them. Pages that are there stay as they are;
     /// whoever waits for one goes on.
     ///
+    /// Of a block with [larger pages](Self::page_bytes) these are parts, and nobody sees them before the whole is
+    /// [complete](Self::complete): afterwards none of its parts is placed any more, and before, each by one thread at a time.
+    ///
     /// # Errors
     /// There is no memory.
     fn place(&self, block: usize, offset: u64, pages: &[u8]) -> MachineResult<()>;
@@ -368,6 +377,16 @@ pub trait MissingPages: Send + Sync {
     /// # Errors
     /// There is no memory.
     fn place_zeros(&self, block: usize, offset: u64, length_bytes: u64) -> MachineResult<()>;
+
+    /// These whole [larger pages](Self::page_bytes) lack nothing any more: whoever waits for one goes on. Harmless for those that were
+    /// complete.
+    ///
+    /// # Errors
+    /// There is no memory.
+    fn complete(&self, block: usize, offset: u64, length_bytes: u64) -> MachineResult<()> {
+        let _no_page_of_any_block_has_parts = (block, offset, length_bytes);
+        Ok(())
+    }
 
     /// No page is missing any more: those that were not placed are zeros, and nobody waits. Harmless when it was done.
     ///

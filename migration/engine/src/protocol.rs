@@ -8,7 +8,7 @@ use vmstate::VmState;
 
 use crate::lease::Id;
 use crate::moment::Moment;
-use crate::postcopy::{Missing, PageRequest, Recover};
+use crate::postcopy::{Missing, PageRequest, Recover, RunRequest};
 use crate::{Description, RamBlock, RunState};
 
 /// Above what the largest machine has: 30 controllers with 1024 namespaces of four properties each, 64 vCPUs with 256 leaves
@@ -79,6 +79,8 @@ pub enum Message {
     Listed,
     /// Destination: somebody waits for this page.
     PageRequest(PageRequest),
+    /// Destination: somebody waits for all of these.
+    RunRequest(RunRequest),
     /// Source: pages. Head and contents stay with the link.
     Pages,
     /// Source: blocks of an image. Head and contents stay with the link.
@@ -488,6 +490,7 @@ impl Message {
             Self::Missing(_) => "missing",
             Self::Listed => "listed",
             Self::PageRequest(_) => "page request",
+            Self::RunRequest(_) => "run request",
             Self::Pages => "pages",
             Self::Blocks => "blocks",
             Self::Recover(_) => "recover",
@@ -521,6 +524,7 @@ impl Message {
             Self::Missing(body) => (Kind::Missing, vmstate::to_bytes(body)),
             Self::Listed => (Kind::Listed, Vec::new()),
             Self::PageRequest(body) => (Kind::PageRequest, vmstate::to_bytes(body)),
+            Self::RunRequest(body) => (Kind::RunRequest, vmstate::to_bytes(body)),
             Self::Pages => (Kind::Pages, Vec::new()),
             Self::Blocks => (Kind::Blocks, Vec::new()),
             Self::Recover(body) => (Kind::Recover, vmstate::to_bytes(body)),
@@ -559,6 +563,7 @@ impl Message {
             Kind::Missing => Self::Missing(state(body)?),
             Kind::Listed => Self::Listed,
             Kind::PageRequest => Self::PageRequest(state(body)?),
+            Kind::RunRequest => Self::RunRequest(state(body)?),
             Kind::Pages => Self::Pages,
             Kind::Blocks => Self::Blocks,
             Kind::Recover => Self::Recover(state(body)?),
@@ -630,6 +635,7 @@ mod tests {
             }),
             Message::Channel(ChannelHello { session, key: [6; 16], index: 1, purpose: 0 }),
             Message::PageRequest(PageRequest { block: 3, page: 1 << 40 }),
+            Message::RunRequest(RunRequest { block: 3, first_page: 1 << 40, count: 64 }),
             Message::Recover(Recover { session, key: [6; 16] }),
             Message::Refuse(reasons.clone()),
             Message::Prepare(Prepare { digest: 5, running: true }),

@@ -102,6 +102,8 @@ kinds! {
     ImageFiles = 26,
     /// The destination has found them to be those that it would open.
     Identified = 27,
+    /// The destination needs several pages in a row now.
+    RunRequest = 28,
 }
 
 impl TryFrom<u16> for Kind {

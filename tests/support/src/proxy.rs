@@ -77,6 +77,7 @@ impl From<Kind> for Place {
             | Kind::Mapped
             | Kind::Identified
             | Kind::PageRequest
+            | Kind::RunRequest
             | Kind::Received => Way::ToSource,
             _ => Way::ToDestination,
         };

@@ -8,6 +8,7 @@
 //! ([`MissingPages::lost`]), which would otherwise go on with a memory that never was.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -200,6 +201,16 @@ impl Shared {
     /// Brings the page that somebody waits for.
     fn answer(&self, block: usize, offset: u64, buffer: &mut [u8]) -> Result<(), Error> {
         let failed = Error::machine("place guest memory");
+        if self.pages.page_bytes(block) > PAGE_BYTES {
+            let whole = self.whole_page(block, offset);
+            for chunk in chunks_of(&whole) {
+                if self.claim(block, chunk) {
+                    self.place(block, chunk, buffer)?;
+                }
+            }
+            // Nothing of it may be in the file; or all came already, and it is looked at once more.
+            return self.show(block, whole);
+        }
         if !self.memory.has_page(block, offset) {
             return self.pages.place_zeros(block, offset, PAGE_BYTES).map_err(failed);
         }
@@ -213,6 +224,22 @@ impl Shared {
             // Whoever has taken it places the page, and lets go on who waits.
             false => Ok(()),
         }
+    }
+
+    /// The larger page that the byte is in.
+    fn whole_page(&self, block: usize, offset: u64) -> Range<u64> {
+        let bytes = self.pages.page_bytes(block);
+        let start = offset - offset % bytes;
+        start..start.saturating_add(bytes)
+    }
+
+    /// Lets go on who waits for a larger page, if all of it is there. Otherwise whoever brings the last of its chunks does so.
+    fn show(&self, block: usize, whole: Range<u64>) -> Result<(), Error> {
+        if !chunks_of(&whole).all(|chunk| self.has_placed(block, chunk)) {
+            return Ok(());
+        }
+        let shown = self.pages.complete(block, whole.start, whole.end - whole.start);
+        shown.map_err(Error::machine("place guest memory"))
     }
 
     /// How far a chunk is.
@@ -229,7 +256,7 @@ impl Shared {
     }
 
     fn has_placed(&self, block: usize, chunk: u64) -> bool {
-        self.state_of(block, chunk).is_some_and(|state| state.load(Ordering::Acquire) == PLACED)
+        self.state_of(block, chunk).is_some_and(|state| state.load(Ordering::SeqCst) == PLACED)
     }
 
     /// Brings a chunk that is ours.
@@ -238,7 +265,16 @@ impl Shared {
             self.pages.place(block, offset, bytes).map_err(Error::machine("place guest memory"))
         })?;
         if let Some(state) = self.state_of(block, chunk) {
-            state.store(PLACED, Ordering::Release);
+            // Of two who bring the chunks of a larger page, at least one finds both placed.
+            state.store(PLACED, Ordering::SeqCst);
+        }
+        if self.pages.page_bytes(block) > PAGE_BYTES {
+            let mut offset = chunk * CHUNK_BYTES;
+            while offset < (chunk + 1) * CHUNK_BYTES {
+                let whole = self.whole_page(block, offset);
+                offset = whole.end;
+                self.show(block, whole)?;
+            }
         }
         let mut progress = self.progress();
         progress.missing -= 1;
@@ -280,4 +316,9 @@ impl Shared {
             log::error!("guest memory cannot be let alone: {error}");
         }
     }
+}
+
+/// The chunks that bytes are in.
+fn chunks_of(bytes: &Range<u64>) -> Range<u64> {
+    bytes.start / CHUNK_BYTES..bytes.end.div_ceil(CHUNK_BYTES)
 }

@@ -2,24 +2,21 @@
 
 use std::collections::BTreeMap;
 use std::net::Shutdown;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use transport::{Connection, Identity};
 
-use super::message::{self, Missing, PageRequest, Pages};
+use super::message::{self, Missing};
 use super::sets::PageSets;
+use super::shared::{Shared, State};
 use super::{Blocktime, order_by_name};
+use crate::features;
 use crate::lease::Id;
 use crate::link::{Link, Step};
 use crate::protocol::{Message, Progress, Reasons};
-use crate::{
-    Error, Fault, MachineResult, MissingPages, PAGE_BYTES, PageBitmap, Patience, Postcopy, RamBlock,
-};
-
-/// Between two attempts to get memory that there is not.
-const PAUSE: Duration = Duration::from_millis(50);
+use crate::{Error, MachineResult, MissingPages, PAGE_BYTES, PageBitmap, Patience, Postcopy, RamBlock};
 
 /// What the source has named before it hands the guest over.
 pub(crate) struct Announced {
@@ -108,43 +105,6 @@ impl Drop for Channel {
     }
 }
 
-struct Shared {
-    memory: Arc<dyn MissingPages>,
-    /// The machine's number of each block in the order of their names.
-    order: Vec<usize>,
-    state: Mutex<State>,
-    changed: Condvar,
-    /// Where pages are asked for, and since which time that links came about.
-    requests: Mutex<Option<(u32, Link)>>,
-    patience: Patience,
-}
-
-struct State {
-    /// By the machine's numbers.
-    missing: PageSets,
-    waiting: BTreeMap<(usize, u64), Vec<Waiter>>,
-    blocktime: Blocktime,
-    placed_bytes: u64,
-    /// Why nothing comes any more.
-    lost: Option<Error>,
-    /// Why nobody who waits can be served any more, whatever comes.
-    broken: Option<Error>,
-    /// How often links were let go of: what fails on one of those means nothing.
-    epoch: u32,
-    /// The guest is ours.
-    owned: bool,
-    /// It will never be.
-    released: bool,
-    /// The source knows that we have everything, and said how it went.
-    farewell: Option<Progress>,
-    recoveries: u32,
-}
-
-struct Waiter {
-    thread: u32,
-    since: Instant,
-}
-
 /// What [`Late::wait`] waited for.
 #[derive(Debug)]
 pub(crate) enum Now {
@@ -159,11 +119,12 @@ pub(crate) enum Now {
 }
 
 impl Late {
-    /// Begins to bring what is missing of `memory`, over `pages`. The guest is the source's still.
+    /// Begins to bring what is missing of `memory`, over `pages`, of a source that was granted `features`. The guest is the source's
+    /// still.
     pub fn new(
         memory: Arc<dyn MissingPages>,
         announced: Announced,
-        (pages, key): (Link, Id),
+        (pages, key, features): (Link, Id, u64),
         patience: Patience,
     ) -> Result<Self, Error> {
         announced.check(&*memory)?;
@@ -187,6 +148,8 @@ impl Late {
             state: Mutex::new(state),
             changed: Condvar::new(),
             requests: Mutex::default(),
+            asks_for_runs: features & features::PAGE_RUNS != 0,
+            parts: Mutex::default(),
             patience,
         });
         let identity = pages.identity();
@@ -226,8 +189,7 @@ impl Late {
         let requests = (self.shared.state().epoch, Link::new(link.handle()?)?);
         *self.shared.requests() = Some(requests);
         let channel = self.receive_on("pages", link, false)?;
-        let waiting: Vec<_> = self.shared.state().waiting.keys().copied().collect();
-        waiting.into_iter().for_each(|(block, page)| self.shared.ask(block, page));
+        self.shared.ask_again();
         Ok(channel)
     }
 
@@ -440,192 +402,5 @@ impl Drop for Late {
             log::error!("cannot end the watch over guest memory: {error}");
         }
         self.faults.take().map(JoinHandle::join);
-    }
-}
-
-impl Shared {
-    /// Serves who touches missing pages.
-    fn watch(&self) {
-        let mut faults = Vec::new();
-        loop {
-            faults.clear();
-            if let Err(source) = self.memory.faults(&mut faults) {
-                return self.fail(Error::Machine { doing: "hear who waits for guest memory", source });
-            }
-            if faults.is_empty() {
-                return;
-            }
-            for fault in &faults {
-                let mut told = false;
-                while let Err(error) = self.serve(*fault) {
-                    if self.state().released {
-                        break;
-                    }
-                    // There may be memory again in a moment, and nobody is to find what is not there.
-                    if !std::mem::replace(&mut told, true) {
-                        log::error!("cannot clear a page of guest memory: {error}");
-                    }
-                    std::thread::sleep(PAUSE);
-                }
-            }
-        }
-    }
-
-    fn serve(&self, Fault { block, offset, thread }: Fault) -> MachineResult<()> {
-        let page = offset / PAGE_BYTES;
-        let now = Instant::now();
-        let mut state = self.state();
-        if !state.missing.contains(block, page) {
-            state.blocktime.zero_faults += 1;
-            drop(state);
-            // The source never had anything there, or it came just now.
-            return self.memory.place_zeros(block, page * PAGE_BYTES, PAGE_BYTES);
-        }
-        let State { waiting, blocktime, .. } = &mut *state;
-        let waiters = waiting.entry((block, page)).or_default();
-        if thread != 0 && waiters.iter().any(|waiter| waiter.thread == thread) {
-            // A signal has woken it, and it looks again, as often as it is woken.
-            return Ok(());
-        }
-        blocktime.begins(now);
-        waiters.push(Waiter { thread, since: now });
-        let is_first = waiters.len() == 1;
-        drop(state);
-        if is_first {
-            self.ask(block, page);
-        }
-        Ok(())
-    }
-
-    /// Asks the source for a page. If the link is lost, it is asked again on the next.
-    fn ask(&self, block: usize, page: u64) {
-        let Some(theirs) = self.order.iter().position(|ours| *ours == block) else { return };
-        let request = Message::PageRequest(PageRequest { block: theirs as u16, page });
-        let patience = self.patience.silence;
-        let step = Step { doing: "asking for a page", patience, cancel: None, until: None };
-        let sent = self.requests().as_mut().map(|(epoch, link)| (*epoch, link.send(&request, step)));
-        if let Some((epoch, Err(error))) = sent {
-            self.lose(epoch, error);
-        }
-    }
-
-    /// Places what comes on a link until it ends.
-    fn receive(&self, link: &mut Link, is_main: bool) -> Result<(), Error> {
-        let doing = if is_main { "receiving the rest of guest memory" } else { "waiting for a page" };
-        let silence = self.patience.silence;
-        let step = Step { doing, patience: silence, cancel: None, until: None };
-        let mut heard = Instant::now();
-        loop {
-            if !link.is_spoken_to(step)? {
-                let since = if is_main { Some(heard) } else { self.waiting_since() };
-                if since.is_some_and(|since| since.elapsed() >= silence) && !self.is_complete() {
-                    return Err(Error::TimedOut { doing, waited: silence });
-                }
-                continue;
-            }
-            heard = Instant::now();
-            match link.receive(step)? {
-                Message::Pages => self.place(link.body(), doing)?,
-                Message::Progress(progress) if is_main && self.is_complete() => {
-                    self.state().farewell = Some(progress);
-                    self.changed.notify_all();
-                    return Ok(());
-                }
-                other => {
-                    let reason = format!("the source sent {}", other.name());
-                    return Err(Error::Protocol { doing, reason });
-                }
-            }
-        }
-    }
-
-    fn place(&self, body: &[u8], doing: &'static str) -> Result<(), Error> {
-        let wrong = |reason| Error::Protocol { doing, reason };
-        let (pages, contents) = Pages::decode(body).map_err(wrong)?;
-        let range = pages.range();
-        let block = self.order.get(usize::from(pages.block)).copied();
-        let block = block.ok_or_else(|| wrong(format!("pages of block number {}", pages.block)))?;
-        // What is there already came by the other link, and the guest may have written to it since.
-        let missing = self.state().missing.within(block, range.clone());
-        for run in &missing {
-            let placed = if pages.zeros {
-                self.memory.place_zeros(block, run.start * PAGE_BYTES, (run.end - run.start) * PAGE_BYTES)
-            } else {
-                let bytes = |page: u64| ((page - range.start) * PAGE_BYTES) as usize;
-                let contents = contents.get(bytes(run.start)..bytes(run.end)).unwrap_or_default();
-                self.memory.place(block, run.start * PAGE_BYTES, contents)
-            };
-            match placed {
-                // It came by the other link just now, and was the last.
-                Err(_) if self.state().released => return Ok(()),
-                placed => placed.map_err(Error::machine("place guest memory"))?,
-            }
-        }
-        let now = Instant::now();
-        let mut state = self.state();
-        let State { missing: sets, waiting, blocktime, placed_bytes, .. } = &mut *state;
-        for run in missing {
-            *placed_bytes += sets.remove(block, run.clone()) * PAGE_BYTES;
-            let mut served = waiting.split_off(&(block, run.start));
-            waiting.append(&mut served.split_off(&(block, run.end)));
-            for Waiter { thread, since } in served.into_values().flatten() {
-                blocktime.ends(thread, since, now);
-            }
-        }
-        if sets.count() == 0 {
-            self.changed.notify_all();
-        }
-        Ok(())
-    }
-
-    /// Nothing comes any more on the links of `epoch`, because of `error`.
-    fn lose(&self, epoch: u32, error: Error) {
-        let mut state = self.state();
-        if epoch == state.epoch {
-            state.lost.get_or_insert(error);
-        }
-        self.end_attempt(state);
-    }
-
-    /// Nobody who waits can be served any more, because of `error`: the end of the attempt, or of the guest.
-    fn fail(&self, error: Error) {
-        let mut state = self.state();
-        log::error!("{}", error.chain());
-        match state.owned {
-            true => state.broken = Some(error),
-            // That it broke is why the links are of no use.
-            false => state.lost = Some(error),
-        }
-        self.end_attempt(state);
-    }
-
-    /// Something is lost: unless the guest is ours, nobody is to wait for it here.
-    fn end_attempt(&self, mut state: MutexGuard<'_, State>) {
-        let release = !state.owned && !state.released;
-        if release {
-            // The guest is the source's: who waits here is a check that fails next.
-            state.released = true;
-            if let Err(error) = self.memory.release() {
-                log::error!("cannot end the watch over guest memory: {error}");
-            }
-        }
-        drop(state);
-        self.changed.notify_all();
-    }
-
-    fn waiting_since(&self) -> Option<Instant> {
-        self.state().waiting.values().flatten().map(|waiter| waiter.since).min()
-    }
-
-    fn is_complete(&self) -> bool {
-        self.state().missing.count() == 0
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn requests(&self) -> MutexGuard<'_, Option<(u32, Link)>> {
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

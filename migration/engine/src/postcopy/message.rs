@@ -82,6 +82,18 @@ pub struct Pages {
     pub digest: u64,
 }
 
+/// Pages in a row that are waited for, by who touched a larger page which they are parts of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, VmState)]
+#[vmstate(name = "run-request", version = 1)]
+pub struct RunRequest {
+    /// The block, as in the stream.
+    pub block: u16,
+    /// The first of them.
+    pub first_page: u64,
+    /// How many, 1 to 64.
+    pub count: u16,
+}
+
 impl Pages {
     /// Adds `contents`, the pages of `block` from `first_page` on, to `body`.
     pub(crate) fn encode(body: &mut Vec<u8>, block: usize, first_page: u64, contents: &[u8]) {

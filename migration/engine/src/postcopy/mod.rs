@@ -24,7 +24,8 @@
 //!
 //! - `sets`: which pages, without I/O. `message`: how they are told.
 //! - `source`: keeps all pages until RECEIVED, answers requests and sends the rest in the background.
-//! - `destination`: who waits for what; places pages. `blocktime`: what the waiting cost.
+//! - `destination`: brings what is missing, over lost links and new ones. `shared`: who waits for what; places pages. `blocktime`: what
+//!   the waiting cost.
 //!
 //! Invariants: a page that is there is never written again by its arrival ([`MissingPages::place`](crate::MissingPages::place)). From the moment on at which
 //! the guest is the destination's, nobody reads zeros for a page that has not come: if the process cannot have it, who touches it waits
@@ -38,12 +39,13 @@ mod blocktime;
 mod destination;
 mod message;
 mod sets;
+mod shared;
 mod source;
 
 pub use blocktime::Blocktime;
 pub(crate) use destination::{Announced, Late};
 pub(crate) use message::{MISSING_BYTES_MAX, PAGES_BYTES_MAX};
-pub use message::{Missing, PageRequest, Recover};
+pub use message::{Missing, PageRequest, Recover, RunRequest};
 #[cfg(test)]
 pub(crate) use sets::PageSets;
 pub(crate) use source::{Followers, Remainder, announce, offered, open};

@@ -10,7 +10,7 @@ use stream::frame::{HEADER_BYTES, Kind};
 use transport::Connection;
 use vm_memory::VolatileMemory;
 
-use super::message::{self, Missing, PageRequest, Pages, RUN_PAGES_MAX, Recover};
+use super::message::{self, Missing, PageRequest, Pages, RUN_PAGES_MAX, Recover, RunRequest};
 use super::order_by_name;
 use super::sets::PageSets;
 use crate::bandwidth::TokenBucket;
@@ -305,7 +305,11 @@ enum Found {
 /// What a source offers to a destination.
 pub(crate) fn offered(parameters: &Parameters) -> u64 {
     let is_way_out = parameters.convergence().on_timeout == OnTimeout::Postcopy;
-    if is_way_out || parameters.postcopy() != PostcopyStart::Never { features::POSTCOPY } else { 0 }
+    if is_way_out || parameters.postcopy() != PostcopyStart::Never {
+        features::POSTCOPY | features::PAGE_RUNS
+    } else {
+        0
+    }
 }
 
 /// Opens the link for page requests, if memory may follow: then the destination must have agreed to that.
@@ -318,7 +322,7 @@ pub(crate) fn open(
     let offered = offered(context.parameters);
     match &agree.key {
         _ if offered == 0 => Ok(None),
-        Some(key) if agree.features & offered != 0 => {
+        Some(key) if agree.features & features::POSTCOPY != 0 => {
             let opened = open_channel(session, key.key, dial, context.patience);
             // The main link is as it was, and the destination is to hear of it there.
             let failed =
@@ -357,22 +361,29 @@ impl Memory {
             if !link.is_spoken_to(step)? {
                 continue;
             }
-            let PageRequest { block, page } = match link.receive(step)? {
-                Message::PageRequest(request) => request,
+            let RunRequest { block, first_page, count } = match link.receive(step)? {
+                Message::PageRequest(PageRequest { block, page }) => {
+                    RunRequest { block, first_page: page, count: 1 }
+                }
+                Message::RunRequest(request) if (1..=RUN_PAGES_MAX).contains(&request.count.into()) => {
+                    request
+                }
                 Message::Received => {
                     self.received.store(true, Ordering::SeqCst);
                     return Ok(());
                 }
                 other => return Err(unexpected(other, doing)),
             };
-            self.left().remove(block.into(), page..page.saturating_add(1));
-            self.encode(&mut frame, block.into(), page, 1)?;
+            let (block, end) = (block.into(), first_page.saturating_add(count.into()));
+            // First: who reads them in the background has sent them, or finds them taken.
+            self.left().remove(block, first_page..end);
+            self.encode(&mut frame, block, first_page, count.into())?;
             link.send_frame(
                 Kind::Pages,
                 &mut frame,
                 Step { doing: "sending a page that is waited for", ..step },
             )?;
-            self.left().go_on_from(block.into(), page.saturating_add(1));
+            self.left().go_on_from(block, end);
             self.requests.fetch_add(1, Ordering::Relaxed);
             self.requested_bytes.fetch_add(frame.len() as u64, Ordering::Relaxed);
         }

@@ -16,6 +16,8 @@ pub const MARK_OFFSET: usize = PAGE_LENGTH - 8;
 #[derive(Debug)]
 pub struct MockMemory {
     blocks: Vec<RamBlock>,
+    /// How many of the pages on the wire are one of the guest's.
+    whole_pages: u64,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -43,6 +45,11 @@ impl World {
         self.lock().faults_before_silence = Some(faults);
     }
 
+    /// The destination's memory lies in pages that are so many times larger.
+    pub fn enlarge_pages(&self, times: u64) {
+        self.lock().larger_pages = Some(times);
+    }
+
     /// The memory of a guest that came without.
     pub fn missing(&self) -> Option<Arc<MockMemory>> {
         self.lock().missing.clone()
@@ -54,16 +61,27 @@ pub type Found = ((usize, u64), Vec<u8>);
 
 impl MockMemory {
     /// `blocks`, of which those pages are there that hold something.
-    pub fn new(blocks: &[RamBlock], breaks_after: Option<u64>, asleep: bool) -> Arc<Self> {
+    ///
+    /// Of larger pages, which have parts that hold something and others, none is there.
+    pub fn new(
+        blocks: &[RamBlock],
+        larger_pages: Option<u64>,
+        breaks_after: Option<u64>,
+        asleep: bool,
+    ) -> Arc<Self> {
         let present = |block: &RamBlock| {
             let pages = block.length_bytes() / PAGE_BYTES;
             let mut bitmap = PageBitmap::new(pages);
-            (0..pages).filter(|page| !is_zero(&contents(block, *page))).for_each(|page| bitmap.set(page));
+            if larger_pages.is_none() {
+                (0..pages).filter(|page| !is_zero(&contents(block, *page))).for_each(|page| bitmap.set(page));
+            }
             bitmap
         };
         let present = blocks.iter().map(present).collect();
         let state = State { present, breaks_after, asleep, ..State::default() };
-        Arc::new(Self { blocks: blocks.to_vec(), state: Mutex::new(state), changed: Condvar::new() })
+        let whole_pages = larger_pages.unwrap_or(1);
+        let (blocks, state, changed) = (blocks.to_vec(), Mutex::new(state), Condvar::new());
+        Arc::new(Self { blocks, whole_pages, state, changed })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -77,7 +95,8 @@ impl MockMemory {
         if !is_there(&state) {
             state.touched_missing += 1;
             // A signal that wakes it has it told twice.
-            let fault = Fault { block, offset: page * PAGE_BYTES, thread };
+            let offset = (page - page % self.whole_pages) * PAGE_BYTES;
+            let fault = Fault { block, offset, thread };
             state.faults.extend([fault, fault]);
             self.changed.notify_all();
         }
@@ -135,10 +154,17 @@ impl MockMemory {
         if state.released {
             return Err("this memory is not watched any more".into());
         }
+        let is_part = self.whole_pages > 1;
+        assert!(
+            !(is_part && state.present[block].contains(page)),
+            "page {page}, which can be seen, came again"
+        );
         if !state.present[block].contains(page) {
             let slice = self.blocks[block].mapping.as_volatile_slice();
             slice.write_slice(bytes, page as usize * PAGE_LENGTH).unwrap();
-            state.present[block].set(page);
+            if !is_part {
+                state.present[block].set(page);
+            }
             self.changed.notify_all();
         }
         Ok(())
@@ -164,6 +190,21 @@ impl MissingPages for MockMemory {
             return Err("userfaultfd is gone".into());
         }
         faults.append(&mut state.faults);
+        Ok(())
+    }
+
+    fn page_bytes(&self, _block: usize) -> u64 {
+        self.whole_pages * PAGE_BYTES
+    }
+
+    fn complete(&self, block: usize, offset: u64, length_bytes: u64) -> MachineResult<()> {
+        let mut state = self.state();
+        if state.released {
+            return Err("this memory is not watched any more".into());
+        }
+        assert!(offset.is_multiple_of(self.page_bytes(block)) && length_bytes == self.page_bytes(block));
+        state.present[block].set_bytes(offset..offset + length_bytes);
+        self.changed.notify_all();
         Ok(())
     }
 

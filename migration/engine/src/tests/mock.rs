@@ -571,7 +571,12 @@ impl DestinationMachine for Arriving {
             return None;
         }
         let mut world = self.0.world.lock();
-        let memory = MockMemory::new(&self.ram_blocks(), world.faults_before_silence, world.sleeps);
+        let memory = MockMemory::new(
+            &self.ram_blocks(),
+            world.larger_pages,
+            world.faults_before_silence,
+            world.sleeps,
+        );
         world.missing = Some(Arc::clone(&memory));
         drop(world);
         self.0.missing = Some(Arc::clone(&memory));

@@ -128,6 +128,30 @@ fn memory_follows_a_guest_from_the_start() {
     assert!(matches!(record.state, State::Taken { .. }) && record.owner.vm == "destination", "{record}");
 }
 
+/// Who touches a larger page of the destination's waits for all of its parts, and sees none of them before.
+#[test]
+fn memory_follows_a_guest_into_larger_pages() {
+    for (start, times, name) in [
+        (PostcopyStart::AtOnce, 8, "from the start"),
+        (PostcopyStart::AtOnce, 40, "from the start, in pages of the length of a block"),
+        (PostcopyStart::AfterFirstRound, 8, "after the first round"),
+    ] {
+        let world = World::new();
+        world.enlarge_pages(times);
+        let play = play(&world, start);
+        // The guest gets what it touches by asking.
+        play.parameters.set_max_bandwidth(Parameters::MAX_BANDWIDTH_LEAST);
+        let mut ending = play.run();
+        assert_moved(&world, &mut ending, name);
+        let got = ending.destination_statistics.postcopy.unwrap();
+        let sent = ending.source_statistics.postcopy.unwrap();
+        assert!(got.requests > 0 && sent.requests > 0, "{name}: {sent:?} {got:?}");
+        // One request for a run, not one for each page.
+        let are_whole = start == PostcopyStart::AtOnce;
+        assert!(!are_whole || sent.requests * 2 <= got.bytes / 4096, "{name}: {sent:?} {got:?}");
+    }
+}
+
 #[test]
 fn what_was_dirtied_since_the_first_round_follows() {
     let world = World::new();

@@ -32,6 +32,8 @@ pub struct WorldState {
     images_of_each: bool,
     /// After so many faults of a guest that lacks memory nobody hears of more.
     pub faults_before_silence: Option<u64>,
+    /// See [`World::enlarge_pages`].
+    pub larger_pages: Option<u64>,
     /// A guest that lacks memory touches none before it is woken.
     pub sleeps: bool,
     /// Memory that followed a guest.

@@ -480,11 +480,11 @@ fn stream_of_another_vmm_is_walked_to_its_end() {
 fn frames_have_their_numbers_and_bounds() {
     use frame::{Header, Kind};
     let kinds: Vec<u16> = Kind::ALL.iter().map(|kind| *kind as u16).collect();
-    assert_eq!(kinds, (1..=27).collect::<Vec<_>>());
+    assert_eq!(kinds, (1..=28).collect::<Vec<_>>());
     let header = Header { kind: Kind::Commit, flags: 2, length_bytes: 0x10_0000 };
     assert_eq!(header.encode(), [0, 8, 0, 2, 0, 0x10, 0, 0]);
     assert_eq!(Header::decode(header.encode()).unwrap(), header);
-    for unknown in [0, 28, 0xff] {
+    for unknown in [0, 29, 0xff] {
         let decoded = Header::decode([0, unknown, 0, 0, 0, 0, 0, 0]);
         assert!(matches!(decoded, Err(Error::FrameKind(kind)) if kind == u16::from(unknown)));
     }

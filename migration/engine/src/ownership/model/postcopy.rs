@@ -287,7 +287,8 @@ impl World {
                         answers.then(|| s.send(Message::Received));
                     }
                     Message::Recover => {
-                        let lacks = (0..PAGES).filter(|page| s.destination.missing.contains(0, *page));
+                        let lacks =
+                            (0..PAGES).filter(|page| s.destination.missing.bitmaps()[0].contains(*page));
                         let pages = lacks.fold(0, |pages, page| pages | 1 << page);
                         s.send(Message::Missing(pages));
                     }
