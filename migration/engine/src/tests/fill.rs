@@ -33,6 +33,14 @@ struct PagesState {
     placed: BTreeSet<(usize, u64)>,
     released: bool,
     lost: Option<String>,
+    /// A block that lies in pages of so many bytes.
+    larger_pages: Option<(usize, u64)>,
+}
+
+impl PagesState {
+    fn page_bytes(&self, block: usize) -> u64 {
+        self.larger_pages.filter(|(larger, _)| *larger == block).map_or(PAGE_BYTES, |(_, bytes)| bytes)
+    }
 }
 
 impl Pages {
@@ -57,6 +65,7 @@ impl Pages {
         let is_there = |state: &PagesState| state.released || state.placed.contains(&(block, offset));
         self.change(|state| {
             if !is_there(state) {
+                let offset = offset - offset % state.page_bytes(block);
                 state.faults.push(Fault { block, offset, thread: 0 });
             }
         });
@@ -72,8 +81,15 @@ impl Pages {
 
     fn put(&self, block: usize, range: Range<u64>, bytes: impl Fn(u64) -> Vec<u8>) {
         let mut state = self.state.lock().unwrap();
+        let is_part = state.page_bytes(block) > PAGE_BYTES;
         for offset in range.step_by(PAGE_BYTES as usize) {
-            if state.placed.insert((block, offset)) {
+            let is_new = if is_part {
+                !state.placed.contains(&(block, offset))
+            } else {
+                state.placed.insert((block, offset))
+            };
+            assert!(is_new || !is_part, "a part at {offset:#x} of a page that was complete");
+            if is_new {
                 let mapping = &self.blocks[block].mapping;
                 mapping.as_volatile_slice().write_slice(&bytes(offset), offset as usize).unwrap();
             }
@@ -94,6 +110,16 @@ impl MissingPages for Pages {
             ready.then(|| std::mem::take(&mut state.faults))
         };
         faults.extend(self.wait(come));
+        Ok(())
+    }
+
+    fn page_bytes(&self, block: usize) -> u64 {
+        self.state.lock().unwrap().page_bytes(block)
+    }
+
+    fn complete(&self, block: usize, offset: u64, length_bytes: u64) -> MachineResult<()> {
+        let pages = (offset..offset + length_bytes).step_by(PAGE_BYTES as usize);
+        self.change(|state| state.placed.extend(pages.map(|offset| (block, offset))));
         Ok(())
     }
 
@@ -132,6 +158,8 @@ struct Lazy {
     /// Pages that devices look at while they are loaded.
     looked_at: Vec<(usize, u64)>,
     pages: Sender<Arc<Pages>>,
+    /// See [`PagesState::larger_pages`].
+    larger_pages: Option<(usize, u64)>,
 }
 
 struct LazyArriving {
@@ -157,8 +185,8 @@ impl DestinationFactory for Lazy {
 
     fn build(&mut self, source: &Description) -> MachineResult<LazyArriving> {
         let arriving = self.factory.build(source)?;
-        let (state, changed) = Default::default();
-        let pages = Arc::new(Pages { blocks: arriving.ram_blocks(), state, changed });
+        let state = Mutex::new(PagesState { larger_pages: self.larger_pages, ..PagesState::default() });
+        let pages = Arc::new(Pages { blocks: arriving.ram_blocks(), state, changed: Condvar::new() });
         self.pages.send(Arc::clone(&pages)).unwrap();
         Ok(LazyArriving { arriving, looked_at: self.looked_at.clone(), pages })
     }
@@ -203,7 +231,7 @@ fn restore(
     reading: Reading,
     looked_at: &[(usize, u64)],
 ) -> (Result<Restored<LazyArriving>, Error>, Receiver<Arc<Pages>>) {
-    restore_by(world.lease("restored"), world, path, reading, looked_at)
+    restore_by(world.lease("restored"), world, path, reading, (looked_at, None))
 }
 
 fn restore_by(
@@ -211,10 +239,11 @@ fn restore_by(
     world: &World,
     path: &Path,
     reading: Reading,
-    looked_at: &[(usize, u64)],
+    (looked_at, larger_pages): (&[(usize, u64)], Option<(usize, u64)>),
 ) -> (Result<Restored<LazyArriving>, Error>, Receiver<Arc<Pages>>) {
     let (pages, made) = channel();
-    let mut factory = Lazy { factory: Factory::new(world, "restored"), looked_at: looked_at.to_vec(), pages };
+    let looked_at = looked_at.to_vec();
+    let mut factory = Lazy { factory: Factory::new(world, "restored"), looked_at, pages, larger_pages };
     let (parameters, statistics) = (Parameters::new(), Statistics::new());
     (
         restore_from_file(
@@ -271,6 +300,28 @@ fn the_guest_runs_first_and_its_memory_comes_when_it_is_touched_or_later() {
     assert_eq!(pages.state.lock().unwrap().lost, None);
 }
 
+/// Pieces of a file and larger pages lie across each other: who touches such a page waits for all pieces that it has a part of.
+#[test]
+fn a_larger_page_is_seen_when_the_last_of_its_pieces_has_come() {
+    for touched in [0, 299, 300, 599] {
+        let world = World::new();
+        let (source, path) = suspended(&world);
+        let mut contents = source.guest.contents();
+        contents.reverse();
+        let larger_pages = Some((RAM, 300 * PAGE_BYTES));
+        let lease = world.lease("restored");
+        let (restored, _) = restore_by(lease, &world, &path, Reading::OnDemand, (&[], larger_pages));
+        let restored = restored.unwrap();
+        let (fill, pages) = (restored.fill.unwrap(), restored.machine.pages);
+        let offset = touched * PAGE_BYTES;
+        let expected = &contents[RAM][offset as usize..][..PAGE_BYTES as usize];
+        assert!(pages.touch(RAM, offset).unwrap() == expected, "page {touched}");
+        assert!(run(&fill));
+        assert!(restored.machine.arriving.0.contents() == source.guest.contents());
+        assert_eq!(pages.state.lock().unwrap().lost, None);
+    }
+}
+
 /// Each page from the newest file that has it.
 #[test]
 fn memory_of_several_files_comes_when_it_is_touched_or_later() {
@@ -278,7 +329,7 @@ fn memory_of_several_files_comes_when_it_is_touched_or_later() {
     let (world, lease) = chain.end("wednesday");
     let lease = Lease::open_existing(&lease, world.lease("restored").owner().clone()).unwrap();
     let path = world.path("wednesday");
-    let (restored, _) = restore_by(lease, &world, &path, Reading::OnDemand, &[]);
+    let (restored, _) = restore_by(lease, &world, &path, Reading::OnDemand, (&[], None));
     let restored = restored.unwrap();
     let (fill, pages) = (restored.fill.unwrap(), restored.machine.pages);
     let expected = days[2].clone();
