@@ -237,7 +237,7 @@ fn set_parameters(context: &Context, mut arguments: Arguments) -> Result<Value, 
         convergence,
         multifd_channels: multifd_channels.unwrap_or(old.multifd_channels),
         multifd_compression: multifd_compression.map_or(old.multifd_compression, Into::into),
-    });
+    })?;
     nothing()
 }
 
@@ -274,7 +274,7 @@ fn set_capabilities(context: &Context, mut arguments: Arguments) -> Result<Value
     if let Some(on) = auto_converge {
         let mut parameters = context.operations.migration_parameters();
         parameters.convergence.auto_converge = on;
-        context.operations.set_migration_parameters(parameters);
+        context.operations.set_migration_parameters(parameters)?;
     }
     nothing()
 }

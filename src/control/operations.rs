@@ -71,8 +71,9 @@ pub trait Operations: Send + Sync {
     /// The limits of migrations.
     fn migration_parameters(&self) -> MigrationParameters;
 
-    /// Changes the limits, of a migration that runs too. The protocol has checked their ranges.
-    fn set_migration_parameters(&self, parameters: MigrationParameters);
+    /// Changes the limits, of a migration that runs too. The protocol has checked their ranges. Refused, and none is changed, where the
+    /// migration that runs cannot take one.
+    fn set_migration_parameters(&self, parameters: MigrationParameters) -> Result<(), Refusal>;
 
     /// All that this project knows and QEMU has no word for.
     fn ferry_status(&self) -> FerryStatus;

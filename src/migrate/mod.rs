@@ -438,12 +438,24 @@ impl Migrations {
     }
 
     /// Changes the limits, of a migration that runs too.
-    pub fn set_limits(&self, limits: MigrationParameters) {
+    ///
+    /// # Errors
+    /// Memory is to follow when time is used up, of a migration that runs and has not been begun so that it can. Nothing is changed.
+    pub fn set_limits(&self, limits: MigrationParameters) -> anyhow::Result<()> {
+        let follows =
+            |convergence: engine::Convergence| convergence.on_timeout == engine::OnTimeout::Postcopy;
+        ensure!(
+            !(follows(limits.convergence.into()) && !follows(self.parameters.convergence()))
+                || !(self.is_leaving() && self.parameters.postcopy_is_left_out()),
+            "x-ferry-on-timeout cannot become postcopy for the migration that runs: its two sides have agreed that the guest brings all \
+             of its memory (begin it with the capability postcopy-ram, or with that way out)"
+        );
         self.parameters.set_downtime_limit(Duration::from_millis(limits.downtime_limit));
         self.parameters.set_max_bandwidth(limits.max_bandwidth);
         self.parameters.set_convergence(limits.convergence.into());
         self.parameters.set_channels(limits.multifd_channels);
         self.parameters.set_compression(limits.multifd_compression.into());
+        Ok(())
     }
 }
 

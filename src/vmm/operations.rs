@@ -205,8 +205,8 @@ impl Operations for Control {
         self.0.migrations.limits()
     }
 
-    fn set_migration_parameters(&self, parameters: MigrationParameters) {
-        self.0.migrations.set_limits(parameters);
+    fn set_migration_parameters(&self, parameters: MigrationParameters) -> Result<(), Refusal> {
+        self.0.migrations.set_limits(parameters).map_err(|error| refusal(&error))
     }
 
     fn add_namespace(&self, option: &NamespaceOption) -> Result<(), Refusal> {

@@ -56,6 +56,10 @@ fn a_guest_that_is_faster_than_the_link_is_slowed_down_until_it_is_stopped_or_st
     };
 
     slowed(&mut source);
+    // Source and destination have agreed on a guest that brings its memory.
+    let reason = source
+        .refused("migrate-set-parameters", json!({ "x-ferry-on-timeout": "postcopy", "max-bandwidth": 0 }));
+    assert!(reason.contains("cannot become postcopy for the migration that runs"), "{reason}");
     source.execute("migrate_cancel", json!({}));
     assert_eq!(source.end_of_migration().status, MigrationStatus::Cancelled);
     assert!(source.owns_a_running_guest());

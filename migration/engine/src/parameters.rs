@@ -27,6 +27,8 @@ pub struct Parameters {
     postcopy: AtomicU8,
     /// Memory is to follow the guest from now on.
     postcopy_wished: AtomicBool,
+    /// The two sides have agreed on a migration whose guest brings all of its memory.
+    postcopy_left_out: AtomicBool,
     /// A link that memory was lost on is to be replaced.
     recovery: AtomicBool,
     /// The process ends, whoever needs memory of it.
@@ -71,6 +73,7 @@ impl Default for Parameters {
             word: Mutex::default(),
             postcopy: AtomicU8::new(PostcopyStart::Never as u8),
             postcopy_wished: AtomicBool::new(false),
+            postcopy_left_out: AtomicBool::new(false),
             recovery: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
         }
@@ -204,6 +207,7 @@ impl Parameters {
         self.end.store(OPEN, Ordering::SeqCst);
         *self.word() = None;
         self.postcopy_wished.store(false, Ordering::SeqCst);
+        self.postcopy_left_out.store(false, Ordering::SeqCst);
         self.recovery.store(false, Ordering::SeqCst);
     }
 
@@ -226,6 +230,17 @@ impl Parameters {
 
     pub(crate) fn postcopy_is_wished(&self) -> bool {
         self.postcopy_wished.load(Ordering::SeqCst)
+    }
+
+    /// Whether it is too late for [`OnTimeout::Postcopy`](crate::OnTimeout::Postcopy) in the migration that runs: its source has not
+    /// offered that memory follows.
+    #[must_use]
+    pub fn postcopy_is_left_out(&self) -> bool {
+        self.postcopy_left_out.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn leave_postcopy_out(&self) {
+        self.postcopy_left_out.store(true, Ordering::SeqCst);
     }
 
     /// Replaces the link that was lost while the guest's memory followed.

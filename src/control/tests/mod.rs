@@ -155,8 +155,9 @@ impl Operations for Machine {
         self.state.lock().unwrap().parameters
     }
 
-    fn set_migration_parameters(&self, parameters: MigrationParameters) {
+    fn set_migration_parameters(&self, parameters: MigrationParameters) -> Result<(), Refusal> {
         self.set(|state| state.parameters = parameters);
+        Ok(())
     }
 
     fn add_namespace(&self, option: &NamespaceOption) -> Result<(), Refusal> {

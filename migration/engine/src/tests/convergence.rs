@@ -165,6 +165,23 @@ fn a_guest_whose_rounds_are_used_up_moves_ahead_of_its_memory() {
     assert!(ending.arrived.unwrap().machine.0.missing.is_some(), "memory followed");
 }
 
+/// While a migration runs it is known whether memory may still follow in the end.
+#[test]
+fn whether_memory_may_follow_is_known_while_it_moves() {
+    for (way, is_left_out) in [(OnTimeout::Cancel, true), (OnTimeout::Postcopy, false)] {
+        let world = World::new();
+        let mut play = hot(&world, 10, five_rounds(way));
+        let parameters = std::sync::Arc::clone(&play.parameters);
+        assert!(!parameters.postcopy_is_left_out(), "nothing is agreed on yet");
+        let seen = std::sync::Arc::clone(&parameters);
+        play.source.on_look =
+            Some(Box::new(move |_| assert_eq!(seen.postcopy_is_left_out(), is_left_out, "{way:?}")));
+        play.run();
+        parameters.begin();
+        assert!(!parameters.postcopy_is_left_out(), "the next one may");
+    }
+}
+
 #[test]
 fn a_way_out_that_nobody_agreed_on_is_none() {
     let world = World::new();
