@@ -61,8 +61,18 @@ impl Mark {
     /// It cannot be read, or is none.
     pub fn read(path: &Path) -> Result<Option<Self>, Error> {
         let mut bytes = Vec::new();
-        // Who finds something else there must not wait for it.
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+        match fs::metadata(path) {
+            // Opening something else could wait, or do worse.
+            Ok(found) if !found.is_file() => return Err(Error::DamagedMark { path: path.to_owned() }),
+            Ok(_) => {}
+            // Where no mark can be called so, none was ever written.
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::InvalidFilename) => {
+                return Ok(None);
+            }
+            Err(error) => return Err(failed(path, "look at it")(error)),
+        }
+        // What comes there meanwhile is not waited for either.
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
         let read = file.and_then(|file| file.take(FILE_BYTES_MAX as u64 + 1).read_to_end(&mut bytes));
         match read {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
@@ -122,6 +132,10 @@ impl Mark {
     #[must_use]
     pub fn holds(&self, reader: Owner) -> bool {
         let Some(lease) = &self.unless else { return true };
+        // Whoever may write beside the image says where that is: nothing else is opened there.
+        if !fs::metadata(lease).is_ok_and(|found| found.is_file()) {
+            return true;
+        }
         let record = Lease::open_existing(lease, reader).and_then(|lease| lease.read());
         !record.is_ok_and(|record| record.is_some_and(|record| self.is_contradicted_by(&record)))
     }
@@ -185,6 +199,8 @@ fn failed(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> Error 
 
 #[cfg(test)]
 mod tests {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
     use super::*;
     use crate::lease::Id;
 
@@ -338,6 +354,36 @@ mod tests {
         fs::create_dir(&host.mark).unwrap();
         assert!(matches!(mark.write(&host.mark), Err(Error::Mark { .. })));
         assert_eq!(host.names(), ["record", "second.img", "second.img.ferry-mark"]);
+    }
+
+    #[test]
+    fn an_image_whose_name_leaves_no_room_for_a_mark_has_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("i".repeat(250));
+        fs::write(&image, "contents").unwrap();
+        assert_eq!(Mark::read(&mark_path(&image)).unwrap(), None);
+    }
+
+    /// Opening a device can do something, whatever is read from it.
+    #[test]
+    fn nothing_but_a_file_is_opened_for_a_mark_or_for_what_it_names() {
+        let host = Host::new();
+        let pipe = host.folder.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        // It hears that somebody was there who could have written.
+        let reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&pipe).unwrap();
+        let mut source = host.lease();
+        source.claim().unwrap();
+        let mark = Mark { unless: Some(pipe.clone()), ..source.mark(moved()).unwrap() };
+        assert!(mark.holds(owner("other")));
+        std::os::unix::fs::symlink(&pipe, &host.mark).unwrap();
+        assert!(matches!(Mark::read(&host.mark), Err(Error::DamagedMark { .. })));
+        fs::remove_file(&host.mark).unwrap();
+        std::os::unix::fs::symlink(host.folder.path(), &host.mark).unwrap();
+        assert!(matches!(Mark::read(&host.mark), Err(Error::DamagedMark { .. })));
+        let mut heard = [PollFd::new(&reader, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        assert_eq!(poll(&mut heard, Some(&now)).unwrap(), 0, "somebody opened it to write: {heard:?}");
     }
 
     #[test]
