@@ -6,7 +6,7 @@
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use engine::lease::{Error, Mark, State, mark_path};
+use engine::lease::{Error, Mark, Owner, State, mark_path};
 
 use super::{Despite, ownership};
 use crate::config::MachineSpec;
@@ -50,6 +50,26 @@ pub fn forget(spec: &MachineSpec) {
             log::error!("the image beside it will be refused the next time: {:#}", anyhow::Error::new(error));
         }
     }
+}
+
+/// The guest of `spec` is here still, whatever the process `me` has said beside its images of their way out. What others say stays.
+///
+/// # Errors
+/// It may still be said.
+pub fn take_back(spec: &MachineSpec, me: &Owner) -> Result<(), Error> {
+    for path in images::writable(spec).iter().filter_map(|image| place(image.path)) {
+        match Mark::read(&path) {
+            Ok(Some(mark))
+                if mark.record.owner.id == me.id && matches!(mark.record.state, State::Moved { .. }) =>
+            {
+                mark.remove(&path)?;
+            }
+            Ok(_) => {}
+            // It is none of ours, which are whole: its guest is not stopped for it.
+            Err(error) => log::warn!("{:#}", anyhow::Error::new(error)),
+        }
+    }
+    Ok(())
 }
 
 /// A mark of an image that is not refused.

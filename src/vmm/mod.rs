@@ -401,7 +401,11 @@ impl Vmm {
     /// # Errors
     /// It cannot be said: whoever starts the guest here the next time would be refused.
     pub fn take_images_back(&self) -> anyhow::Result<()> {
-        Ok(lock(&self.lease).as_mut().map_or(Ok(()), Lease::take_back_what_moved)?)
+        let mut lease = lock(&self.lease);
+        let Some(lease) = lease.as_mut() else { return Ok(()) };
+        lease.take_back_what_moved()?;
+        // What is said beside each was made to hold whatever the lease says, as long as that could not be taken back.
+        Ok(marks::take_back(&self.spec, lease.owner())?)
     }
 
     /// Asks the main thread for something.
@@ -640,6 +644,7 @@ impl Vmm {
         machine.halt().context("cannot stop the guest")?;
         machine.keep_state();
         machine.resources().release_images().context("cannot make the images stable")?;
+        self.take_images_back()?;
         if let Some(lease) = lock(&self.lease).as_mut() {
             lease.release()?;
         }

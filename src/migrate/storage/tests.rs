@@ -59,19 +59,21 @@ impl Host {
 
     /// The process that has or gets both images.
     fn process(&self) -> Arc<Vmm> {
-        let flags = flags(self.folder.path(), &["a", "b"]);
-        process_with(&flags.iter().map(String::as_str).collect::<Vec<_>>()).0
+        process_with(&flags(self.folder.path(), &["a", "b"]).iter().map(String::as_str).collect::<Vec<_>>()).0
     }
 
     /// Images of a guest that runs in it, on their way out.
     fn outgoing(&self) -> Outgoing {
-        let vmm = self.process();
+        Self::outgoing_of(&self.process())
+    }
+
+    fn outgoing_of(vmm: &Arc<Vmm>) -> Outgoing {
         let mut lease = ownership::open_lease(&vmm.spec).unwrap().unwrap();
         lease.claim().unwrap();
         vmm.return_lease(Some(lease));
         let resources = Arc::new(Resources::open(&vmm.spec, false).unwrap());
         let machine = vmm.prepare_machine(resources).unwrap();
-        Outgoing::new(&vmm, &machine, &Arc::<Mutex<Option<Lease>>>::default()).unwrap()
+        Outgoing::new(vmm, &machine, &Arc::<Mutex<Option<Lease>>>::default()).unwrap()
     }
 
     /// Which of [`MACHINES`] would start when the power is back, with no process of before there.
@@ -147,6 +149,28 @@ fn images_that_did_not_leave_start_in_every_machine_and_nothing_is_left_of_it() 
     drop(outgoing);
     assert_eq!(host.names(), names);
     host.assert_all_start("it failed");
+}
+
+/// The record could not be written when the guest came back, so that it stood still and its images went on to say that they have moved.
+#[test]
+fn images_of_a_guest_that_goes_on_after_it_stood_still_say_nothing_any_more() {
+    let host = Host::with_images();
+    let vmm = host.process();
+    let mut outgoing = Host::outgoing_of(&vmm);
+    outgoing.prepare_to_leave(&SESSION, "unix:/there").unwrap();
+    outgoing.mark_moved(&SESSION, "unix:/there").unwrap();
+    drop(outgoing);
+    host.assert_none_starts("it stands still");
+    // Somebody else's, about an image that this process has as well.
+    let theirs = host.mark("b.img").unwrap();
+    let owner = engine::lease::Owner::this_process("other").unwrap();
+    let theirs = Mark { record: engine::lease::Record { owner, ..theirs.record }, unless: None };
+    theirs.write(&mark_path(&host.path("b.img"))).unwrap();
+    vmm.take_images_back().unwrap();
+    assert_eq!((host.mark("a.img"), host.mark("b.img").as_ref()), (None, Some(&theirs)));
+    theirs.remove(&mark_path(&host.path("b.img"))).unwrap();
+    host.assert_all_start("it goes on");
+    assert_eq!(host.names(), ["a.img", "a.img.ferry-lease", "b.img"]);
 }
 
 #[test]
