@@ -1,9 +1,9 @@
 //! One image that comes: what is in its place, and how it is made there and undone.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
-use std::io::ErrorKind;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::fs::{self, File, Metadata, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use block::{Backend, FileImage, FileOptions, Qcow2Image};
 use engine::lease::{self, Mark};
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{CWD, RenameFlags, SeekFrom, renameat_with, seek};
 use rustix::io::Errno;
 
 use super::{Place, only_the_lease_tells};
@@ -34,11 +34,31 @@ enum Found {
     Device,
 }
 
+/// What is in a place, locked until it is touched or given up: whoever looks at it meanwhile finds that somebody has it.
+struct Held {
+    _image: FileImage,
+    identity: (u64, u64),
+}
+
+impl Held {
+    /// Whether a name still leads to it.
+    fn is(&self, found: &Metadata) -> bool {
+        self.identity == identity(found)
+    }
+}
+
+fn identity(metadata: &Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
 /// An image that comes.
 pub struct Image {
     pub place: Place,
     length_bytes: u64,
     found: Found,
+    held: Option<Held>,
+    /// What was there stands aside.
+    is_aside: bool,
     is_made: bool,
     /// Somebody else came to use it.
     is_anothers: bool,
@@ -49,15 +69,34 @@ pub struct Image {
 }
 
 impl Image {
-    /// Looks at what is in a place, which may be given up or not. It waits for so long for a process that was killed, whose locks stay until
-    /// the kernel has finished its requests.
+    /// Looks at what is in a place, which may be given up or not, and keeps others from it. It waits for so long for a process that was
+    /// killed, whose locks stay until the kernel has finished its requests.
     ///
     /// # Errors
     /// It is not given up.
-    pub fn look(place: Place, length_bytes: u64, give_up: bool, patience: Duration) -> anyhow::Result<Self> {
-        let found = look(&place, give_up, patience);
-        let found = found.with_context(|| format!("cannot make {}", place.path.display()))?;
-        Ok(Self { place, length_bytes, found, is_made: false, is_anothers: false, mark: None, backend: None })
+    pub fn look(
+        mut place: Place,
+        length_bytes: u64,
+        give_up: bool,
+        patience: Duration,
+    ) -> anyhow::Result<Self> {
+        let failed = format!("cannot make {}", place.path.display());
+        if let Ok(real) = fs::canonicalize(&place.path) {
+            // What is given up is the file itself, wherever links to it lie, and not the last of those.
+            place.path = real;
+        }
+        let (found, held) = look(&place, give_up, patience).context(failed)?;
+        Ok(Self {
+            place,
+            length_bytes,
+            found,
+            held,
+            is_aside: false,
+            is_made: false,
+            is_anothers: false,
+            mark: None,
+            backend: None,
+        })
     }
 
     /// Whether all of it is holes, once it is made.
@@ -67,14 +106,6 @@ impl Image {
 
     fn is_new_file(&self) -> bool {
         matches!(self.found, Found::Nothing | Found::File { .. })
-    }
-
-    /// Where that stands which was in its place.
-    pub fn aside(&self) -> Option<&PathBuf> {
-        match &self.found {
-            Found::File { aside } => Some(aside),
-            Found::Nothing | Found::Empty { .. } | Found::Device => None,
-        }
     }
 
     /// A file in memory that is like it once it is made, if it is none that is there.
@@ -90,47 +121,46 @@ impl Image {
         Ok(Some(file))
     }
 
-    /// Makes it, all holes, where there is nothing, or nothing in it, or where that is given up, and says `mark` beside it. Nothing has
-    /// changed when it fails.
+    /// Makes it, all holes, where there is nothing, or nothing in it, or where that is given up, and says `mark` beside it before. Nothing
+    /// has changed when it fails.
     ///
     /// # Errors
     /// There is something by now, or no room.
     pub fn make(&mut self, mark: &Mark) -> anyhow::Result<()> {
-        self.try_to_make(mark).with_context(|| format!("cannot make {}", self.place.path.display()))
+        let made =
+            self.try_to_make(mark).with_context(|| format!("cannot make {}", self.place.path.display()));
+        made.inspect_err(|_| {
+            if let Err(error) = self.undo(mark, false) {
+                log::error!("{} is not as it was: {error:#}", self.place.path.display());
+            }
+        })
     }
 
     fn try_to_make(&mut self, mark: &Mark) -> anyhow::Result<()> {
         let path = self.place.path.clone();
-        if self.found == Found::Device {
-            log::warn!("{}", only_the_lease_tells(&path));
-            self.is_made = true;
-            return Ok(());
-        }
-        if let Some(aside) = self.aside() {
-            fs::rename(&path, aside)?;
-        }
-        let opened =
-            OpenOptions::new().read(true).write(true).mode(0o600).create_new(self.is_new_file()).open(&path);
-        let file = match opened {
-            Ok(file) => file,
-            Err(error) => {
-                // Whatever is there by now is somebody else's.
-                if let (Some(aside), false) = (self.aside(), path.try_exists()?) {
-                    fs::rename(aside, &path)?;
-                }
-                return Err(error.into());
+        let is_what_was_locked = |found: &Metadata| self.held.as_ref().is_none_or(|held| held.is(found));
+        match &self.found {
+            Found::Device => {
+                log::warn!("{}", only_the_lease_tells(&path));
+                self.is_made = true;
+                return Ok(());
             }
-        };
+            Found::File { aside } => {
+                ensure!(is_what_was_locked(&fs::symlink_metadata(&path)?), "it is another file by now");
+                rename_to_nothing(&path, aside)?;
+                self.is_aside = true;
+            }
+            Found::Empty { .. } => {
+                ensure!(is_what_was_locked(&fs::symlink_metadata(&path)?), "it is another file by now");
+            }
+            Found::Nothing => {}
+        }
+        self.mark(mark)?;
+        let is_new = self.is_new_file();
+        // Whatever is there by now is somebody else's.
+        let file = OpenOptions::new().read(true).write(true).mode(0o600).create_new(is_new).open(&path)?;
         self.is_made = true;
-        // The file is ours by now, and holds nothing yet.
-        let filled = self.mark(mark).map_err(anyhow::Error::from).and_then(|()| self.fill(file));
-        filled.inspect_err(|_| {
-            let undone = self.undo(false).map_err(anyhow::Error::from);
-            if let Err(undo) = undone.and_then(|()| Ok(self.unmark(mark, false)?)) {
-                log::error!("{} is not as it was: {undo:#}", path.display());
-            }
-            self.is_made = false;
-        })
+        self.fill(file)
     }
 
     /// Makes an image of holes in a file.
@@ -156,6 +186,10 @@ impl Image {
     /// # Errors
     /// Somebody else holds it.
     pub fn open(&mut self, backend: Arc<dyn Backend>) -> anyhow::Result<()> {
+        if !self.is_aside {
+            // It is what the machine takes.
+            self.held = None;
+        }
         if let Err(error) = backend.acquire() {
             // Whoever has it since we made it keeps it.
             self.is_anothers = matches!(error, block::Error::Locked { .. });
@@ -170,40 +204,79 @@ impl Image {
         Ok(())
     }
 
-    /// Makes the place as it was; once something `has_begun` to come, what was given up is gone.
-    ///
-    /// # Errors
-    /// It is not.
-    pub fn undo(&self, has_begun: bool) -> std::io::Result<()> {
-        let path = &self.place.path;
-        match &self.found {
-            _ if !self.is_made => Ok(()),
-            _ if self.is_anothers => Err(std::io::Error::other("another process uses it")),
-            Found::Nothing => remove(path),
-            Found::Empty { length_bytes } => empty(path, *length_bytes),
-            // Over what is there of the one that came.
-            Found::File { aside } if !has_begun => fs::rename(aside, path),
-            Found::File { .. } => remove(path),
-            Found::Device if !has_begun => Ok(()),
-            Found::Device => Err(std::io::Error::other("a device cannot be removed")),
+    /// The first of what comes is here: what stands aside is given up.
+    pub fn begin(&mut self) {
+        if let (Found::File { aside }, true) = (&self.found, self.is_aside)
+            && let Err(error) = remove(aside)
+        {
+            log::warn!("{}, which was given up, cannot be removed: {error}", aside.display());
         }
+        // Its room is free from here on.
+        self.held = None;
     }
 
-    /// Says again what was said before of what is there again, or nothing of what is gone.
+    /// Makes the place as it was, and says again what was said before of what is there again, or nothing of what is gone; once something
+    /// `has_begun` to come, what was given up is gone. What was there comes back last: it is said of nothing else that it is nobody's.
+    /// Called again it goes on where it failed.
+    ///
+    /// # Errors
+    /// It is not. It may still be said that it is nobody's.
+    pub fn undo(&mut self, mark: &Mark, has_begun: bool) -> anyhow::Result<()> {
+        let path = &self.place.path;
+        if self.is_made {
+            ensure!(!self.is_anothers, "another process uses it");
+            match &self.found {
+                Found::Nothing | Found::File { .. } => remove(path)?,
+                Found::Empty { length_bytes } => empty(path, *length_bytes)?,
+                Found::Device => ensure!(!has_begun, "a device cannot be removed"),
+            }
+            self.is_made = false;
+        }
+        if let Some((place, before)) = &self.mark {
+            // What is gone must not come back with the power when what is said of it does not.
+            engine::sync_folder_of(path)?;
+            match before {
+                Some(before) if !has_begun => before.write(place)?,
+                _ => mark.remove(place)?,
+            }
+            self.mark = None;
+        }
+        if let (Found::File { aside }, true, false) = (&self.found, self.is_aside, has_begun) {
+            rename_to_nothing(aside, path)?;
+            engine::sync_folder_of(path)?;
+            self.is_aside = false;
+        }
+        self.held = None;
+        Ok(())
+    }
+
+    /// It is its guest's: nothing is said beside it any more.
     ///
     /// # Errors
     /// It may still be said that it is nobody's.
-    pub fn unmark(&self, mark: &Mark, has_begun: bool) -> Result<(), lease::Error> {
-        match &self.mark {
-            Some((path, Some(before))) if !has_begun => before.write(path),
-            Some((path, _)) => mark.remove(path),
-            None => Ok(()),
-        }
+    pub fn unmark(&self, mark: &Mark) -> Result<(), lease::Error> {
+        self.mark.as_ref().map_or(Ok(()), |(place, _)| mark.remove(place))
+    }
+}
+
+/// Gives a file another name, under which there is nothing.
+fn rename_to_nothing(from: &Path, to: &Path) -> io::Result<()> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // The file system cannot tell.
+        Err(Errno::INVAL) if is_nothing(to)? => fs::rename(from, to),
+        renamed => Ok(renamed?),
+    }
+}
+
+fn is_nothing(path: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
+        found => found.map(|_| false),
     }
 }
 
 /// Removes a file, if it is there.
-pub fn remove(path: &Path) -> std::io::Result<()> {
+fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         removed => removed,
@@ -212,32 +285,37 @@ pub fn remove(path: &Path) -> std::io::Result<()> {
 
 /// What is in a place, whatever a record says of it: it may be a guest's, of whose other images an attempt that was cut off had made
 /// nothing yet.
-fn look(place: &Place, give_up: bool, patience: Duration) -> anyhow::Result<Found> {
+fn look(place: &Place, give_up: bool, patience: Duration) -> anyhow::Result<(Found, Option<Held>)> {
     let path = &place.path;
     let aside = given_up(path);
     ensure!(
-        fs::symlink_metadata(&aside).is_err(),
+        is_nothing(&aside)?,
         "what was there stands aside as {}: an earlier attempt was cut off before anything came (move it back, or remove it)",
         aside.display()
     );
     let metadata = match fs::metadata(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Found::Nothing),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok((Found::Nothing, None)),
         metadata => metadata?,
     };
     let is_device = metadata.file_type().is_block_device();
     ensure!(is_device || metadata.is_file(), "it is neither a file nor a block device");
     ensure!(!is_device || place.format == "raw", "a block device holds no {}", place.format);
-    // Whoever uses it is left alone, whatever may be given up.
+    // Whoever uses it is left alone, whatever may be given up, and nobody comes to use it from here on.
     let options = FileOptions { direct: false, ..FileOptions::default() };
-    try_while_locked(patience, |_| true, || FileImage::open(path, options))?;
-    match metadata.len() {
-        length_bytes if !is_device && is_hole(&File::open(path)?)? => Ok(Found::Empty { length_bytes }),
+    let image = try_while_locked(patience, |_| true, || FileImage::open(path, options))?;
+    let file = File::open(path)?;
+    let held = Held { _image: image, identity: identity(&metadata) };
+    let metadata = file.metadata()?;
+    ensure!(is_device || held.is(&metadata), "it is another file by now");
+    let found = match metadata.len() {
+        length_bytes if !is_device && is_hole(&file)? => Found::Empty { length_bytes },
         _ if !give_up => {
             bail!("there is something already: --overwrite gives it up for the guest that comes")
         }
-        _ if is_device => Ok(Found::Device),
-        _ => Ok(Found::File { aside }),
-    }
+        _ if is_device => Found::Device,
+        _ => Found::File { aside },
+    };
+    Ok((found, Some(held)))
 }
 
 /// Where something stands that is given up, until what comes for it is here.
@@ -259,7 +337,7 @@ fn is_hole(file: &File) -> anyhow::Result<bool> {
 }
 
 /// Makes a file holes again.
-fn empty(path: &PathBuf, length_bytes: u64) -> std::io::Result<()> {
+fn empty(path: &PathBuf, length_bytes: u64) -> io::Result<()> {
     let file = OpenOptions::new().write(true).open(path)?;
     file.set_len(0)?;
     file.set_len(length_bytes)?;

@@ -2,8 +2,6 @@
 //!
 //! Nothing in their places is touched before the guest is known to fit: what is compared with it is a machine on stand-ins in memory.
 
-use std::collections::BTreeSet;
-use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -15,7 +13,7 @@ use engine::MachineResult;
 use engine::lease::{self, Id, Lease, Mark, NotTaken, Record, State};
 use engine::storage::{Disk, IncomingDisks};
 
-use super::image::{Image, remove};
+use super::image::Image;
 use super::{ImageIo, Place, places};
 use crate::config::BackendSpec;
 use crate::machine::Resources;
@@ -41,6 +39,8 @@ pub struct Incoming {
     had_lease: bool,
     /// What it said of that which is given up for what comes: of a guest, or of images that an attempt before left unfinished.
     before: Option<Record>,
+    /// It says that they come, or may say so.
+    is_said: bool,
     /// Once it says that they come: the one to take.
     generation: Option<u64>,
     /// What is said beside each image from then on.
@@ -76,6 +76,7 @@ impl Incoming {
             lease: Some(lease),
             had_lease,
             before: None,
+            is_said: false,
             generation: None,
             mark: None,
             images: Vec::with_capacity(places.len()),
@@ -92,8 +93,9 @@ impl Incoming {
             ),
             error => error.into(),
         });
+        incoming.before = attended?;
         // We are the only one present at the record: whoever wrote it before is gone, but for its last requests.
-        let patience = attended?.map_or(Duration::ZERO, |_| LAST_REQUESTS);
+        let patience = incoming.before.as_ref().map_or(Duration::ZERO, |_| LAST_REQUESTS);
         for (place, disk) in places.into_iter().zip(disks) {
             incoming.images.push(Image::look(place, disk.length_bytes, come.overwrite, patience)?);
         }
@@ -131,6 +133,8 @@ impl Incoming {
     /// There is something in their place by now, or there is no room. Dropping this leaves nothing of it.
     pub fn make(&mut self) -> anyhow::Result<()> {
         let (session, overwrite) = (self.session, self.come.overwrite);
+        // What cannot be written may be there all the same.
+        self.is_said = true;
         let lease = self.lease()?;
         let (generation, before) = lease.expect(&session, overwrite)?;
         let mark = lease.mark(State::Incoming { session });
@@ -180,7 +184,7 @@ impl Incoming {
     /// Undoes what [`make`](Self::make) did. Before anything came, that is all of it; afterwards what was given up is gone.
     fn give_up(&mut self) {
         let Some(mut lease) = self.lease.take() else { return };
-        if self.generation.is_none() {
+        if !self.is_said {
             if !self.had_lease {
                 lease.forget_blank();
             }
@@ -193,6 +197,13 @@ impl Incoming {
         }
         match lease.is_expecting(&self.session) {
             Ok(true) => {}
+            // It was not said, and nothing was made.
+            Ok(false) if self.generation.is_none() => {
+                if !self.had_lease {
+                    lease.forget_blank();
+                }
+                return;
+            }
             // It may say that the guest is here: then these are its only images.
             Ok(false) => {
                 return log::error!(
@@ -207,27 +218,11 @@ impl Incoming {
             }
         }
         let mut is_undone = true;
-        for image in &self.images {
-            if let Err(error) = image.undo(self.has_begun) {
+        for (image, mark) in self.images.iter_mut().zip(self.mark.iter().cycle()) {
+            if let Err(error) = image.undo(mark, self.has_begun) {
                 is_undone = false;
                 let path = image.place.path.display();
-                log::error!("the image {path}, which is not all here, cannot be given up: {error}");
-            }
-        }
-        // What is gone must not come back with the power when its record does not.
-        let folders: BTreeSet<_> =
-            self.images.iter().map(|image| engine::folder_of(&image.place.path)).collect();
-        for folder in folders {
-            if let Err(error) = File::open(folder).and_then(|folder| folder.sync_all()) {
-                is_undone = false;
-                log::error!("{}: {error}", folder.display());
-            }
-        }
-        if let (true, Some(mark)) = (is_undone, &self.mark) {
-            let mut images = self.images.iter();
-            if let Err(error) = images.try_for_each(|image| image.unmark(mark, self.has_begun)) {
-                is_undone = false;
-                log::error!("{:#}", anyhow::Error::new(error));
+                log::error!("the image {path}, which is not all here, cannot be given up: {error:#}");
             }
         }
         let said = match self.before.take() {
@@ -247,7 +242,7 @@ impl Drop for Incoming {
             return self.give_up();
         }
         for (image, mark) in self.images.iter().zip(self.mark.iter().cycle()) {
-            if let Err(error) = image.unmark(mark, true) {
+            if let Err(error) = image.unmark(mark) {
                 // The lease says that it is here, as long as it is this guest's.
                 log::error!("{:#}", anyhow::Error::new(error));
             }
@@ -279,11 +274,7 @@ impl IncomingDisks for Shared {
     fn begin(&mut self) -> MachineResult<()> {
         let mut incoming = self.incoming();
         incoming.has_begun = true;
-        for path in incoming.images.iter().filter_map(Image::aside) {
-            if let Err(error) = remove(path) {
-                log::warn!("{}, which was given up, cannot be removed: {error}", path.display());
-            }
-        }
+        incoming.images.iter_mut().for_each(Image::begin);
         Ok(())
     }
 
@@ -330,4 +321,34 @@ impl IncomingDisks for Shared {
 fn list(images: &[(&str, &str)]) -> String {
     let names: Vec<_> = images.iter().map(|(name, format)| format!("{name} ({format})")).collect();
     if names.is_empty() { "no images".to_owned() } else { format!("images {}", names.join(", ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::tests::process_with;
+
+    /// The disk broke under the record when it was on its way there.
+    #[test]
+    fn what_was_said_in_vain_is_taken_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("a.img");
+        std::fs::write(&image, vec![7; 1 << 20]).unwrap();
+        let (vmm, _requests) = process_with(&["--nvme", &format!("path={},serial=a", image.display())]);
+        let mut guest = ownership::open_lease(&vmm.spec).unwrap().unwrap();
+        guest.claim().unwrap();
+        guest.release().unwrap();
+        drop(guest);
+        let before = ownership::record(&vmm.spec);
+
+        let disk = Disk { name: "a-1".to_owned(), length_bytes: 1 << 20, format: "raw".to_owned() };
+        let session = [3; 16];
+        let mut incoming = Incoming::expect(&vmm, ImagesCome { overwrite: true }, &session, &[disk]).unwrap();
+        incoming.is_said = true;
+        incoming.lease().unwrap().expect(&session, true).unwrap();
+        assert_ne!(ownership::record(&vmm.spec), before);
+        drop(incoming);
+        assert_eq!(ownership::record(&vmm.spec), before, "all of its guest is here");
+        assert_eq!(std::fs::read(&image).unwrap(), vec![7; 1 << 20]);
+    }
 }

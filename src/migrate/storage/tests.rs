@@ -62,6 +62,13 @@ impl Host {
         process_with(&flags(self.folder.path(), &["a", "b"]).iter().map(String::as_str).collect::<Vec<_>>()).0
     }
 
+    /// Another, that has its lease elsewhere.
+    fn process_beside(&self) -> Arc<Vmm> {
+        let lease = self.path("elsewhere").display().to_string();
+        let flags = [flags(self.folder.path(), &["a", "b"]), vec!["--lease".to_owned(), lease]].concat();
+        process_with(&flags.iter().map(String::as_str).collect::<Vec<_>>()).0
+    }
+
     /// Images of a guest that runs in it, on their way out.
     fn outgoing(&self) -> Outgoing {
         Self::outgoing_of(&self.process())
@@ -289,6 +296,133 @@ fn what_was_said_of_images_that_stay_is_said_again() {
     incoming.begin().unwrap();
     drop(incoming);
     assert!(host.names().is_empty(), "they were given up: {:?}", host.names());
+}
+
+/// Who is cut off between any two steps leaves what was there aside, or with nothing said of it but what was before: nobody is told to
+/// remove what is whole.
+#[test]
+fn what_was_there_comes_back_when_nothing_is_said_beside_it_any_more() {
+    let host = Host::with_images();
+    drop(host.outgoing());
+    let vmm = host.process();
+    let incoming = make(&vmm, true, SESSION);
+    let mark = host.path("b.img.ferry-mark");
+    // It cannot be taken away.
+    fs::remove_file(&mark).unwrap();
+    fs::create_dir(&mark).unwrap();
+    drop(incoming);
+    assert_eq!(fs::read(host.path("b.img.given-up")).unwrap(), vec![7; IMAGE_BYTES as usize]);
+    assert_eq!(
+        host.names().into_iter().filter(|name| name != "b.img.ferry-mark").collect::<Vec<_>>(),
+        ["a.img", "a.img.ferry-lease", "b.img.given-up"]
+    );
+    let record = ownership::record(&vmm.spec).unwrap().1;
+    assert!(matches!(record.state, State::Incoming { .. }), "{record}");
+
+    // What is in its place by now is another's, and has no mark.
+    let host = Host::new();
+    let vmm = host.process();
+    let mut incoming = Incoming::expect(&vmm, ImagesCome { overwrite: false }, &SESSION, &come()).unwrap();
+    fs::create_dir(host.path("b.img")).unwrap();
+    incoming.make().unwrap_err();
+    drop(incoming);
+    assert_eq!(host.names(), ["b.img"]);
+}
+
+/// Two processes whose leases lie apart come to the same images, or a guest is started from one of them.
+#[test]
+fn nobody_comes_to_what_is_looked_at_until_it_is_given_up() {
+    let host = Host::with_images();
+    let (first, second) = (host.process(), host.process_beside());
+    let come_to = |vmm| Incoming::expect(vmm, ImagesCome { overwrite: true }, &SESSION, &come());
+    let is_held = |name| match block::FileImage::open(host.path(name), block::FileOptions::default()) {
+        Ok(_) => false,
+        Err(block::Error::Locked { .. }) => true,
+        Err(error) => panic!("{error}"),
+    };
+    let mut incoming = come_to(&first).unwrap();
+    assert!(is_held("a.img") && is_held("b.img"));
+    let refused = format!("{:#}", come_to(&second).map(drop).unwrap_err());
+    assert!(refused.contains("a.img is locked"), "{refused}");
+    incoming.make().unwrap();
+    assert!(is_held("a.img.given-up"), "it may still be put back");
+    let refused = format!("{:#}", come_to(&second).map(drop).unwrap_err());
+    assert!(refused.contains("a.img.given-up"), "{refused}");
+    let before = fs::File::open(host.path("b.img.given-up")).unwrap();
+    let mut shared = Shared::new(incoming).0;
+    shared.begin().unwrap();
+    assert!(host.names().iter().all(|name| !name.ends_with("given-up")), "{:?}", host.names());
+    block::FileImage::open(
+        format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&before)),
+        block::FileOptions::default(),
+    )
+    .expect("nobody keeps the room of what was given up");
+    drop(shared);
+    assert!(host.names().iter().all(|name| name.contains("elsewhere")), "{:?}", host.names());
+
+    // In one that is empty a guest may have begun to write.
+    for name in ["a.img", "b.img"] {
+        fs::File::create(host.path(name)).unwrap().set_len(IMAGE_BYTES).unwrap();
+    }
+    let incoming = come_to(&first).unwrap();
+    assert!(is_held("a.img") && is_held("b.img"));
+    drop(incoming);
+    assert!(!is_held("a.img") && !is_held("b.img"));
+}
+
+/// Somebody who takes no lock has put another file there meanwhile.
+#[test]
+fn only_what_was_looked_at_is_given_up() {
+    for (is_empty, overwrite) in [(false, true), (true, false)] {
+        let host = Host::with_images();
+        if is_empty {
+            for name in ["a.img", "b.img"] {
+                fs::File::create(host.path(name)).unwrap().set_len(IMAGE_BYTES).unwrap();
+            }
+        }
+        let vmm = host.process();
+        let mut incoming = Incoming::expect(&vmm, ImagesCome { overwrite }, &SESSION, &come()).unwrap();
+        fs::remove_file(host.path("b.img")).unwrap();
+        fs::write(host.path("b.img"), "another's").unwrap();
+        let error = format!("{:#}", incoming.make().unwrap_err());
+        assert!(error.contains("b.img") && error.contains("another file"), "{error}");
+        drop(incoming);
+        assert_eq!(fs::read(host.path("b.img")).unwrap(), b"another's");
+        let lengths = ["a.img", "b.img"].map(|name| fs::metadata(host.path(name)).unwrap().len());
+        assert_eq!(lengths, [IMAGE_BYTES, 9]);
+        assert!(host.names().iter().all(|name| name.ends_with(".img")), "{:?}", host.names());
+    }
+}
+
+/// The image lies on another file system than the name that leads to it.
+#[test]
+fn a_link_to_an_image_goes_on_to_lead_to_what_comes_in_its_place() {
+    let host = Host::with_images();
+    let far = tempfile::tempdir().unwrap();
+    let real = far.path().join("real.img");
+    fs::rename(host.path("b.img"), &real).unwrap();
+    std::os::unix::fs::symlink(&real, host.path("b.img")).unwrap();
+    let names = || {
+        let names = fs::read_dir(far.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
+        names.sort_unstable();
+        names
+    };
+    let is_link = || fs::symlink_metadata(host.path("b.img")).unwrap().is_symlink();
+    let vmm = host.process();
+    let incoming = make(&vmm, true, SESSION);
+    assert_eq!(names(), ["real.img", "real.img.ferry-mark", "real.img.given-up"]);
+    assert!(is_link());
+    drop(incoming);
+    assert_eq!((names(), is_link()), (vec!["real.img".to_owned()], true));
+    assert_eq!(fs::read(&real).unwrap(), vec![7; IMAGE_BYTES as usize]);
+
+    let mut incoming = make(&vmm, true, SESSION);
+    incoming.begin().unwrap();
+    assert_eq!(names(), ["real.img", "real.img.ferry-mark"], "its room is free");
+    incoming.own(&SESSION, &mut || Ok(())).unwrap();
+    drop(incoming);
+    assert_eq!((names(), is_link()), (vec!["real.img".to_owned()], true));
 }
 
 #[test]
