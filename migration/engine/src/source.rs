@@ -439,7 +439,8 @@ impl Attempt {
                 outcome
             }
             Outcome::Failed { error, paused } if error.link_is_gone() => {
-                if let Some(error) = link.last_words(patience) {
+                // Both sides find a channel cut, each by itself; the destination says so as soon as it has.
+                if let Some(error) = link.last_words(context.patience.handshake) {
                     return Outcome::Failed { error, paused };
                 }
                 // Where it was a data channel that broke, it still hears this.
