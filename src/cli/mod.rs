@@ -55,7 +55,8 @@ pub enum Command {
     ///
     /// Memory is written while the guest runs; it stands still for the last pages and for the copies of its images, which share their
     /// blocks with the images where the file system can. File and copies are restored together, once:
-    /// `ferry run --incoming file:PATH`, with the copies in the place of the images.
+    /// `ferry run --incoming file:PATH`, with the copies in the place of the images. Refused for machines with --nvme subsystem=DIR, and
+    /// when namespaces were added or removed since the start.
     Snapshot(SnapshotArguments),
     /// Show the limits of a machine's migrations, and change them, while one runs too.
     ///

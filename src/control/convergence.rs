@@ -44,7 +44,8 @@ pub enum OnTimeout {
     /// It fails, and the guest goes on where it is.
     #[default]
     Cancel,
-    /// The guest moves, and the rest of its memory follows; refused when the migration begins if the destination cannot.
+    /// The guest moves, and the rest of its memory follows; refused when the migration begins if the destination cannot. One that runs must
+    /// have begun with it, or with --postcopy: otherwise it fails, and the guest goes on where it is.
     Postcopy,
     /// The guest is stopped and moves, whatever downtime that costs (at most two minutes).
     Force,

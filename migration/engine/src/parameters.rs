@@ -82,7 +82,7 @@ impl Default for Parameters {
 
 impl Parameters {
     /// 300 ms, no bandwidth limit, rounds and time without limit, vCPUs that are left alone, contents of memory to whoever it is, over
-    /// one data channel and without compression.
+    /// as many data channels as are [the default](crate::CHANNELS_DEFAULT) and without compression.
     #[must_use]
     pub fn new() -> Self {
         Self::default()

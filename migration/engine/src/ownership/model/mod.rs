@@ -17,7 +17,11 @@
 //! the images says whether a guest may be started from them. There a side that was killed may be started anew, by anybody whom the lease
 //! lets and by an operator who has looked at the other end; what he must not conclude from a record alone is among the mutations.
 //!
-//! Absent: a third process, and a destination that is started again to wait (it knows no session and refuses to say anything of one).
+//! That it is decided in the end means: from every state it can be, without a further fault. How long that takes is no matter here, nor
+//! that whoever can go on does.
+//!
+//! Absent: a third process, a destination that is started again to wait (it knows no session and refuses to say anything of one), and
+//! guests that go into files.
 
 mod explorer;
 mod postcopy;
