@@ -15,7 +15,6 @@
 mod file;
 mod huge;
 mod passed;
-mod zero;
 
 use std::fs::File;
 use std::io;
@@ -24,7 +23,7 @@ use std::sync::{Arc, OnceLock};
 
 use bus::{GuestBitmap, GuestMapping, GuestMemory, GuestRegion};
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, SealFlags, SeekFrom};
-use vm_memory::bitmap::{BitmapSlice, RefSlice};
+use vm_memory::bitmap::RefSlice;
 use vm_memory::{FileOffset, GuestAddress, VolatileMemory, VolatileSlice};
 
 use crate::layout;
@@ -291,14 +290,6 @@ impl RamBlock {
         Ok(())
     }
 
-    /// Whether all bytes of the range are zero. Like [`Self::read`], this populates what it looks at.
-    ///
-    /// # Errors
-    /// [`Error::OutOfBounds`].
-    pub fn is_zero(&self, offset: u64, length_bytes: u64) -> Result<bool, Error> {
-        Ok(is_zero(&self.slice(offset, length_bytes)?))
-    }
-
     /// Makes whole pages zero by giving their memory back; costs nothing where nothing was populated.
     ///
     /// # Errors
@@ -374,14 +365,6 @@ impl RamBlock {
     fn access(&self, what: &'static str, offset: u64, errno: rustix::io::Errno) -> Error {
         Error::Access { what, name: self.name.clone(), offset, source: errno.into() }
     }
-}
-
-/// Whether every byte of `slice` is zero, by the widest vectors that the processor has.
-#[must_use]
-pub fn is_zero<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) -> bool {
-    let guard = slice.ptr_guard();
-    // SAFETY: the guard keeps `slice.len()` bytes from its pointer mapped and readable.
-    unsafe { zero::is_zero(guard.as_ptr(), slice.len()) }
 }
 
 /// All memory of one guest.
@@ -560,16 +543,5 @@ mod tests {
         assert!(matches!(block.clear(1, 4096), Err(Error::OutOfBounds { .. })));
         assert!(matches!(block.clear(0, 4095), Err(Error::OutOfBounds { .. })));
         assert!(block.write((1 << 20) - 1, &[0, 0]).is_err());
-    }
-
-    #[test]
-    fn zero_ranges_are_found() {
-        let ram = ram();
-        let block = ram.block(RAM_LOW).unwrap();
-        assert!(block.is_zero(0, 1 << 20).unwrap());
-        block.write(4095, &[1]).unwrap();
-        assert!(!block.is_zero(0, 4096).unwrap());
-        assert!(block.is_zero(0, 4095).unwrap());
-        assert!(block.is_zero(4096, 4096).unwrap());
     }
 }
