@@ -231,7 +231,8 @@ impl Error {
         matches!(self, Self::Lost { .. } | Self::Closed { .. } | Self::TimedOut { .. })
     }
 
-    /// The error with all of its sources, in one line.
+    /// The error with all of its sources, in one line. Some of the words may be a peer's, or out of a file, and they go to terminals and
+    /// logs: there are no control characters in it.
     #[must_use]
     pub fn chain(&self) -> String {
         let mut text = self.to_string();
@@ -244,6 +245,19 @@ impl Error {
             }
             source = error.source();
         }
-        text
+        text.replace(char::is_control, " ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As a device says it whose saved state names what it lies on.
+    #[test]
+    fn what_is_told_of_an_error_is_one_line_and_does_nothing_to_a_terminal() {
+        let error = Error::machine("load the devices")("backend: file here, \u{1b}[2J\u{9b}K\n there".into());
+        let text = error.chain();
+        assert!(text.ends_with("backend: file here,  [2J K  there"), "{text:?}");
     }
 }
