@@ -358,6 +358,10 @@ impl Handover {
         // A guest whose images would be refused the next time does not go on as if nothing were wrong.
         let unmarked = self.disks.as_mut().map_or(Ok(()), |disks| disks.take_back(&self.session));
         let state = if unmarked.is_ok() { self.state } else { RunState::Paused };
+        if unmarked.is_err() {
+            // From the next step on the user may let it go on, which asks for what they go back to here: the lease, whose word that is.
+            self.disks = None;
+        }
         let paused = bring_back(machine, tracking, true, Some(state)).err();
         // The guest does not wait for what is said beside each image.
         self.disks = None;

@@ -375,6 +375,11 @@ fn a_guest_whose_images_cannot_be_called_its_own_again_stays_paused() {
     assert!(paused.contains("the images are the guest's again"), "{paused}");
     assert_eq!(hosts.world.running(), [""; 0]);
     hosts.world.assert_sound("paused");
+    // Whoever lets it go on looks at the lease, which the images had.
+    let log = hosts.world.log();
+    let at = |what: &str| log.iter().position(|entry| entry == what);
+    let (given_back, resumed) = (at("source: marks settled"), at("source: resume"));
+    assert!(given_back.is_some() && given_back < resumed, "{log:#?}");
 }
 
 /// The guest leaves its memory alone and fills its disk.
