@@ -20,8 +20,11 @@ const SHORT_BYTES_MAX: u32 = 256;
 /// What a peer must at least take within the patience of a step.
 pub(crate) const PIECE_BYTES: usize = 256 << 10;
 
-/// Flag of a hello's frame: the hello goes on in the next frame. No other message is longer than a frame may be.
+/// Flag of a hello's frame, which is as long as a frame may be: the hello goes on in the next one. No other message is longer.
 const MORE: u16 = 1;
+
+/// How many messages are looked at for a peer's [last words](Link::last_words). Far more fit into no socket that it may have left full.
+const WORDS_MAX: usize = 4096;
 
 /// The minor version of the protocol in which identities came: an older peer takes them for parts of the machine.
 const IDENTITIES_MINOR: u16 = 1;
@@ -238,6 +241,10 @@ impl Link {
             if begun && header.kind != Kind::Hello {
                 return Err(wrong(format!("{:?} came within a hello", header.kind)));
             }
+            // Each of its frames has its own time, so there can be only as many as it needs.
+            if more && header.length_bytes as usize != frame::BODY_BYTES_MAX {
+                return Err(wrong(format!("a hello goes on after a frame of {} bytes", header.length_bytes)));
+            }
             // `decode` has checked that a frame has at most 1 MiB.
             let longest = body_bytes_max(header.kind);
             if header.length_bytes > longest {
@@ -272,11 +279,12 @@ impl Link {
         &self.body
     }
 
-    /// What the peer said before the link broke, if that explains it: a REJECT or a CANCEL that is still in the socket.
+    /// What the peer said before the link broke, if that explains it: a REJECT or a CANCEL that is still in the socket. A peer that goes on
+    /// and on does not explain it: what is there counts, so that it is never too late for the next of its messages.
     pub fn last_words(&mut self, patience: Duration) -> Option<Error> {
         let doing = "reading the other side's last words";
         let until = Some(Until { end: Instant::now() + patience, allowed: patience });
-        loop {
+        for _ in 0..WORDS_MAX {
             match self.receive(Step { doing, patience, cancel: None, until }) {
                 Ok(Message::Reject(reasons) | Message::Cancel(reasons)) => {
                     return Some(Error::Peer { reason: reasons.sentences().join("; ") });
@@ -284,10 +292,12 @@ impl Link {
                 Ok(Message::Refuse(reasons)) => {
                     return Some(Error::Refused { reasons: reasons.sentences() });
                 }
+                // It is long, and nobody says it in the end.
+                Ok(Message::Hello(_)) | Err(_) => return None,
                 Ok(_) => {}
-                Err(_) => return None,
             }
         }
+        None
     }
 
     /// Ends our direction, then hears the peer out for a moment: closing with unread data would make the kernel reset the

@@ -9,7 +9,7 @@ use transport::Connection;
 
 use crate::Error;
 use crate::link::{Link, Step};
-use crate::protocol::{Message, Prepare};
+use crate::protocol::{Message, Prepare, Reasons};
 
 /// A peer that always moves, a little.
 struct Slow {
@@ -106,4 +106,34 @@ fn an_answer_that_is_there_counts_however_late_it_is_read() {
     let prepare = Message::Prepare(Prepare { digest: 1, running: true });
     Link::new(far).unwrap().send(&prepare, step(Duration::from_secs(20))).unwrap();
     assert_eq!(Link::new(near).unwrap().receive(step(Duration::ZERO)).unwrap(), prepare);
+}
+
+/// Each of its frames has its own time, and it could have any number that say little or nothing.
+#[test]
+fn a_hello_that_goes_on_and_on_is_refused() {
+    for length in [0, 1] {
+        let mut frame = Header { kind: Kind::Hello, flags: 1, length_bytes: length }.encode().to_vec();
+        frame.resize(HEADER_BYTES + length as usize, 0);
+        let error = Slow::link(&frame.repeat(1000), 4096).receive(step(PATIENCE)).unwrap_err().chain();
+        assert!(error.contains(&format!("a hello goes on after a frame of {length} bytes")), "{error}");
+    }
+}
+
+/// Who breaks one link and talks on another is not listened to for as long as that may be.
+#[test]
+fn last_words_are_found_behind_others_and_not_behind_any_number() {
+    let frame = |message: &Message| {
+        let (kind, body) = message.encode();
+        [&header(kind, body.len() as u32)[..], &body].concat()
+    };
+    let after = |count| {
+        let cancel = Message::Cancel(Reasons::new(&["because"]));
+        let said = [frame(&Message::Mapped).repeat(count), frame(&cancel)].concat();
+        Slow::link(&said, 4096).last_words(Duration::ZERO)
+    };
+    for count in [0, 1000] {
+        let words = after(count);
+        assert!(matches!(&words, Some(Error::Peer { reason }) if reason == "because"), "{count}: {words:?}");
+    }
+    assert!(after(100_000).is_none());
 }
