@@ -273,24 +273,41 @@ impl Remainder {
         let mut main = Link::new(dial()?)?;
         main.greet(step)?;
         main.send(&Message::Recover(Recover { session: self.session, key: self.key }), step)?;
-        let blocks = &self.memory.blocks;
-        let mut missing = PageSets::none(blocks.iter().map(|block| block.length_bytes() / PAGE_BYTES));
-        let order: Vec<_> = (0..blocks.len()).collect();
-        loop {
-            match main.receive(step)? {
-                Message::Missing(more) => message::add_missing(&more, &order, &mut missing)
-                    .map_err(|reason| Error::Protocol { doing, reason })?,
-                Message::Listed => break,
-                Message::Received => return Ok(Found::Everything(main)),
-                other => return Err(unexpected(other, doing)),
-            }
-        }
+        let Some(missing) = hear_what_is_missing(&mut main, &self.memory.blocks, step)? else {
+            return Ok(Found::Everything(main));
+        };
         let pages = open_channel(self.session, self.key, dial, context.patience)?;
         *self.memory.left() = missing;
         *self.memory.lost() = None;
         self.serve(pages, &main, context.patience)?;
         context.statistics.update(|s| s.postcopy.get_or_insert_default().recoveries += 1);
         Ok(Found::Link(main))
+    }
+}
+
+/// The pages of `blocks` that a destination says it lacks; `None`: it has everything.
+fn hear_what_is_missing(
+    main: &mut Link,
+    blocks: &[RamBlock],
+    step: Step<'_>,
+) -> Result<Option<PageSets>, Error> {
+    let wrong = |reason| Error::Protocol { doing: step.doing, reason };
+    let mut missing = PageSets::none(blocks.iter().map(|block| block.length_bytes() / PAGE_BYTES));
+    let order: Vec<_> = (0..blocks.len()).collect();
+    loop {
+        match main.receive(step)? {
+            Message::Missing(more) => {
+                let before = missing.count();
+                message::add_missing(&more, &order, &mut missing).map_err(wrong)?;
+                // Each is heard within its time, so that there may not be any number of them.
+                if missing.count() == before {
+                    return Err(wrong("missing pages were named before, or none were".to_owned()));
+                }
+            }
+            Message::Listed => return Ok(Some(missing)),
+            Message::Received => return Ok(None),
+            other => return Err(unexpected(other, step.doing)),
+        }
     }
 }
 
@@ -456,4 +473,37 @@ pub(crate) fn announce(
     let missing: Vec<_> = order.iter().filter_map(|index| missing.get(*index).cloned()).collect();
     Missing::of(&missing).try_for_each(|message| send(&Message::Missing(message)))?;
     send(&Message::Listed)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::mmap::MmapRegion;
+
+    use super::*;
+
+    /// The guest is gone by then, and the process could not even end.
+    #[test]
+    fn a_destination_that_lacks_the_same_pages_for_ever_is_given_up() {
+        let mapping = Arc::new(MmapRegion::new(64 * PAGE_BYTES as usize).unwrap());
+        let blocks = [RamBlock { name: "ram".to_owned(), mapping }];
+        let mut lacks = PageBitmap::new(64);
+        let (near, far) = Connection::pair().unwrap();
+        let (mut near, mut far) = (Link::new(near).unwrap(), Link::new(far).unwrap());
+        let patience = crate::tests::patience().silence;
+        let step = Step { doing: "testing", patience, cancel: None, until: None };
+        let mut say = |pages: &[u64]| {
+            pages.iter().for_each(|page| lacks.set(*page));
+            Missing::of(std::slice::from_ref(&lacks))
+                .for_each(|missing| far.send(&Message::Missing(missing), step).unwrap());
+        };
+        say(&[3]);
+        say(&[3, 9]);
+        say(&[9]);
+        far.send(&Message::Listed, step).unwrap();
+        let error = hear_what_is_missing(&mut near, &blocks, step).unwrap_err().chain();
+        assert!(error.contains("named before"), "{error}");
+        assert!(matches!(near.receive(step).unwrap(), Message::Listed), "those before were taken");
+    }
 }
