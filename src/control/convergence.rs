@@ -45,7 +45,7 @@ pub enum OnTimeout {
     #[default]
     Cancel,
     /// The guest moves, and the rest of its memory follows; refused when the migration begins if the destination cannot. One that runs must
-    /// have begun with it, or with --postcopy: otherwise it fails, and the guest goes on where it is.
+    /// have begun with it, or with --postcopy: otherwise this is refused.
     Postcopy,
     /// The guest is stopped and moves, whatever downtime that costs (at most two minutes).
     Force,
