@@ -4,7 +4,7 @@
 //! Then a [`Handover`] gives the guest away, or finds out whose it is.
 
 use std::thread::Scope;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use stream::DeviceSection;
 
@@ -395,7 +395,7 @@ impl Attempt {
         let doing = "waiting for the destination to load";
         match link.receive(Step { doing, patience: context.patience.prepare, cancel, until })? {
             Message::Prepared(prepared) if prepared.digest == digest => {
-                let load = std::time::Duration::from_nanos(prepared.load_ns);
+                let load = Duration::from_nanos(prepared.load_ns);
                 context.statistics.update(|s| {
                     s.downtime.load = load;
                     s.downtime.transfer = sent_at.elapsed().saturating_sub(load);
@@ -439,14 +439,14 @@ impl Attempt {
                 outcome
             }
             Outcome::Failed { error, paused } if error.link_is_gone() => {
-                // Both sides find a channel cut, each by itself; the destination says so as soon as it has.
-                if let Some(error) = link.last_words(context.patience.handshake) {
-                    return Outcome::Failed { error, paused };
-                }
-                // Where it was a data channel that broke, it still hears this.
-                let farewell = Message::Cancel(Reasons::new(&[error.chain()]));
-                let _it_finds_out_by_itself = link.send(&farewell, step);
-                Outcome::Failed { error, paused }
+                // Where it was a data channel that broke, the other side finds that too, or hears it from here. It has the last word:
+                // what it has found first is the cause for both.
+                let words = link.last_words(Duration::ZERO).or_else(|| {
+                    let farewell = Message::Cancel(Reasons::new(&[error.chain()]));
+                    let _it_may_have_said_why = link.send(&farewell, step);
+                    link.last_words(context.patience.handshake)
+                });
+                Outcome::Failed { error: words.unwrap_or(error), paused }
             }
             Outcome::Failed { ref error, .. } if !error.came_from_peer() => {
                 let farewell = Message::Cancel(Reasons::new(&[error.chain()]));
