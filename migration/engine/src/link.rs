@@ -64,6 +64,8 @@ pub(crate) struct Link {
     sent_bytes: u64,
     /// Header and body of the message being sent.
     out: Vec<u8>,
+    /// What is left of one that the user's cancel came into: the peer hears nothing else before.
+    unfinished: Vec<u8>,
     body: Vec<u8>,
     /// What may come along with the message that is being received, if anything.
     received: Option<Received>,
@@ -80,8 +82,8 @@ impl Link {
             .set_read_timeout(Some(SLICE))
             .and_then(|()| connection.set_write_timeout(Some(SLICE)))
             .map_err(|source| Error::Lost { doing, source })?;
-        let (out, body) = (Vec::new(), Vec::new());
-        Ok(Self { connection, sent_bytes: 0, out, body, received: None, ahead: None, minor: 0 })
+        let (out, body, unfinished) = Default::default();
+        Ok(Self { connection, sent_bytes: 0, out, unfinished, body, received: None, ahead: None, minor: 0 })
     }
 
     pub fn peer(&self) -> &str {
@@ -322,7 +324,27 @@ impl Link {
 
     fn write_with(
         &mut self,
-        mut bytes: &[u8],
+        bytes: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+        step: Step<'_>,
+    ) -> Result<(), Error> {
+        if !self.unfinished.is_empty() {
+            let rest = std::mem::take(&mut self.unfinished);
+            self.write_pieces((&rest, &mut 0), &[], step)?;
+        }
+        let mut written_bytes = 0;
+        let result = self.write_pieces((bytes, &mut written_bytes), descriptors, step);
+        if written_bytes > 0 && matches!(result, Err(Error::Cancelled)) {
+            // Why it is cancelled is said behind it.
+            self.unfinished = bytes.get(written_bytes..).unwrap_or_default().to_vec();
+        }
+        result
+    }
+
+    /// Writes all of `bytes`, and counts how many were written.
+    fn write_pieces(
+        &mut self,
+        (mut bytes, written_bytes): (&[u8], &mut usize),
         mut descriptors: &[BorrowedFd<'_>],
         step: Step<'_>,
     ) -> Result<(), Error> {
@@ -336,6 +358,7 @@ impl Link {
                 Ok(count) => {
                     descriptors = &[];
                     self.sent_bytes += count as u64;
+                    *written_bytes += count;
                     bytes = bytes.get(count..).unwrap_or_default();
                     if !bytes.is_empty() {
                         step.patient(since)?;

@@ -2,14 +2,15 @@
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use stream::frame::{HEADER_BYTES, Header, Kind};
 use transport::Connection;
 
-use crate::Error;
 use crate::link::{Link, Step};
 use crate::protocol::{Message, Prepare, Reasons};
+use crate::{Error, Parameters};
 
 /// A peer that always moves, a little.
 struct Slow {
@@ -87,6 +88,67 @@ fn a_message_that_is_taken_byte_by_byte_must_be_taken_in_time() {
     let prepare = Message::Prepare(Prepare { digest: 1, running: true });
     let error = Slow::link(&[], 1).send(&prepare, step(PATIENCE)).unwrap_err();
     assert!(matches!(error, Error::TimedOut { .. }), "{error:?}");
+}
+
+/// A peer to which a user's cancel comes into the first message, of which it has taken a part.
+struct Cancelling {
+    taken: Arc<Mutex<Vec<u8>>>,
+    parameters: Arc<Parameters>,
+}
+
+impl Read for Cancelling {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Ok(0)
+    }
+}
+
+impl Write for Cancelling {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = if self.parameters.cancelled() { bytes.len() } else { bytes.len().min(1000) };
+        self.taken.lock().unwrap().extend_from_slice(&bytes[..count]);
+        self.parameters.cancel();
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl transport::Link for Cancelling {
+    fn try_clone(&self) -> io::Result<Box<dyn transport::Link>> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    fn set_read_timeout(&self, _: Option<Duration>) -> io::Result<()> {
+        Ok(())
+    }
+    fn set_write_timeout(&self, _: Option<Duration>) -> io::Result<()> {
+        Ok(())
+    }
+    fn shutdown(&self, _: Shutdown) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn why_a_migration_is_cancelled_is_said_behind_the_message_that_it_came_into() {
+    let (taken, parameters) = <(Arc<Mutex<Vec<u8>>>, Arc<Parameters>)>::default();
+    let peer = Cancelling { taken: Arc::clone(&taken), parameters: Arc::clone(&parameters) };
+    let mut link = Link::new(Connection::new(Box::new(peer), "cancelling")).unwrap();
+    let mut piece = vec![7; HEADER_BYTES + 5000];
+    let patience = Duration::from_secs(20);
+    let error = link.send_frame(
+        Kind::Stream,
+        &mut piece,
+        Step { doing: "testing", patience, cancel: Some(&parameters), until: None },
+    );
+    assert!(matches!(error, Err(Error::Cancelled)), "{error:?}");
+    let cancel = Message::Cancel(Reasons::new(&["because"]));
+    link.send(&cancel, step(patience)).unwrap();
+    let mut heard = Slow::link(&taken.lock().unwrap(), 4096);
+    assert_eq!(heard.receive(step(patience)).unwrap(), Message::Stream);
+    assert!(heard.body() == &piece[HEADER_BYTES..]);
+    assert_eq!(heard.receive(step(patience)).unwrap(), cancel);
 }
 
 #[test]
