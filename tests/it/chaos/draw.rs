@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use stream::frame::Kind;
-use support::Place;
+use support::{Place, Way};
 
 use super::place::{before, place};
 
@@ -248,6 +248,7 @@ impl Run {
             Place::Frame { kind, .. } => {
                 self.mode.is_secure() || !matches!(kind, Kind::ChannelHello | Kind::Pages | Kind::PageRequest)
             }
+            Place::Message { .. } => true,
             Place::Batch { .. } => false,
         };
         match self.act {
@@ -319,6 +320,26 @@ impl Run {
             } else {
                 numbers.one_of(&["now", "after-first-round"])
             },
+        }
+    }
+}
+
+impl Run {
+    /// What happens at the message `nth` that one side of a migration sends, whose memory goes over the link of everything else.
+    pub fn at_message(way: Way, nth: u32, act: Act) -> Self {
+        // Before the frame, in its header and in its body, and after it.
+        let at = [0, 3, 17, u64::MAX][nth as usize % 4];
+        Self {
+            mode: Mode::Stream,
+            phase: Phase::Anywhere,
+            act,
+            place: Place::Message { way, nth, at },
+            before: None,
+            moment: Duration::from_millis(20),
+            heals: nth.is_multiple_of(2),
+            channels: 0,
+            compression: "none",
+            postcopy: "now",
         }
     }
 }

@@ -2,10 +2,11 @@
 //! said, and either process is killed or stands still, in every phase and whichever way the guest moves.
 //!
 //! After each, exactly one guest runs, or it died with a process that it needed ([`decision`] says what is accepted); its disk and
-//! RAM are what they must be; the other process says why it has no guest, and the same as the first wherever the link could tell it; images that went with it are refused where it is not
-//! ([`images`]); and the guest moves to another process after all.
-//! `FERRY_CHAOS_SEEDS=5000` draws more, `FERRY_CHAOS_FIRST=SEED` begins elsewhere: what a failing seed did is in the output, and it
-//! does it again.
+//! RAM are what they must be; the other process says why it has no guest, and the same as the first wherever the link could tell it;
+//! images that went with it are refused where it is not ([`images`]); and the guest moves to another process after all.
+//!
+//! A plain migration meets faults at each of its messages, one after the other; the rest is drawn. `FERRY_CHAOS_SEEDS=5000` draws more,
+//! `FERRY_CHAOS_FIRST=SEED` begins elsewhere: what a failing seed did is in the output, and it does it again.
 
 mod decision;
 mod draw;
@@ -20,7 +21,7 @@ use certificates::{Authority, Validity};
 use exerciser::report::Counters;
 use ferry::control::{FerryOwnership, MigrationStatus, RunState};
 use serde_json::{Value, json};
-use support::{Held, Machine, Proxy, TestBed, Verdict, Vm, WATCHDOG};
+use support::{Held, Machine, Proxy, TestBed, Verdict, Vm, WATCHDOG, Way};
 
 use crate::guest::{BUSY, EXERCISER, bed, one_disk};
 use decision::{Outcome, Pair, Proof};
@@ -339,6 +340,33 @@ fn acts(pair: &mut Pair, run: &Run, held: Held) {
 
 fn variable(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().map_or(default, |value| value.parse().expect("a number"))
+}
+
+/// One after the other, until a migration has no further message.
+#[test]
+fn each_message_may_be_cut_off_be_lost_or_come_late() {
+    let mut chaos = Chaos::new();
+    let mut tally = Tally::default();
+    for way in [Way::ToDestination, Way::ToSource] {
+        for act in [Act::Cut, Act::Swallow, Act::Delay] {
+            let mut nth = 0;
+            loop {
+                let run = Run::at_message(way, nth, act);
+                println!("{way:?} {nth}: {act:?}");
+                let met = tally.met();
+                chaos.meets(&run, &mut tally);
+                if tally.met() == met {
+                    break;
+                }
+                nth += 1;
+            }
+            println!("measured: {act:?} at each of {nth} messages, {way:?}");
+            // Hello, what memory is, PREPARE, COMMIT and PROGRESS; AGREE, SETTLED, PREPARED and RUNNING.
+            let least = if way == Way::ToDestination { 5 } else { 4 };
+            assert!(nth >= least, "{nth} messages {way:?}");
+        }
+    }
+    chaos.owner(Which::Leased).finish();
 }
 
 #[test]

@@ -53,6 +53,15 @@ pub enum Place {
         /// How many of its bytes pass, the header's counted; all of them if it has fewer.
         at: u64,
     },
+    /// At a frame of the first connection, of whichever kind.
+    Message {
+        /// The direction.
+        way: Way,
+        /// The how-manieth, from 0.
+        nth: u32,
+        /// As of a [`Place::Frame`].
+        at: u64,
+    },
     /// At a batch of pages.
     Batch {
         /// On which data channel.
@@ -343,6 +352,11 @@ impl Carrier {
                 if (way, kind) == (self.way, this)
                     && after.is_none_or(|kind| self.shared.seen().contains(&kind))
                     && is_turn(nth) =>
+            {
+                Some(length.min(at as usize))
+            }
+            (Place::Message { way, nth, at }, What::Frame(_))
+                if (way, 0) == (self.way, self.connection) && is_turn(nth) =>
             {
                 Some(length.min(at as usize))
             }
