@@ -155,6 +155,9 @@ impl Attempt {
         self.agree(machine, dial, context)?;
         let digest = std::thread::scope(|scope| self.transfer(scope, machine, context))?;
         self.prepare(machine, context, digest)?;
+        if let Some(error) = self.remainder.as_ref().and_then(|remainder| remainder.take_loss()) {
+            return Err(error);
+        }
         if !context.parameters.commit() {
             return Err(Error::Cancelled);
         }

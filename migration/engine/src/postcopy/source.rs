@@ -46,6 +46,8 @@ struct Memory {
     requested_bytes: AtomicU64,
     /// The destination needs nothing any more.
     received: AtomicBool,
+    /// The guest is the destination's, and the main link is for nothing but its memory.
+    has_left: AtomicBool,
     /// Why requests are not answered any more.
     lost: Mutex<Option<Error>>,
 }
@@ -69,7 +71,7 @@ impl Drop for Server {
 
 impl Remainder {
     /// Begins to answer requests on `pages`. `missing` is what the destination lacks, one bitmap for each of `blocks`. `main` is cut
-    /// when no more requests can be answered.
+    /// when no more requests can be answered and the guest has left.
     pub fn new(
         (session, key): (Id, Id),
         blocks: &[RamBlock],
@@ -87,6 +89,7 @@ impl Remainder {
             requests: AtomicU64::new(0),
             requested_bytes: AtomicU64::new(0),
             received: AtomicBool::new(false),
+            has_left: AtomicBool::new(false),
             lost: Mutex::default(),
         };
         let mut remainder = Self { session, key, memory: Arc::new(memory), server: None };
@@ -104,8 +107,10 @@ impl Remainder {
                 && !is_over.load(Ordering::SeqCst)
             {
                 memory.lost().get_or_insert(error);
-                // Who sends there fails next. What the destination has to say of it is still heard.
-                let _gone_already = main.shutdown(Shutdown::Write);
+                if memory.has_left.load(Ordering::SeqCst) {
+                    // Who sends there fails next. What the destination has to say of it is still heard.
+                    let _gone_already = main.shutdown(Shutdown::Write);
+                }
             }
         });
         let thread = thread.map_err(|source| Error::Machine {
@@ -114,6 +119,11 @@ impl Remainder {
         })?;
         self.server = Some(Server { link, thread: Some(thread), is_given_up });
         Ok(())
+    }
+
+    /// Why requests can be answered no more, if so: the guest must not leave then.
+    pub fn take_loss(&self) -> Option<Error> {
+        self.memory.lost().take()
     }
 
     /// The guest is the destination's: sends all that it lacks, over lost links and new ones, and returns when it has everything.
@@ -127,6 +137,8 @@ impl Remainder {
         dial: &mut Dial<'_>,
         context: &Context<'_>,
     ) -> Result<(), Error> {
+        // What was lost before is found before anything is sent.
+        self.memory.has_left.store(true, Ordering::SeqCst);
         let mut found = match link {
             Some(mut link) => {
                 // It learns the figures, and that its answer arrived. If it does not, the link is lost.
