@@ -108,8 +108,9 @@ impl DestinationFactory for Factory {
         if self.vmm.images_come.is_some() && !has_images {
             return Err("it was started --with-storage, and the source keeps its images (ferry migrate --with-storage)".into());
         }
-        // What guests create in a folder changes while one waits for them: it is looked at anew.
-        if !has_images && self.vmm.spec.controllers.iter().any(|controller| controller.subsystem.is_some()) {
+        // One that was described to a source which did not fit. Images change while one waits, as what guests create in a folder does: with
+        // the old one, a source that was refused for another image would be for ever.
+        if !has_images {
             self.machine = None;
         }
         // It is made now and kept: it costs nothing until memory arrives, and the guest finds it ready.
@@ -261,5 +262,40 @@ impl DestinationMachine for Arrival {
             }
         })?;
         Ok(ran)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::tests::process_with;
+
+    /// A source that was refused since another image was here comes again when the right one is.
+    #[test]
+    fn what_is_here_is_looked_at_anew_for_each_source() {
+        let folder = tempfile::tempdir().unwrap();
+        let image = folder.path().join("disk.img");
+        let put = |name: &str| {
+            let draft = folder.path().join(name);
+            std::fs::File::create(&draft).unwrap().set_len(1 << 20).unwrap();
+            std::fs::rename(&draft, &image).unwrap();
+            std::fs::metadata(&image).unwrap()
+        };
+        put("first");
+        let disk = format!("path={},serial=a,queues=1", image.display());
+        let (vmm, _requests) = process_with(&["--nvme", &disk]);
+        let mut factory = Factory::new(&vmm, GuestTime::Live);
+        let mut told = || {
+            let description = factory.description().unwrap();
+            description.get("identity.nvme.a.ns.1.image").unwrap().to_owned()
+        };
+        // The first is kept open, so that the second has another number.
+        let first = std::fs::File::open(&image).unwrap();
+        let before = told();
+        let inode = std::os::unix::fs::MetadataExt::ino(&put("second"));
+        let after = told();
+        assert_ne!(before, after);
+        assert!(after.ends_with(&format!("inode {inode}")), "{after}");
+        drop(first);
     }
 }
