@@ -170,6 +170,7 @@ impl<'a> Destination<'a> {
         let Visit { peer, mut link, said, passes_descriptors } = visit;
         match said {
             Ok(Message::Hello(mut hello)) => {
+                hello.features = features::known(hello.features);
                 if !passes_descriptors {
                     hello.features &= !(features::LOCAL | features::IMAGE_FILES);
                 }
@@ -313,8 +314,7 @@ impl<'a> Destination<'a> {
                 hello.page_bytes
             ));
         }
-        let features = features::granted(hello.features);
-        if features & features::POSTCOPY != 0
+        if hello.features & features::POSTCOPY != 0
             && let Err(error) =
                 factory.can_miss_pages().map_err(Error::machine("run a guest ahead of its memory"))
         {
@@ -329,7 +329,7 @@ impl<'a> Destination<'a> {
         if !machine.takes_memory() {
             lacking |= features::LOCAL;
         }
-        let granted = features & !lacking;
+        let granted = hello.features & !lacking;
         if granted & features::LOCAL == 0 || machine.image_files().is_none() {
             lacking |= features::IMAGE_FILES;
         }

@@ -24,12 +24,33 @@ pub const MOMENT: u64 = 1 << 8;
 /// Of memory that follows, several pages can be asked for at once.
 pub const PAGE_RUNS: u64 = 1 << 9;
 
-/// What this build can do as a destination.
+/// What this build can do.
 pub const SUPPORTED: u64 =
     CHANNELS | LOCAL | POSTCOPY | STORAGE | LZ4 | ZSTD | SETTLE | IMAGE_FILES | MOMENT | PAGE_RUNS;
 
-/// What is granted to a source that offers `features`.
+/// What this build knows of `features`: a source offers no more, and a destination hears of no more.
 #[must_use]
-pub fn granted(features: u64) -> u64 {
-    features & SUPPORTED
+pub fn known(features: u64) -> u64 {
+    features & supported()
+}
+
+#[cfg(not(test))]
+const fn supported() -> u64 {
+    SUPPORTED
+}
+
+#[cfg(test)]
+fn supported() -> u64 {
+    SUPPORTED & !LACKING.get()
+}
+
+#[cfg(test)]
+thread_local! {
+    static LACKING: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
+/// The side of a migration that is on this thread is of a build that knows nothing of `features`.
+#[cfg(test)]
+pub(crate) fn lack(features: u64) {
+    LACKING.set(features);
 }

@@ -208,10 +208,11 @@ impl Attempt {
         if link.can_be_joined() {
             hello.features |= offered(context.parameters) | postcopy;
         }
+        hello.features |= features::SETTLE | features::MOMENT;
+        hello.features = features::known(hello.features);
         if hello.features & features::POSTCOPY == 0 {
             context.parameters.leave_postcopy_out();
         }
-        hello.features |= features::SETTLE | features::MOMENT;
         hello.channels = context.parameters.channels();
         link.send_with(
             &Message::Hello(Box::new(hello)),

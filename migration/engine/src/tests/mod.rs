@@ -15,11 +15,13 @@ mod migrate;
 mod missing;
 mod mock;
 mod operator;
+mod overheard;
 mod passed;
 mod postcopy;
 mod secure;
 mod snapshot;
 mod storage;
+mod versions;
 mod world;
 
 use std::io::{self, Read, Write};
@@ -38,6 +40,7 @@ use crate::{
     Statistics, Status, migrate as move_out,
 };
 use mock::{Arriving, Factory, Source, World};
+use overheard::Overheard;
 
 /// Nothing is waited for that does not come, so these only end a hang.
 pub fn patience() -> Patience {
@@ -127,6 +130,10 @@ pub struct Play {
     pub tally: Option<Sender<()>>,
     /// Somebody stands between the two, and passes bytes on.
     pub tunnel: bool,
+    /// Hears all that both say.
+    pub overheard: Option<Arc<Overheard>>,
+    /// Features that the source and the destination, of older builds, know nothing of.
+    pub lacking: (u64, u64),
     /// What is sent on the links after the first arrives later.
     pub lag: Duration,
     /// Instead of a handle on the world's lease. The source's is here again afterwards.
@@ -173,6 +180,8 @@ impl Play {
             channel_fault: None,
             tally: None,
             tunnel: false,
+            overheard: None,
+            lacking: (0, 0),
             lag: Duration::ZERO,
             source_lease: Arc::default(),
             destination_lease: None,
@@ -205,6 +214,8 @@ impl Play {
             mut channel_fault,
             mut tally,
             tunnel,
+            overheard,
+            lacking,
             lag,
             source_lease: lease_after,
             mut destination_lease,
@@ -230,6 +241,7 @@ impl Play {
         let (source_end, received) = std::thread::scope(|scope| {
             let statistics = &destination_statistics;
             let receiving = scope.spawn(move || {
+                crate::features::lack(lacking.1);
                 let parameters = Parameters::new();
                 let lease = destination_lease.as_mut();
                 let patience = destination_patience.unwrap_or(patience);
@@ -239,6 +251,7 @@ impl Play {
             });
             let (statistics, parameters, witness) = (&source_statistics, &parameters, &witness);
             let sending = scope.spawn(move || {
+                crate::features::lack(lacking.0);
                 let mut dials = 0;
                 // Owns the way to the destination: when this thread ends, the destination's wait ends.
                 let mut dial = || -> Result<Connection, Error> {
@@ -270,6 +283,9 @@ impl Play {
                         // It reads bytes in the plain way.
                         let peer = far.peer().to_owned();
                         far = Connection::new(Box::new(Tally { inner: far, tally: channel().0, lag }), peer);
+                    }
+                    if let Some(overheard) = &overheard {
+                        (near, far) = (overheard.hear(near), overheard.hear(far));
                     }
                     send(&links, far)?;
                     Ok(near)

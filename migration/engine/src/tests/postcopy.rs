@@ -16,7 +16,7 @@ use crate::{Error, Outcome, Parameters, PostcopyStart, Status};
 const MESSAGES_MAX: u32 = 400;
 
 /// A migration in which memory follows as `start` says.
-fn play(world: &World, start: PostcopyStart) -> Play {
+pub fn play(world: &World, start: PostcopyStart) -> Play {
     let mut play = Play::new(world);
     play.parameters.set_postcopy(start);
     // Nothing is small enough for a stop.
@@ -80,7 +80,7 @@ fn assert_has_all(ending: &mut Ending, what: &str) {
     assert!(memory.touched_missing() > 0, "{what}");
 }
 
-fn assert_moved(world: &World, ending: &mut Ending, what: &str) {
+pub fn assert_moved(world: &World, ending: &mut Ending, what: &str) {
     assert_has_all(ending, what);
     let Some((Outcome::Completed { .. }, source)) = &ending.source else {
         panic!("{what}: {:?}\n{:#?}", ending.source.as_ref().map(|(outcome, _)| outcome), world.log());

@@ -19,21 +19,21 @@ use crate::{
 };
 
 /// Two hosts that have nothing in common.
-struct Hosts {
-    world: World,
+pub struct Hosts {
+    pub world: World,
     source: Arc<Images>,
     destination: Arc<Images>,
 }
 
 impl Hosts {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let world = World::with_images_of_each();
         let source = Images::of_a_guest(&world, "source");
         let destination = Images::none(&world, "destination");
         Self { world, source, destination }
     }
 
-    fn play(&self) -> Play {
+    pub fn play(&self) -> Play {
         let mut play = Play::new(&self.world);
         play.with_lease = false;
         play.parameters.set_storage(true);
@@ -43,7 +43,7 @@ impl Hosts {
     }
 
     /// The guest runs where its images are.
-    fn assert_moved(&self, ending: &Ending) {
+    pub fn assert_moved(&self, ending: &Ending) {
         assert_moved(&self.world, ending);
         assert!(self.source.contents() == self.destination.contents(), "images differ");
         assert!(matches!(self.destination.record().unwrap().state, State::Taken { .. }));
