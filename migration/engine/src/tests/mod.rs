@@ -18,6 +18,7 @@ mod operator;
 mod overheard;
 mod passed;
 mod postcopy;
+mod recovery;
 mod secure;
 mod snapshot;
 mod storage;

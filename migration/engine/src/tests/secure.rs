@@ -15,7 +15,7 @@ use crate::{Context, Destination, Error, Outcome, Parameters, Patience, Statisti
 /// More messages than a source ever sends.
 const MESSAGES_MAX: u32 = 40;
 
-fn trusting(authority: &Authority, folder: &Path) -> Security {
+pub fn trusting(authority: &Authority, folder: &Path) -> Security {
     authority.fill(folder, &["127.0.0.1"], Validity::Valid);
     Security::Tls(Arc::new(Credentials::load(folder).unwrap()))
 }
