@@ -3,10 +3,15 @@
 //! Nothing here depends on how fast it goes: no downtime is allowed, so that only a guest that dirties nothing converges, and the
 //! mock guest dirties less the more it is slowed down.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
+
+use stream::frame::Kind;
 
 use super::migrate::assert_moved;
 use super::mock::{Trouble, World};
+use super::overheard::Overheard;
 use super::{Ending, Play};
 use crate::{Convergence, Error, OnTimeout, Outcome, Status};
 
@@ -152,6 +157,79 @@ fn the_user_changes_his_mind_while_it_runs() {
     let ending = play.run();
     assert_moved(&world, &ending);
     assert_eq!((ending.source_statistics.rounds, ending.source_statistics.throttle_percent), (6, 0));
+}
+
+/// Plays a migration without limits, whose user sets others during the second round, and still others during the fourth.
+fn changed_twice(first: Convergence, then: Convergence) -> (World, Ending) {
+    let world = World::new();
+    let mut play = hot(&world, 500, Convergence::default());
+    let parameters = Arc::clone(&play.parameters);
+    let mut looks = 0;
+    play.source.on_look = Some(Box::new(move |_| {
+        looks += 1;
+        match looks {
+            2 => parameters.set_convergence(first),
+            4 => parameters.set_convergence(then),
+            _ => {}
+        }
+    }));
+    let ending = play.run();
+    (world, ending)
+}
+
+#[test]
+fn rounds_are_limited_while_they_are_made() {
+    let at_most = |rounds| Convergence { max_rounds: Some(rounds), ..five_rounds(OnTimeout::Force) };
+    for (first, then, made) in [(6, 9, 9), (9, 6, 6), (5, 2, 4)] {
+        let (world, ending) = changed_twice(at_most(first), at_most(then));
+        assert_moved(&world, &ending);
+        assert_eq!(ending.source_statistics.rounds, made, "at most {first}, then {then}");
+    }
+}
+
+/// The longer time would end no test, and the shorter one is over.
+#[test]
+fn time_is_limited_while_rounds_are_made() {
+    let long = Convergence { timeout: Some(Duration::from_secs(100_000)), ..Convergence::default() };
+    let over = Convergence { timeout: Some(Duration::ZERO), ..Convergence::default() };
+    for first in [Convergence::default(), long] {
+        let (world, ending) = changed_twice(first, Convergence { on_timeout: OnTimeout::Force, ..over });
+        assert_moved(&world, &ending);
+        assert_eq!(ending.source_statistics.rounds, 4);
+
+        let (world, ending) = changed_twice(first, over);
+        let Some((Outcome::Failed { error: Error::OutOfTime { rounds: 4, allowed, .. }, .. }, _)) =
+            &ending.source
+        else {
+            panic!("{:?}", ending.source.map(|(outcome, _)| outcome));
+        };
+        assert_eq!(*allowed, Duration::ZERO);
+        assert_stayed(&world, &ending);
+    }
+}
+
+/// The rest of it goes in the stop.
+#[test]
+fn a_round_ends_early_when_the_user_gives_it_no_more_time() {
+    let world = World::new();
+    let mut play = hot(&world, 10, Convergence::default());
+    let (parameters, pieces) = (Arc::clone(&play.parameters), AtomicU32::new(0));
+    play.overheard = Some(Arc::new(Overheard::with_listener(move |kind| {
+        // The first piece has no page yet.
+        if kind == Kind::Stream && pieces.fetch_add(1, Ordering::SeqCst) == 1 {
+            parameters.set_convergence(Convergence {
+                timeout: Some(Duration::ZERO),
+                on_timeout: OnTimeout::Force,
+                ..Convergence::default()
+            });
+        }
+    })));
+    let ending = play.run();
+    assert_moved(&world, &ending);
+    let statistics = &ending.source_statistics;
+    assert_eq!(statistics.rounds, 1);
+    // A portion of 256 pages of 432, a third of them zero.
+    assert!(statistics.downtime_bytes > 100 * 4096, "{statistics:?}");
 }
 
 #[test]
