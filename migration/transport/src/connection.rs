@@ -362,7 +362,15 @@ impl fmt::Debug for Connection {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixListener;
+
     use super::*;
+    use crate::{Endpoint, Listener, Security, Uri};
+
+    /// Only ends a hang.
+    const SOON: Duration = Duration::from_secs(30);
 
     #[test]
     fn a_silent_peer_does_not_hold_a_reader_or_a_writer() {
@@ -378,6 +386,86 @@ mod tests {
             }
         };
         assert!(matches!(kind, io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut), "{kind}");
+    }
+
+    /// Both ends of a link with `listener`, the one that dials first.
+    fn ends_of(listener: &Listener, dial: impl FnOnce() -> Result<Connection, Error>) -> [Connection; 2] {
+        let one = dial().unwrap();
+        [one, listener.accept(SOON).unwrap().expect("somebody has dialled")]
+    }
+
+    fn given(socket: impl Into<OwnedFd>) -> (OwnedFd, Endpoint) {
+        (socket.into(), Endpoint { uri: "fd:7".parse().unwrap(), security: Security::ThisHost })
+    }
+
+    fn option<T: PartialEq + fmt::Debug>(
+        connection: &Connection,
+        read: impl Fn(BorrowedFd<'_>) -> rustix::io::Result<T>,
+    ) -> T {
+        read(connection.link.socket().expect("it is a socket")).unwrap()
+    }
+
+    /// Dialled, accepted and given ones.
+    #[test]
+    fn tcp_sends_every_message_at_once() {
+        let listen = || TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut all = Vec::new();
+        let listener = Listener::bind(&"tcp:127.0.0.1:0".parse().unwrap()).unwrap();
+        all.extend(ends_of(&listener, || listener.uri().connect(SOON)));
+        let insecure = Endpoint { uri: listener.uri().clone(), security: Security::Insecure };
+        all.extend(ends_of(&listener, || insecure.connect(SOON)));
+
+        let plain = listen();
+        let address = plain.local_addr().unwrap();
+        let (socket, endpoint) = given(plain);
+        let listener = Listener::over(socket, &endpoint).unwrap();
+        all.extend(ends_of(&listener, || {
+            let (socket, endpoint) = given(TcpStream::connect(address).unwrap());
+            endpoint.connect_over(socket, SOON)
+        }));
+        // The socket of an only peer.
+        let plain = listen();
+        let other = TcpStream::connect(plain.local_addr().unwrap()).unwrap();
+        let (socket, endpoint) = given(plain.accept().unwrap().0);
+        all.extend(Listener::over(socket, &endpoint).unwrap().accept(SOON).unwrap());
+        assert!(!other.nodelay().unwrap(), "it is not what sockets do by themselves");
+        let at_once: Vec<_> =
+            all.iter().map(|one| option(one, |socket| sockopt::tcp_nodelay(socket))).collect();
+        assert_eq!(at_once, [true; 7]);
+    }
+
+    /// As large as the kernel lets them be, up to what is wanted.
+    #[test]
+    fn unix_sockets_have_room_for_many_messages() {
+        let sizes = |socket: BorrowedFd<'_>| {
+            Ok([sockopt::socket_send_buffer_size(socket)?, sockopt::socket_recv_buffer_size(socket)?])
+        };
+        let (plain, wide) = UnixStream::pair().unwrap();
+        sockopt::set_socket_send_buffer_size(&wide, 1 << 20).unwrap();
+        sockopt::set_socket_recv_buffer_size(&wide, 1 << 20).unwrap();
+        let (usual, expected) = (sizes(plain.as_fd()).unwrap(), sizes(wide.as_fd()).unwrap());
+        assert!(
+            usual.iter().zip(&expected).all(|(usual, expected)| usual < expected),
+            "{usual:?} {expected:?}"
+        );
+
+        let (one, other) = Connection::pair().unwrap();
+        let mut all = vec![one, other];
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let listener = Listener::bind(&Uri::Unix(path("ours"))).unwrap();
+        all.extend(ends_of(&listener, || listener.uri().connect(SOON)));
+        let (socket, endpoint) = given(UnixListener::bind(path("given")).unwrap());
+        let listener = Listener::over(socket, &endpoint).unwrap();
+        all.extend(ends_of(&listener, || {
+            let (socket, endpoint) = given(UnixStream::connect(path("given")).unwrap());
+            endpoint.connect_over(socket, SOON)
+        }));
+        let (_other, only) = UnixStream::pair().unwrap();
+        let (socket, endpoint) = given(only);
+        all.extend(Listener::over(socket, &endpoint).unwrap().accept(SOON).unwrap());
+        let found: Vec<_> = all.iter().map(|one| option(one, sizes)).collect();
+        assert_eq!(found, [expected; 7]);
     }
 
     /// Passes everything on and has no socket to show.
