@@ -123,7 +123,7 @@ fn nobody_but_its_source_goes_on_with_a_guest_that_lacks_memory() {
     let world = World::new();
     // It asks for nothing before it is woken.
     world.lock().sleeps = true;
-    let patience = Patience { silence: WATCHDOG, handshake: WATCHDOG, ..patience() };
+    let patience = Patience { silence: WATCHDOG, ..patience() };
     let (parameters, waiting, stop) = (Parameters::new(), Parameters::new(), AtomicBool::new(false));
     parameters.set_postcopy(PostcopyStart::AtOnce);
     let ((source_statistics, here), (destination_statistics, there)) = (told(), told());
