@@ -24,6 +24,12 @@ Examples:
   # From another host; each side proves with its files in /etc/ferry who it is (ca.pem, cert.pem, key.pem):
   ferry run --memory 512M --api new.sock --incoming tcp:0.0.0.0:4444 --tls-dir /etc/ferry
   ferry migrate --api vm.sock --tls-dir /etc/ferry tcp:node2.example:4444       # there
+  # Those files, with OpenSSL 3: an authority (keep ca-key.pem apart), then for each host key.pem and cert.pem with its names:
+  openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 365 -subj /CN=ferry-authority \\
+      -keyout ca-key.pem -out ca.pem
+  openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 365 -subj /CN=node2 -CA ca.pem -CAkey ca-key.pem \\
+      -addext subjectAltName=DNS:node2.example,DNS:localhost,IP:127.0.0.1 -addext basicConstraints=critical,CA:FALSE \\
+      -keyout key.pem -out cert.pem
 
   # A guest that can move between all hosts that have SSE4.2, also to those with more:
   ferry run --cpu x86-64-v2 --kernel vmlinux --nvme path=disk.raw,serial=disk0 --api vm.sock
