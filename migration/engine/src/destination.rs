@@ -192,6 +192,11 @@ impl<'a> Destination<'a> {
                         Some(arrived)
                     }
                     Err(error) => {
+                        let error = match error {
+                            // Nobody calls off at this end what the other one began.
+                            Error::Cancelled if self.parameters.cancelled() => Error::Ended,
+                            error => error,
+                        };
                         // The machine is gone, and the session is fenced before the source hears of it.
                         self.ownership.on(Event::Failed);
                         self.parameters.reopen();

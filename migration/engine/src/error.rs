@@ -40,6 +40,9 @@ pub enum Error {
     /// The user ended it.
     #[error("migration cancelled")]
     Cancelled,
+    /// The process that waited for the guest was told to end.
+    #[error("the destination's process was told to end")]
+    Ended,
     /// The guest dirties its memory faster than the link takes it.
     #[error(
         "no convergence after {rounds} rounds: {remaining_bytes} bytes remain, {expected:?} of downtime expected, {limit:?} allowed"

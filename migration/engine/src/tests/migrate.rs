@@ -631,6 +631,40 @@ fn a_destination_that_could_not_take_a_guest_can_still_be_ended() {
     });
 }
 
+/// Both sides say the same: it was not the source's user who ended that.
+#[test]
+fn a_destination_that_is_ended_says_so() {
+    let world = World::new();
+    let mut lease = world.lease("source");
+    lease.claim().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let uri = transport::Uri::Unix(folder.path().join("socket"));
+    let listener = transport::Listener::bind(&uri).unwrap();
+    let (statistics, parameters) = (Statistics::new(), Parameters::new());
+    std::thread::scope(|scope| {
+        let receiving = scope.spawn(|| {
+            let mut own = world.lease("destination");
+            let mut factory = Factory::new(&world, "destination");
+            let mut destination =
+                Destination::new(Some(&mut own), &statistics, patience(), &parameters).unwrap();
+            assert!(destination.receive(&mut factory, &listener).unwrap().is_none());
+        });
+        let heard = std::panic::catch_unwind(|| {
+            let mut link = Link::new(uri.connect(patience().connect).unwrap()).unwrap();
+            link.greet(step()).unwrap();
+            prepared(&mut link, &world, [1; 16], 0).unwrap();
+            parameters.cancel();
+            link.receive(step()).unwrap()
+        });
+        // The thread must end, whatever the result is.
+        parameters.cancel();
+        receiving.join().unwrap();
+        let Ok(Message::Reject(reasons)) = heard else { panic!("{heard:?}") };
+        assert_eq!(reasons.sentences(), ["the destination's process was told to end"]);
+        assert_eq!(statistics.snapshot().error.as_deref(), Some("the destination's process was told to end"));
+    });
+}
+
 #[test]
 fn a_source_that_never_stops_asking_does_not_hold_the_destination() {
     let world = World::new();
