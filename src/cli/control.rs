@@ -11,6 +11,10 @@ use crate::control::{
     Client, FerryAccess, FerryMember, FerryStart, FerryStatus, MigrationInfo, MigrationStatus, RunState,
 };
 
+/// Why a migration whose guest has gone ahead of its memory is not cancelled.
+pub(super) const TOO_LATE_TO_CANCEL: &str =
+    "too late to cancel: the guest is at its destination already, and its memory follows";
+
 /// Which machine is meant.
 #[derive(Clone, Debug, Args)]
 pub struct ControlArguments {
@@ -94,12 +98,14 @@ impl ControlArguments {
         if info.is_none_or(|info| info.status.is_final()) {
             bail!("no migration is under way");
         }
+        // If the guest has gone ahead of its memory, this changes nothing.
         let ended = client.decide("migrate_cancel")?.info;
         if self.json {
             println!("{}", serde_json::to_string(&ended)?);
         }
         match ended.status {
             MigrationStatus::Completed => bail!("too late: the migration has completed"),
+            status if status.is_postcopy() => bail!("{TOO_LATE_TO_CANCEL}"),
             _ => Ok(()),
         }
     }
@@ -110,7 +116,7 @@ impl ControlArguments {
     /// No machine answers, it refused, or the destination has answered that it has not.
     pub fn confirm(&self) -> anyhow::Result<()> {
         match self.decide("x-ferry-confirm")?.status {
-            MigrationStatus::Completed => Ok(()),
+            status if status == MigrationStatus::Completed || status.is_postcopy() => Ok(()),
             _ => bail!("the destination answered after all, and never ran the guest: it goes on here"),
         }
     }
@@ -121,7 +127,7 @@ impl ControlArguments {
     /// No machine answers, it refused, or the destination has answered that it has the guest.
     pub fn reclaim(&self) -> anyhow::Result<()> {
         match self.decide("x-ferry-reclaim")?.status {
-            MigrationStatus::Completed => {
+            status if status == MigrationStatus::Completed || status.is_postcopy() => {
                 bail!("the destination answered after all, and has the guest: it never runs here again")
             }
             _ => Ok(()),
@@ -260,6 +266,9 @@ impl fmt::Display for Report {
         if let Some(migration) = migration {
             writeln!(f, "  migration with {}: {}", migration.peer, migration.phase)?;
             migration.detail.as_ref().map_or(Ok(()), |detail| writeln!(f, "  {detail}"))?;
+            if let Some(why) = migration.postcopy.as_ref().and_then(|postcopy| postcopy.paused.as_ref()) {
+                writeln!(f, "  the guest waits for memory, and the link is lost (ferry recover): {why}")?;
+            }
         }
         if *status == RunState::Inmigrate {
             writeln!(f, "  waits for a guest")?;

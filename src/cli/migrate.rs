@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -12,10 +12,10 @@ use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use signal_hook::consts::SIGINT;
 use transport::Uri;
 
-use super::control::word;
+use super::control::{TOO_LATE_TO_CANCEL, word};
 use crate::control::{
-    Client, DiskStats, FerryChannel, FerryDowntime, Finished, Limits, MigrateRequest, MigrationInfo,
-    MigrationStatus, RamStats,
+    Client, DiskStats, FerryChannel, FerryDowntime, FerryPostcopy, Finished, Limits, MigrateRequest,
+    MigrationInfo, MigrationStatus, RamStats,
 };
 
 /// Exit status after a second Ctrl-C: the shell's for SIGINT.
@@ -23,6 +23,9 @@ const INTERRUPTED: i32 = 130;
 
 /// How the machine calls a socket that it is given.
 const GIVEN: &str = "ferry-migrate";
+
+/// So many channels are told of one by one.
+const CHANNELS_TOLD: usize = 8;
 
 /// How often a line is written where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(1);
@@ -130,14 +133,23 @@ impl RecoverArguments {
         let uri = self.uri.as_ref().map(absolute).transpose()?.map(|uri| uri.to_string());
         let mut client = Client::connect(&self.api)?;
         let mut display = Display::new();
-        let finished = client.recover(uri.as_deref(), &*cancelled_by_interrupt()?, |info| display.show(info));
+        let finished = client.recover(uri.as_deref(), |info| display.show(info));
         display.end();
         match finished.context("the recovery")? {
             None if self.json => println!("{{}}"),
             None => println!("waits for the source; recover it too"),
-            Some(finished) if self.json => println!("{}", serde_json::to_string(&finished)?),
+            Some(finished) if self.json && finished.info.status.is_final() => {
+                println!("{}", serde_json::to_string(&finished)?);
+            }
             Some(finished) if finished.info.status == MigrationStatus::Completed => {
                 println!("the guest has all of its memory{}", summary(&finished));
+            }
+            Some(Finished { info, details }) if info.status == MigrationStatus::PostcopyPaused => {
+                let why = details.and_then(|details| details.postcopy).and_then(|postcopy| postcopy.paused);
+                bail!(
+                    "the link is lost, and the guest waits: {}",
+                    why.as_deref().unwrap_or("no reason given")
+                )
             }
             Some(finished) => {
                 bail!(
@@ -181,7 +193,15 @@ impl MigrateArguments {
             return Ok(());
         }
         let mut display = Display::new();
-        let finished = client.migrate(&request, &*cancelled_by_interrupt()?, |info| display.show(info));
+        let cancelled = cancelled_by_interrupt()?;
+        let mut is_told = false;
+        let finished = client.migrate(&request, &cancelled, |info| {
+            display.show(info);
+            if info.status.is_postcopy() && !is_told && cancelled.load(Ordering::Relaxed) {
+                display.say(&format!("{TOO_LATE_TO_CANCEL}; Ctrl-C again stops watching"));
+                is_told = true;
+            }
+        });
         display.end();
         let finished = finished.with_context(|| format!("the migration to {uri}"))?;
         if self.json {
@@ -234,7 +254,7 @@ fn absolute(uri: &Uri) -> anyhow::Result<Uri> {
 pub(super) struct Display {
     bar: ProgressBar,
     lines: bool,
-    written: Option<(MigrationStatus, Instant)>,
+    written: Option<(String, MigrationStatus, Instant)>,
 }
 
 impl Display {
@@ -248,12 +268,9 @@ impl Display {
     pub(super) fn show(&mut self, info: &MigrationInfo) {
         let text = progress(info);
         if self.lines {
-            let due = |(status, at): (MigrationStatus, Instant)| {
-                status != info.status || at.elapsed() >= LINE_INTERVAL
-            };
-            if self.written.is_none_or(due) {
+            if self.is_due(info.status, &text) {
                 eprintln!("{text}");
-                self.written = Some((info.status, Instant::now()));
+                self.written = Some((text, info.status, Instant::now()));
             }
             return;
         }
@@ -268,6 +285,18 @@ impl Display {
         }
         self.bar.set_message(text);
         self.bar.tick();
+    }
+
+    /// Whether a line is written. What waits for somebody, as for new links, does not say so every second.
+    fn is_due(&self, status: MigrationStatus, text: &str) -> bool {
+        self.written.as_ref().is_none_or(|(line, before, at)| {
+            *before != status || (line != text && at.elapsed() >= LINE_INTERVAL)
+        })
+    }
+
+    /// Writes a line that stays.
+    fn say(&self, line: &str) {
+        self.bar.suspend(|| eprintln!("{line}"));
     }
 
     pub(super) fn end(&self) {
@@ -294,6 +323,9 @@ fn progress(info: &MigrationInfo) -> String {
     }
     if let Some(percent) = info.cpu_throttle_percentage {
         text += &format!(", vCPUs slowed down by {percent} %");
+    }
+    if info.status == MigrationStatus::PostcopyPaused {
+        text += ", the link is lost (ferry recover)";
     }
     text
 }
@@ -357,7 +389,25 @@ fn details(finished: &Finished) -> Vec<String> {
         kinds.push(format!("{} while stopped", HumanBytes(ram.downtime_bytes)));
         lines.push(format!("sent: {}", kinds.join(", ")));
     }
-    if !details.channels.is_empty() {
+    if let Some(FerryPostcopy { bytes, requests, recoveries, .. }) = &details.postcopy {
+        let mut parts = vec![HumanBytes(*bytes).to_string(), format!("{requests} pages asked for")];
+        let times = if *recoveries == 1 { "once".to_owned() } else { format!("{recoveries} times") };
+        parts.extend((*recoveries > 0).then(|| format!("links replaced {times}")));
+        lines.push(format!("after the guest: {}", parts.join(", ")));
+    }
+    if details.channels.len() > CHANNELS_TOLD {
+        let rates = || details.channels.iter().map(|channel| channel.bytes_per_second);
+        let (bytes, pages) = details.channels.iter().fold((0_u64, 0_u64), |(bytes, pages), channel| {
+            (bytes.saturating_add(channel.bytes), pages.saturating_add(channel.pages))
+        });
+        lines.push(format!(
+            "by {} channels: {} in {pages} pages, each at {}/s to {}/s",
+            details.channels.len(),
+            HumanBytes(bytes),
+            HumanBytes(rates().min().unwrap_or(0)),
+            HumanBytes(rates().max().unwrap_or(0))
+        ));
+    } else if details.channels.iter().any(|channel| channel.bytes > 0) {
         let channels = details.channels.iter().map(|channel| {
             let FerryChannel { bytes, pages, bytes_per_second } = *channel;
             format!("{} in {pages} pages at {}/s", HumanBytes(bytes), HumanBytes(bytes_per_second))
@@ -402,6 +452,8 @@ mod tests {
         assert!(text.contains("3.00 MiB of 5.00 GiB of images remain"), "{text}");
         let slowed = MigrationInfo { cpu_throttle_percentage: Some(30), ..active() };
         assert!(progress(&slowed).ends_with(", would stop for 7 ms, vCPUs slowed down by 30 %"));
+        let lost = MigrationInfo::new(MigrationStatus::PostcopyPaused);
+        assert_eq!(progress(&lost), "postcopy-paused, the link is lost (ferry recover)");
     }
 
     #[test]
@@ -451,6 +503,47 @@ mod tests {
         finished.details = Some(FerryMigration { handed_over_bytes: 1 << 30, downtime: None, ..migration });
         let lines = details(&finished);
         assert!(lines.len() == 1 && lines[0].starts_with("by channel: 3.00 MiB in 70 pages"), "{lines:?}");
+    }
+
+    #[test]
+    fn nothing_is_said_twice_in_a_row() {
+        let mut display = Display::new();
+        let (paused, active) = (MigrationStatus::PostcopyPaused, MigrationStatus::PostcopyActive);
+        assert!(display.is_due(paused, "waits"));
+        let long_ago = Instant::now().checked_sub(LINE_INTERVAL).unwrap();
+        display.written = Some(("waits".to_owned(), paused, long_ago));
+        assert!(!display.is_due(paused, "waits"));
+        assert!(display.is_due(active, "waits") && display.is_due(paused, "waits for another"));
+        display.written = Some(("waits".to_owned(), paused, Instant::now() + LINE_INTERVAL));
+        assert!(!display.is_due(paused, "waits for another"), "a line a second");
+    }
+
+    #[test]
+    fn many_channels_are_one_figure() {
+        let channels = (0..9).map(|index| FerryChannel {
+            bytes: 1 << 20,
+            pages: 256,
+            bytes_per_second: (index + 1) << 20,
+        });
+        let details_of = FerryMigration { channels: channels.collect(), ..FerryMigration::default() };
+        let lines = details(&Finished {
+            info: MigrationInfo::new(MigrationStatus::Completed),
+            details: Some(details_of),
+        });
+        assert_eq!(lines, ["by 9 channels: 9.00 MiB in 2304 pages, each at 1.00 MiB/s to 9.00 MiB/s"]);
+    }
+
+    #[test]
+    fn what_followed_the_guest_is_told_apart() {
+        let mut finished = Finished { info: MigrationInfo::new(MigrationStatus::Completed), details: None };
+        let mut told = |recoveries| {
+            let postcopy =
+                FerryPostcopy { bytes: 3 << 20, requests: 12, recoveries, ..FerryPostcopy::default() };
+            finished.details = Some(FerryMigration { postcopy: Some(postcopy), ..FerryMigration::default() });
+            details(&finished)
+        };
+        assert_eq!(told(0), ["after the guest: 3.00 MiB, 12 pages asked for"]);
+        assert_eq!(told(2), ["after the guest: 3.00 MiB, 12 pages asked for, links replaced 2 times"]);
     }
 
     #[test]

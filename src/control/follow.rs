@@ -37,7 +37,7 @@ pub struct MigrateRequest {
 /// How a migration ended.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Finished {
-    /// QEMU's report; [`MigrationStatus::is_final`] holds of its status.
+    /// QEMU's report; [`MigrationStatus::is_final`] holds of its status, unless [`Client::recover`] or [`Client::decide`] says otherwise.
     #[serde(flatten)]
     pub info: MigrationInfo,
     /// This project's, with rounds and the parts of the downtime.
@@ -108,7 +108,7 @@ impl Client {
         mut progress: impl FnMut(&MigrationInfo),
     ) -> Result<Finished, Error> {
         let mut asked_to_cancel = false;
-        self.follow(|client, seen| {
+        self.follow(MigrationStatus::is_final, |client, seen| {
             progress(seen);
             if cancel.load(Ordering::Relaxed) && !asked_to_cancel && !seen.status.is_final() {
                 client.execute("migrate_cancel", json!({}))?;
@@ -118,29 +118,37 @@ impl Client {
         })
     }
 
-    /// Replaces the links that a guest whose memory follows has lost, and returns when it has all of it; at a destination, when
-    /// that listens.
+    /// Replaces the links that a guest whose memory follows has lost, and returns when it has all of it, or the new ones are lost too or
+    /// never came about ([`MigrationStatus::PostcopyPaused`], whose reason is in the details); at a destination, when that listens.
     ///
     /// # Errors
     /// The machine refused, or its process went away before.
     pub fn recover(
         &mut self,
         uri: Option<&str>,
-        cancel: &AtomicBool,
-        progress: impl FnMut(&MigrationInfo),
+        mut progress: impl FnMut(&MigrationInfo),
     ) -> Result<Option<Finished>, Error> {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         self.execute("migrate-set-capabilities", events)?;
         let status: FerryStatus = self.query("x-ferry-status")?;
         self.execute("migrate-recover", uri.map_or_else(|| json!({}), |uri| json!({ "uri": uri })))?;
         match status.ownership {
-            FerryOwnership::GivenAway => self.follow_unless_cancelled(cancel, progress).map(Some),
+            FerryOwnership::GivenAway => {
+                let is_over =
+                    |status: MigrationStatus| status.is_final() || status == MigrationStatus::PostcopyPaused;
+                let look = |_: &mut Self, seen: &MigrationInfo| {
+                    progress(seen);
+                    Ok(())
+                };
+                self.follow(is_over, look).map(Some)
+            }
             _ => Ok(None),
         }
     }
 
     /// Has a migration end as `command` says, and returns when it has ended: so, or otherwise if that was too late or the destination of
-    /// an undecided hand-over answered after all.
+    /// an undecided hand-over answered after all. It is decided too once the guest runs at the destination, whose memory then follows
+    /// ([`MigrationStatus::is_postcopy`]) for as long as that takes.
     ///
     /// # Errors
     /// The machine refused, or its process went away before.
@@ -148,12 +156,13 @@ impl Client {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         self.execute("migrate-set-capabilities", events)?;
         self.execute(command, json!({}))?;
-        self.follow(|_, _| Ok(()))
+        self.follow(|status| status.is_final() || status.is_postcopy(), |_, _| Ok(()))
     }
 
-    /// Looks at a migration until it is over; `look` sees each report on the way.
+    /// Looks at a migration until its status `is_over`; `look` sees each report on the way.
     fn follow(
         &mut self,
+        is_over: impl Fn(MigrationStatus) -> bool,
         mut look: impl FnMut(&mut Self, &MigrationInfo) -> Result<(), Error>,
     ) -> Result<Finished, Error> {
         let mut seen = MigrationInfo::new(MigrationStatus::Setup);
@@ -169,7 +178,7 @@ impl Client {
                 Err(error) => return Err(error),
             }
             look(self, &seen)?;
-            if seen.status.is_final() {
+            if is_over(seen.status) {
                 let details =
                     self.query("x-ferry-status").ok().and_then(|status: FerryStatus| status.migration);
                 return Ok(Finished { info: seen, details });

@@ -201,6 +201,11 @@ impl MigrationStatus {
     pub fn is_final(self) -> bool {
         matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
     }
+
+    /// Whether the guest is at its destination, and some of its memory is not.
+    pub fn is_postcopy(self) -> bool {
+        matches!(self, Self::PostcopyActive | Self::PostcopyPaused | Self::PostcopyRecover)
+    }
 }
 
 /// QEMU's `MigrationInfo`: times in milliseconds.

@@ -118,6 +118,12 @@ impl Migrations {
         let new = Endpoint { uri: uri.unwrap_or_else(|| endpoint.uri.clone()), ..endpoint.clone() };
         match following {
             Following::NeedsUs => {
+                // Its thread touches nothing before it is told to.
+                let statistics = lock(&self.current).as_mut().map(|current| {
+                    current.peer = new.uri.to_string();
+                    Arc::clone(&current.statistics)
+                });
+                statistics.inspect(|statistics| statistics.begin_recovery());
                 *endpoint = new;
                 self.parameters.recover();
             }

@@ -122,6 +122,14 @@ fn a_guest_goes_on_when_its_lost_links_are_replaced() {
         .destination
         .refused("x-ferry-ana-set", json!({ "controller": "d0", "group": 1, "state": "optimized" }));
     assert!(reason.contains("memory"), "{reason}");
+    // Who cancels hears that it is too late, and who recovers that nobody is there, and neither waits for what does not come.
+    let seen = pair.source.client().decide("migrate_cancel").unwrap();
+    assert_eq!(seen.info.status, MigrationStatus::PostcopyPaused);
+    let nowhere = format!("unix:{}", bed.path("nowhere").display());
+    let seen = pair.source.client().recover(Some(&nowhere), |_| {}).unwrap().expect("a source follows");
+    assert_eq!(seen.info.status, MigrationStatus::PostcopyPaused);
+    let why = seen.details.and_then(|details| details.postcopy?.paused).expect("a reason");
+    assert!(why.contains("cannot connect") && why.contains(&nowhere), "{why}");
     let elsewhere = format!("unix:{}", bed.path("elsewhere").display());
     pair.destination.execute("migrate-recover", json!({ "uri": elsewhere }));
     pair.source.execute("migrate", json!({ "uri": elsewhere, "resume": true }));

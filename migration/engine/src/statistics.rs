@@ -303,6 +303,14 @@ impl Statistics {
         }
     }
 
+    /// Links that were lost are about to be replaced: who asks next must not hear that they are lost, as if that had failed already.
+    pub fn begin_recovery(&self) {
+        let is_lost = self.lock().snapshot.status == Status::PostcopyPaused;
+        if is_lost {
+            self.set_status(Status::PostcopyRecover);
+        }
+    }
+
     /// What the other side's user wants to know.
     pub(crate) fn progress(&self) -> Progress {
         let snapshot = self.snapshot();
@@ -380,6 +388,20 @@ mod tests {
         statistics.start();
         assert_eq!((statistics.snapshot().rounds, statistics.snapshot().error), (0, None));
         assert_eq!(*seen.lock().unwrap(), ["setup", "active", "failed", "setup"]);
+    }
+
+    #[test]
+    fn only_links_that_are_lost_are_replaced() {
+        let statistics = Statistics::new();
+        for (before, after) in [
+            (Status::PostcopyPaused, Status::PostcopyRecover),
+            (Status::PostcopyActive, Status::PostcopyActive),
+            (Status::Completed, Status::Completed),
+        ] {
+            statistics.set_status(before);
+            statistics.begin_recovery();
+            assert_eq!(statistics.snapshot().status, after);
+        }
     }
 
     #[test]

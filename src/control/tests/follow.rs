@@ -178,3 +178,16 @@ fn an_operators_word_is_followed_to_what_it_decides() {
     }
     assert_eq!(setup.machine.asked(), ["Confirm", "Reclaim"]);
 }
+
+/// Its memory may follow for long, or wait for somebody.
+#[test]
+fn a_guest_that_has_gone_ahead_of_its_memory_is_not_waited_for_by_who_cancels() {
+    for status in ["postcopy-active", "postcopy-paused", "postcopy-recover"] {
+        let answer = Box::leak(format!("{{\"return\":{{\"status\":\"{status}\"}}}}\n").into_boxed_str());
+        let answers: &[&str] = Box::leak(Box::new([NOTHING, NOTHING, NOTHING, &*answer]));
+        let (_folder, path, server) = scripted(answers);
+        let seen = Client::connect(&path).unwrap().decide("migrate_cancel").unwrap();
+        server.join().unwrap();
+        assert!(seen.info.status.is_postcopy(), "{seen:?}");
+    }
+}
