@@ -56,7 +56,7 @@ pub struct InspectArguments {
     /// Compare two files field by field, and RAM page by page.
     #[arg(long, num_args = 2, value_names = ["A", "B"], conflicts_with_all = ["file", "check_compat"])]
     pub diff: Option<Vec<PathBuf>>,
-    /// Say whether streams of one build load in another, both ways, and every difference. Takes what --schema printed.
+    /// Say whether streams of one build load in another, both ways, and every difference. Takes what --schema printed without FILE.
     #[arg(long, num_args = 2, value_names = ["OLD.json", "NEW.json"], conflicts_with_all = ["file", "section"])]
     pub check_compat: Option<Vec<PathBuf>>,
 }

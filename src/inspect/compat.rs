@@ -46,6 +46,11 @@ pub struct Comparison {
 /// # Errors
 /// One of them is no schema.
 pub fn compare(old: &Json, new: &Json) -> anyhow::Result<Comparison> {
+    ensure!(
+        is_of_one_file(old) == is_of_one_file(new),
+        "one of them describes the bytes of one file, the other what a build writes: take both from `ferry inspect --schema` without a file, \
+         or both with one (whether this build can load a file, `ferry run --incoming file:PATH` tells)"
+    );
     let (old, new) = (parts(old).context("the old schema")?, parts(new).context("the new schema")?);
     let mut comparison = Comparison::default();
     for (name, old) in &old {
@@ -63,6 +68,12 @@ pub fn compare(old: &Json, new: &Json) -> anyhow::Result<Comparison> {
         comparison.new_in_old.push(format!("{name}: the old schema has no such section"));
     }
     Ok(comparison)
+}
+
+/// Whether a schema has numbers of sections: a build's is of kinds of sections.
+fn is_of_one_file(schema: &Json) -> bool {
+    let devices = schema["devices"].as_array();
+    devices.is_some_and(|devices| devices.iter().any(|device| device.get("instance_id").is_some()))
 }
 
 /// The descriptions in a schema by name.

@@ -219,6 +219,19 @@ fn what_is_no_schema_is_refused() {
     }
 }
 
+/// A file's description has the sizes that its bytes have, a build's what they may be.
+#[test]
+fn a_file_is_not_compared_with_a_build() {
+    let file =
+        json!({ "devices": [{ "name": "s", "instance_id": 0, "version": 1, "fields": [plain("n")] }] });
+    let build = schema(1, 1, json!([plain("n")]));
+    for (old, new) in [(&file, &build), (&build, &file)] {
+        let error = compare(old, new).unwrap_err().to_string();
+        assert!(error.contains("the bytes of one file"), "{error}");
+    }
+    assert_eq!(both(&file, &file), Comparison::default());
+}
+
 #[test]
 fn numbers_from_outside_lists_and_levels_are_compared() {
     let one = |field: Json| schema(1, 1, json!([plain("n"), field]));
