@@ -11,6 +11,7 @@ use crate::control::{AccessState, Client};
 
 /// Which access is set. Its help stands at [`super::Command::Access`].
 #[derive(Clone, Debug, Args)]
+#[command(group = clap::ArgGroup::new("which").args(["group", "nsid"]).required(true))]
 pub struct AccessArguments {
     /// Control socket of the machine (its --api).
     #[arg(long, value_name = "PATH")]
@@ -22,7 +23,7 @@ pub struct AccessArguments {
     #[arg(long, value_name = "SERIAL")]
     controller: String,
     /// ANA group, 1 to 16: that of namespace n is (n - 1) mod 16 + 1.
-    #[arg(long, value_name = "N", required_unless_present = "nsid", conflicts_with = "nsid")]
+    #[arg(long, value_name = "N")]
     group: Option<u32>,
     /// A namespace: its group is meant.
     #[arg(long, value_name = "N")]
@@ -53,5 +54,25 @@ impl AccessArguments {
             println!("{controller} gives access to group {group}: {}", word(state));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use crate::cli::Arguments;
+
+    #[test]
+    fn a_group_is_named_by_its_number_or_by_a_namespace() {
+        let parse = |more: &str| {
+            let command = format!("ferry access --api a --controller c --state inaccessible {more}");
+            Arguments::try_parse_from(command.split_whitespace()).map_err(|error| error.to_string())
+        };
+        assert!(parse("--nsid 1").is_ok() && parse("--group 1").is_ok());
+        let neither = parse("").unwrap_err();
+        assert!(neither.contains("--group <N>|--nsid <N>"), "{neither}");
+        let both = parse("--nsid 1 --group 1").unwrap_err();
+        assert!(both.contains("cannot be used with"), "{both}");
     }
 }

@@ -143,7 +143,8 @@ impl TryFrom<Config> for MachineSpec {
 
     fn try_from(config: Config) -> Result<Self, Error> {
         let refuse = |reason: String| Err(Error::Machine(reason));
-        let memory_bytes = parse_size(&config.memory)?;
+        let memory_bytes =
+            parse_size(&config.memory).map_err(|error| Error::Machine(format!("--memory {error}")))?;
         if !(1..=MAX_CPUS).contains(&config.cpus) {
             return refuse(format!("--cpus {} is not between 1 and {MAX_CPUS}", config.cpus));
         }

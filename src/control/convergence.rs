@@ -164,8 +164,8 @@ pub struct Limits {
     /// process that begin later [at its start: 2].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=i64::from(engine::CHANNELS_MAX)))]
     pub channels: Option<u16>,
-    /// How they compress: worth it where the network is slower than the processors; holds for migrations of this process that begin
-    /// later [at its start: none].
+    /// How the --channels compress: worth it where the network is slower than the processors. With --channels 0 nothing is compressed.
+    /// Holds for migrations of this process that begin later [at its start: none].
     #[arg(long, value_enum, value_name = "HOW")]
     pub compress: Option<MultifdCompression>,
     /// Rounds of dirty pages after which a guest that still dirties too many is dealt with as --on-timeout says; holds for later

@@ -297,7 +297,8 @@ impl Vcpu {
         tsc_offset::write(fd, tsc_offset)?;
         if tsc_offset::read(fd)? != tsc_offset {
             log::warn!(
-                "vCPU {index}: this KVM cannot offset time stamp counters (no VMX or SVM): the guest sees the host's, not {tsc_offset:#x} more"
+                "vCPU {index}: this KVM cannot offset time stamp counters (no VMX or SVM): the guest sees the host's, not {} more",
+                tsc_offset.cast_signed()
             );
         }
         let (deadline, msrs): (Vec<_>, Vec<_>) =

@@ -1,6 +1,7 @@
 //! Who may run the guest: where the lease record lies, and what becomes of it at the start and the end.
 
 use std::ffi::OsString;
+use std::io::ErrorKind;
 use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
@@ -27,7 +28,20 @@ pub fn open_lease(spec: &MachineSpec) -> anyhow::Result<Option<Lease>> {
 /// As [`open_lease`], or there is no such record.
 pub fn open_existing_lease(spec: &MachineSpec) -> anyhow::Result<Option<Lease>> {
     let Some(path) = lease_path(spec)? else { return Ok(None) };
-    Ok(Some(Lease::open_existing(&path, owner(spec)?)?))
+    let lease = Lease::open_existing(&path, owner(spec)?).map_err(|error| match &error {
+        Error::Io { source, .. } if source.kind() == ErrorKind::NotFound => {
+            let help = match &spec.lease {
+                Some(_) => "the lease of a guest that arrives, or is restored, is the one that it had",
+                None => {
+                    "the images of a guest that arrives, or is restored, have its lease beside them, and these have none. (A guest brings \
+                     images along only if both sides say --with-storage; a copy of a snapshot gets new ones with --clone)"
+                }
+            };
+            anyhow::Error::new(error).context(help)
+        }
+        _ => error.into(),
+    })?;
+    Ok(Some(lease))
 }
 
 /// Why no operator may say where the guest of `spec` is, if so: there is a record, which alone decides.

@@ -37,6 +37,9 @@ fn what_cannot_be_run_is_refused_in_one_sentence() {
         (words(&format!("--kernel {missing}")), missing.clone()),
         (words("--memory 64M"), "--kernel".to_owned()),
         (words(&format!("--kernel {EXERCISER} --memory 17M")), "--memory 17M".to_owned()),
+        (words("--memory much --incoming unix:a"), "--memory \"much\"".to_owned()),
+        // There is an image, but no guest has had it.
+        (words(&format!("--incoming unix:a --nvme path={image},serial=s")), "--with-storage".to_owned()),
         (words(&format!("--kernel {EXERCISER} --nvme path={missing},serial=s")), missing.clone()),
         (words(&format!("--kernel {EXERCISER} --serial unix:{missing}/x")), missing.clone()),
         (words(&format!("--kernel {missing} --serial file:{}", bed.path("console").display())), missing),
