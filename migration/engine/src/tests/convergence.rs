@@ -167,6 +167,7 @@ fn changed_twice(first: Convergence, then: Convergence) -> (World, Ending) {
     let mut looks = 0;
     play.source.on_look = Some(Box::new(move |_| {
         looks += 1;
+        assert!(looks < 50, "the rounds do not end");
         match looks {
             2 => parameters.set_convergence(first),
             4 => parameters.set_convergence(then),
