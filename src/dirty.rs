@@ -380,14 +380,29 @@ mod tests {
         assert!(Vm::with_tracking(&host, DirtyTracking::Ring, None).unwrap().has_dirty_rings());
     }
 
-    /// A log of more pages than one call clears, and not a multiple of 64.
+    /// Writes to the second chunk's first and last page, and to pages of the first and the third, and so on as above.
+    const WRITE_FAR_PAGES: [u8; 28] = [
+        0xff, 0x05, 0x00, 0x00, 0x01, 0x00, // inc dword [0x10000]
+        0xff, 0x05, 0x00, 0x00, 0x00, 0x10, // inc dword [0x10000000]
+        0xff, 0x05, 0x00, 0xf0, 0xff, 0x1f, // inc dword [0x1ffff000]
+        0xff, 0x05, 0x00, 0x40, 0x80, 0x25, // inc dword [0x25804000]
+        0xe7, 0x10, // out 0x10, eax
+        0xeb, 0xe4, // jmp back
+    ];
+
+    /// A log of more pages than one call clears, and not a multiple of 64: every chunk is cleared, and what is written there afterwards
+    /// is seen again. What one call clears is tested where that is done.
     #[test]
     fn large_blocks_are_cleared_in_chunks() {
-        let host = Host::open().expect("these tests need /dev/kvm");
-        let vm = Vm::new(&host).unwrap();
-        let ram = GuestRam::new((600 << 20) + 5 * 4096, &[]).unwrap();
-        vm.map_ram(&ram).unwrap();
-        let mut tracker = DirtyTracker::start(&vm, &ram).unwrap();
-        assert_eq!(pages(&tracker.collect().unwrap()), [[]; 1] as [[u64; 0]; 1]);
+        let memory_bytes = (600 << 20) + 5 * 4096;
+        let guest = TestGuest::tracked(DirtyTracking::Log, memory_bytes, 1024, &WRITE_FAR_PAGES);
+        let far = [vec![0x10, 0x1_0000, 0x1_ffff, memory_bytes / 4096 - 1], vec![]];
+        let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
+        assert_eq!(pages(&tracker.collect().unwrap()), NOTHING);
+        for _ in 0..2 {
+            let_it_write(&guest);
+            assert_eq!(pages(&tracker.collect().unwrap()), far);
+            assert_eq!(pages(&tracker.collect().unwrap()), NOTHING);
+        }
     }
 }

@@ -21,6 +21,26 @@ ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 /// Words of the bitmap that one call clears: 64 Ki pages, 256 MiB of guest memory.
 const CLEAR_CHUNK_WORDS: usize = 1024;
 
+/// What one call clears.
+#[derive(Debug)]
+struct Chunk<'a> {
+    first_page: u64,
+    /// A multiple of 64, or up to the end of the slot.
+    num_pages: u32,
+    /// A bit for each of them.
+    words: &'a [u64],
+}
+
+/// All of a slot of so many `pages` in which something is to be cleared.
+fn chunks(bitmap: &[u64], pages: u64) -> impl Iterator<Item = Chunk<'_>> {
+    let first_pages = (0..pages).step_by(CLEAR_CHUNK_WORDS * 64);
+    let chunks = first_pages.zip(bitmap.chunks(CLEAR_CHUNK_WORDS)).map(move |(first_page, words)| {
+        let num_pages = (pages - first_page).min(words.len() as u64 * 64);
+        Chunk { first_page, num_pages: u32::try_from(num_pages).expect("a chunk is 65536 pages"), words }
+    });
+    chunks.filter(|chunk| chunk.words.iter().any(|word| *word != 0))
+}
+
 impl Vm {
     /// Writes the pages of `slot` that vCPUs wrote since they were last cleared over all of `words`: bit n of word n/64 is page n. None of a
     /// slot that the guest does not see.
@@ -58,17 +78,10 @@ impl Vm {
     }
 
     fn clear_chunks(&self, slot: u32, length_bytes: u64, bitmap: &[u64]) -> Result<(), Error> {
-        let pages = length_bytes / PAGE_SIZE_BYTES;
-        for (index, words) in bitmap.chunks(CLEAR_CHUNK_WORDS).enumerate() {
-            if words.iter().all(|&word| word == 0) {
-                continue;
-            }
-            let first_page = (index * CLEAR_CHUNK_WORDS * 64) as u64;
-            // A multiple of 64 pages, or up to the end of the slot.
-            let num_pages = pages.saturating_sub(first_page).min(words.len() as u64 * 64);
+        for Chunk { first_page, num_pages, words } in chunks(bitmap, length_bytes / PAGE_SIZE_BYTES) {
             let request = kvm_clear_dirty_log {
                 slot,
-                num_pages: u32::try_from(num_pages).expect("a chunk is 65536 pages"),
+                num_pages,
                 first_page,
                 __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
                     dirty_bitmap: words.as_ptr() as *mut _,
@@ -84,5 +97,33 @@ impl Vm {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_call_clears_more_than_a_chunk_and_all_of_them_clear_everything() {
+        const MOST: u64 = 65_536;
+        for pages in [1, 63, 64, 65, MOST - 1, MOST, MOST + 1, 3 * MOST, 3 * MOST + 5] {
+            let bitmap = vec![u64::MAX; usize::try_from(pages.div_ceil(64)).unwrap()];
+            let mut next = 0;
+            for Chunk { first_page, num_pages, words } in chunks(&bitmap, pages) {
+                let num_pages = u64::from(num_pages);
+                assert_eq!((first_page, first_page % 64), (next, 0), "of {pages} pages");
+                assert!((1..=MOST).contains(&num_pages) && words.len() as u64 == num_pages.div_ceil(64));
+                next += num_pages;
+                assert!(num_pages.is_multiple_of(64) || next == pages, "{num_pages} of {pages} pages");
+            }
+            assert_eq!(next, pages, "all of {pages} pages");
+        }
+        let mut bitmap = vec![0; 3 * 1024];
+        bitmap[1024] = 1;
+        bitmap[2047] = 1 << 63;
+        let found: Vec<_> =
+            chunks(&bitmap, 3 * MOST).map(|chunk| (chunk.first_page, chunk.num_pages)).collect();
+        assert_eq!(found, [(MOST, MOST as u32)], "the others have nothing to clear");
     }
 }
