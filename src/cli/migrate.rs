@@ -86,10 +86,21 @@ pub struct MigrateArguments {
     #[arg(long)]
     pub json: bool,
     /// Where to: unix:PATH, tcp:HOST:PORT, fd:N (a connected socket that this command inherits as descriptor N and gives to the
-    /// machine), or file:PATH[,layout=stream] to suspend the guest into a new file, whose pages lie at fixed places unless the layout
-    /// is that of a stream.
-    #[arg(value_name = "URI")]
+    /// machine; names of sockets are for QMP, where getfd gives them), or file:PATH[,layout=stream] to suspend the guest into a new
+    /// file, whose pages lie at fixed places unless the layout is that of a stream.
+    #[arg(value_name = "URI", value_parser = inherited_by_number)]
     pub uri: Uri,
+}
+
+/// An address, in which a socket that is there already is meant by its number: nobody has given any a name yet.
+fn inherited_by_number(text: &str) -> Result<Uri, String> {
+    let uri: Uri = text.parse().map_err(|error: transport::Error| error.to_string())?;
+    if matches!(uri, Uri::Fd(_)) && uri.descriptor_number().is_none() {
+        return Err(
+            "fd: takes the number of a connected socket that this command inherits, as in fd:7".to_owned()
+        );
+    }
+    Ok(uri)
 }
 
 /// When guest memory begins to follow after the guest.
@@ -554,6 +565,32 @@ mod tests {
             help.contains(&format!("begin later [at its start: {}]", engine::CHANNELS_DEFAULT)),
             "{help}"
         );
+    }
+
+    /// By QMP, where names can be given, they lead to sockets: `control::tests` and the tests of real processes have that.
+    #[test]
+    fn a_socket_is_named_by_its_number() {
+        #[derive(clap::Parser)]
+        struct Command {
+            #[command(flatten)]
+            arguments: MigrateArguments,
+        }
+        let parse = |uri| <Command as clap::Parser>::try_parse_from(["migrate", "--api", "vm.sock", uri]);
+        let uri = |uri| parse(uri).ok().map(|command| command.arguments.uri);
+        assert_eq!(uri("fd:7"), Some(Uri::Fd("7".to_owned())));
+        assert_eq!(
+            uri("tcp:localhost:4444").map(|uri| uri.to_string()).as_deref(),
+            Some("tcp:localhost:4444")
+        );
+        for (wrong, sentence) in [
+            ("fd:x", "fd: takes the number of a connected socket that this command inherits, as in fd:7"),
+            ("fd:7x", "fd: takes the number"),
+            ("fd:", "the number or name of a descriptor is missing"),
+            ("nowhere:", "the scheme is none of unix, tcp, fd and file"),
+        ] {
+            let error = parse(wrong).err().expect("it is refused").to_string();
+            assert!(error.contains(sentence), "{wrong}: {error}");
+        }
     }
 
     #[test]
