@@ -115,6 +115,14 @@ pub(super) fn populated_ranges(memfd: &File, mapping: &GuestMapping) -> io::Resu
     Ok(ranges)
 }
 
+/// On a host that has reserved none a test says so, and tests that. Where `tests/run` has lent some, it fails.
+#[cfg(test)]
+pub(crate) fn say_that_there_are_none(error: &super::Error) {
+    let is_lent = std::env::var("FERRY_HUGE_PAGES").is_ok_and(|value| value == "lent");
+    assert!(!is_lent, "huge pages were lent for this test, and there are none: {error}");
+    println!("this host has no huge pages: {error}");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -127,7 +135,7 @@ mod tests {
         let ram = match GuestRam::with_pages(bytes, true, &[], &[]) {
             Ok(ram) => ram,
             Err(error) => {
-                println!("this host has no huge pages: {error}");
+                say_that_there_are_none(&error);
                 assert!(matches!(error, Error::HugePages { pages: 8, .. }), "{error}");
                 assert!(error.to_string().contains("/proc/sys/vm/nr_hugepages"), "{error}");
                 return;

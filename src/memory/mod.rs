@@ -27,6 +27,8 @@ use vm_memory::bitmap::RefSlice;
 use vm_memory::{FileOffset, GuestAddress, VolatileMemory, VolatileSlice};
 
 use crate::layout;
+#[cfg(test)]
+pub(crate) use huge::say_that_there_are_none;
 pub use passed::Kind as PassedKind;
 use passed::Passed;
 

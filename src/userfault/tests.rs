@@ -5,7 +5,7 @@ use std::thread::{self, ScopedJoinHandle};
 use vm_memory::ReadVolatile;
 
 use super::*;
-use crate::memory::{GuestRam, RAM_LOW};
+use crate::memory::{GuestRam, RAM_LOW, say_that_there_are_none};
 use crate::vcpu::tests::TestGuest;
 
 const PAGE: u64 = PAGE_SIZE_BYTES;
@@ -195,7 +195,7 @@ fn huge_ram() -> Option<GuestRam> {
     match GuestRam::with_pages(4 * HUGE, true, &[], &[]) {
         Ok(ram) => Some(ram),
         Err(error) => {
-            println!("this host has no huge pages: {error}");
+            say_that_there_are_none(&error);
             None
         }
     }

@@ -22,6 +22,7 @@
 
 mod bed;
 mod counters;
+mod huge_pages;
 mod machine;
 mod passing;
 mod pieces;
@@ -30,6 +31,7 @@ mod vm;
 
 pub use bed::TestBed;
 pub use counters::{Finding, exerciser_line};
+pub use huge_pages::has_huge_pages;
 pub use machine::Machine;
 pub use proxy::{Held, Place, Proxy, Verdict, Way};
 pub use vm::{Vm, WATCHDOG};
