@@ -99,13 +99,13 @@ fn a_commit_that_is_lost_gives_the_guest_back_and_comes_too_late() {
 }
 
 /// A machine that writes no image, and so has no lease.
-fn without_lease() -> Machine {
+pub fn without_lease() -> Machine {
     let memory = "controller=d0,nsid=1,backend=memory,size=16M";
     Machine::new("128M").controller("serial=d0,queues=8").namespace(memory)
 }
 
 /// What its source says of a hand-over that nobody can decide.
-fn undecided(source: &mut Vm) -> String {
+pub fn undecided(source: &mut Vm) -> String {
     let reason = |status: FerryStatus| {
         status
             .migration

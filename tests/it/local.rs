@@ -15,6 +15,7 @@ use stream::frame::Kind;
 use support::{Proxy, TestBed, Verdict, Vm, WATCHDOG};
 
 use crate::guest::{BUSY, EXERCISER, MEMORY, bed, guest_memory, lease, many_disks, one_disk};
+use crate::handover::{undecided, without_lease};
 use crate::load::{arrives, works};
 
 fn maps_memory(vm: &Vm) -> bool {
@@ -105,6 +106,38 @@ fn a_guest_that_was_not_taken_goes_on_in_memory_that_is_as_it_was() {
     let mut destination = machine.expect(&bed, "destination", &format!("unix:{}", bed.path("to").display()));
     hands_over(&mut source, &mut destination, &done);
     destination.finish();
+}
+
+/// Nobody but the operator can say that the destination never took it.
+#[test]
+fn a_guest_that_the_operator_takes_back_goes_on_in_memory_that_is_as_it_was() {
+    let bed = bed();
+    let machine = without_lease();
+    let mut source = machine.boot(&bed, "source", EXERCISER, BUSY);
+    let done = works(&mut source, &Counters::default());
+    source.execute("stop", json!({}));
+    let before = digest(&source);
+    let path = bed.path("to");
+    let destination = machine.expect(&bed, "killed", &format!("unix:{}", path.display()));
+    let proxy = Proxy::new(&bed, "by", &path, Kind::Commit);
+    source.hand_over(proxy.uri());
+    let held = proxy.held();
+    assert!(maps_memory(&destination), "it has the memory itself");
+    destination.kill();
+    held.cut();
+    undecided(&mut source);
+    assert_eq!(source.status().ownership, FerryOwnership::HandoverUnknown);
+    assert_eq!(digest(&source), before, "while nobody knows whose it is");
+    source.execute("x-ferry-reclaim", json!({}));
+    let reason = source.not_migrated();
+    let status = source.status();
+    assert_eq!((status.ownership, status.status), (FerryOwnership::Owned, RunState::Paused), "{reason}");
+    assert_eq!(digest(&source), before, "{reason}");
+    source.execute("cont", json!({}));
+    let done = works(&mut source, &done);
+    let mut other = machine.expect(&bed, "other", &format!("unix:{}", bed.path("other").display()));
+    hands_over(&mut source, &mut other, &done);
+    other.finish();
 }
 
 /// A destination that took the guest runs it, although the source never hears of it; and the source does not go on in its memory.
