@@ -27,7 +27,7 @@ mod memory_map;
 mod mptable;
 mod pvh;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::path::Path;
 

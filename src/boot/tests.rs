@@ -28,7 +28,7 @@ fn spec(kernel: &[u8]) -> BootSpec<'_> {
 }
 
 /// An ELF kernel with one segment of `code` and `bss_bytes` behind it at `KERNEL`.
-fn elf(code: &[u8], bss_bytes: u64, pvh_entry: Option<u32>) -> Vec<u8> {
+pub(crate) fn elf(code: &[u8], bss_bytes: u64, pvh_entry: Option<u32>) -> Vec<u8> {
     let note: Vec<u8> = pvh_entry.map_or(Vec::new(), |entry| {
         // Another vendor's note comes first.
         let other = [&[4, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0][..], b"GNU\0", &[1, 2, 3, 0]].concat();

@@ -103,8 +103,9 @@ impl RunState {
         use Action as A;
         use RunState as S;
         match (self, action) {
-            (S::Prelaunch, A::Start | A::Continue) => Ok(S::Running),
-            (S::Running, A::Stop) | (S::Paused | S::Prelaunch, A::Stop) => Ok(S::Paused),
+            // Until its machine is built there is nothing that a command could start or stop.
+            (S::Prelaunch, A::Start) => Ok(S::Running),
+            (S::Running | S::Paused, A::Stop) => Ok(S::Paused),
             (S::Paused | S::Running, A::Continue) => Ok(S::Running),
 
             // A reset keeps the run state: a paused guest is reset and stays paused.

@@ -16,7 +16,7 @@ pub(super) struct Ways {
     /// Where the source finds the destination, or the destination listens.
     endpoint: Mutex<Option<Endpoint>>,
     /// Where a destination listens since.
-    listener: Mutex<Option<Arc<Listener>>>,
+    pub(super) listener: Mutex<Option<Arc<Listener>>>,
 }
 
 impl Ways {
@@ -89,12 +89,18 @@ impl Migrations {
         self.following().is_some_and(waiting)
     }
 
-    /// Lets memory follow after the guest from now on.
+    /// Lets memory follow after the guest from now on, unless it does already.
     ///
     /// # Errors
-    /// No migration for which that was allowed goes on.
+    /// No migration for which that was allowed goes on, or its guest is handed over.
     pub fn start_postcopy(&self) -> anyhow::Result<()> {
-        ensure!(self.is_leaving(), "there is no migration whose guest could go ahead of its memory");
+        if self.following().is_some_and(|(following, _)| following == Following::NeedsUs) {
+            return Ok(());
+        }
+        ensure!(
+            self.is_leaving() && !self.parameters.committed(),
+            "there is no migration whose guest could go ahead of its memory"
+        );
         ensure!(
             self.parameters.postcopy() != PostcopyStart::Never,
             "the migration began without the capability postcopy-ram, so its destination need not be able to"

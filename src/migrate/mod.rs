@@ -15,6 +15,8 @@ mod paging;
 mod processor;
 mod report;
 mod source;
+#[cfg(test)]
+pub mod staged;
 mod storage;
 
 use std::os::fd::OwnedFd;

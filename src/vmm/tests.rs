@@ -22,8 +22,13 @@ fn process() -> (Arc<Vmm>, Receiver<Request>) {
 
 /// A process that was told more.
 pub(crate) fn process_with(more: &[&str]) -> (Arc<Vmm>, Receiver<Request>) {
-    let line = ["ferry", "run", "--kernel", "vmlinux", "--memory", "16M", "--serial", "null"];
-    let line = line.iter().chain(more);
+    process_of(&[&["--kernel", "vmlinux"], more].concat())
+}
+
+/// A process of whatever machine.
+pub(super) fn process_of(flags: &[&str]) -> (Arc<Vmm>, Receiver<Request>) {
+    let line = ["ferry", "run", "--memory", "16M", "--serial", "null"];
+    let line = line.iter().chain(flags);
     let Command::Run(arguments) = Arguments::parse_from(line).command else { panic!("it is run") };
     Vmm::new(arguments.machine().unwrap(), &arguments).unwrap()
 }

@@ -283,8 +283,8 @@ impl Parameters {
         }
     }
 
-    /// The point of no return; `false` if a cancel came first.
-    pub(crate) fn commit(&self) -> bool {
+    /// The point of no return, for whoever hands the guest over; `false` if a cancel came first.
+    pub fn commit(&self) -> bool {
         self.leave_open(COMMITTED)
     }
 

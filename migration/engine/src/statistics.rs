@@ -280,7 +280,8 @@ impl Statistics {
         self.update(|s| s.moving = elapsed.saturating_sub(s.setup));
     }
 
-    pub(crate) fn set_status(&self, status: Status) {
+    /// Says where the migration stands, and tells the listener if that is news.
+    pub fn set_status(&self, status: Status) {
         {
             let mut inner = self.lock();
             if inner.snapshot.status == status {

@@ -1,78 +1,125 @@
-//! The table is true.
+//! The table is true: every cell is asked of a process that is in that phase, and is compared with what it does.
+
+mod stage;
 
 use std::collections::BTreeMap;
-use std::io::Write;
-use std::os::unix::net::UnixListener;
-use std::path::Path;
-
-use engine::{SnapshotOptions, Word};
 
 use super::is_released_at_the_end;
-use crate::config::NamespaceOption;
-use crate::control::{AccessScope, AccessState, MigrationStatus, Operations, Refusal, command_names};
-use crate::machine::{Action, GuestEvent, RunState};
-use crate::vmm::tests::running;
-use crate::vmm::{Request, lock};
+use crate::control::command_names;
+use crate::machine::RunState;
+use stage::{Guest, Stage};
 
 /// Cells by row and column.
 type Table = BTreeMap<(String, String), String>;
 
+/// Every word that a cell may have.
+const WORDS: [&str; 13] = [
+    "running",
+    "paused",
+    "shutdown",
+    "internal-error",
+    "done",
+    "nothing",
+    "refused",
+    "cancels",
+    "waits",
+    "none",
+    "releases",
+    "leaves",
+    "ends",
+];
+
 fn table() -> Table {
-    let mut lines = include_str!("../phases.md").lines().filter(|line| line.starts_with('|'));
+    // As it is now, and not when this was compiled.
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/vmm/phases.md");
+    let text = std::fs::read_to_string(path).expect("the table is beside its test");
+    let lines: Vec<&str> = text.lines().collect();
     let cells = |line: &str| -> Vec<String> {
         let line = line.trim_matches('|');
         line.split('|').map(|cell| cell.trim().replace('`', "")).collect()
     };
-    let columns = cells(lines.next().unwrap());
     let mut table = Table::new();
-    for line in lines.skip(1) {
-        let row = cells(line);
-        assert_eq!(row.len(), columns.len(), "{line}");
-        for (column, cell) in columns.iter().zip(&row).skip(1) {
-            table.insert((row[0].clone(), column.clone()), cell.clone());
+    // There are two, and both have all rows.
+    for lines in lines.split(|line| !line.starts_with('|')).filter(|lines| !lines.is_empty()) {
+        let columns = cells(lines[0]);
+        for line in &lines[2..] {
+            let row = cells(line);
+            assert_eq!(row.len(), columns.len(), "{line}");
+            for (column, cell) in columns.iter().zip(&row).skip(1) {
+                assert!(WORDS.contains(&cell.as_str()), "{cell} is no word: {line}");
+                assert!(
+                    table.insert((row[0].clone(), column.clone()), cell.clone()).is_none(),
+                    "{column} comes twice"
+                );
+            }
         }
     }
     table
 }
 
-fn column(state: RunState) -> &'static str {
-    match state {
-        RunState::HandoverUnknown { .. } => "handover-unknown",
-        RunState::LacksMemory { .. } => "postcopy-paused",
-        other => other.qmp_name(),
+fn names(table: &Table, name: impl Fn(&(String, String)) -> &String) -> Vec<String> {
+    let mut names: Vec<String> = table.keys().map(|key| name(key).clone()).collect();
+    names.sort();
+    names.dedup();
+    names
+}
+
+/// Cells that are not as they should be, or that only one of the two has.
+fn differences(table: &Table, seen: &Table) -> Vec<(String, String)> {
+    let mut keys: Vec<_> = table.keys().chain(seen.keys()).cloned().collect();
+    keys.sort();
+    keys.dedup();
+    keys.retain(|key| table.get(key) != seen.get(key));
+    keys
+}
+
+/// What a process does in each phase that `table` knows, with every command and event.
+fn ask_everything(table: &Table) -> Table {
+    let mut seen = Table::new();
+    for column in names(table, |(_, column)| column) {
+        // One process for as long as it is in that phase.
+        let mut stage = None;
+        for row in names(table, |(row, _)| row) {
+            let as_when_running = table[&(row.clone(), "running".to_owned())].as_str();
+            let word = stage::ask(&mut stage, &column, &row, Guest::Runs, as_when_running);
+            seen.insert((row, column.clone()), word);
+        }
+    }
+    seen
+}
+
+#[test]
+fn every_cell_is_what_the_process_does() {
+    let table = table();
+    let seen = ask_everything(&table);
+    let told = |key: &(String, String)| {
+        let at = |table: &Table| table.get(key).cloned().unwrap_or_default();
+        format!("{} in {}: is {}, and does {}", key.0, key.1, at(&table), at(&seen))
+    };
+    let differences_now: Vec<String> = differences(&table, &seen).iter().map(told).collect();
+    assert!(differences_now.is_empty(), "{differences_now:#?}");
+    // No cell is left out: whichever becomes another word is noticed, and that one only.
+    for key in table.keys() {
+        for word in WORDS.into_iter().filter(|word| *word != table[key]) {
+            let mut changed = table.clone();
+            changed.insert(key.clone(), word.to_owned());
+            assert_eq!(differences(&changed, &seen), [key.clone()], "{word}");
+        }
     }
 }
 
-const ROWS: [(&str, Action); 14] = [
-    ("cont", Action::Continue),
-    ("stop", Action::Stop),
-    ("migrate", Action::BeginMigration),
-    ("x-ferry-snapshot", Action::BeginMigration),
-    ("system_reset", Action::Reset),
-    ("x-ferry-confirm", Action::Decide(Word::Confirm)),
-    ("x-ferry-reclaim", Action::Decide(Word::Reclaim)),
-    ("x-ferry-namespace-add", Action::ChangeNamespaces),
-    ("x-ferry-namespace-remove", Action::ChangeNamespaces),
-    ("x-ferry-namespace-resize", Action::ChangeNamespaces),
-    ("x-ferry-ana-set", Action::ChangeNamespaces),
-    ("the guest resets", Action::Reset),
-    ("the guest powers off", Action::PowerOff),
-    ("a vCPU cannot go on", Action::Fail),
-];
-
+/// It stays what it was told to be, wherever its memory is.
 #[test]
-fn run_states_move_as_the_table_says() {
+fn a_guest_that_is_paused_continues_and_stops_as_the_table_says() {
     let table = table();
-    for (row, action) in ROWS {
-        for state in RunState::ALL {
-            let cell = table[&(row.to_owned(), column(state).to_owned())].as_str();
-            let what = format!("{row} in {state:?}");
-            match (cell, state.next(action)) {
-                ("refused" | "none" | "cancels", Err(_)) => {}
-                ("done" | "nothing", Ok(after)) => assert_eq!(after, state, "{what}"),
-                (cell, Ok(after)) => assert_eq!(column(after), cell, "{what}"),
-                (cell, Err(refused)) => panic!("{what} is {cell}: {refused}"),
-            }
+    let cell = |row: &str, column: &str| table[&(row.to_owned(), column.to_owned())].clone();
+    for row in ["cont", "stop"] {
+        let other = if row == "cont" { "stop" } else { "cont" };
+        for column in ["migrating", "postcopy-active", "postcopy-paused"] {
+            let word = stage::ask(&mut None, column, row, Guest::IsPaused, "");
+            // When the link to its memory is lost it stands still anyway: either decides what it does afterwards.
+            let as_told = if column == "postcopy-paused" { cell(other, column) } else { cell(row, "paused") };
+            assert_eq!(word, as_told, "{row} in {column}");
         }
     }
 }
@@ -85,125 +132,30 @@ fn every_command_is_in_the_table_or_only_asks() {
             ["migrate-set-parameters", "migrate-set-capabilities", "x-ferry-status", "getfd", "closefd"];
         name.starts_with("query-") || settings.contains(&name)
     };
+    let rows = names(&table, |(row, _)| row);
+    for column in names(&table, |(_, column)| column) {
+        for row in &rows {
+            assert!(table.contains_key(&(row.clone(), column.clone())), "{row} has nothing for {column}");
+        }
+    }
     for name in command_names().filter(|name| !only_asks(name)) {
         let row = if name == "quit" { "quit, a signal" } else { name };
-        assert!(table.contains_key(&(row.to_owned(), "running".to_owned())), "{name} has no row");
+        assert!(rows.iter().any(|known| known == row), "{name} has no row");
     }
 }
 
-fn ask(client: &dyn Operations, row: &str) -> Result<(), Refusal> {
-    let new: NamespaceOption = "controller=a,nsid=7,backend=null,size=4096".parse().unwrap();
-    match row {
-        "cont" => client.cont(),
-        "stop" => client.stop(),
-        "migrate" => client.migrate("unix:/nowhere".into()),
-        "x-ferry-snapshot" => client.snapshot(Path::new("/nowhere/kept"), SnapshotOptions::default()),
-        "system_reset" => client.system_reset(),
-        "migrate_cancel" => client.migrate_cancel(),
-        "migrate-start-postcopy" => client.migrate_start_postcopy(),
-        "migrate-recover" => client.migrate_recover(None),
-        "x-ferry-confirm" => client.decide_handover(Word::Confirm),
-        "x-ferry-reclaim" => client.decide_handover(Word::Reclaim),
-        "x-ferry-namespace-add" => client.add_namespace(&new),
-        "x-ferry-namespace-remove" => client.remove_namespace("a", 7).map(drop),
-        "x-ferry-namespace-resize" => client.resize_namespace("a", 7, None).map(drop),
-        "x-ferry-ana-set" => client.set_access("a", AccessScope::Group(1), AccessState::Optimized).map(drop),
-        other => panic!("{other} is no command"),
-    }
-}
-
-const COMMANDS: [&str; 14] = [
-    "cont",
-    "stop",
-    "migrate",
-    "x-ferry-snapshot",
-    "system_reset",
-    "migrate_cancel",
-    "migrate-start-postcopy",
-    "migrate-recover",
-    "x-ferry-confirm",
-    "x-ferry-reclaim",
-    "x-ferry-namespace-add",
-    "x-ferry-namespace-remove",
-    "x-ferry-namespace-resize",
-    "x-ferry-ana-set",
-];
-
-/// In every state that a test can put a process in: what would change it, `run_states_move_as_the_table_says` has.
+/// Every run state is a column, or two, and a guest that may be elsewhere is never ours to release.
 #[test]
-fn the_process_refuses_what_the_table_refuses() {
+fn every_run_state_has_its_end_in_the_table() {
     let table = table();
-    let (vmm, _requests) = running();
-    let client = vmm.operations();
     for state in RunState::ALL {
-        for row in COMMANDS {
-            *lock(&vmm.run_state) = state;
-            let (cell, what) =
-                (&table[&(row.to_owned(), column(state).to_owned())], format!("{row} in {state:?}"));
-            match cell.as_str() {
-                "refused" => {
-                    ask(&*client, row).expect_err(&what);
-                }
-                "done" if row.starts_with("x-ferry-c") || row.starts_with("x-ferry-r") => {
-                    ask(&*client, row).expect(&what);
-                }
-                "nothing" | "cancels" if row == "migrate_cancel" => ask(&*client, row).expect(&what),
-                _ => continue,
-            }
-            assert_eq!(vmm.run_state(), state, "{what}");
-        }
-        let at_the_end = &table[&("quit, a signal".to_owned(), column(state).to_owned())];
-        let released = is_released_at_the_end(state);
-        match at_the_end.as_str() {
-            "releases" => assert!(released, "{state:?}"),
-            "leaves" | "ends" => assert!(!released, "{state:?}"),
-            // The end of the process waits for the migration, and with it the state is another one.
-            other => assert_eq!((other, column(state)), ("cancels", "finish-migrate")),
-        }
-    }
-    *lock(&vmm.run_state) = RunState::Running;
-}
-
-/// The peer greets and is silent, so that the migration goes no further.
-#[test]
-fn a_machine_whose_memory_moves_does_as_the_table_says() {
-    let table = table();
-    let cell = |row: &str| table[&(row.to_owned(), "migrating".to_owned())].as_str();
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("peer");
-    let uri = format!("unix:{}", path.display());
-    let listener = UnixListener::bind(&path).unwrap();
-    let (vmm, requests) = running();
-    let client = vmm.operations();
-    for end in ["migrate_cancel", "system_reset", "the guest resets", "the guest powers off"] {
-        client.migrate(uri.as_str().into()).unwrap();
-        let (mut peer, _) = listener.accept().unwrap();
-        peer.write_all(&stream::frame::encode_preamble()).unwrap();
-        for row in COMMANDS.into_iter().filter(|row| cell(row) == "refused") {
-            ask(&*client, row).expect_err(row);
-        }
-        assert_eq!((vmm.run_state(), cell(end)), (RunState::Running, "cancels"), "{end}");
-        let event = match end {
-            "the guest resets" => Some(GuestEvent::Reset),
-            "the guest powers off" => Some(GuestEvent::PowerOff),
-            _ => None,
+        let column = match state {
+            RunState::LacksMemory { .. } => "postcopy-paused",
+            state => Stage::name(state),
         };
-        if event.is_some() {
-            *lock(&vmm.pending) = event;
-            assert!(vmm.serve_guest_event().unwrap().is_none(), "{end}: the migration comes first");
-        } else {
-            ask(&*client, end).unwrap();
-        }
-        if end == "system_reset" {
-            assert!(matches!(requests.recv(), Ok(Request::GuestEvent)), "{end}");
-            assert!(vmm.serve_guest_event().unwrap().is_none(), "{end}: the migration comes first");
-        }
-        assert!(matches!(requests.recv(), Ok(Request::MigrationEnded)), "{end}");
-        assert_eq!(client.migration().unwrap().status, MigrationStatus::Cancelled, "{end}");
-        assert_eq!(vmm.guest_waits_for().is_some(), end != "migrate_cancel", "{end}: it is served next");
-        *lock(&vmm.pending) = None;
-    }
-    for row in ["cont", "stop", "x-ferry-ana-set"] {
-        assert_eq!(cell(row), table[&(row.to_owned(), "running".to_owned())], "{row}");
+        let cell = table[&("quit, a signal".to_owned(), column.to_owned())].as_str();
+        // The end of the process waits for a migration, and with it the state is another one.
+        let released = ["releases", "cancels"].contains(&cell) && column != "finish-migrate";
+        assert_eq!(is_released_at_the_end(state), released, "{state:?}");
     }
 }
