@@ -141,6 +141,12 @@ mod tests {
     use crate::kvm::{DirtyTracking, Host};
     use crate::vcpu::tests::TestGuest;
 
+    /// One at a time: beside the guest of another test a host that interprets guests may leave one whose ring is full standing still.
+    fn alone() -> std::sync::MutexGuard<'static, ()> {
+        static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+        ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
     /// Writes to pages 0x10 and 0x12, tells port 0x10, and does so for ever. Its own page is 1.
     const WRITE_TWO_PAGES: [u8; 16] = [
         0xff, 0x05, 0x00, 0x00, 0x01, 0x00, // inc dword [0x10000]
@@ -189,6 +195,7 @@ mod tests {
 
     #[test]
     fn writes_of_the_guest_and_of_this_process_are_united() {
+        let _alone = alone();
         for_each_way(|guest| {
             let_it_write(&guest);
             guest.low().write(0x9000, &[1]).unwrap();
@@ -214,6 +221,7 @@ mod tests {
     /// As from a snapshot to its child: what was found in the stop counts as written, and all else is seen.
     #[test]
     fn tracking_goes_on_after_the_guest_was_stopped() {
+        let _alone = alone();
         for_each_way(|guest| {
             let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
             let_it_write(&guest);
@@ -242,6 +250,7 @@ mod tests {
 
     #[test]
     fn tracking_ends_and_begins_again() {
+        let _alone = alone();
         for_each_way(|guest| {
             drop(DirtyTracker::start(&guest.vm, &guest.ram).unwrap());
             assert!(
@@ -268,6 +277,7 @@ mod tests {
     /// While the guest runs, every page that it writes is in some bitmap: after the last, all contents are known.
     #[test]
     fn nothing_is_lost_while_the_guest_runs() {
+        let _alone = alone();
         for_each_way(|guest| {
             let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
             guest.vcpus.resume().unwrap();
@@ -306,6 +316,7 @@ mod tests {
     /// same.
     #[test]
     fn a_ring_that_is_full_loses_nothing() {
+        let _alone = alone();
         for tracking in [DirtyTracking::Log, DirtyTracking::Ring] {
             let guest = TestGuest::tracked(tracking, 32 << 20, 1024, &WRITE_MANY_PAGES);
             let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
@@ -324,6 +335,7 @@ mod tests {
     /// The guest writes without ever leaving to this process. Where KVM interprets it, the ring is overrun; elsewhere nothing is lost.
     #[test]
     fn a_ring_that_is_overrun_says_so_and_the_guest_goes_on_untracked() {
+        let _alone = alone();
         let mut code = WRITE_MANY_PAGES;
         code[9..11].fill(0x90);
         let guest = TestGuest::tracked(DirtyTracking::Ring, 32 << 20, 1024, &code);
@@ -375,6 +387,7 @@ mod tests {
 
     #[test]
     fn a_way_that_this_host_has_is_found() {
+        let _alone = alone();
         let host = Host::open().expect("these tests need /dev/kvm");
         assert!(!Vm::new(&host).unwrap().has_dirty_rings(), "the log is there, and is what is chosen");
         assert!(Vm::with_tracking(&host, DirtyTracking::Ring, None).unwrap().has_dirty_rings());
@@ -394,6 +407,7 @@ mod tests {
     /// is seen again. What one call clears is tested where that is done.
     #[test]
     fn large_blocks_are_cleared_in_chunks() {
+        let _alone = alone();
         let memory_bytes = (600 << 20) + 5 * 4096;
         let guest = TestGuest::tracked(DirtyTracking::Log, memory_bytes, 1024, &WRITE_FAR_PAGES);
         let far = [vec![0x10, 0x1_0000, 0x1_ffff, memory_bytes / 4096 - 1], vec![]];
