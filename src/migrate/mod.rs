@@ -446,9 +446,10 @@ impl Migrations {
     pub fn set_limits(&self, limits: MigrationParameters) -> anyhow::Result<()> {
         let follows =
             |convergence: engine::Convergence| convergence.on_timeout == engine::OnTimeout::Postcopy;
+        let is_new = follows(limits.convergence.into()) && !follows(self.parameters.convergence());
+        let is_too_late = self.is_leaving() && self.parameters.postcopy_is_left_out();
         ensure!(
-            !(follows(limits.convergence.into()) && !follows(self.parameters.convergence()))
-                || !(self.is_leaving() && self.parameters.postcopy_is_left_out()),
+            !is_new || !is_too_late,
             "x-ferry-on-timeout cannot become postcopy for the migration that runs: its two sides have agreed that the guest brings all \
              of its memory (begin it with the capability postcopy-ram, or with that way out)"
         );
