@@ -50,7 +50,6 @@ const MESSAGES: &[Kind] = &[
     kind::<protocol::ChannelHello>(),
     kind::<protocol::MemoryBlocks>(),
     kind::<protocol::ImageFiles>(),
-    kind::<protocol::RunRequest>(),
 ];
 
 /// Loads a state, which must be saved as it was; returns whether it could be loaded.
