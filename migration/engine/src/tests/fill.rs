@@ -27,6 +27,9 @@ struct Pages {
     changed: Condvar,
 }
 
+/// A block that lies in larger pages, and how many bytes each has.
+type LargerPages = Option<(usize, u64)>;
+
 #[derive(Default)]
 struct PagesState {
     faults: Vec<Fault>,
@@ -239,7 +242,7 @@ fn restore_by(
     world: &World,
     path: &Path,
     reading: Reading,
-    (looked_at, larger_pages): (&[(usize, u64)], Option<(usize, u64)>),
+    (looked_at, larger_pages): (&[(usize, u64)], LargerPages),
 ) -> (Result<Restored<LazyArriving>, Error>, Receiver<Arc<Pages>>) {
     let (pages, made) = channel();
     let looked_at = looked_at.to_vec();
