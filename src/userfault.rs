@@ -206,9 +206,8 @@ struct Watched {
 
 impl Watched {
     fn of(block: &RamBlock) -> Result<Self, Error> {
-        let mapping = Arc::clone(&block.mapping);
-        let parts = block.map_parts()?;
-        let page_bytes = block.page_bytes()?;
+        let (mapping, page_bytes) = (Arc::clone(&block.mapping), block.page_bytes()?);
+        let parts = (page_bytes > PAGE_SIZE_BYTES).then(|| block.map_parts()).transpose()?;
         Ok(Self { mapping, parts, page_bytes })
     }
 }

@@ -231,17 +231,14 @@ impl RamBlock {
         huge::page_bytes(self.memfd()).map_err(failed)
     }
 
-    /// A second mapping of memory in huge pages, to fill pages that nobody is to see yet; `None` for other memory. What is written there
-    /// is not marked in the block's bitmap.
+    /// A second mapping of memory in huge pages, to fill pages that nobody is to see yet. What is written there is not marked in the
+    /// block's bitmap.
     ///
     /// # Errors
     /// [`Error::Access`].
-    pub fn map_parts(&self) -> Result<Option<GuestMapping>, Error> {
-        if !self.is_huge() {
-            return Ok(None);
-        }
+    pub fn map_parts(&self) -> Result<GuestMapping, Error> {
         let failed = |source| self.access_failed("map huge pages for their parts", source);
-        huge::map(&self.memfd, self.mapping.size()).map(Some).map_err(failed)
+        huge::map(&self.memfd, self.mapping.size()).map_err(failed)
     }
 
     /// Has whoever touches memory in huge pages from now on look at its file again, which stays as it is.
@@ -341,18 +338,23 @@ impl RamBlock {
         Ok(ranges)
     }
 
-    /// Whether the page at `offset` is there for whoever touches it in the guest: it holds memory, as [`Self::populated_ranges`] has it,
-    /// and of a huge one the guest's mapping knows.
+    /// Whether the page at `offset` holds memory, as [`Self::populated_ranges`] has it. Of memory in huge pages, see
+    /// [`Self::is_mapped`].
     ///
     /// # Errors
     /// [`Error::Access`].
     pub fn is_populated(&self, offset: u64) -> Result<bool, Error> {
-        if self.is_huge() {
-            let what = "look for a huge page";
-            let failed = |source| Error::Access { what, name: self.name.clone(), offset, source };
-            return huge::is_mapped(&self.mapping, offset).map_err(failed);
-        }
         Ok(self.seek(SeekFrom::Data(offset))?.is_some_and(|start| start < offset + PAGE_SIZE_BYTES))
+    }
+
+    /// Whether the huge page at `offset` is one that the guest's mapping knows: nobody waits for it.
+    ///
+    /// # Errors
+    /// [`Error::Access`].
+    pub fn is_mapped(&self, offset: u64) -> Result<bool, Error> {
+        let what = "look for a huge page";
+        let failed = |source| Error::Access { what, name: self.name.clone(), offset, source };
+        huge::is_mapped(&self.mapping, offset).map_err(failed)
     }
 
     /// `None` when there is nothing of that kind up to the end of the file.

@@ -47,7 +47,11 @@ impl Paging {
     /// Notes who waits, unless the page came since the fault: it would never be placed again. Whoever places it from now on finds the note.
     fn note(&self, &Fault { block, offset, thread }: &Fault) {
         self.waiters.add(thread, block, offset);
-        let is_there = |block: &RamBlock| block.is_populated(offset).unwrap_or_default();
+        let is_huge = self.page_bytes(block) > engine::PAGE_BYTES;
+        let is_there = |block: &RamBlock| {
+            let looked = if is_huge { block.is_mapped(offset) } else { block.is_populated(offset) };
+            looked.unwrap_or_default()
+        };
         if self.blocks.get(block).is_some_and(is_there) {
             self.waiters.serve(block, &(offset..offset.saturating_add(1)));
         }

@@ -222,11 +222,11 @@ fn a_huge_page_comes_in_parts_and_is_seen_whole() {
         userfault.place_zeros(0, 3 * PAGE, PAGE).unwrap();
         userfault.complete(0, HUGE, HUGE).unwrap();
         assert_eq!(two.join().unwrap(), 0x0505_0505, "it was whole");
-        assert!(!one.is_finished() && !low.is_populated(5 * PAGE).unwrap(), "parts of its page are there");
+        assert!(!one.is_finished() && !low.is_mapped(5 * PAGE).unwrap(), "parts of its page are there");
         userfault.complete(0, 0, HUGE).unwrap();
         assert_eq!(one.join().unwrap(), 0x0606_0606);
         assert_eq!([3, 4, 6].map(|page| word(low, page * PAGE)), [0, 0x0606_0606, 0]);
-        assert!(low.is_populated(5 * PAGE).unwrap());
+        assert!(low.is_mapped(5 * PAGE).unwrap());
         // What nobody ever had is zeros. To be told twice harms nothing, nor does what was written since.
         let three = look(scope, low, 3 * HUGE - 4);
         assert_eq!(next(&userfault), [waits_at(2)]);

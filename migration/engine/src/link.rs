@@ -330,10 +330,11 @@ impl Link {
     ) -> Result<(), Error> {
         if !self.unfinished.is_empty() {
             let rest = std::mem::take(&mut self.unfinished);
-            self.write_pieces((&rest, &mut 0), &[], step)?;
+            self.write_pieces(&rest, &[], step)?;
         }
-        let mut written_bytes = 0;
-        let result = self.write_pieces((bytes, &mut written_bytes), descriptors, step);
+        let before = self.sent_bytes;
+        let result = self.write_pieces(bytes, descriptors, step);
+        let written_bytes = (self.sent_bytes - before) as usize;
         if written_bytes > 0 && matches!(result, Err(Error::Cancelled)) {
             // Why it is cancelled is said behind it.
             self.unfinished = bytes.get(written_bytes..).unwrap_or_default().to_vec();
@@ -341,10 +342,9 @@ impl Link {
         result
     }
 
-    /// Writes all of `bytes`, and counts how many were written.
     fn write_pieces(
         &mut self,
-        (mut bytes, written_bytes): (&[u8], &mut usize),
+        mut bytes: &[u8],
         mut descriptors: &[BorrowedFd<'_>],
         step: Step<'_>,
     ) -> Result<(), Error> {
@@ -358,7 +358,6 @@ impl Link {
                 Ok(count) => {
                     descriptors = &[];
                     self.sent_bytes += count as u64;
-                    *written_bytes += count;
                     bytes = bytes.get(count..).unwrap_or_default();
                     if !bytes.is_empty() {
                         step.patient(since)?;

@@ -349,10 +349,15 @@ pub trait MissingPages: Send + Sync {
     /// Whether who touches a missing page of the block waits for it. Pages of other blocks are never missing.
     fn has(&self, block: usize) -> bool;
 
-    /// Bytes of the pages that the block lies in, which are missing and come to be there as wholes: [`PAGE_BYTES`](crate::PAGE_BYTES), or a multiple of
-    /// it. [`Fault`]s are of whole ones.
-    fn page_bytes(&self, _block: usize) -> u64 {
-        crate::PAGE_BYTES
+    /// Bytes of the pages that the block lies in, which are missing and come to be there as wholes: [`PAGE_BYTES`](crate::PAGE_BYTES),
+    /// or a multiple of it. [`Fault`]s are of whole ones.
+    fn page_bytes(&self, block: usize) -> u64;
+
+    /// The bytes of the page that a byte of the block is in.
+    fn whole_page(&self, block: usize, offset: u64) -> Range<u64> {
+        let bytes = self.page_bytes(block).max(crate::PAGE_BYTES);
+        let start = offset - offset % bytes;
+        start..start.saturating_add(bytes)
     }
 
     /// Waits until somebody touches missing pages, and adds all that is waited for; adds nothing once [`release`](Self::release)
@@ -383,10 +388,7 @@ pub trait MissingPages: Send + Sync {
     ///
     /// # Errors
     /// There is no memory.
-    fn complete(&self, block: usize, offset: u64, length_bytes: u64) -> MachineResult<()> {
-        let _no_page_of_any_block_has_parts = (block, offset, length_bytes);
-        Ok(())
-    }
+    fn complete(&self, block: usize, offset: u64, length_bytes: u64) -> MachineResult<()>;
 
     /// No page is missing any more: those that were not placed are zeros, and nobody waits. Harmless when it was done.
     ///

@@ -202,7 +202,7 @@ impl Shared {
     fn answer(&self, block: usize, offset: u64, buffer: &mut [u8]) -> Result<(), Error> {
         let failed = Error::machine("place guest memory");
         if self.pages.page_bytes(block) > PAGE_BYTES {
-            let whole = self.whole_page(block, offset);
+            let whole = self.pages.whole_page(block, offset);
             for chunk in chunks_of(&whole) {
                 if self.claim(block, chunk) {
                     self.place(block, chunk, buffer)?;
@@ -224,13 +224,6 @@ impl Shared {
             // Whoever has taken it places the page, and lets go on who waits.
             false => Ok(()),
         }
-    }
-
-    /// The larger page that the byte is in.
-    fn whole_page(&self, block: usize, offset: u64) -> Range<u64> {
-        let bytes = self.pages.page_bytes(block);
-        let start = offset - offset % bytes;
-        start..start.saturating_add(bytes)
     }
 
     /// Lets go on who waits for a larger page, if all of it is there. Otherwise whoever brings the last of its chunks does so.
@@ -271,7 +264,7 @@ impl Shared {
         if self.pages.page_bytes(block) > PAGE_BYTES {
             let mut offset = chunk * CHUNK_BYTES;
             while offset < (chunk + 1) * CHUNK_BYTES {
-                let whole = self.whole_page(block, offset);
+                let whole = self.pages.whole_page(block, offset);
                 offset = whole.end;
                 self.show(block, whole)?;
             }

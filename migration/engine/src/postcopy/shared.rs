@@ -119,9 +119,8 @@ impl Shared {
 
     /// The page of the machine's that a page is part of, which may be one of the same size.
     fn whole_page(&self, block: usize, page: u64) -> Range<u64> {
-        let pages = (self.memory.page_bytes(block) / PAGE_BYTES).max(1);
-        let start = page - page % pages;
-        start..start.saturating_add(pages)
+        let bytes = self.memory.whole_page(block, page.saturating_mul(PAGE_BYTES));
+        bytes.start / PAGE_BYTES..bytes.end / PAGE_BYTES
     }
 
     /// Lets go on who waits for a page that lacks nothing: it is as it is, or of zeros.
@@ -219,22 +218,19 @@ impl Shared {
             let contents = contents.get(bytes(run.start)..bytes(run.end)).unwrap_or_default();
             self.memory.place(block, run.start * PAGE_BYTES, contents)
         });
-        let shown = placed.and_then(|()| match is_in_parts {
-            true => self.show_wholes(block, &missing),
-            false => Ok(missing.clone()),
-        });
-        let shown = match shown {
+        let wholes = placed.and_then(|()| is_in_parts.then(|| self.show_wholes(block, &missing)).transpose());
+        let wholes = match wholes {
             // It came by the other link just now, and was the last.
             Err(_) if self.state().released => return Ok(()),
-            shown => shown.map_err(Error::machine("place guest memory"))?,
+            wholes => wholes.map_err(Error::machine("place guest memory"))?,
         };
         let now = Instant::now();
         let mut state = self.state();
         let State { missing: sets, waiting, blocktime, placed_bytes, .. } = &mut *state;
-        for run in missing {
-            *placed_bytes += sets.remove(block, run) * PAGE_BYTES;
+        for run in &missing {
+            *placed_bytes += sets.remove(block, run.clone()) * PAGE_BYTES;
         }
-        for run in shown {
+        for run in wholes.unwrap_or(missing) {
             let mut served = waiting.split_off(&(block, run.start));
             waiting.append(&mut served.split_off(&(block, run.end)));
             for Waiter { thread, since } in served.into_values().flatten() {

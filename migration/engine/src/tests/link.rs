@@ -12,19 +12,28 @@ use crate::link::{Link, Step};
 use crate::protocol::{Message, Prepare, Reasons};
 use crate::{Error, Parameters};
 
+/// Sees what a peer is sent, and says how much of that it takes.
+type Takes = Box<dyn FnMut(&[u8]) -> usize + Send>;
+
 /// A peer that always moves, a little.
 struct Slow {
     /// What it sends first; zeroes follow without end.
     first: io::Cursor<Vec<u8>>,
     /// How much it sends or takes at a time.
     bytes: usize,
+    /// Instead.
+    takes: Option<Takes>,
 }
 
 const PATIENCE: Duration = Duration::from_millis(1);
 
 impl Slow {
     fn link(first: &[u8], bytes: usize) -> Link {
-        let slow = Self { first: io::Cursor::new(first.to_vec()), bytes };
+        Self::link_that_takes(first, bytes, None)
+    }
+
+    fn link_that_takes(first: &[u8], bytes: usize, takes: Option<Takes>) -> Link {
+        let slow = Self { first: io::Cursor::new(first.to_vec()), bytes, takes };
         Link::new(Connection::new(Box::new(slow), "slow")).unwrap()
     }
 }
@@ -45,6 +54,9 @@ impl Read for Slow {
 
 impl Write for Slow {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(takes) = &mut self.takes {
+            return Ok(takes(bytes));
+        }
         std::thread::sleep(PATIENCE);
         Ok(bytes.len().min(self.bytes))
     }
@@ -90,51 +102,18 @@ fn a_message_that_is_taken_byte_by_byte_must_be_taken_in_time() {
     assert!(matches!(error, Error::TimedOut { .. }), "{error:?}");
 }
 
-/// A peer to which a user's cancel comes into the first message, of which it has taken a part.
-struct Cancelling {
-    taken: Arc<Mutex<Vec<u8>>>,
-    parameters: Arc<Parameters>,
-}
-
-impl Read for Cancelling {
-    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
-        Ok(0)
-    }
-}
-
-impl Write for Cancelling {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let count = if self.parameters.cancelled() { bytes.len() } else { bytes.len().min(1000) };
-        self.taken.lock().unwrap().extend_from_slice(&bytes[..count]);
-        self.parameters.cancel();
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl transport::Link for Cancelling {
-    fn try_clone(&self) -> io::Result<Box<dyn transport::Link>> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-    fn set_read_timeout(&self, _: Option<Duration>) -> io::Result<()> {
-        Ok(())
-    }
-    fn set_write_timeout(&self, _: Option<Duration>) -> io::Result<()> {
-        Ok(())
-    }
-    fn shutdown(&self, _: Shutdown) -> io::Result<()> {
-        Ok(())
-    }
-}
-
+/// The user's cancel comes into the first message, of which the peer has taken a part.
 #[test]
 fn why_a_migration_is_cancelled_is_said_behind_the_message_that_it_came_into() {
     let (taken, parameters) = <(Arc<Mutex<Vec<u8>>>, Arc<Parameters>)>::default();
-    let peer = Cancelling { taken: Arc::clone(&taken), parameters: Arc::clone(&parameters) };
-    let mut link = Link::new(Connection::new(Box::new(peer), "cancelling")).unwrap();
+    let (words, user) = (Arc::clone(&taken), Arc::clone(&parameters));
+    let takes = move |bytes: &[u8]| {
+        let count = if user.cancelled() { bytes.len() } else { bytes.len().min(1000) };
+        words.lock().unwrap().extend_from_slice(&bytes[..count]);
+        user.cancel();
+        count
+    };
+    let mut link = Slow::link_that_takes(&[], 0, Some(Box::new(takes)));
     let mut piece = vec![7; HEADER_BYTES + 5000];
     let patience = Duration::from_secs(20);
     let error = link.send_frame(
