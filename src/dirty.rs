@@ -141,12 +141,6 @@ mod tests {
     use crate::kvm::{DirtyTracking, Host};
     use crate::vcpu::tests::TestGuest;
 
-    /// One at a time: beside the guest of another test a host that interprets guests may leave one whose ring is full standing still.
-    fn alone() -> std::sync::MutexGuard<'static, ()> {
-        static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
-        ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
     /// Writes to pages 0x10 and 0x12, tells port 0x10, and does so for ever. Its own page is 1.
     const WRITE_TWO_PAGES: [u8; 16] = [
         0xff, 0x05, 0x00, 0x00, 0x01, 0x00, // inc dword [0x10000]
@@ -195,7 +189,6 @@ mod tests {
 
     #[test]
     fn writes_of_the_guest_and_of_this_process_are_united() {
-        let _alone = alone();
         for_each_way(|guest| {
             let_it_write(&guest);
             guest.low().write(0x9000, &[1]).unwrap();
@@ -221,7 +214,6 @@ mod tests {
     /// As from a snapshot to its child: what was found in the stop counts as written, and all else is seen.
     #[test]
     fn tracking_goes_on_after_the_guest_was_stopped() {
-        let _alone = alone();
         for_each_way(|guest| {
             let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
             let_it_write(&guest);
@@ -250,7 +242,6 @@ mod tests {
 
     #[test]
     fn tracking_ends_and_begins_again() {
-        let _alone = alone();
         for_each_way(|guest| {
             drop(DirtyTracker::start(&guest.vm, &guest.ram).unwrap());
             assert!(
@@ -277,7 +268,6 @@ mod tests {
     /// While the guest runs, every page that it writes is in some bitmap: after the last, all contents are known.
     #[test]
     fn nothing_is_lost_while_the_guest_runs() {
-        let _alone = alone();
         for_each_way(|guest| {
             let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
             guest.vcpus.resume().unwrap();
@@ -316,7 +306,6 @@ mod tests {
     /// same.
     #[test]
     fn a_ring_that_is_full_loses_nothing() {
-        let _alone = alone();
         for tracking in [DirtyTracking::Log, DirtyTracking::Ring] {
             let guest = TestGuest::tracked(tracking, 32 << 20, 1024, &WRITE_MANY_PAGES);
             let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
@@ -335,7 +324,6 @@ mod tests {
     /// The guest writes without ever leaving to this process. Where KVM interprets it, the ring is overrun; elsewhere nothing is lost.
     #[test]
     fn a_ring_that_is_overrun_says_so_and_the_guest_goes_on_untracked() {
-        let _alone = alone();
         let mut code = WRITE_MANY_PAGES;
         code[9..11].fill(0x90);
         let guest = TestGuest::tracked(DirtyTracking::Ring, 32 << 20, 1024, &code);
@@ -343,14 +331,18 @@ mod tests {
         let last = (FIRST_OF_MANY + MANY - 1) * 4096;
         // KVM interprets some ten thousand writes between two looks, beside whatever else the host does.
         let deadline = std::time::Instant::now() + 4 * crate::vcpu::tests::WATCHDOG;
-        let not_yet = || {
-            assert!(std::time::Instant::now() < deadline, "the guest stands still");
+        let not_yet = |what: &str| {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "the guest stands still {what}, after {} exits",
+                guest.vcpus.exits()
+            );
             std::thread::yield_now();
         };
         guest.vcpus.resume().unwrap();
         // Nobody looks until the vCPU could not go on at least once.
         while guest.vcpus.exits() < 2 && guest.word(last) < 2 {
-            not_yet();
+            not_yet("unobserved");
         }
         let mut all = PageBitmap::for_bytes(32 << 20);
         let outcome = loop {
@@ -361,7 +353,7 @@ mod tests {
             if guest.word(last) >= 2 {
                 break Ok(());
             }
-            not_yet();
+            not_yet("tracked");
         };
         match outcome {
             Ok(()) => assert_eq!(all.count(), MANY),
@@ -371,23 +363,36 @@ mod tests {
                 assert!(overrun(tracker.collect().unwrap_err()), "it is no better later");
                 assert!(overrun(tracker.collect_stopped().unwrap_err()));
                 drop(tracker);
-                let goes_on = || {
+                let goes_on = |when: &str| {
                     let before = guest.word(last);
                     while guest.word(last) < before + 2 {
-                        not_yet();
+                        not_yet(when);
                     }
                 };
-                goes_on();
+                goes_on("untracked");
                 assert!(overrun(DirtyTracker::start(&guest.vm, &guest.ram).unwrap_err()), "nor anew");
-                goes_on();
+                goes_on("after the second attempt");
             }
         }
         guest.vcpus.pause().unwrap();
     }
 
+    /// A vCPU whose ring is full hears that another has overrun its own, or that this one was, while others emptied it.
+    #[test]
+    fn a_ring_that_is_not_full_any_more_is_not_relieved() {
+        let guest = TestGuest::tracked(DirtyTracking::Ring, 1 << 20, 1024, &WRITE_TWO_PAGES);
+        let mut tracker = DirtyTracker::start(&guest.vm, &guest.ram).unwrap();
+        let_it_write(&guest);
+        tracker.collect().unwrap();
+        let_it_write(&guest);
+        tracker.collect_stopped().unwrap();
+        guest.vm.overrun_dirty_rings();
+        guest.vm.relieve_dirty_ring(0).unwrap();
+        let_it_write(&guest);
+    }
+
     #[test]
     fn a_way_that_this_host_has_is_found() {
-        let _alone = alone();
         let host = Host::open().expect("these tests need /dev/kvm");
         assert!(!Vm::new(&host).unwrap().has_dirty_rings(), "the log is there, and is what is chosen");
         assert!(Vm::with_tracking(&host, DirtyTracking::Ring, None).unwrap().has_dirty_rings());
@@ -407,7 +412,6 @@ mod tests {
     /// is seen again. What one call clears is tested where that is done.
     #[test]
     fn large_blocks_are_cleared_in_chunks() {
-        let _alone = alone();
         let memory_bytes = (600 << 20) + 5 * 4096;
         let guest = TestGuest::tracked(DirtyTracking::Log, memory_bytes, 1024, &WRITE_FAR_PAGES);
         let far = [vec![0x10, 0x1_0000, 0x1_ffff, memory_bytes / 4096 - 1], vec![]];

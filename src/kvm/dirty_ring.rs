@@ -8,7 +8,8 @@
 //! KVM keeps some entries free for what one exit from the guest may need. Where it interprets the guest's kernel (`kvm_pvm`), a vCPU that
 //! fills its ring there makes its last entry again and again until something interrupts it, over entries that were not taken out. These
 //! are lost, and never pass for clean pages: from then on no dirty pages are told any more ([`Error::DirtyRingOverrun`]), and the guest
-//! goes on as soon as nobody tracks.
+//! goes on as soon as nobody tracks. What is given back then is not what was taken out, and no more of it may be given back than there
+//! is: KVM would take the ring for full for the next four thousand million entries.
 //!
 //! A page that is written after its entry was taken out and before it was protected again gets no entry; its content is read
 //! after [`Vm::empty_dirty_rings`] returned. The same page may have several entries.
@@ -73,6 +74,8 @@ struct Ring {
     taken: u32,
     /// Those of them that KVM has not taken back.
     marked: u32,
+    /// Whether KVM was asked again, since anything that was taken out was given back, if the ring is full.
+    is_asked_again: bool,
 }
 
 // SAFETY: the mapping belongs to this value alone, and whoever uses it holds the lock of the rings.
@@ -124,7 +127,7 @@ impl State {
             tries = if count == 0 { tries + 1 } else { 0 };
             left = left.saturating_sub(count);
         }
-        self.rings.iter_mut().for_each(|ring| ring.marked = 0);
+        self.rings.iter_mut().for_each(|ring| (ring.marked, ring.is_asked_again) = (0, false));
         // It wrote over entries between the two.
         self.overrun |= left > 0;
         Ok(())
@@ -148,7 +151,7 @@ impl Ring {
         }
         .map_err(|errno| errno::Error::new(errno.raw_os_error()))?;
         let start = NonNull::new(start.cast()).ok_or_else(|| errno::Error::new(libc::EFAULT))?;
-        Ok(Self { start, entries, taken: 0, marked: 0 })
+        Ok(Self { start, entries, taken: 0, marked: 0, is_asked_again: false })
     }
 
     /// The flags of the next entry to take out, and the entry.
@@ -174,9 +177,13 @@ impl Ring {
         Some((slot, offset))
     }
 
-    /// Gives back some entries of a ring that is overrun and full. Nobody knows at which entry KVM is: one after the other is tried, and
+    /// Gives back some entries of a ring that is overrun, and full: that KVM said so before others gave back what was in it counts for
+    /// nothing, and then it is asked again, by running its vCPU. From then on nobody gives back anything but here. Nobody knows at which entry KVM is: one after the other is tried, and
     /// what KVM does not take is left as it was, so that it never goes beyond what it has filled.
     fn relieve(&mut self, reset: impl Fn() -> Result<u32, Error>) -> Result<(), Error> {
+        if !std::mem::replace(&mut self.is_asked_again, true) {
+            return Ok(());
+        }
         let mut relieved = 0;
         for _ in 0..self.entries {
             let flags = self.next().0;
@@ -244,6 +251,10 @@ impl Vm {
         }
         let Some(rings) = self.dirty_rings() else { return Ok(()) };
         let mut state = rings.lock();
+        // What is left of others is not to be taken back, and counted, while this ring is relieved.
+        if state.rings.iter().any(|ring| ring.marked > 0) {
+            state.reset(self)?;
+        }
         let ring = state.rings.get_mut(vcpu as usize);
         ring.map_or(Ok(()), |ring| ring.relieve(|| self.reset_dirty_rings()))
     }
@@ -252,6 +263,7 @@ impl Vm {
     pub(crate) fn take_dirty_rings(&self) -> Result<(), Error> {
         let Some(rings) = self.dirty_rings() else { return Ok(()) };
         let mut state = rings.lock();
+        state.check()?;
         state.take();
         state.check()
     }
@@ -263,6 +275,12 @@ impl Vm {
         let Some(pages) = state.slots.iter_mut().find(|pages| pages.slot == slot) else { return Vec::new() };
         let nothing = vec![0; pages.words.len()];
         std::mem::replace(&mut pages.words, nothing)
+    }
+
+    /// As if KVM had written over entries.
+    #[cfg(test)]
+    pub(crate) fn overrun_dirty_rings(&self) {
+        self.dirty_rings().expect("it has rings").lock().overrun = true;
     }
 
     /// Nobody wants to know any more.
