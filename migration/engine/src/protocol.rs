@@ -617,6 +617,27 @@ mod tests {
         assert!(told(&description).unwrap_err().contains("bytes, more than the 16777216"));
     }
 
+    /// Whoever listens on sealed links tells messages apart by these. The chaos of the integration tests finds its places so.
+    #[test]
+    fn sealed_messages_are_known_by_their_lengths() {
+        let session = [7; 16];
+        let ran = Some(Moment { monotonic_ns: 5 });
+        let lengths = [
+            Message::PageRequest(PageRequest { block: 3, page: 1 }),
+            Message::Prepare(Prepare { digest: 5, running: true }),
+            Message::Prepared(Prepared { digest: 5, load_ns: 6 }),
+            Message::Commit(Commit { session, generation: 3 }),
+            Message::Running(Running { session, running: true, resume_ns: 4, ran: None }),
+            Message::Running(Running { session, running: true, resume_ns: 4, ran }),
+            Message::Query(Query { session, instance: [9; 16] }),
+            Message::Recover(Recover { session, key: [6; 16] }),
+            Message::Channel(ChannelHello { session, key: [6; 16], index: 1, purpose: 0 }),
+            Message::Progress(Progress::default()),
+        ]
+        .map(|message| message.encode().1.len());
+        assert_eq!(lengths, [10, 9, 16, 24, 25, 53, 32, 32, 35, 108]);
+    }
+
     #[test]
     fn every_message_survives_and_every_cut_one_is_refused() {
         let mut description = Description::new();

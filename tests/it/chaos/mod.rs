@@ -277,9 +277,10 @@ fn comes_to_the_place(pair: &mut Pair, run: &Run) -> Option<Held> {
                     held.resolve(if run.phase == Phase::Recovery { Verdict::Cut } else { Verdict::Pass });
                 }
             },
-            // What is final has been said by both, or never will be.
-            None if pair.is_over() => return pair.proxy.held_within(Duration::ZERO),
-            None => pair.repair(),
+            None if !pair.is_over() => pair.repair(),
+            // It is over before the last has been said, which is a place as well.
+            None if pair.proxy.is_silent() => return pair.proxy.held_within(Duration::ZERO),
+            None => {}
         }
     }
 }

@@ -172,7 +172,8 @@ fn sealed_kind(body_bytes: usize) -> Option<Kind> {
         // One page, of zeros or not: what is asked for.
         21 | 4117 => Kind::Pages,
         24 => Kind::Commit,
-        25 => Kind::Running,
+        // The second says when the guest ran.
+        25 | 53 => Kind::Running,
         // Or RECOVER, which is as long.
         32 => Kind::Query,
         35 => Kind::ChannelHello,

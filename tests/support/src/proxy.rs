@@ -160,6 +160,8 @@ struct Shared {
     /// Nobody needs the link any more.
     over: AtomicBool,
     connections: AtomicU32,
+    /// Connections on which the source may still say something.
+    speaking: AtomicU32,
     /// The frames that came, held or not, in order.
     seen: Mutex<Vec<Kind>>,
     saw: Condvar,
@@ -186,6 +188,7 @@ impl Proxy {
             open: AtomicBool::new(true),
             over: AtomicBool::new(false),
             connections: AtomicU32::new(0),
+            speaking: AtomicU32::new(0),
             seen: Mutex::default(),
             saw: Condvar::new(),
         });
@@ -235,6 +238,13 @@ impl Proxy {
         waited.expect("no thread panics here").0.contains(&kind)
     }
 
+    /// Whether the source has said its last on every connection that there was, and no place was met that [`Self::held_within`] does
+    /// not tell at once.
+    #[must_use]
+    pub fn is_silent(&self) -> bool {
+        self.shared.speaking.load(Ordering::SeqCst) == 0
+    }
+
     /// Carries no further connection: whoever tries finds it closed at once.
     pub fn refuse_more(&self) {
         self.shared.open.store(false, Ordering::SeqCst);
@@ -264,6 +274,7 @@ impl Shared {
         // A destination that is gone: `source` is closed.
         let Ok(destination) = UnixStream::connect(&self.target) else { return };
         let connection = self.connections.fetch_add(1, Ordering::SeqCst);
+        self.speaking.fetch_add(1, Ordering::SeqCst);
         for (way, from, to) in
             [(Way::ToDestination, source, &destination), (Way::ToSource, &destination, source)]
         {
@@ -272,6 +283,9 @@ impl Shared {
             let mut carrier = Carrier { shared, connection, way, from, to, passed_bytes: 0 };
             std::thread::spawn(move || {
                 let cut = carrier.run().is_err();
+                if way == Way::ToDestination {
+                    carrier.shared.speaking.fetch_sub(1, Ordering::SeqCst);
+                }
                 // They may be gone already.
                 let _ = carrier.to.shutdown(Shutdown::Write);
                 if cut {
