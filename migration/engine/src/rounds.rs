@@ -60,6 +60,7 @@ pub(crate) fn rounds(
         round = round.saturating_add(1);
         let start = Instant::now();
         let (before, waited, sending) = (ram.out().sent_bytes(), ram.out().waited(), ram.out().sending());
+        let contents = statistics.contents();
         let planned_blocks = remaining_bytes(disks.as_deref());
         statistics.update(|s| s.rounds = round);
         // Images before memory, which changes faster: what is sent last is least out of date.
@@ -82,7 +83,8 @@ pub(crate) fn rounds(
         let sent_pages = planned_pages - count(pages);
         // A page of an image costs what one of memory does: both are read, looked at and sent.
         let looked_at = sent_pages + sent_blocks / PAGE_BYTES;
-        speed.add(&Sample { pages: looked_at, working, sent_bytes: sent, sending });
+        let contents = statistics.contents().since(contents);
+        speed.add(&Sample { pages: looked_at, working, sent_bytes: sent, sending, contents });
 
         let dirty = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
         let dirty_pages = count(&dirty);

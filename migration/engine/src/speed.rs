@@ -2,7 +2,8 @@
 //!
 //! Two things take time, and a page costs both: the work on each page, whatever it holds, and the link for each byte. They
 //! are measured apart, since rounds differ in what a page becomes: a page of zeroes is nine bytes on the link, so a round of
-//! them says how fast memory is read and nearly nothing about the link. What the stop must send is taken for full pages.
+//! them says how fast memory is read and nearly nothing about the link. What the stop must send is taken for pages with contents, which
+//! are as many bytes on the link as those were that were sent lately: fewer than in memory, where they are compressed.
 
 use std::time::Duration;
 
@@ -19,6 +20,26 @@ pub struct Sample {
     pub sent_bytes: u64,
     /// The link took them; what a limit held up does not count.
     pub sending: Duration,
+    /// What of it is not zero.
+    pub contents: Contents,
+}
+
+/// Pages with contents, as channels have them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Contents {
+    pub pages: u64,
+    /// What became of them, compressed or not.
+    pub bytes: u64,
+}
+
+impl Contents {
+    /// What came after `before`.
+    pub fn since(self, before: Self) -> Self {
+        Self {
+            pages: self.pages.saturating_sub(before.pages),
+            bytes: self.bytes.saturating_sub(before.bytes),
+        }
+    }
 }
 
 /// How many pages, and how many bytes of the link, decide: the last ones. A large round outweighs all before it, small ones
@@ -31,20 +52,23 @@ const WINDOW_PAGES: f64 = WINDOW_BYTES / PAGE_BYTES as f64;
 pub struct Speed {
     work: Average,
     link: Average,
+    contents: Average,
 }
 
 impl Speed {
     /// After a round.
     pub fn add(&mut self, sample: &Sample) {
-        self.work.add(sample.pages as f64, sample.working, WINDOW_PAGES);
-        self.link.add(sample.sent_bytes as f64, sample.sending, WINDOW_BYTES);
+        self.work.add(sample.pages as f64, sample.working.as_secs_f64(), WINDOW_PAGES);
+        self.link.add(sample.sent_bytes as f64, sample.sending.as_secs_f64(), WINDOW_BYTES);
+        self.contents.add(sample.contents.pages as f64, sample.contents.bytes as f64, WINDOW_PAGES);
     }
 
     /// Bytes of guest memory a second, if no page is zero and nothing limits the link. 0 before anything was sent.
     #[must_use]
     pub fn bytes_per_second(&self) -> u64 {
         let bytes = PAGE_BYTES as f64;
-        match self.work.seconds_each() + self.link.seconds_each() * bytes {
+        let each = |average: &Average, unknown: f64| average.each().unwrap_or(unknown);
+        match each(&self.work, 0.0) + each(&self.link, 0.0) * each(&self.contents, bytes) {
             0.0 => 0,
             seconds => (bytes / seconds) as u64,
         }
@@ -54,18 +78,18 @@ impl Speed {
 #[derive(Clone, Copy, Debug, Default)]
 struct Average {
     amount: f64,
-    seconds: f64,
+    cost: f64,
 }
 
 impl Average {
-    fn add(&mut self, amount: f64, time: Duration, window: f64) {
+    fn add(&mut self, amount: f64, cost: f64, window: f64) {
         let keep = if self.amount > window { window / self.amount } else { 1.0 };
         self.amount = self.amount * keep + amount;
-        self.seconds = self.seconds * keep + time.as_secs_f64();
+        self.cost = self.cost * keep + cost;
     }
 
-    fn seconds_each(&self) -> f64 {
-        if self.amount > 0.0 { self.seconds / self.amount } else { 0.0 }
+    fn each(&self) -> Option<f64> {
+        (self.amount > 0.0).then(|| self.cost / self.amount)
     }
 }
 
@@ -86,6 +110,7 @@ mod tests {
             working: seconds(pages * PAGE_BYTES, 2700 * MIB),
             sent_bytes,
             sending: seconds(sent_bytes, link_mib * MIB),
+            contents: Contents { pages: pages - zeroes, bytes: (pages - zeroes) * PAGE_BYTES },
         }
     }
 
@@ -119,6 +144,22 @@ mod tests {
         let mut speed = Speed::default();
         speed.add(&round(4096 * PAGES_PER_MIB, 4000 * PAGES_PER_MIB, 100));
         assert!((90..100).contains(&mib_per_second(&speed)), "{speed:?}");
+    }
+
+    /// A slow link takes four times as many pages that are a quarter, and the stop is expected to be as short.
+    #[test]
+    fn what_is_compressed_is_as_much_as_it_becomes() {
+        let (sent_bytes, pages) = (100 * MIB, 400 * PAGES_PER_MIB);
+        let contents = Contents { pages, bytes: sent_bytes };
+        let sending = Duration::from_secs(1);
+        let compressed = Sample { sent_bytes, sending, contents, ..round(pages, 0, 100) };
+        let mut speed = Speed::default();
+        speed.add(&compressed);
+        assert!((340..350).contains(&mib_per_second(&speed)), "{speed:?}");
+        for _ in 0..10 {
+            speed.add(&round(100 * PAGES_PER_MIB, 0, 100));
+        }
+        assert!((95..100).contains(&mib_per_second(&speed)), "as it was lately: {speed:?}");
     }
 
     #[test]

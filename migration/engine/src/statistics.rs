@@ -4,7 +4,9 @@ use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::PAGE_BYTES;
 use crate::protocol::Progress;
+use crate::speed::Contents;
 
 /// Where a migration is, by the names of QEMU's `MigrationStatus`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -263,6 +265,14 @@ impl Statistics {
     /// Since the start.
     pub(crate) fn elapsed(&self) -> Duration {
         self.lock().started.map(|started| started.elapsed()).unwrap_or_default()
+    }
+
+    /// Pages with contents that went until now.
+    pub(crate) fn contents(&self) -> Contents {
+        let Snapshot { normal_pages, compressed_pages, compressed_bytes, .. } = self.lock().snapshot;
+        let whole_pages = normal_pages.saturating_sub(compressed_pages);
+        let bytes = whole_pages.saturating_mul(PAGE_BYTES).saturating_add(compressed_bytes);
+        Contents { pages: normal_pages, bytes }
     }
 
     pub(crate) fn update(&self, change: impl FnOnce(&mut Snapshot)) {

@@ -30,7 +30,8 @@ pub(crate) struct Work {
     pub last: bool,
 }
 
-/// Where the time of a round went, as the thread saw it that the others wait for.
+/// Where the time of a round went: each part is as large as it was of the time of all channels. One that is done early waits for the
+/// others, which is neither.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Times {
     /// The limit held it up.
@@ -39,6 +40,33 @@ pub(crate) struct Times {
     pub sending: Duration,
     /// How many bytes.
     pub sent_bytes: u64,
+}
+
+/// Where the time of one channel went, or of several together.
+#[derive(Clone, Copy, Debug, Default)]
+struct Spent {
+    /// With the work on its pages.
+    all: Duration,
+    /// As in [`Times`].
+    waited: Duration,
+    sending: Duration,
+}
+
+impl Spent {
+    fn add(&mut self, other: &Self) {
+        self.all += other.all;
+        self.waited += other.waited;
+        self.sending += other.sending;
+    }
+
+    /// Of a round that took so long.
+    fn times(&self, round: Duration, sent_bytes: u64) -> Times {
+        let part = |part: Duration| {
+            let all = self.all.max(Duration::from_nanos(1));
+            round.mul_f64((part.as_secs_f64() / all.as_secs_f64()).min(1.0))
+        };
+        Times { waited: part(self.waited), sending: part(self.sending), sent_bytes }
+    }
 }
 
 /// What the source offers of channels, as bits of [`features`]. Every channel is one more dial.
@@ -119,7 +147,7 @@ pub(crate) struct Channels<'a> {
 
 struct Worker {
     jobs: Sender<(Arc<[PageBitmap]>, Work)>,
-    done: Receiver<Option<u64>>,
+    done: Receiver<(Spent, Option<u64>)>,
 }
 
 impl<'a> Channels<'a> {
@@ -162,10 +190,9 @@ impl<'a> Channels<'a> {
             let thread = std::thread::Builder::new().name(format!("channel-{index}"));
             let thread = thread.spawn_scoped(scope, move || {
                 while let Ok((bitmaps, work)) = waiting.recv() {
-                    let mut times = Times::default();
-                    match shared.send(index, &mut outlet, &bitmaps, work, &mut times, &mut || Ok(())) {
-                        Ok(digest) => {
-                            let _the_attempt_is_over = told.send(digest);
+                    match shared.send(index, &mut outlet, &bitmaps, work, &mut || Ok(())) {
+                        Ok(done) => {
+                            let _the_attempt_is_over = told.send(done);
                         }
                         Err(error) => return shared.watch.fail(error),
                     }
@@ -186,26 +213,22 @@ impl<'a> Channels<'a> {
         idle: &mut dyn FnMut() -> Result<(), Error>,
     ) -> Result<(Times, Vec<u64>), Error> {
         let start = Instant::now();
-        let mut times = Times::default();
         let before = self.shared.channel_bytes();
-        let result = self.send_all(bitmaps, work, &mut times, idle);
-        let digests = result.map_err(|error| {
+        let result = self.send_all(bitmaps, work, idle);
+        let (spent, digests) = result.map_err(|error| {
             self.shared.watch.fail(error);
             let none = Error::Cancelled;
             self.shared.watch.take_cause().unwrap_or(none)
         })?;
-        times.sent_bytes = self.shared.channel_bytes() - before;
-        debug_assert!(times.sending + times.waited <= start.elapsed(), "parts of one thread's time");
-        Ok((times, digests))
+        Ok((spent.times(start.elapsed(), self.shared.channel_bytes() - before), digests))
     }
 
     fn send_all(
         &mut self,
         bitmaps: &[PageBitmap],
         work: Work,
-        times: &mut Times,
         idle: &mut dyn FnMut() -> Result<(), Error>,
-    ) -> Result<Vec<u64>, Error> {
+    ) -> Result<(Spent, Vec<u64>), Error> {
         if !self.others.is_empty() {
             let bitmaps: Arc<[PageBitmap]> = bitmaps.into();
             for worker in &self.others {
@@ -214,20 +237,21 @@ impl<'a> Channels<'a> {
             }
         }
         let mut digests = Vec::with_capacity(self.others.len() + 1);
-        digests.extend(self.shared.send(0, &mut self.first, bitmaps, work, times, idle)?);
-        let start = Instant::now();
+        let (mut spent, digest) = self.shared.send(0, &mut self.first, bitmaps, work, idle)?;
+        digests.extend(digest);
         for worker in &self.others {
-            digests.extend(loop {
+            let (its, digest) = loop {
                 match worker.done.recv_timeout(SLICE) {
-                    Ok(digest) => break digest,
+                    Ok(done) => break done,
                     Err(RecvTimeoutError::Timeout) => idle()?,
                     // It has told the watch why.
                     Err(RecvTimeoutError::Disconnected) => return Err(Error::Cancelled),
                 }
-            });
+            };
+            spent.add(&its);
+            digests.extend(digest);
         }
-        times.sending += start.elapsed();
-        Ok(digests)
+        Ok((spent, digests))
     }
 }
 
@@ -245,18 +269,21 @@ impl Shared<'_> {
         outlet: &mut Outlet,
         bitmaps: &[PageBitmap],
         work: Work,
-        times: &mut Times,
         idle: &mut dyn FnMut() -> Result<(), Error>,
-    ) -> Result<Option<u64>, Error> {
+    ) -> Result<(Spent, Option<u64>), Error> {
+        let start = Instant::now();
+        let mut spent = Spent::default();
         let Work { round, until, limited, last } = work;
         let step = Step { until, ..self.step };
         outlet.round(round, bitmaps, step, &self.watch, &mut |sent, sending| {
             self.count(index, &sent);
-            times.sending += sending;
-            times.waited += self.hold_back(&sent, limited, idle)?;
+            spent.sending += sending;
+            spent.waited += self.hold_back(&sent, limited, idle)?;
             idle()
         })?;
-        if last { outlet.end(step, &self.watch).map(Some) } else { Ok(None) }
+        let digest = if last { Some(outlet.end(step, &self.watch)?) } else { None };
+        spent.all = start.elapsed();
+        Ok((spent, digest))
     }
 
     /// Waits as long as the limit wants it; returns how long that was.
@@ -305,5 +332,22 @@ impl Shared<'_> {
 
     fn channel_bytes(&self) -> u64 {
         self.statistics.snapshot().channel_bytes.iter().sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The first channel is done at once, and waits for the second, which works long and sends little: that is work, whoever waits for it.
+    #[test]
+    fn waiting_for_another_channel_is_no_sending() {
+        let ms = Duration::from_millis;
+        let mut spent = Spent { all: ms(10), waited: ms(0), sending: ms(5) };
+        spent.add(&Spent { all: ms(90), waited: ms(20), sending: ms(5) });
+        let Times { waited, sending, sent_bytes } = spent.times(ms(100), 7);
+        assert_eq!((waited, sending, sent_bytes), (ms(20), ms(10), 7));
+        let Times { waited, sending, .. } = Spent::default().times(ms(100), 0);
+        assert_eq!((waited, sending), (ms(0), ms(0)));
     }
 }
