@@ -2,8 +2,9 @@
 
 use exerciser::report::Counters;
 use ferry::control::{FerryOwnership, MigrationStatus, RunState};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use serde_json::json;
-use support::TestBed;
+use support::{TestBed, WATCHDOG};
 
 use crate::guest::{BUSY, EXERCISER, bed, lease, many_disks, one_disk};
 use crate::load::{arrives, in_flight_at_stop, moves, sends, were_busy, works};
@@ -151,4 +152,25 @@ fn a_guest_that_moved_is_reset_where_it_is() {
     moves(&mut destination, &mut third, &done);
     third.execute("quit", json!({}));
     assert_eq!(third.exit().code(), Some(0));
+}
+
+/// It cannot let anybody in at first, and neither ends nor sends anybody away.
+#[test]
+fn a_destination_that_lacks_descriptors_lets_its_source_in_once_it_has_some() {
+    let bed = bed();
+    let machine = one_disk(&bed);
+    let mut source = machine.boot(&bed, "source", EXERCISER, "queues=1");
+    let destination = machine.expect(&bed, "destination", &format!("unix:{}", bed.path("move").display()));
+    let process = Pid::from_raw(destination.process.id().cast_signed());
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let none = Rlimit { current: Some(3), maximum };
+    let before = prlimit(process, Resource::Nofile, none).expect("it is ours");
+    source.migrate(destination.uri());
+    let told = |line: &str| line.contains("cannot let in who comes").then_some(());
+    assert!(destination.process.log.wait_for(0, WATCHDOG, told).is_some(), "it says what it lacks");
+    prlimit(process, Resource::Nofile, before).expect("it is ours");
+    source.migrated();
+    let mut destination = destination;
+    destination.verifies(0, 100);
+    destination.finish();
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -11,6 +12,41 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::given::Given;
 use crate::{Connection, Endpoint, Error, PrivateSocket, Security, Uri};
+
+/// How long to wait for what the process or the host lacks to let a peer in.
+const SHORTAGE: Duration = Duration::from_millis(100);
+
+/// An error of the connection that was to be accepted, which has gone again; the network's own come out of accept(2) too.
+fn is_of_the_peer(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+
+    let errno = Errno::from_io_error(error);
+    errno.is_some_and(|errno| {
+        matches!(
+            errno,
+            Errno::AGAIN
+                | Errno::CONNABORTED
+                | Errno::CONNRESET
+                | Errno::INTR
+                | Errno::NETDOWN
+                | Errno::PROTO
+                | Errno::NOPROTOOPT
+                | Errno::HOSTDOWN
+                | Errno::NONET
+                | Errno::HOSTUNREACH
+                | Errno::OPNOTSUPP
+                | Errno::NETUNREACH
+        )
+    })
+}
+
+/// A lack of something that others have at present.
+fn is_passing(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+
+    let errno = Errno::from_io_error(error);
+    errno.is_some_and(|errno| matches!(errno, Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
+}
 
 #[derive(Debug)]
 enum Socket {
@@ -28,6 +64,8 @@ pub struct Listener {
     socket: Socket,
     uri: Uri,
     security: Security,
+    /// The last peer could not be let in for a lack of something, which was told.
+    is_short: AtomicBool,
 }
 
 impl Listener {
@@ -51,7 +89,7 @@ impl Listener {
             Uri::Unix(path) => {
                 let socket = PrivateSocket::bind(path)?;
                 socket.set_nonblocking(true).map_err(failed)?;
-                Ok(Self { socket: Socket::Unix(socket), uri: uri.clone(), security: security.clone() })
+                Ok(Self::new(Socket::Unix(socket), uri, security))
             }
             Uri::Tcp { host, .. } => {
                 let addresses = uri.addresses(security.goes_beyond())?;
@@ -64,7 +102,7 @@ impl Listener {
                 let port = listener.local_addr().map_err(failed)?.port();
                 security.warn(uri);
                 let uri = Uri::Tcp { host: host.clone(), port };
-                Ok(Self { socket: Socket::Tcp(listener), uri, security: security.clone() })
+                Ok(Self::new(Socket::Tcp(listener), &uri, security))
             }
             Uri::Fd(_) | Uri::File { .. } => Err(uri.not_a_link()),
         }
@@ -92,7 +130,11 @@ impl Listener {
                 Socket::Connected(Mutex::new((Some(connection), lives)))
             }
         };
-        Ok(Self { socket, uri: uri.clone(), security: security.clone() })
+        Ok(Self::new(socket, uri, security))
+    }
+
+    fn new(socket: Socket, uri: &Uri, security: &Security) -> Self {
+        Self { socket, uri: uri.clone(), security: security.clone(), is_short: AtomicBool::new(false) }
     }
 
     /// Where it listens; a port that the system chose is filled in.
@@ -104,7 +146,8 @@ impl Listener {
     /// The next peer, or `None` if none came within `timeout`. It is to be [established](Connection::establish).
     ///
     /// # Errors
-    /// The listening socket is broken, or no descriptor is left. A peer that went away again is not an error of the listener.
+    /// The listening socket is broken. A peer that went away again is not an error of the listener, nor is a lack of descriptors or memory,
+    /// which may pass: the peer waits in the queue.
     pub fn accept(&self, timeout: Duration) -> Result<Option<Connection>, Error> {
         let failed = |source| Error::Listen { uri: self.uri.to_string(), source };
         let time = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: i32::MAX.into(), tv_nsec: 0 });
@@ -135,14 +178,20 @@ impl Listener {
             }),
         };
         match accepted {
-            Ok(connection) => self.secure(connection?).map(Some),
-            Err(error) => match error.kind() {
-                io::ErrorKind::WouldBlock
-                | io::ErrorKind::ConnectionAborted
-                | io::ErrorKind::ConnectionReset
-                | io::ErrorKind::Interrupted => Ok(None),
-                _ => Err(failed(error)),
-            },
+            Ok(connection) => {
+                self.is_short.store(false, Ordering::Relaxed);
+                self.secure(connection?).map(Some)
+            }
+            Err(error) if is_of_the_peer(&error) => Ok(None),
+            Err(error) if is_passing(&error) => {
+                if !self.is_short.swap(true, Ordering::Relaxed) {
+                    log::warn!("cannot let in who comes to {}, and tries again: {error}", self.uri);
+                }
+                // Whoever waits in the queue is there at once when this is asked again.
+                std::thread::sleep(timeout.min(SHORTAGE));
+                Ok(None)
+            }
+            Err(error) => Err(failed(error)),
         }
     }
 
