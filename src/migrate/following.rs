@@ -8,7 +8,7 @@ use anyhow::{bail, ensure};
 use engine::{Incoming, PostcopyStart, Status};
 use transport::{Connection, Endpoint, Listener, Uri};
 
-use super::{Migrations, lock};
+use super::{Current, Migrations, lock};
 
 /// What of a migration may be replaced when its links are lost.
 #[derive(Default)]
@@ -54,13 +54,15 @@ enum Following {
     LacksMemory,
 }
 
+fn following(current: &Current) -> Option<(Following, Status)> {
+    let status = current.statistics.snapshot().status;
+    let following = if current.outgoing { Following::NeedsUs } else { Following::LacksMemory };
+    (current.is_active() && status.is_postcopy()).then_some((following, status))
+}
+
 impl Migrations {
     fn following(&self) -> Option<(Following, Status)> {
-        let current = lock(&self.current);
-        let current = current.as_ref().filter(|current| current.is_active())?;
-        let status = current.statistics.snapshot().status;
-        let following = if current.outgoing { Following::NeedsUs } else { Following::LacksMemory };
-        status.is_postcopy().then_some((following, status))
+        lock(&self.current).as_ref().and_then(following)
     }
 
     /// Why this process must not end, if so: a guest that has left dies with it.
@@ -103,7 +105,8 @@ impl Migrations {
         );
         ensure!(
             self.parameters.postcopy() != PostcopyStart::Never,
-            "the migration began without the capability postcopy-ram, so its destination need not be able to"
+            "the migration began without the capability postcopy-ram, or goes into a file: its destination need not be able to run a \
+             guest ahead of its memory"
         );
         self.parameters.start_postcopy();
         Ok(())
@@ -116,33 +119,33 @@ impl Migrations {
     /// No such migration has lost its links, or nobody can listen there.
     pub fn recover(&self, uri: Option<&str>) -> anyhow::Result<()> {
         let uri = uri.map(Uri::from_str).transpose()?;
-        let Some((following, Status::PostcopyPaused)) = self.following() else {
-            bail!("there is no postcopy migration that has lost its link");
+        let is_not_lost = "there is no postcopy migration that has lost its link";
+        let Some((who, Status::PostcopyPaused)) = self.following() else { bail!(is_not_lost) };
+        let Some(old) = self.ways.endpoint() else { bail!("there is no address") };
+        let is_elsewhere = uri.as_ref().is_some_and(|uri| *uri != old.uri);
+        let mut new = Endpoint { uri: uri.unwrap_or_else(|| old.uri.clone()), ..old };
+        // Names may take long to be resolved: with no lock. It listens where it did, unless that is of no use.
+        let listener = match who {
+            Following::LacksMemory if is_elsewhere => Some(Listener::bind_endpoint(&new)?),
+            Following::LacksMemory | Following::NeedsUs => None,
         };
-        let mut endpoint = lock(&self.ways.endpoint);
-        let Some(endpoint) = endpoint.as_mut() else { bail!("there is no address") };
-        let new = Endpoint { uri: uri.unwrap_or_else(|| endpoint.uri.clone()), ..endpoint.clone() };
-        match following {
-            Following::NeedsUs => {
-                // Its thread touches nothing before it is told to.
-                let statistics = lock(&self.current).as_mut().map(|current| {
-                    current.peer = new.uri.to_string();
-                    Arc::clone(&current.statistics)
-                });
-                statistics.inspect(|statistics| statistics.begin_recovery());
-                *endpoint = new;
-                self.parameters.recover();
-            }
-            // It listens where it did, unless that is of no use.
-            Following::LacksMemory if new.uri == endpoint.uri => {}
-            Following::LacksMemory => {
-                let listener = Listener::bind_endpoint(&new)?;
-                *endpoint = Endpoint { uri: listener.uri().clone(), ..new };
-                if let Some(current) = lock(&self.current).as_mut() {
-                    current.peer = listener.uri().to_string();
-                }
+        // In the order of whoever begins a migration. Another client may have been faster, or nothing be lost any more.
+        let mut current = lock(&self.current);
+        let Some(current) = current.as_mut() else { bail!(is_not_lost) };
+        ensure!(following(current) == Some((who, Status::PostcopyPaused)), is_not_lost);
+        match listener {
+            Some(listener) => {
+                new.uri = listener.uri().clone();
                 *lock(&self.ways.listener) = Some(Arc::new(listener));
             }
+            None if who == Following::LacksMemory => return Ok(()),
+            None => {}
+        }
+        current.peer = new.uri.to_string();
+        *lock(&self.ways.endpoint) = Some(new);
+        if who == Following::NeedsUs {
+            current.statistics.begin_recovery();
+            self.parameters.recover();
         }
         Ok(())
     }

@@ -133,8 +133,12 @@ impl Migrations {
         ensure_link(&uri, &security)?;
         let (endpoint, descriptor) = (Endpoint { uri, security }, target.descriptor);
         let (local, storage) = (target.local, target.storage);
+        let is_file = matches!(endpoint.uri, Uri::File { .. });
+        ensure!(
+            !is_file || target.postcopy.is_none(),
+            "nobody runs what is in a file before all of it is there: postcopy needs a destination that waits"
+        );
         if storage {
-            let is_file = matches!(endpoint.uri, Uri::File { .. });
             ensure!(!is_file, "a file takes no images along: ferry snapshot copies them");
             ensure!(
                 !local,
@@ -145,7 +149,7 @@ impl Migrations {
                 "a guest that brings its images waits until all of it has gone"
             );
         }
-        let postcopy = target.postcopy.unwrap_or(match self.may_follow() && !storage {
+        let postcopy = target.postcopy.unwrap_or(match self.may_follow() && !storage && !is_file {
             true => PostcopyStart::WhenAsked,
             false => PostcopyStart::Never,
         });
@@ -200,6 +204,7 @@ impl Migrations {
         self.parameters.begin();
         self.parameters.set_local(matches!(job, Job::Move { local: true, .. }));
         self.parameters.set_storage(matches!(job, Job::Move { storage: true, .. }));
+        self.parameters.set_postcopy(PostcopyStart::Never);
         if let Job::Move { endpoint, postcopy, .. } = &job {
             self.parameters.set_postcopy(*postcopy);
             self.ways.begin(Some(endpoint));
