@@ -25,6 +25,8 @@ const MORE: u16 = 1;
 
 /// How many messages are looked at for a peer's [last words](Link::last_words). Far more fit into no socket that it may have left full.
 const WORDS_MAX: usize = 4096;
+/// How long they are read beyond the time that they have to come.
+const WORDS_GRACE: Duration = Duration::from_secs(1);
 
 /// The minor version of the protocol in which identities came: an older peer takes them for parts of the machine.
 const IDENTITIES_MINOR: u16 = 1;
@@ -64,7 +66,7 @@ pub(crate) struct Link {
     sent_bytes: u64,
     /// Header and body of the message being sent.
     out: Vec<u8>,
-    /// What is left of one that the user's cancel came into: the peer hears nothing else before.
+    /// What is left of one that the user's cancel, or the end of a time, came into: the peer hears nothing else before.
     unfinished: Vec<u8>,
     body: Vec<u8>,
     /// What may come along with the message that is being received, if anything.
@@ -286,7 +288,12 @@ impl Link {
     pub fn last_words(&mut self, patience: Duration) -> Option<Error> {
         let doing = "reading the other side's last words";
         let until = Some(Until { end: Instant::now() + patience, allowed: patience });
+        // What is there is read far faster than that; who says a little all the time would be listened to for minutes.
+        let end = Instant::now() + patience + WORDS_GRACE;
         for _ in 0..WORDS_MAX {
+            if Instant::now() >= end {
+                return None;
+            }
             match self.receive(Step { doing, patience, cancel: None, until }) {
                 Ok(Message::Reject(reasons) | Message::Cancel(reasons)) => {
                     return Some(Error::Peer { reason: reasons.sentences().join("; ") });
@@ -330,13 +337,23 @@ impl Link {
     ) -> Result<(), Error> {
         if !self.unfinished.is_empty() {
             let rest = std::mem::take(&mut self.unfinished);
-            self.write_pieces(&rest, &[], step)?;
+            self.write_all(&rest, &[], true, step)?;
         }
+        self.write_all(bytes, descriptors, false, step)
+    }
+
+    /// Keeps what is left when it is interrupted, if some of it may have gone, or has `begun` before: why is said behind it.
+    fn write_all(
+        &mut self,
+        bytes: &[u8],
+        descriptors: &[BorrowedFd<'_>],
+        mut begun: bool,
+        step: Step<'_>,
+    ) -> Result<(), Error> {
         let before = self.sent_bytes;
-        let result = self.write_pieces(bytes, descriptors, step);
-        let written_bytes = (self.sent_bytes - before) as usize;
-        if written_bytes > 0 && matches!(result, Err(Error::Cancelled)) {
-            // Why it is cancelled is said behind it.
+        let result = self.write_pieces(bytes, descriptors, &mut begun, step);
+        if begun && matches!(result, Err(Error::Cancelled | Error::TimedOut { .. })) {
+            let written_bytes = (self.sent_bytes - before) as usize;
             self.unfinished = bytes.get(written_bytes..).unwrap_or_default().to_vec();
         }
         result
@@ -346,6 +363,7 @@ impl Link {
         &mut self,
         mut bytes: &[u8],
         mut descriptors: &[BorrowedFd<'_>],
+        begun: &mut bool,
         step: Step<'_>,
     ) -> Result<(), Error> {
         let since = Instant::now();
@@ -356,6 +374,7 @@ impl Link {
             match self.connection.write_with(bytes, descriptors) {
                 Ok(0) => return Err(step.closed()),
                 Ok(count) => {
+                    *begun = true;
                     descriptors = &[];
                     self.sent_bytes += count as u64;
                     bytes = bytes.get(count..).unwrap_or_default();
@@ -363,7 +382,11 @@ impl Link {
                         step.patient(since)?;
                     }
                 }
-                Err(error) if is_pause(&error) => step.patient(since)?,
+                Err(error) if is_pause(&error) => {
+                    // TLS may have sealed the beginning of it already. What has descriptors goes with them or not at all.
+                    *begun |= descriptors.is_empty();
+                    step.patient(since)?;
+                }
                 Err(source) => return Err(Error::lost(step.doing, source)),
             }
         }

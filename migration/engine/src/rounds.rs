@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::features::POSTCOPY;
 use crate::ram::Outgoing;
-use crate::speed::{Sample, Speed};
+use crate::speed::{Contents, Sample, Speed};
 use crate::storage::Leaving;
 use crate::{
     Context, Decision, Error, OnTimeout, PAGE_BYTES, PageBitmap, Parameters, PostcopyStart, Situation,
@@ -83,7 +83,11 @@ pub(crate) fn rounds(
         let sent_pages = planned_pages - count(pages);
         // A page of an image costs what one of memory does: both are read, looked at and sent.
         let looked_at = sent_pages + sent_blocks / PAGE_BYTES;
-        let contents = statistics.contents().since(contents);
+        // What is left of images is not compressed, and nobody knows how much of it the stop will have to send.
+        let contents = match &disks {
+            None => statistics.contents().since(contents),
+            Some(_) => Contents::default(),
+        };
         speed.add(&Sample { pages: looked_at, working, sent_bytes: sent, sending, contents });
 
         let dirty = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;

@@ -445,7 +445,11 @@ impl Attempt {
             Outcome::Failed { error, paused } if error.link_is_gone() => {
                 // Where it was a data channel that broke, the other side finds that too, or hears it from here. It has the last word:
                 // what it has found first is the cause for both.
-                let words = link.last_words(Duration::ZERO).or_else(|| {
+                let words = match link.is_spoken_to(step) {
+                    Ok(true) => link.last_words(patience),
+                    Ok(false) | Err(_) => None,
+                };
+                let words = words.or_else(|| {
                     let farewell = Message::Cancel(Reasons::new(&[error.chain()]));
                     let _it_may_have_said_why = link.send(&farewell, step);
                     link.last_words(context.patience.handshake)

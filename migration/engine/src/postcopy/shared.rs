@@ -218,33 +218,46 @@ impl Shared {
             let contents = contents.get(bytes(run.start)..bytes(run.end)).unwrap_or_default();
             self.memory.place(block, run.start * PAGE_BYTES, contents)
         });
-        let wholes = placed.and_then(|()| is_in_parts.then(|| self.show_wholes(block, &missing)).transpose());
-        let wholes = match wholes {
+        let shown = placed.and_then(|()| {
+            let wholes = if is_in_parts { self.wholes_of(block, &missing) } else { Vec::new() };
+            wholes.into_iter().try_for_each(|whole| {
+                self.show(block, &whole)?;
+                // Before the next, which may fail: the guest writes to this one from now on, and it must never come again.
+                self.note_placed(block, std::slice::from_ref(&whole), true);
+                Ok(())
+            })
+        });
+        match shown {
             // It came by the other link just now, and was the last.
             Err(_) if self.state().released => return Ok(()),
-            wholes => wholes.map_err(Error::machine("place guest memory"))?,
-        };
+            shown => shown.map_err(Error::machine("place guest memory"))?,
+        }
+        self.note_placed(block, &missing, !is_in_parts);
+        Ok(())
+    }
+
+    /// `runs` came, and whoever waits for any of their pages goes on if they are `seen`.
+    fn note_placed(&self, block: usize, runs: &[Range<u64>], seen: bool) {
         let now = Instant::now();
         let mut state = self.state();
-        let State { missing: sets, waiting, blocktime, placed_bytes, .. } = &mut *state;
-        for run in &missing {
-            *placed_bytes += sets.remove(block, run.clone()) * PAGE_BYTES;
+        let State { missing, waiting, blocktime, placed_bytes, .. } = &mut *state;
+        for run in runs {
+            *placed_bytes += missing.remove(block, run.clone()) * PAGE_BYTES;
         }
-        for run in wholes.unwrap_or(missing) {
+        for run in runs.iter().filter(|_| seen) {
             let mut served = waiting.split_off(&(block, run.start));
             waiting.append(&mut served.split_off(&(block, run.end)));
             for Waiter { thread, since } in served.into_values().flatten() {
                 blocktime.ends(thread, since, now);
             }
         }
-        if sets.count() == 0 {
+        if missing.count() == 0 {
             self.changed.notify_all();
         }
-        Ok(())
     }
 
-    /// Lets go on who waits for larger pages that lack nothing but parts of `placed`, which is there. Says which those are.
-    fn show_wholes(&self, block: usize, placed: &[Range<u64>]) -> MachineResult<Vec<Range<u64>>> {
+    /// Larger pages that lack nothing but parts of `placed`, which is there.
+    fn wholes_of(&self, block: usize, placed: &[Range<u64>]) -> Vec<Range<u64>> {
         let mut wholes: Vec<Range<u64>> = Vec::new();
         for run in placed {
             let mut page = run.start;
@@ -256,15 +269,12 @@ impl Shared {
                 }
             }
         }
-        {
-            let state = self.state();
-            let is_placed = |missing: &Range<u64>| {
-                placed.iter().any(|run| run.start <= missing.start && missing.end <= run.end)
-            };
-            wholes.retain(|whole| state.missing.within(block, whole.clone()).iter().all(is_placed));
-        }
-        wholes.iter().try_for_each(|whole| self.show(block, whole))?;
-        Ok(wholes)
+        let state = self.state();
+        let is_placed = |missing: &Range<u64>| {
+            placed.iter().any(|run| run.start <= missing.start && missing.end <= run.end)
+        };
+        wholes.retain(|whole| state.missing.within(block, whole.clone()).iter().all(is_placed));
+        wholes
     }
 
     /// Nothing comes any more on the links of `epoch`, because of `error`.

@@ -15,7 +15,7 @@ use super::order_by_name;
 use super::sets::PageSets;
 use crate::bandwidth::TokenBucket;
 use crate::lease::Id;
-use crate::link::{Dial, Link, Step};
+use crate::link::{Dial, Link, Step, Until};
 use crate::protocol::{Agree, ChannelHello, Message};
 use crate::source::{Context, unexpected};
 use crate::{
@@ -285,7 +285,10 @@ impl Remainder {
         let mut main = Link::new(dial()?)?;
         main.greet(step)?;
         main.send(&Message::Recover(Recover { session: self.session, key: self.key }), step)?;
-        let Some(missing) = hear_what_is_missing(&mut main, &self.memory.blocks, step)? else {
+        let allowed = context.patience.prepare;
+        let step = Step { until: Some(Until { end: Instant::now() + allowed, allowed }), ..step };
+        let Some(missing) = hear_what_is_missing(&mut main, &self.memory.blocks, context.parameters, step)?
+        else {
             return Ok(Found::Everything(main));
         };
         let pages = open_channel(self.session, self.key, dial, context.patience)?;
@@ -297,16 +300,23 @@ impl Remainder {
     }
 }
 
-/// The pages of `blocks` that a destination says it lacks; `None`: it has everything.
+/// The pages of `blocks` that a destination says it lacks; `None`: it has everything. It may neither say so for ever, nor keep the process
+/// from its end.
 fn hear_what_is_missing(
     main: &mut Link,
     blocks: &[RamBlock],
+    parameters: &Parameters,
     step: Step<'_>,
 ) -> Result<Option<PageSets>, Error> {
     let wrong = |reason| Error::Protocol { doing: step.doing, reason };
     let mut missing = PageSets::none(blocks.iter().map(|block| block.length_bytes() / PAGE_BYTES));
     let order: Vec<_> = (0..blocks.len()).collect();
     loop {
+        // Messages that come one by one are each in time.
+        step.patient(Instant::now())?;
+        if parameters.is_abandoned() {
+            return Err(Error::Cancelled);
+        }
         match main.receive(step)? {
             Message::Missing(more) => {
                 let before = missing.count();
@@ -495,16 +505,22 @@ mod tests {
 
     use super::*;
 
+    const STEP: Step<'static> =
+        Step { doing: "testing", patience: Duration::from_secs(20), cancel: None, until: None };
+
+    /// What is there of memory, what of it is missing, and both ends of a link.
+    fn set_up() -> ([RamBlock; 1], PageBitmap, [Link; 2]) {
+        let mapping = Arc::new(MmapRegion::new(64 * PAGE_BYTES as usize).unwrap());
+        let blocks = [RamBlock { name: "ram".to_owned(), mapping }];
+        let (near, far) = Connection::pair().unwrap();
+        (blocks, PageBitmap::new(64), [near, far].map(|end| Link::new(end).unwrap()))
+    }
+
     /// The guest is gone by then, and the process could not even end.
     #[test]
     fn a_destination_that_lacks_the_same_pages_for_ever_is_given_up() {
-        let mapping = Arc::new(MmapRegion::new(64 * PAGE_BYTES as usize).unwrap());
-        let blocks = [RamBlock { name: "ram".to_owned(), mapping }];
-        let mut lacks = PageBitmap::new(64);
-        let (near, far) = Connection::pair().unwrap();
-        let (mut near, mut far) = (Link::new(near).unwrap(), Link::new(far).unwrap());
-        let patience = crate::tests::patience().silence;
-        let step = Step { doing: "testing", patience, cancel: None, until: None };
+        let (blocks, mut lacks, [mut near, mut far]) = set_up();
+        let (step, parameters) = (STEP, Parameters::new());
         let mut say = |pages: &[u64]| {
             pages.iter().for_each(|page| lacks.set(*page));
             Missing::of(std::slice::from_ref(&lacks))
@@ -514,8 +530,33 @@ mod tests {
         say(&[3, 9]);
         say(&[9]);
         far.send(&Message::Listed, step).unwrap();
-        let error = hear_what_is_missing(&mut near, &blocks, step).unwrap_err().chain();
+        let error = hear_what_is_missing(&mut near, &blocks, &parameters, step).unwrap_err().chain();
         assert!(error.contains("named before"), "{error}");
         assert!(matches!(near.receive(step).unwrap(), Message::Listed), "those before were taken");
+    }
+
+    /// It names one after the other, each in time: neither does that take as long as there are pages, nor keep the process from its end.
+    #[test]
+    fn a_destination_that_names_what_it_lacks_page_by_page_is_given_up() {
+        let says_all = |parameters: &Parameters, step: Step<'_>| {
+            let (blocks, mut lacks, [mut near, mut far]) = set_up();
+            for page in 0..64 {
+                lacks.set(page);
+                for missing in Missing::of(std::slice::from_ref(&lacks)) {
+                    far.send(&Message::Missing(missing), STEP).unwrap();
+                }
+            }
+            let error = hear_what_is_missing(&mut near, &blocks, parameters, step).unwrap_err();
+            assert!(matches!(near.receive(STEP), Ok(Message::Missing(_))), "the rest was left");
+            error
+        };
+        let parameters = Parameters::new();
+        let allowed = Duration::from_secs(7);
+        let until = Until { end: Instant::now(), allowed };
+        let error = says_all(&parameters, Step { until: Some(until), ..STEP });
+        assert!(matches!(error, Error::TimedOut { waited, .. } if waited == allowed), "{error:?}");
+        parameters.abandon();
+        let error = says_all(&parameters, STEP);
+        assert!(matches!(error, Error::Cancelled), "{error:?}");
     }
 }

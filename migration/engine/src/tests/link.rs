@@ -12,7 +12,7 @@ use crate::link::{Link, Step};
 use crate::protocol::{Message, Prepare, Reasons};
 use crate::{Error, Parameters};
 
-/// Sees what a peer is sent, and says how much of that it takes.
+/// Sees what a peer is sent, and says how much of that it takes; with nothing it lets wait.
 type Takes = Box<dyn FnMut(&[u8]) -> usize + Send>;
 
 /// A peer that always moves, a little.
@@ -55,7 +55,10 @@ impl Read for Slow {
 impl Write for Slow {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if let Some(takes) = &mut self.takes {
-            return Ok(takes(bytes));
+            return match takes(bytes) {
+                0 => Err(io::ErrorKind::WouldBlock.into()),
+                count => Ok(count),
+            };
         }
         std::thread::sleep(PATIENCE);
         Ok(bytes.len().min(self.bytes))
@@ -130,6 +133,35 @@ fn why_a_migration_is_cancelled_is_said_behind_the_message_that_it_came_into() {
     assert_eq!(heard.receive(step(patience)).unwrap(), cancel);
 }
 
+/// As TLS has it, which may have sealed and sent of a message of which it says that nothing was taken yet; and the cancel comes into the
+/// message once more, when what is left of it is tried again.
+#[test]
+fn a_message_that_may_have_begun_comes_to_its_end_before_anything_else() {
+    let (taken, parameters) = <(Arc<Mutex<Vec<u8>>>, Arc<Parameters>)>::default();
+    let (words, user) = (Arc::clone(&taken), Arc::clone(&parameters));
+    let mut calls = 0;
+    let takes = move |bytes: &[u8]| {
+        calls += 1;
+        user.cancel();
+        let count = if calls == 1 { 0 } else { bytes.len() };
+        words.lock().unwrap().extend_from_slice(&bytes[..count]);
+        count
+    };
+    let mut link = Slow::link_that_takes(&[], 0, Some(Box::new(takes)));
+    let mut piece = vec![7; HEADER_BYTES + 5000];
+    let patience = Duration::from_secs(20);
+    let cancelled = Step { doing: "testing", patience, cancel: Some(&parameters), until: None };
+    for _ in 0..2 {
+        let error = link.send_frame(Kind::Stream, &mut piece, cancelled);
+        assert!(matches!(error, Err(Error::Cancelled)), "{error:?}");
+    }
+    let cancel = Message::Cancel(Reasons::new(&["because"]));
+    link.send(&cancel, step(patience)).unwrap();
+    let mut heard = Slow::link(&taken.lock().unwrap(), 4096);
+    assert_eq!(heard.receive(step(patience)).unwrap(), Message::Stream);
+    assert_eq!(heard.receive(step(patience)).unwrap(), cancel, "the second was never begun");
+}
+
 #[test]
 fn a_message_longer_than_its_kind_can_be_is_refused_unread() {
     let long = Duration::from_secs(20);
@@ -158,6 +190,25 @@ fn a_hello_that_goes_on_and_on_is_refused() {
         let error = Slow::link(&frame.repeat(1000), 4096).receive(step(PATIENCE)).unwrap_err().chain();
         assert!(error.contains(&format!("a hello goes on after a frame of {length} bytes")), "{error}");
     }
+}
+
+/// Each of its messages is there as soon as it is looked for.
+#[test]
+fn whoever_says_a_little_all_the_time_is_not_listened_to_to_its_end() {
+    let (near, far) = Connection::pair().unwrap();
+    let (mut near, mut far) = (Link::new(near).unwrap(), Link::new(far).unwrap());
+    let talker = std::thread::spawn(move || {
+        let mut said = 0;
+        // Until nobody listens.
+        while far.send(&Message::Mapped, step(PATIENCE)).is_ok() && said < 1_000_000 {
+            said += 1;
+            std::thread::sleep(PATIENCE);
+        }
+        said
+    });
+    assert!(near.last_words(Duration::ZERO).is_none());
+    drop(near);
+    assert!(talker.join().unwrap() < 4096, "it was heard to its end");
 }
 
 /// Who breaks one link and talks on another is not listened to for as long as that may be.

@@ -33,6 +33,8 @@ struct State {
     asleep: bool,
     /// After so many faults no more are told.
     breaks_after: Option<u64>,
+    /// Larger pages that can be seen before one cannot be, once.
+    completes_before_failure: Option<u64>,
     /// Why some of it will never be there; the guest is over then.
     lost: Option<String>,
     /// Pages that waited for the source or to be cleared.
@@ -43,6 +45,11 @@ impl World {
     /// Whoever touches missing memory after `faults` others is not heard of.
     pub fn silence_faults_after(&self, faults: u64) {
         self.lock().faults_before_silence = Some(faults);
+    }
+
+    /// Once as many larger pages could be seen, the next one cannot be, for the first time that it is tried.
+    pub fn fail_a_completion_after(&self, completions: u64) {
+        self.lock().completions_before_failure = Some(completions);
     }
 
     /// The destination's memory lies in pages that are so many times larger.
@@ -86,6 +93,11 @@ impl MockMemory {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// See [`World::fail_a_completion_after`].
+    pub fn fail_a_completion_after(&self, completions: Option<u64>) {
+        self.state().completes_before_failure = completions;
     }
 
     /// Waits until the page is there, and gives what is in it. Zeros, if it never will be.
@@ -203,6 +215,14 @@ impl MissingPages for MockMemory {
             return Err("this memory is not watched any more".into());
         }
         assert!(offset.is_multiple_of(self.page_bytes(block)) && length_bytes == self.page_bytes(block));
+        match &mut state.completes_before_failure {
+            Some(0) => {
+                state.completes_before_failure = None;
+                return Err("there is no memory for page tables".into());
+            }
+            Some(left) => *left -= 1,
+            None => {}
+        }
         state.present[block].set_bytes(offset..offset + length_bytes);
         self.changed.notify_all();
         Ok(())

@@ -577,6 +577,7 @@ impl DestinationMachine for Arriving {
             world.faults_before_silence,
             world.sleeps,
         );
+        memory.fail_a_completion_after(world.completions_before_failure);
         world.missing = Some(Arc::clone(&memory));
         drop(world);
         self.0.missing = Some(Arc::clone(&memory));

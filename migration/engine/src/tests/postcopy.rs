@@ -152,6 +152,32 @@ fn memory_follows_a_guest_into_larger_pages() {
     }
 }
 
+/// One message completes several of them, of which one cannot be shown: those before it have been seen, and never come again.
+#[test]
+fn a_larger_page_that_cannot_be_shown_takes_none_with_it_that_was() {
+    // The first of all is shown to a device, before the guest is given away.
+    for completions in 1..8 {
+        let world = World::new();
+        world.enlarge_pages(8);
+        world.fail_a_completion_after(completions);
+        // What comes unasked is one message, and the guest touches nothing before the link is lost for it.
+        world.lock().sleeps = true;
+        let mut play = play(&world, PostcopyStart::AtOnce);
+        play.parameters.set_max_bandwidth(Parameters::MAX_BANDWIDTH_LEAST);
+        let (stands_still, guest) = (play.listeners.1.take().unwrap(), world.clone());
+        play.listeners.1 = Some(Box::new(move |status| {
+            stands_still(status);
+            if status == Status::PostcopyPaused {
+                guest.missing().unwrap().wake();
+            }
+        }));
+        let mut ending = play.run();
+        let name = format!("after {completions}");
+        assert_moved(&world, &mut ending, &name);
+        assert_eq!(ending.source_statistics.postcopy.unwrap().recoveries, 1, "{name}");
+    }
+}
+
 #[test]
 fn what_was_dirtied_since_the_first_round_follows() {
     let world = World::new();

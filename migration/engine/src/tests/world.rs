@@ -34,6 +34,8 @@ pub struct WorldState {
     pub faults_before_silence: Option<u64>,
     /// See [`World::enlarge_pages`].
     pub larger_pages: Option<u64>,
+    /// See [`World::fail_a_completion_after`].
+    pub completions_before_failure: Option<u64>,
     /// A guest that lacks memory touches none before it is woken.
     pub sleeps: bool,
     /// Memory that followed a guest.
