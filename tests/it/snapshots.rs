@@ -88,6 +88,10 @@ fn a_child_holds_what_was_written_since_its_parent() {
     let seen = inspect(&files[2]);
     assert!(seen.contains("tuesday.ferry  ") && seen.contains("monday.ferry  "), "{seen}");
 
+    let file =
+        json!({ "uri": format!("file:{}", bed.path("none.ferry").display()), "x-ferry-postcopy": "now" });
+    let sentence = vm.refused("migrate", file);
+    assert!(sentence.contains("postcopy needs a destination that waits"), "{sentence}");
     // A migration that never came to look for pages changes nothing.
     vm.migrate("unix:/nowhere/at/all");
     vm.not_migrated();
