@@ -178,8 +178,10 @@ impl Ring {
     }
 
     /// Gives back some entries of a ring that is overrun, and full: that KVM said so before others gave back what was in it counts for
-    /// nothing, and then it is asked again, by running its vCPU. From then on nobody gives back anything but here. Nobody knows at which entry KVM is: one after the other is tried, and
-    /// what KVM does not take is left as it was, so that it never goes beyond what it has filled.
+    /// nothing, and then it is asked again, by running its vCPU. From then on nobody gives back anything but here.
+    ///
+    /// Nobody knows at which entry KVM is: one after the other is tried, and what KVM does not take is left as it was, so that it never goes
+    /// beyond what it has filled.
     fn relieve(&mut self, reset: impl Fn() -> Result<u32, Error>) -> Result<(), Error> {
         if !std::mem::replace(&mut self.is_asked_again, true) {
             return Ok(());

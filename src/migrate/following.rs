@@ -54,6 +54,7 @@ enum Following {
     LacksMemory,
 }
 
+/// Whose memory is where, and how that stands; nothing where none follows.
 fn following(current: &Current) -> Option<(Following, Status)> {
     let status = current.statistics.snapshot().status;
     let following = if current.outgoing { Following::NeedsUs } else { Following::LacksMemory };

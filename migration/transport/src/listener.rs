@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use crate::given::Given;
 use crate::{Connection, Endpoint, Error, PrivateSocket, Security, Uri};
@@ -17,35 +18,27 @@ use crate::{Connection, Endpoint, Error, PrivateSocket, Security, Uri};
 const SHORTAGE: Duration = Duration::from_millis(100);
 
 /// An error of the connection that was to be accepted, which has gone again; the network's own come out of accept(2) too.
-fn is_of_the_peer(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-
-    let errno = Errno::from_io_error(error);
-    errno.is_some_and(|errno| {
-        matches!(
-            errno,
-            Errno::AGAIN
-                | Errno::CONNABORTED
-                | Errno::CONNRESET
-                | Errno::INTR
-                | Errno::NETDOWN
-                | Errno::PROTO
-                | Errno::NOPROTOOPT
-                | Errno::HOSTDOWN
-                | Errno::NONET
-                | Errno::HOSTUNREACH
-                | Errno::OPNOTSUPP
-                | Errno::NETUNREACH
-        )
-    })
+fn is_of_the_peer(errno: Errno) -> bool {
+    matches!(
+        errno,
+        Errno::AGAIN
+            | Errno::CONNABORTED
+            | Errno::CONNRESET
+            | Errno::INTR
+            | Errno::NETDOWN
+            | Errno::PROTO
+            | Errno::NOPROTOOPT
+            | Errno::HOSTDOWN
+            | Errno::NONET
+            | Errno::HOSTUNREACH
+            | Errno::OPNOTSUPP
+            | Errno::NETUNREACH
+    )
 }
 
 /// A lack of something that others have at present.
-fn is_passing(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-
-    let errno = Errno::from_io_error(error);
-    errno.is_some_and(|errno| matches!(errno, Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
+fn is_passing(errno: Errno) -> bool {
+    matches!(errno, Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)
 }
 
 #[derive(Debug)]
@@ -158,7 +151,7 @@ impl Listener {
             Socket::Connected(peer) => return self.only_peer(peer, &time),
         };
         match poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&time)) {
-            Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(None),
+            Ok(0) | Err(Errno::INTR) => return Ok(None),
             Ok(_) => {}
             Err(errno) => return Err(failed(errno.into())),
         }
@@ -180,10 +173,12 @@ impl Listener {
         match accepted {
             Ok(connection) => {
                 self.is_short.store(false, Ordering::Relaxed);
-                self.secure(connection?).map(Some)
+                // One that cannot be set up is the peer's loss, and the next may come.
+                let set_up = connection.and_then(|connection| self.secure(connection));
+                Ok(set_up.inspect_err(|error| log::warn!("{error}")).ok())
             }
-            Err(error) if is_of_the_peer(&error) => Ok(None),
-            Err(error) if is_passing(&error) => {
+            Err(error) if Errno::from_io_error(&error).is_some_and(is_of_the_peer) => Ok(None),
+            Err(error) if Errno::from_io_error(&error).is_some_and(is_passing) => {
                 if !self.is_short.swap(true, Ordering::Relaxed) {
                     log::warn!("cannot let in who comes to {}, and tries again: {error}", self.uri);
                 }

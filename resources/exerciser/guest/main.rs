@@ -51,8 +51,8 @@ extern "C" fn guest_start(start_info: u64) -> ! {
 #[unsafe(no_mangle)]
 extern "C" fn guest_fault() -> ! {
     // SAFETY: entry.s defines the record and writes it only before it comes here.
-    let [vector, code, rip, address, cs] =
-        unsafe { &fault_record }.each_ref().map(|field| field.load(Ordering::Relaxed));
+    let record = unsafe { &fault_record };
+    let [vector, code, rip, address, cs] = record.each_ref().map(|field| field.load(Ordering::Relaxed));
     stop(format_args!(
         "error kind=fault vector={vector} code={code:#x} rip={rip:#x} address={address:#x} cs={cs:#x}"
     ))

@@ -30,9 +30,9 @@ fn ask(what: u64, mut registers: [u64; 4]) -> [u64; 4] {
 
 /// Reads a byte of physical memory.
 pub fn read_byte(address: u64) -> Option<u8> {
+    let byte = core::ptr::with_exposed_provenance::<u8>(address as usize);
     // SAFETY: all below REACH is mapped; any byte is valid, and the loader's tables are not in Rust's memory.
-    (address < REACH)
-        .then(|| unsafe { core::ptr::with_exposed_provenance::<u8>(address as usize).read_volatile() })
+    (address < REACH).then(|| unsafe { byte.read_volatile() })
 }
 
 /// The one virtual processor.
@@ -131,8 +131,8 @@ impl Machine for Processor {
 
     fn registers(&mut self, address: u64, length_bytes: usize) -> Option<Registers> {
         let end = address.checked_add(length_bytes as u64)?;
+        let is_reached = end <= REACH && address.is_multiple_of(8);
         // SAFETY: all below REACH is mapped for ever; callers name device registers, which Rust does not own.
-        (end <= REACH && address.is_multiple_of(8))
-            .then(|| unsafe { Registers::new(address as usize, length_bytes) })
+        is_reached.then(|| unsafe { Registers::new(address as usize, length_bytes) })
     }
 }
