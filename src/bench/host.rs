@@ -16,7 +16,15 @@ pub struct Host {
     pub kernel: String,
     /// KVM's module.
     pub module: String,
+    /// It is a virtual machine that gives free memory back to its hypervisor, for whose sake it can lose pages that are in use for moments
+    /// too: each is then had back at its next touch, which takes many times as long.
+    pub lends_memory: bool,
 }
+
+/// Where the devices of the memory balloon are.
+const BALLOONS: &str = "/sys/bus/virtio/drivers/virtio_balloon";
+/// Which feature says that free pages are reported (Virtual I/O Device 1.2, 5.5.3: `VIRTIO_BALLOON_F_PAGE_REPORTING`).
+const PAGE_REPORTING: usize = 5;
 
 impl Host {
     /// This host; what it does not tell is `unknown`.
@@ -33,8 +41,17 @@ impl Host {
                 release => release.to_owned(),
             },
             module: module.unwrap_or("unknown").to_owned(),
+            lends_memory: lends_memory(Path::new(BALLOONS)),
         }
     }
+}
+
+/// Whether one of the devices in `balloons` has agreed to it.
+fn lends_memory(balloons: &Path) -> bool {
+    let devices = std::fs::read_dir(balloons).into_iter().flatten().flatten();
+    // A digit for each feature, the first for number 0.
+    let features = devices.filter_map(|device| std::fs::read(device.path().join("features")).ok());
+    features.into_iter().any(|digits| digits.get(PAGE_REPORTING) == Some(&b'1'))
 }
 
 /// Bytes of memory that new processes can have without others losing theirs, if the host tells.
@@ -55,8 +72,12 @@ fn processor(cpuinfo: &str) -> Option<&str> {
 
 impl fmt::Display for Host {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { cores, processor, kernel, module } = self;
-        write!(f, "{cores} cores of {processor}, Linux {kernel}, {module}")
+        let Self { cores, processor, kernel, module, lends_memory } = self;
+        write!(f, "{cores} cores of {processor}, Linux {kernel}, {module}")?;
+        if *lends_memory {
+            write!(f, ", gives free memory back to its hypervisor (figures vary)")?;
+        }
+        Ok(())
     }
 }
 
@@ -74,9 +95,25 @@ mod tests {
             processor: "A Processor".into(),
             kernel: "6.1.0".into(),
             module: "kvm_amd".into(),
+            lends_memory: false,
         };
         assert_eq!(host.to_string(), "2 cores of A Processor, Linux 6.1.0, kvm_amd");
+        let lending = Host { lends_memory: true, ..host };
+        assert!(lending.to_string().contains("kvm_amd, gives free memory back"), "{lending}");
         assert!(Host::this().cores > 0);
+    }
+
+    #[test]
+    fn a_balloon_that_reports_free_pages_is_known_by_its_feature() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(!lends_memory(&folder.path().join("no driver")));
+        std::fs::write(folder.path().join("bind"), "").unwrap();
+        let device = folder.path().join("virtio0");
+        std::fs::create_dir(&device).unwrap();
+        std::fs::write(device.join("features"), "11100011\n").unwrap();
+        assert!(!lends_memory(folder.path()));
+        std::fs::write(device.join("features"), "0000010\n").unwrap();
+        assert!(lends_memory(folder.path()));
     }
 
     #[test]

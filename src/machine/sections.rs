@@ -1,5 +1,7 @@
 //! The machine's state as sections of a stream: in which order they are read and set. Which there are stands in `devices`.
 
+use std::sync::OnceLock;
+
 use anyhow::{Context, ensure};
 use engine::SaveFor;
 use stream::{DeviceSection, Expected, RamBlock, SectionSet};
@@ -12,10 +14,12 @@ use crate::config::MachineSpec;
 use crate::kvm::{GuestTime, HostTime, is_same_tsc_frequency};
 use crate::vcpu::Requirements;
 
-/// Name and description of every kind of section, for the hello: a hash each.
+/// Name and description of every kind of section, for the hello: a hash each. They are computed once, which takes the better part of a
+/// millisecond.
 #[must_use]
-pub fn schema_hashes() -> Vec<(&'static str, u64)> {
-    schemas().into_iter().map(|(name, schema)| (name, schema.hash())).collect()
+pub fn schema_hashes() -> &'static [(&'static str, u64)] {
+    static HASHES: OnceLock<Vec<(&'static str, u64)>> = OnceLock::new();
+    HASHES.get_or_init(|| schemas().into_iter().map(|(name, schema)| (name, schema.hash())).collect())
 }
 
 /// Name and description of every kind of section.
@@ -96,7 +100,7 @@ impl Machine {
         sections.push(irqchip.save(purpose, &vm.save_irqchip()?));
         sections.push(pit.save(purpose, &vm.save_pit()?));
         sections.extend(vcpus.save(purpose, processors.save_states()?));
-        sections.push(clock.save(purpose, &vm.save_clock(processors.tsc_khz()?)?));
+        sections.push(clock.save(purpose, &vm.save_clock(processors.tsc_khz())?));
         Ok(sections)
     }
 
@@ -131,7 +135,7 @@ impl Machine {
         let pit = pit.load(&mut set)?;
         let vcpus = vcpus.load(&mut set)?;
         let clock = clock.load(&mut set)?;
-        let tsc_khz = self.vcpus.tsc_khz()?;
+        let tsc_khz = self.vcpus.tsc_khz();
         ensure!(
             is_same_tsc_frequency(clock.tsc_khz, tsc_khz),
             "the guest's time stamp counter runs at {} kHz, but at {tsc_khz} kHz here",

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, Weak};
+use std::thread;
 use std::time::Instant;
 
 use engine::lease::Id;
@@ -18,7 +19,7 @@ use super::storage::{Incoming, Shared};
 use super::{description, lock, processor, ram_blocks};
 use crate::dirty::DirtyTracker;
 use crate::kvm::GuestTime;
-use crate::machine::{Action, Machine, Resources};
+use crate::machine::{Action, Machine, Resources, schema_hashes};
 use crate::startup::{self, Step};
 use crate::userfault::Userfault;
 use crate::vcpu::Offer;
@@ -28,6 +29,8 @@ use crate::vmm::{Vmm, has_room};
 pub struct Factory {
     vmm: Arc<Vmm>,
     time: GuestTime,
+    /// What it is built on, opened before it.
+    resources: Option<Resources>,
     /// The machine that was described, to be the one that is built.
     machine: Option<Machine>,
     /// What the host offers its vCPUs: a file is compared when the machine has been built.
@@ -44,9 +47,12 @@ impl Factory {
     /// For guests that come over a link or out of a file, which decides how their clocks go on.
     #[must_use]
     pub fn new(vmm: &Arc<Vmm>, time: GuestTime) -> Self {
+        // The description will need them, and while KVM makes the machine a processor is free. Without the thread it computes them itself.
+        let _ = thread::Builder::new().name("schemas".to_owned()).spawn(schema_hashes);
         Self {
             vmm: Arc::clone(vmm),
             time,
+            resources: None,
             machine: None,
             offer: Offer::default(),
             blocks: Vec::new(),
@@ -59,13 +65,21 @@ impl Factory {
         if let Some(machine) = self.machine.take() {
             return Ok(machine);
         }
-        self.prepare_on(Resources::open(&self.vmm.spec, true)?)
+        let resources = match self.resources.take() {
+            Some(resources) => resources,
+            None => Resources::open(&self.vmm.spec, true)?,
+        };
+        self.prepare_on(resources)
     }
 
     fn prepare_on(&mut self, resources: Resources) -> anyhow::Result<Machine> {
+        self.look_at(&resources);
+        self.vmm.prepare_machine(Arc::new(resources))
+    }
+
+    fn look_at(&mut self, resources: &Resources) {
         let blocks = resources.ram().blocks().iter();
         self.blocks = blocks.map(|block| stream::RamBlock::new(&block.name, block.length_bytes())).collect();
-        self.vmm.prepare_machine(Arc::new(resources))
     }
 
     /// Makes the images of the attempt that begins, if there are any, and the machine on them.
@@ -85,8 +99,13 @@ impl Factory {
 impl DestinationFactory for Factory {
     type Machine = Arrival;
 
-    fn expected(&self) -> Expected {
-        Machine::expected(&self.vmm.spec, self.blocks.clone())
+    fn expected(&mut self) -> MachineResult<Expected> {
+        if self.blocks.is_empty() {
+            let resources = Resources::open(&self.vmm.spec, true)?;
+            self.look_at(&resources);
+            self.resources = Some(resources);
+        }
+        Ok(Machine::expected(&self.vmm.spec, self.blocks.clone()))
     }
 
     fn receive_disks(&mut self, session: &Id, disks: &[Disk]) -> MachineResult<Box<dyn IncomingDisks>> {

@@ -35,6 +35,8 @@ pub struct VcpuManager {
     processor: FerryCpu,
     /// Of all vCPUs together.
     exits: Arc<AtomicU64>,
+    /// What their time stamp counters count in a millisecond.
+    tsc_khz: u32,
 }
 
 /// Which vCPUs a machine has.
@@ -101,6 +103,7 @@ impl VcpuManager {
             user,
             processor: FerryCpu::default(),
             exits: Arc::default(),
+            tsc_khz: 0,
         };
         let mut msrs = Vec::new();
         for (index, table) in (0..count).zip(&mut tables) {
@@ -111,6 +114,8 @@ impl VcpuManager {
                 msr::write(&fd, index, &[Msr { index: msr::ARCH_CAPABILITIES, value: 0 }])?;
             }
             if index == 0 {
+                manager.tsc_khz =
+                    fd.get_tsc_khz().map_err(Error::call("read the TSC frequency of vCPU 0"))?;
                 msrs = msr::list(host, &fd)?;
                 // The host's own processor is not masked.
                 let masked = processors.model != CpuModel::Host;
@@ -245,13 +250,10 @@ impl VcpuManager {
         adopted.into_iter().collect()
     }
 
-    /// What the guest's time stamp counters count in a millisecond.
-    ///
-    /// # Errors
-    /// [`Error::Call`], [`Error::ThreadGone`].
-    pub fn tsc_khz(&self) -> Result<u32, Error> {
-        let Some(first) = self.threads.first() else { return Err(Error::ThreadGone(0)) };
-        first.answer(&first.ask(|vcpu| vcpu.tsc_khz())?)?
+    /// What the guest's time stamp counters count in a millisecond: KVM is asked once, when the vCPUs are made.
+    #[must_use]
+    pub fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
     }
 
     /// Sets the registers with which the first vCPU enters the kernel.

@@ -376,10 +376,6 @@ impl Vcpu {
         msr::read(self.fd(), &self.msrs)
     }
 
-    pub(super) fn tsc_khz(&self) -> Result<u32, Error> {
-        self.fd().get_tsc_khz().map_err(Error::call(format!("read the TSC frequency of vCPU {}", self.index)))
-    }
-
     fn paused(&self, what: &'static str) -> Result<(), Error> {
         if self.running { Err(Error::NotPaused { vcpu: self.index, what }) } else { Ok(()) }
     }

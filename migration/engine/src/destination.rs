@@ -234,9 +234,10 @@ impl<'a> Destination<'a> {
         };
         let mut pages =
             pages.zip(agree.key.map(|key| key.key)).map(|(link, key)| (link, key, agree.features));
+        let expected = factory.expected().map_err(Error::machine("describe this machine"))?;
         let mut receiver = match &mapped {
-            Some(_) => Receiver::local(factory.expected()),
-            None => Receiver::live(factory.expected(), machine.ram_blocks()),
+            Some(_) => Receiver::local(expected),
+            None => Receiver::live(expected, machine.ram_blocks()),
         };
         let mut announced = Announced::new(&machine.ram_blocks());
         let (prepare, digests) =

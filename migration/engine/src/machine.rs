@@ -303,8 +303,12 @@ pub trait DestinationFactory {
         source.differences(own)
     }
 
-    /// The device sections that must come, and how much RAM at most.
-    fn expected(&self) -> Expected;
+    /// The device sections and the RAM that must come. A file is read while the machine is [described](Self::description) and built, so
+    /// that this may be asked first.
+    ///
+    /// # Errors
+    /// The host lacks what the machine is built on.
+    fn expected(&mut self) -> MachineResult<Expected>;
 
     /// Looks whether images can be made for the guest of `session`, which brings what is in them, before its machine is
     /// [described](Self::description). Nothing is touched: [`build`](Self::build) makes them, for a guest that fits.

@@ -20,14 +20,14 @@ enum Layout {
 }
 
 /// The RAM that is accepted.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Ram {
     Exactly(Vec<RamBlock>),
     AtMost { bytes: u64 },
 }
 
 /// The RAM and the sections that must come, each once.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Expected {
     sections: BTreeMap<(String, u32), Option<Layout>>,
     ram: Ram,

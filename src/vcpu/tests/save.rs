@@ -160,7 +160,7 @@ fn a_live_move_on_one_host_keeps_the_time_stamp_counter() {
     guest_tsc(&source);
     source.vcpus.pause().unwrap();
     let states = source.vcpus.save_states().unwrap();
-    let clock = source.vm.save_clock(source.vcpus.tsc_khz().unwrap()).unwrap();
+    let clock = source.vm.save_clock(source.vcpus.tsc_khz()).unwrap();
 
     let destination = TestGuest::new(1, &READ_TSC);
     let plan = clock.plan(&HostTime::now().unwrap(), GuestTime::Live).unwrap();
@@ -182,7 +182,7 @@ fn in_a_file_the_time_stamp_counter_stands_still() {
     let before = guest_tsc(&guest);
     guest.vcpus.pause().unwrap();
     let states = guest.vcpus.save_states().unwrap();
-    let clock = guest.vm.save_clock(guest.vcpus.tsc_khz().unwrap()).unwrap();
+    let clock = guest.vm.save_clock(guest.vcpus.tsc_khz()).unwrap();
     let saved = clock.host_tsc.wrapping_add(states[0].tsc_offset);
     assert!(saved > before);
 

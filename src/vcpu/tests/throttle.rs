@@ -30,7 +30,7 @@ fn a_vcpu_that_rests_stands_still_and_hears_what_it_is_asked() {
     rest(Some(Instant::now() + FOR_EVER));
     // It has heard that, and hears more without a turn in the guest between.
     let (count, exits) = (guest.word(0x5000), guest.vcpus.exits());
-    guest.vcpus.tsc_khz().unwrap();
+    guest.vcpus.cpuid().unwrap();
     rest(Some(Instant::now() + FOR_EVER));
     assert_eq!((guest.word(0x5000), guest.vcpus.exits()), (count, exits));
     rest(None);
@@ -69,7 +69,7 @@ fn throttling_is_changed_and_ends_at_once() {
         guest.vcpus.stop_throttling();
         guest.vcpus.stop_throttling();
         // What was asked before the end has been done when this is answered.
-        guest.vcpus.tsc_khz().unwrap();
+        guest.vcpus.cpuid().unwrap();
         moves_on(&guest);
     }
     guest.vcpus.throttle(99).unwrap();

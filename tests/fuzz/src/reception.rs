@@ -94,8 +94,8 @@ impl DestinationFactory for Factory {
         Ok(Box::new(self.images.insert(Images::default()).clone()))
     }
 
-    fn expected(&self) -> Expected {
-        streams::expected()
+    fn expected(&mut self) -> MachineResult<Expected> {
+        Ok(streams::expected())
     }
 
     fn build(&mut self, source: &Description) -> MachineResult<Model> {

@@ -1,10 +1,12 @@
 //! What is in a mapped file beside the pages of its memory.
 
 use std::fs::File;
+use std::panic::resume_unwind;
+use std::thread;
 
 use stream::{DeviceSection, Event, Expected, MappedRam, MappedReader, SectionSet};
 
-use super::SECTION;
+use super::{FileState, SECTION};
 use crate::Error;
 
 /// What is done, in errors.
@@ -20,6 +22,39 @@ pub(super) struct Head {
     pub digest: u64,
     /// Where the pages are.
     pub ram: MappedRam<File>,
+}
+
+/// What a thread has made of a file.
+pub(super) struct Seen {
+    /// Its first section, if there is one: whose file it is explains an error of what follows.
+    pub first: Option<FileState>,
+    pub head: Result<Head, Error>,
+}
+
+impl Seen {
+    /// Has a thread read `file`, as [`Head::read`] does, while `work` is done here.
+    pub fn beside<T>(
+        file: File,
+        expected: Expected,
+        work: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<(T, Self), Error> {
+        thread::scope(|scope| {
+            let reader = thread::Builder::new().name("file".to_owned()).spawn_scoped(scope, || {
+                let mut first = None;
+                let head = Head::read(file, expected, &mut |section| {
+                    if section.name == SECTION {
+                        first = Some(section.load().map_err(Error::stream(DOING))?);
+                    }
+                    Ok(())
+                });
+                Self { first, head }
+            });
+            let reader =
+                reader.map_err(|error| Error::machine("start a thread that reads the file")(error.into()))?;
+            let done = work()?;
+            Ok((done, reader.join().unwrap_or_else(|panic| resume_unwind(panic))))
+        })
+    }
 }
 
 impl Head {

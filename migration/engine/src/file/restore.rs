@@ -8,7 +8,7 @@ use std::time::Instant;
 use stream::{DeviceSection, Event, Expected, MappedReader, SectionSet};
 use transport::Layout;
 
-use super::head::{Head, Inspect, no_section};
+use super::head::{Head, Inspect, Seen, no_section};
 use super::memory::{Layer, Memory};
 use super::{FileState, Fill, PIECE_BYTES, SECTION, chain, expect_file, properties};
 use crate::lease::{Lease, Record, State};
@@ -92,45 +92,49 @@ fn restore<F: DestinationFactory>(
     };
     let mut file = File::open(path).map_err(failed("open"))?;
     let layout = layout_of(&file)?;
-    let own = factory.description().map_err(Error::machine("describe this machine"))?;
-    let expected = expect_file(factory.expected());
-    let mut machine = factory.build(&own).map_err(Error::machine("build the machine"))?;
-    statistics.set_status(Status::Active);
-    let blocks = machine.ram_blocks();
-    statistics.update(|s| s.total_bytes = blocks.iter().map(|block| block.length_bytes()).sum());
-
-    let mut first = None;
-    let mut inspect = |section: &DeviceSection| {
-        if section.name == SECTION {
-            let state: FileState = section.load().map_err(Error::stream("read the file"))?;
-            check_machine(factory, &state, &own)?;
-            first = Some(state);
-        }
-        Ok(())
-    };
-    let mut contents = match layout {
-        Layout::Stream => {
-            file.rewind().map_err(failed("read"))?;
-            plain(file, expected, blocks, parameters, &mut inspect).map_err(|error| match error {
-                Error::File { source, .. } => {
-                    Error::File { doing: "read", path: path.display().to_string(), source }
+    let expected = expect_file(factory.expected().map_err(Error::machine("describe this machine"))?);
+    let (mut machine, mut contents, first) =
+        match layout {
+            Layout::Stream => {
+                let (own, machine) = build(factory, statistics)?;
+                let mut first = None;
+                let mut inspect = |section: &DeviceSection| {
+                    if section.name == SECTION {
+                        let state: FileState = section.load().map_err(Error::stream("read the file"))?;
+                        check_machine(factory, &state, &own)?;
+                        first = Some(state);
+                    }
+                    Ok(())
+                };
+                file.rewind().map_err(failed("read"))?;
+                let contents = plain(file, expected, machine.ram_blocks(), parameters, &mut inspect)
+                    .map_err(|error| match error {
+                        Error::File { source, .. } => {
+                            Error::File { doing: "read", path: path.display().to_string(), source }
+                        }
+                        error => error,
+                    })?;
+                (machine, contents, first)
+            }
+            Layout::Mapped => {
+                // Each takes milliseconds, and neither needs the other.
+                let ((own, mut machine), Seen { first, head }) =
+                    Seen::beside(file, expected.clone(), || build(factory, statistics))?;
+                if let Some(first) = &first {
+                    check_machine(factory, first, &own)?;
                 }
-                error => error,
-            })?
-        }
-        Layout::Mapped => {
-            let Head { sections, digest, ram } = Head::read(file, expected, &mut inspect)?;
-            let below = match first.as_ref().and_then(|first: &FileState| first.parent.as_ref()) {
-                Some(parent) => chain::open(path, parent, || expect_file(factory.expected()))?,
-                None => Vec::new(),
-            };
-            let top = Layer { ram, path: path.to_owned() };
-            let memory = Memory::new(std::iter::once(top).chain(below), blocks)?;
-            let fill = begin(memory, &mut machine, reading, parameters, statistics)?;
-            machine.note_writes_since(digest).map_err(Error::machine("note what the guest writes"))?;
-            Contents { sections, digest, fill }
-        }
-    };
+                let Head { sections, digest, ram } = head?;
+                let below = match first.as_ref().and_then(|first| first.parent.as_ref()) {
+                    Some(parent) => chain::open(path, parent, || expected.clone())?,
+                    None => Vec::new(),
+                };
+                let top = Layer { ram, path: path.to_owned() };
+                let memory = Memory::new(std::iter::once(top).chain(below), machine.ram_blocks())?;
+                let fill = begin(memory, &mut machine, reading, parameters, statistics)?;
+                machine.note_writes_since(digest).map_err(Error::machine("note what the guest writes"))?;
+                (machine, Contents { sections, digest, fill }, first)
+            }
+        };
     let first = first.ok_or_else(no_section)?;
     if layout == Layout::Stream && first.parent.is_some() {
         let reason = "it lacks the pages of a parent, which no file of its layout has".to_owned();
@@ -171,6 +175,19 @@ fn restore<F: DestinationFactory>(
             Restored { machine, state: RunState::Paused, error: Some(error), fill }
         }
     })
+}
+
+/// The machine, with its description.
+fn build<F: DestinationFactory>(
+    factory: &mut F,
+    statistics: &Statistics,
+) -> Result<(Description, F::Machine), Error> {
+    let own = factory.description().map_err(Error::machine("describe this machine"))?;
+    let machine = factory.build(&own).map_err(Error::machine("build the machine"))?;
+    statistics.set_status(Status::Active);
+    let total_bytes = machine.ram_blocks().iter().map(|block| block.length_bytes()).sum();
+    statistics.update(|s| s.total_bytes = total_bytes);
+    Ok((own, machine))
 }
 
 /// What is in a file beside memory, verified; and the memory that is yet to come.

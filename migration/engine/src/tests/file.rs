@@ -218,6 +218,31 @@ fn another_machine_is_told_every_reason() {
     assert_eq!(statistics.snapshot().error, Some(error.chain()));
 }
 
+/// Its file is read while the machine is built: what is found then is not what counts first.
+#[test]
+fn another_machine_is_told_so_though_its_file_is_damaged_too() {
+    for layout in LAYOUTS {
+        let world = World::new();
+        let (_source, path) = suspended_in(layout, &world);
+        let mut bytes = std::fs::read(&path).unwrap();
+        let trailer = bytes.iter().rposition(|byte| *byte == 0).unwrap() - 8;
+        let last = (0..trailer).rfind(|at| bytes[*at] != 0).unwrap();
+        bytes[last] ^= 0x10;
+        std::fs::write(&path, bytes).unwrap();
+        let restore = |cpus| {
+            let mut factory = Factory::new(&world, "restored");
+            factory.cpus = cpus;
+            let (how, mut lease) = ((Reading::First, &Taking::Once), world.lease("restored"));
+            let (parameters, statistics) = (Parameters::new(), Statistics::new());
+            restore_from_file(&mut factory, &path, how, Some(&mut lease), &parameters, &statistics)
+                .unwrap_err()
+        };
+        let cpus = Factory::new(&world, "restored").cpus;
+        assert!(matches!(restore(cpus), Error::Stream { .. }), "{layout:?}: {:?}", restore(cpus));
+        assert!(matches!(restore(cpus + 1), Error::Refused { .. }), "{layout:?}: {:?}", restore(cpus + 1));
+    }
+}
+
 #[test]
 fn a_suspend_that_fails_leaves_the_guest_running_and_no_file() {
     for step in ["describe", "stop", "save", "populated", "quiesce"] {

@@ -182,7 +182,7 @@ impl DestinationFactory for Lazy {
         self.factory.differences(source, own)
     }
 
-    fn expected(&self) -> Expected {
+    fn expected(&mut self) -> MachineResult<Expected> {
         self.factory.expected()
     }
 

@@ -495,8 +495,8 @@ impl DestinationFactory for Factory {
         source.differences(&own)
     }
 
-    fn expected(&self) -> Expected {
-        expected()
+    fn expected(&mut self) -> MachineResult<Expected> {
+        Ok(expected())
     }
 
     fn receive_disks(&mut self, session: &Id, disks: &[Disk]) -> MachineResult<Box<dyn IncomingDisks>> {
