@@ -40,7 +40,8 @@ pub struct Report {
     pub process: Duration,
     /// To build the machine; the first memory slot is a part of it.
     pub machine: Duration,
-    /// To read and verify the guest's file without its memory.
+    /// To compare the guest's file with the machine, and what reading and verifying it without its memory took longer than the machine: the
+    /// one is done beside the other.
     pub file: Duration,
     /// To make its memory such that it can be touched.
     pub memory: Duration,

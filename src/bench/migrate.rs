@@ -110,6 +110,8 @@ pub struct Row {
     pub guest_gap_milliseconds: Spread,
     /// The largest gaps when it did not move: what the host does to any guest.
     pub other_gap_milliseconds: Spread,
+    /// The one less the other: the downtime that the guest saw beyond that.
+    pub added_gap_milliseconds: Spread,
     /// Times from the command to the end, in milliseconds.
     pub total_milliseconds: Spread,
     /// Bytes a second of the migrations.
@@ -284,6 +286,7 @@ impl Row {
             part_milliseconds: part_spreads(&runs),
             guest_gap_milliseconds: spread(|run| run.guest_gap.largest as f64 / 1e3)?,
             other_gap_milliseconds: spread(|run| run.guest_gap.before as f64 / 1e3)?,
+            added_gap_milliseconds: spread(|run| run.guest_gap.added as f64 / 1e3)?,
             total_milliseconds: spread(|run| run.total_milliseconds as f64)?,
             bytes_per_second: spread(Run::bytes_per_second)?,
             copy_bytes_per_second: known(|run| run.copy_bytes_per_second),

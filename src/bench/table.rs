@@ -11,7 +11,7 @@ use crate::config::display_size;
 const MEBIBYTE: f64 = (1 << 20) as f64;
 
 /// A column: what stands above it, in two lines, and how wide it is.
-const COLUMNS: [(&str, &str, usize); 16] = [
+const COLUMNS: [(&str, &str, usize); 17] = [
     ("", "RAM", 6),
     ("filled,", "MiB", 8),
     ("dirtied,", "MiB/s", 9),
@@ -28,6 +28,7 @@ const COLUMNS: [(&str, &str, usize); 16] = [
     ("by plain", "copy", 9),
     ("", "rounds", 7),
     ("guest's", "gap, ms", 9),
+    ("", "added", 7),
 ];
 /// The last column.
 const IN_FLIGHT: (&str, &str, usize) = ("in", "flight", 7);
@@ -60,6 +61,7 @@ fn cells(row: &Row) -> [String; COLUMNS.len() + 1] {
         row.throughput_ratio.map_or_else(dash, |ratio| format!("{:.2}", ratio.median)),
         format!("{:.0}", row.rounds.median),
         format!("{:.1}", row.guest_gap_milliseconds.median),
+        format!("{:.1}", row.added_gap_milliseconds.median),
         format!("{:.0}", row.in_flight_at_stop.median),
     ]
 }
@@ -99,6 +101,7 @@ impl fmt::Display for Row {
         }
         row("largest gap for the guest, ms", &self.guest_gap_milliseconds, 1.0, 1)?;
         row("  while it does not move", &self.other_gap_milliseconds, 1.0, 1)?;
+        row("  added by the move", &self.added_gap_milliseconds, 1.0, 1)?;
         row("time of the migration, ms", &self.total_milliseconds, 1.0, 0)?;
         row("vCPUs and devices, KiB", &self.device_bytes, 1024_f64.recip(), 1)?;
         if let (Some(copy), Some(ratio)) = (&self.copy_bytes_per_second, &self.throughput_ratio) {
@@ -155,8 +158,8 @@ mod tests {
         assert!(text.starts_with("medians of 3 migrations"), "{text}");
         let lines: Vec<&str> = text.lines().filter(|line| line.trim_start().starts_with("4G")).collect();
         let split = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
-        assert_eq!(split(lines[0]), "4G 2560 90 100 tcp 2 1 1 9.0 5.0 30.0 500 1024 0.50 2 9.1 3");
-        assert_eq!(split(lines[1]), "4G 2560 90 100 local - 1 1 9.0 5.0 30.0 500 - - 2 9.1 3");
+        assert_eq!(split(lines[0]), "4G 2560 90 100 tcp 2 1 1 9.0 5.0 30.0 500 1024 0.50 2 9.1 9.0 3");
+        assert_eq!(split(lines[1]), "4G 2560 90 100 local - 1 1 9.0 5.0 30.0 500 - - 2 9.1 9.0 3");
         assert_eq!(lines.len(), 2);
         let heads = text.lines().find(|line| line.contains("rounds")).unwrap();
         assert!(lines.iter().all(|line| line.len() == heads.len()), "{text}");
@@ -204,6 +207,7 @@ mod tests {
         for name in [
             "guest-gap-milliseconds",
             "other-gap-milliseconds",
+            "added-gap-milliseconds",
             "total-milliseconds",
             "bytes-per-second",
             "copy-bytes-per-second",

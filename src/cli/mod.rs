@@ -80,8 +80,9 @@ pub enum Command {
     Cancel(ControlArguments),
     /// Say that the destination has the guest of a hand-over that is undecided. It then never runs here again.
     ///
-    /// Only without a lease, when COMMIT was sent and the destination does not answer, can nothing but an operator tell (`ferry status`
-    /// says handover-unknown). The destination is asked once more, and its answer counts for more.
+    /// Only without a lease that both sides see (none at all, or the guest takes its images along), when COMMIT was sent and the destination
+    /// does not answer, can nothing but an operator tell (`ferry status` says handover-unknown). The destination is asked once more, and its
+    /// answer counts for more.
     /// Example: ferry confirm --api vm.sock
     Confirm(ControlArguments),
     /// Say that the destination never ran the guest of a hand-over that is undecided and never will. It then goes on here.

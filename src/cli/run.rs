@@ -131,7 +131,8 @@ pub struct RunArguments {
     /// Control socket (QMP); it is made with mode 0600.
     #[arg(long, value_name = "PATH")]
     pub api: Option<PathBuf>,
-    /// The lease record that decides who owns the guest [default: the first writable image's path + .ferry-lease].
+    /// The lease record that decides who owns the guest [default: the first writable image's path + .ferry-lease; DIR/ferry-lease of
+    /// --nvme subsystem=DIR where there is none]. Beside a block device there is no default.
     #[arg(long, value_name = "PATH")]
     pub lease: Option<PathBuf>,
     /// Wait for a guest to arrive: unix:PATH, tcp:HOST:PORT, fd:N (a socket, listening or connected, that this process inherits as

@@ -6,11 +6,12 @@
 //! ```
 //!
 //! The names and shapes are QEMU's (`docs/interop/qmp-spec`, `qapi/run-state.json`, `qapi/migration.json`), so that its
-//! Python package and scripts work unchanged. What has no name there is under `x-ferry-status`, `x-ferry-confirm`,
+//! Python package and scripts work unchanged. What has no name there is under `x-ferry-status`, `x-ferry-snapshot`, `x-ferry-confirm`,
 //! `x-ferry-reclaim`, `x-ferry-namespace-add`, `-remove` and `-resize`, and `x-ferry-ana-set`; a COMMIT whose outcome
 //! is unknown shows as migration status `device` with run state `postmigrate`, and its details are there. `migrate` takes
-//! `x-ferry-tls-dir` (a folder with ca.pem, cert.pem and key.pem) and `x-ferry-insecure` beside QEMU's arguments; with
-//! `fd:NAME` it takes the socket that `getfd` has named on the same connection.
+//! `x-ferry-tls-dir` (a folder with ca.pem, cert.pem and key.pem), `x-ferry-insecure`, `x-ferry-local`, `x-ferry-postcopy` and
+//! `x-ferry-with-storage` beside QEMU's arguments, and with `fd:NAME` the socket that `getfd` has named on the same connection; `quit` takes
+//! `x-ferry-force`.
 //!
 //! Invariants:
 //!

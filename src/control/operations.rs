@@ -444,7 +444,7 @@ pub struct FerryStart {
     /// to build the machine, the first memory slot included,
     #[serde(default)]
     pub machine: u64,
-    /// to read and verify the guest's file without its memory,
+    /// to compare the guest's file with it, and what reading that without its memory, which is done beside, took longer,
     #[serde(default)]
     pub file: u64,
     /// to make its memory such that it can be touched,

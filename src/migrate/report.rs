@@ -90,7 +90,7 @@ impl Migrations {
                 .postcopy
                 .as_ref()
                 .map(|postcopy| ferry_postcopy(postcopy, snapshot.remaining_bytes)),
-            detail: snapshot.handover_unknown.or(snapshot.error),
+            detail: snapshot.handover_unknown.or(snapshot.error).or(snapshot.unacknowledged),
         })
     }
 }

@@ -190,6 +190,10 @@ impl Vmm {
         let reading = if arguments.verify { Reading::First } else { Reading::OnDemand };
         let is_file = matches!(arguments.incoming, Some(Uri::File { .. }));
         ensure!(is_file || !arguments.track, "--track is for --incoming file:PATH");
+        ensure!(
+            !is_file || !arguments.with_storage,
+            "--with-storage is for a guest that comes over a link: one in a file goes on with the images that it left"
+        );
         let (taking, made) = match (&arguments.incoming, arguments.clone) {
             (Some(Uri::File { path, .. }), true) => clone::prepare(&spec, path, arguments.copy_disks)?,
             (_, true) => bail!("--clone is for --incoming file:PATH"),

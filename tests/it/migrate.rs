@@ -1,5 +1,7 @@
 //! Live migration of a busy exerciser.
 
+use std::path::Path;
+
 use exerciser::report::Counters;
 use ferry::control::{FerryOwnership, MigrationStatus, RunState};
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
@@ -154,23 +156,31 @@ fn a_guest_that_moved_is_reset_where_it_is() {
     assert_eq!(third.exit().code(), Some(0));
 }
 
-/// It cannot let anybody in at first, and neither ends nor sends anybody away.
+/// It cannot let anybody in at first, and neither ends nor sends anybody away: not even if there is one for the connection itself.
 #[test]
 fn a_destination_that_lacks_descriptors_lets_its_source_in_once_it_has_some() {
     let bed = bed();
     let machine = one_disk(&bed);
     let mut source = machine.boot(&bed, "source", EXERCISER, "queues=1");
-    let destination = machine.expect(&bed, "destination", &format!("unix:{}", bed.path("move").display()));
-    let process = Pid::from_raw(destination.process.id().cast_signed());
-    let maximum = getrlimit(Resource::Nofile).maximum;
-    let none = Rlimit { current: Some(3), maximum };
-    let before = prlimit(process, Resource::Nofile, none).expect("it is ours");
-    source.migrate(destination.uri());
-    let told = |line: &str| line.contains("cannot let in who comes").then_some(());
-    assert!(destination.process.log.wait_for(0, WATCHDOG, told).is_some(), "it says what it lacks");
-    prlimit(process, Resource::Nofile, before).expect("it is ours");
-    source.migrated();
-    let mut destination = destination;
-    destination.verifies(0, 100);
-    destination.finish();
+    for free in [0, 1] {
+        let name = format!("destination-{free}");
+        let uri = format!("unix:{}", bed.path(&format!("move-{free}")).display());
+        let mut destination = machine.expect(&bed, &name, &uri);
+        let id = destination.process.id();
+        let process = Pid::from_raw(id.cast_signed());
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        let is_free = |number: &u64| !Path::new(&format!("/proc/{id}/fd/{number}")).exists();
+        // Descriptors are the lowest numbers that are free, below the limit.
+        let current = (0..).filter(is_free).nth(free);
+        let before = prlimit(process, Resource::Nofile, Rlimit { current, maximum }).expect("it is ours");
+        source.migrate(destination.uri());
+        let told = |line: &str| line.contains("cannot let in who comes").then_some(());
+        assert!(destination.process.log.wait_for(0, WATCHDOG, told).is_some(), "it says what it lacks");
+        prlimit(process, Resource::Nofile, before).expect("it is ours");
+        source.migrated();
+        destination.verifies(0, 100);
+        source.execute("quit", json!({}));
+        source = destination;
+    }
+    source.finish();
 }

@@ -38,6 +38,18 @@ pub enum OnTimeout {
     Postcopy,
 }
 
+/// Whether the guest may go ahead of its memory, and when that is wished.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Following {
+    /// The two sides have not agreed on it, or it is wished for the end of time only ([`OnTimeout::Postcopy`]).
+    #[default]
+    Unasked,
+    /// As soon as the rest does not fit into the downtime limit.
+    WhereTheRestIsLong,
+    /// Now.
+    Now,
+}
+
 /// How vCPUs are slowed down, in percent of their time. The defaults are QEMU's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ThrottleSteps {
@@ -117,6 +129,8 @@ pub struct Situation {
     pub trend: Option<Trend>,
     /// What the user wants.
     pub convergence: Convergence,
+    /// Of memory that comes after the guest.
+    pub following: Following,
 }
 
 /// How the guest and the link compare, over one or several rounds.
@@ -185,11 +199,18 @@ impl Situation {
 pub fn converge(situation: &Situation) -> Decision {
     let Situation { rounds, elapsed, remaining_bytes, previous_remaining_bytes, convergence, .. } =
         *situation;
+    let fits = situation.expected_downtime() <= situation.downtime_limit;
+    match situation.following {
+        Following::Now => return Decision::Postcopy,
+        // What can be sent in the stop needs no guest that waits for its memory.
+        Following::WhereTheRestIsLong if !fits => return Decision::Postcopy,
+        Following::WhereTheRestIsLong | Following::Unasked => {}
+    }
     if remaining_bytes == 0 {
         return Decision::Stop;
     }
     let used_up = convergence.is_used_up(rounds, elapsed);
-    if situation.expected_downtime() <= situation.downtime_limit {
+    if fits {
         let pays =
             !used_up && remaining_bytes > SMALL_BYTES && remaining_bytes <= previous_remaining_bytes / 2;
         return if pays { Decision::AnotherRound } else { Decision::Stop };
@@ -222,6 +243,7 @@ mod tests {
             throttle_percent: 0,
             trend: Some(Trend { sent_bytes: previous_remaining_bytes, dirtied_bytes: remaining_bytes }),
             convergence: Convergence::default(),
+            following: Following::Unasked,
         }
     }
 
@@ -276,6 +298,28 @@ mod tests {
             );
             let fits = Situation { remaining_bytes: 10 * MIB, ..by_rounds };
             assert_eq!(converge(&fits), Decision::Stop, "what fits moves, and makes no more rounds");
+        }
+    }
+
+    #[test]
+    fn a_guest_goes_ahead_of_its_memory_when_that_is_wished() {
+        let short = situation(400 * MIB, 100 * MIB);
+        let auto = Convergence { auto_converge: true, ..Convergence::default() };
+        let long = Situation { throttle_percent: 20, ..hot(auto) };
+        let used_up = hot(Convergence { max_rounds: Some(1), ..Convergence::default() });
+        let nothing = situation(MIB, 0);
+        for (situation, otherwise) in [
+            (short, Decision::AnotherRound),
+            (long, Decision::Throttle { percent: 30 }),
+            (used_up, Decision::GiveUp),
+            (nothing, Decision::Stop),
+        ] {
+            let with = |following| converge(&Situation { following, ..situation });
+            assert_eq!(with(Following::Unasked), otherwise);
+            assert_eq!(with(Following::Now), Decision::Postcopy);
+            let is_long = situation.expected_downtime() > situation.downtime_limit;
+            let expected = if is_long { Decision::Postcopy } else { otherwise };
+            assert_eq!(with(Following::WhereTheRestIsLong), expected, "{situation:?}");
         }
     }
 
@@ -361,6 +405,7 @@ mod tests {
                     throttle_percent,
                     trend,
                     convergence,
+                    following: Following::Unasked,
                 }
             }
         }

@@ -303,10 +303,15 @@ impl<'a> Destination<'a> {
         match Arriving::of(factory, hello, &mut source, self.statistics) {
             Ok(disks) => {
                 self.disks = disks;
-                let own = factory.description().map_err(Error::machine("describe this machine"))?;
-                reasons.extend(factory.differences(&source, &own));
-                if is_same_host(&source, &own) {
-                    lacking = 0;
+                match factory.description().map_err(Error::machine("describe this machine")) {
+                    Ok(own) => {
+                        reasons.extend(factory.differences(&source, &own));
+                        if is_same_host(&source, &own) {
+                            lacking = 0;
+                        }
+                    }
+                    // One reason among others, though nobody knows what else differs.
+                    Err(error) => reasons.push(error.chain()),
                 }
             }
             // Without its images there is no machine to compare.

@@ -83,7 +83,7 @@ pub mod storage;
 pub use bitmap::PageBitmap;
 pub use channels::destination::Incoming;
 pub use channels::{CHANNELS_DEFAULT, CHANNELS_MAX, Compression, replay};
-pub use converge::{Convergence, Decision, OnTimeout, Situation, ThrottleSteps, Trend, converge};
+pub use converge::{Convergence, Decision, Following, OnTimeout, Situation, ThrottleSteps, Trend, converge};
 pub use description::Description;
 pub use destination::{Arrived, Destination};
 pub use error::Error;

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use crate::features::POSTCOPY;
 use crate::ram::Outgoing;
-use crate::speed::{Contents, Sample, Speed};
+use crate::speed::{Sample, Speed};
 use crate::storage::Leaving;
 use crate::{
-    Context, Decision, Error, OnTimeout, PAGE_BYTES, PageBitmap, Parameters, PostcopyStart, Situation,
-    SourceMachine, Trend, converge,
+    Context, Decision, Error, Following, OnTimeout, PAGE_BYTES, PageBitmap, Parameters, PostcopyStart,
+    Situation, SourceMachine, Trend, converge,
 };
 
 /// How often the stop is prepared: a guest that always dirties much meanwhile is stopped in the end without.
@@ -73,7 +73,6 @@ pub(crate) fn rounds(
             unite(pages, &more);
         }
         let planned_pages = count(pages);
-        let planned_bytes = planned_pages * PAGE_BYTES + planned_blocks;
         statistics.update(|s| s.remaining_bytes = planned_pages * PAGE_BYTES);
         send(context, ram, pages, &mut portion_pages)?;
         let sent = ram.out().sent_bytes() - before;
@@ -83,11 +82,7 @@ pub(crate) fn rounds(
         let sent_pages = planned_pages - count(pages);
         // A page of an image costs what one of memory does: both are read, looked at and sent.
         let looked_at = sent_pages + sent_blocks / PAGE_BYTES;
-        // What is left of images is not compressed, and nobody knows how much of it the stop will have to send.
-        let contents = match &disks {
-            None => statistics.contents().since(contents),
-            Some(_) => Contents::default(),
-        };
+        let contents = statistics.contents().since(contents);
         speed.add(&Sample { pages: looked_at, working, sent_bytes: sent, sending, contents });
 
         let dirty = machine.collect_dirty().map_err(Error::machine("read the dirty pages"))?;
@@ -105,14 +100,21 @@ pub(crate) fn rounds(
         let mut situation = Situation {
             rounds: round,
             elapsed: statistics.elapsed(),
-            remaining_bytes: count(pages) * PAGE_BYTES + remaining_bytes(disks.as_deref()),
-            previous_remaining_bytes: planned_bytes,
+            remaining_bytes: rest(pages, disks.as_deref(), &speed),
+            previous_remaining_bytes: (planned_pages * PAGE_BYTES)
+                .saturating_add(speed.as_memory(planned_blocks)),
             bytes_per_second: speed.bytes_per_second(),
             downtime_limit: parameters.downtime_limit(),
             fixed_cost: FIXED_COST,
             throttle_percent: throttle.percent,
             trend: throttle.trend(),
             convergence: parameters.convergence(),
+            following: match postcopy {
+                _ if !may_follow => Following::Unasked,
+                _ if parameters.postcopy_is_wished() => Following::Now,
+                PostcopyStart::AfterFirstRound => Following::WhereTheRestIsLong,
+                _ => Following::Unasked,
+            },
         };
         let seconds = elapsed.as_secs_f64().max(1e-6);
         statistics.update(|s| {
@@ -133,22 +135,16 @@ pub(crate) fn rounds(
                 disks.look(statistics)?;
             }
             situation.elapsed = statistics.elapsed();
-            situation.remaining_bytes = count(pages) * PAGE_BYTES + remaining_bytes(disks.as_deref());
+            situation.remaining_bytes = rest(pages, disks.as_deref(), &speed);
             // Whether rounds pay is not known of this: one shows it.
             situation.previous_remaining_bytes = u64::MAX;
             decision = converge(&situation);
         }
         throttle.heed(&situation, decision, machine)?;
-        // What can be sent in the stop needs no guest that waits for its memory.
-        let is_wished = postcopy == PostcopyStart::AfterFirstRound
-            && situation.expected_downtime() > situation.downtime_limit;
-        let is_asked = decision == Decision::Postcopy || parameters.postcopy_is_wished();
-        if may_follow && (is_wished || is_asked) {
-            return lets_follow(machine, context, ram, pages);
-        }
         match decision {
             Decision::AnotherRound | Decision::Throttle { .. } => {}
             Decision::Stop => return Ok(Rest::Stops),
+            Decision::Postcopy if may_follow => return lets_follow(machine, context, ram, pages),
             Decision::Postcopy => return Err(Error::PostcopyNotAgreed),
             Decision::GiveUp => return Err(given_up(&situation)),
         }
@@ -199,6 +195,11 @@ fn send(
             *portion_pages = (*portion_pages / 2).max(PORTION_PAGES);
         }
     }
+}
+
+/// What another round or the stop must send, in bytes of guest memory.
+fn rest(pages: &[PageBitmap], disks: Option<&Leaving>, speed: &Speed) -> u64 {
+    (count(pages) * PAGE_BYTES).saturating_add(speed.as_memory(remaining_bytes(disks)))
 }
 
 fn remaining_bytes(disks: Option<&Leaving>) -> u64 {

@@ -66,12 +66,29 @@ impl Speed {
     /// Bytes of guest memory a second, if no page is zero and nothing limits the link. 0 before anything was sent.
     #[must_use]
     pub fn bytes_per_second(&self) -> u64 {
-        let bytes = PAGE_BYTES as f64;
-        let each = |average: &Average, unknown: f64| average.each().unwrap_or(unknown);
-        match each(&self.work, 0.0) + each(&self.link, 0.0) * each(&self.contents, bytes) {
+        match self.of_contents() {
             0.0 => 0,
-            seconds => (bytes / seconds) as u64,
+            seconds => (PAGE_BYTES as f64 / seconds) as u64,
         }
+    }
+
+    /// How many bytes of guest memory take as long as `bytes` that nothing compresses: those of images.
+    #[must_use]
+    pub fn as_memory(&self, bytes: u64) -> u64 {
+        match self.seconds(PAGE_BYTES as f64) / self.of_contents() {
+            factor if factor.is_finite() => (bytes as f64 * factor) as u64,
+            _ => bytes,
+        }
+    }
+
+    /// Seconds that a page takes which has contents, as those that were sent lately.
+    fn of_contents(&self) -> f64 {
+        self.seconds(self.contents.each().unwrap_or(PAGE_BYTES as f64))
+    }
+
+    /// Seconds that a page takes which is so many bytes on the link.
+    fn seconds(&self, link_bytes: f64) -> f64 {
+        self.work.each().unwrap_or(0.0) + self.link.each().unwrap_or(0.0) * link_bytes
     }
 }
 
@@ -96,7 +113,7 @@ impl Average {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Convergence, Decision, Situation, converge};
+    use crate::{Convergence, Decision, Following, Situation, converge};
 
     const MIB: u64 = 1 << 20;
     const PAGES_PER_MIB: u64 = MIB / PAGE_BYTES;
@@ -134,6 +151,7 @@ mod tests {
             throttle_percent: 0,
             trend: None,
             convergence: Convergence::default(),
+            following: Following::Unasked,
         };
         assert_eq!(converge(&situation), Decision::Stop, "{speed:?}");
         assert!(situation.expected_downtime() < Duration::from_millis(10), "{situation:?}");
@@ -154,8 +172,12 @@ mod tests {
         let sending = Duration::from_secs(1);
         let compressed = Sample { sent_bytes, sending, contents, ..round(pages, 0, 100) };
         let mut speed = Speed::default();
+        assert_eq!(speed.as_memory(MIB), MIB, "nothing is known");
         speed.add(&compressed);
         assert!((340..350).contains(&mib_per_second(&speed)), "{speed:?}");
+        // A MiB of an image takes the link 10 ms, and the work on it 0.37.
+        let image = speed.as_memory(100 * MIB) as f64 / (speed.bytes_per_second() as f64);
+        assert!((1.03..1.04).contains(&image), "{image}");
         for _ in 0..10 {
             speed.add(&round(100 * PAGES_PER_MIB, 0, 100));
         }

@@ -185,6 +185,8 @@ pub struct Snapshot {
     pub error: Option<String>,
     /// The answer to COMMIT is outstanding and nothing else has decided: what is known.
     pub handover_unknown: Option<String>,
+    /// The guest is here, and its source has not said that it knows: which guest that is.
+    pub unacknowledged: Option<String>,
 }
 
 impl Snapshot {

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, Weak};
@@ -16,6 +16,19 @@ use crate::{Connection, Endpoint, Error, PrivateSocket, Security, Uri};
 
 /// How long to wait for what the process or the host lacks to let a peer in.
 const SHORTAGE: Duration = Duration::from_millis(100);
+
+/// Descriptors that a peer needs until it is heard: that of its socket, and others of the same for TLS, and for whoever may have to cut
+/// it off.
+const DESCRIPTORS_OF_A_PEER: usize = 4;
+
+/// Fails if there are none left for a peer: one that was let in could only be sent away, and who waits in the queue is let in later.
+fn spare_descriptors(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let mut taken = [const { None::<OwnedFd> }; DESCRIPTORS_OF_A_PEER];
+    taken.iter_mut().try_for_each(|slot| {
+        *slot = Some(socket.try_clone_to_owned()?);
+        Ok(())
+    })
+}
 
 /// An error of the connection that was to be accepted, which has gone again; the network's own come out of accept(2) too.
 fn is_of_the_peer(errno: Errno) -> bool {
@@ -155,7 +168,7 @@ impl Listener {
             Ok(_) => {}
             Err(errno) => return Err(failed(errno.into())),
         }
-        let accepted = match &self.socket {
+        let accepted = spare_descriptors(fd).and_then(|()| match &self.socket {
             Socket::Unix(listener) => listener.accept().and_then(|(stream, _)| {
                 stream.set_nonblocking(false)?;
                 Ok(Connection::from_unix(stream, self.uri.to_string()))
@@ -164,12 +177,12 @@ impl Listener {
                 stream.set_nonblocking(false)?;
                 Ok(Connection::from_unix(stream, self.uri.to_string()))
             }),
-            Socket::Connected(_) => return Ok(None),
+            Socket::Connected(_) => Err(Errno::AGAIN.into()),
             Socket::Tcp(listener) => listener.accept().and_then(|(stream, peer)| {
                 stream.set_nonblocking(false)?;
                 Ok(Connection::from_tcp(stream, format!("tcp:{peer}")))
             }),
-        };
+        });
         match accepted {
             Ok(connection) => {
                 self.is_short.store(false, Ordering::Relaxed);

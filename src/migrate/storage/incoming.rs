@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use block::Backend;
@@ -96,9 +96,16 @@ impl Incoming {
         incoming.before = attended?;
         // We are the only one present at the record: whoever wrote it before is gone, but for its last requests.
         let patience = incoming.before.as_ref().map_or(Duration::ZERO, |_| LAST_REQUESTS);
+        let end = Instant::now() + patience;
+        let mut reasons = Vec::new();
         for (place, disk) in places.into_iter().zip(disks) {
-            incoming.images.push(Image::look(place, disk.length_bytes, come.overwrite, patience)?);
+            let patience = end.saturating_duration_since(Instant::now());
+            match Image::look(place, disk.length_bytes, come.overwrite, patience) {
+                Ok(image) => incoming.images.push(image),
+                Err(error) => reasons.push(format!("{error:#}")),
+            }
         }
+        ensure!(reasons.is_empty(), "{}", reasons.join("; "));
         Ok(incoming)
     }
 

@@ -344,7 +344,11 @@ pub fn with_any_destination(
             let mut factory = Factory::new(world, "destination");
             let mut destination =
                 Destination::new(Some(&mut lease), &statistics, patience, &parameters).unwrap();
-            super::wait_for_guest(&mut destination, &mut factory, &arriving, with_channels)
+            let arrived = super::wait_for_guest(&mut destination, &mut factory, &arriving, with_channels);
+            let unknown = statistics.snapshot().unacknowledged;
+            let is_known = arrived.as_ref().is_none_or(|arrived| arrived.acknowledged);
+            assert_eq!(unknown.is_none(), is_known, "{unknown:?}");
+            arrived
         });
         let mut connect = || {
             let (near, far) = Connection::pair().unwrap();
