@@ -5,10 +5,12 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use indicatif::HumanBytes;
 use serde_json::{Value, json};
 
 use crate::control::{
-    Client, FerryAccess, FerryMember, FerryStart, FerryStatus, MigrationInfo, MigrationStatus, RunState,
+    Client, FerryAccess, FerryMember, FerryMigration, FerryStart, FerryStatus, MigrationInfo,
+    MigrationStatus, RunState,
 };
 
 /// Why a migration whose guest has gone ahead of its memory is not cancelled.
@@ -258,21 +260,80 @@ impl fmt::Display for Report {
                 disk.interrupts
             )?;
         }
-        if let Some(info) = &self.migration {
-            write!(f, "  migration: {}", word(info.status))?;
-            info.error_desc.as_ref().map_or(Ok(()), |reason| write!(f, ": {reason}"))?;
-            writeln!(f)?;
+        if let Some(line) = progress(self.migration.as_ref(), migration.as_ref()) {
+            writeln!(f, "  {line}")?;
         }
         if let Some(migration) = migration {
-            writeln!(f, "  migration with {}: {}", migration.peer, migration.phase)?;
             migration.detail.as_ref().map_or(Ok(()), |detail| writeln!(f, "  {detail}"))?;
             if let Some(why) = migration.postcopy.as_ref().and_then(|postcopy| postcopy.paused.as_ref()) {
                 writeln!(f, "  the guest waits for memory, and the link is lost (ferry recover): {why}")?;
             }
         }
         if *status == RunState::Inmigrate {
-            writeln!(f, "  waits for a guest")?;
+            let comes = self.migration.as_ref().is_some_and(|info| {
+                matches!(
+                    info.status,
+                    MigrationStatus::Setup | MigrationStatus::Active | MigrationStatus::Device
+                )
+            });
+            writeln!(f, "  {}", if comes { "a guest is on its way" } else { "waits for a guest" })?;
         }
         Ok(())
+    }
+}
+
+/// How a migration goes, or went, in a line.
+fn progress(info: Option<&MigrationInfo>, migration: Option<&FerryMigration>) -> Option<String> {
+    let mut line = match (info, migration) {
+        (_, Some(migration)) => format!("migration with {}: {}", migration.peer, migration.phase),
+        (Some(info), None) => format!("migration: {}", word(info.status)),
+        (None, None) => return None,
+    };
+    if let Some(ram) = info.and_then(|info| info.ram.as_ref()).filter(|ram| ram.remaining > 0) {
+        if let Some(rounds) = migration.map(|migration| migration.rounds).filter(|rounds| *rounds > 0) {
+            line += &format!(", round {rounds}");
+        }
+        line += &format!(", {} of {} left", HumanBytes(ram.remaining), HumanBytes(ram.total));
+    }
+    // The detail says it otherwise.
+    let reason = info.and_then(|info| info.error_desc.as_ref());
+    if let Some(reason) = reason.filter(|_| migration.is_none_or(|migration| migration.detail.is_none())) {
+        line += &format!(": {reason}");
+    }
+    Some(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::RamStats;
+
+    #[test]
+    fn a_migration_is_one_line() {
+        let ram = RamStats { remaining: 3 << 20, total: 64 << 20, ..RamStats::default() };
+        let mut info = MigrationInfo { ram: Some(ram), ..MigrationInfo::new(MigrationStatus::Active) };
+        let mut migration = FerryMigration {
+            phase: "active".to_owned(),
+            peer: "unix:there".to_owned(),
+            rounds: 2,
+            ..FerryMigration::default()
+        };
+        let told =
+            |info: &MigrationInfo, migration: &FerryMigration| progress(Some(info), Some(migration)).unwrap();
+        assert_eq!(
+            told(&info, &migration),
+            "migration with unix:there: active, round 2, 3.00 MiB of 64.00 MiB left"
+        );
+        assert_eq!(progress(None, None), None);
+        (info.status, info.ram, info.error_desc) = (MigrationStatus::Failed, None, Some("why".to_owned()));
+        migration.phase = "failed".to_owned();
+        assert_eq!(told(&info, &migration), "migration with unix:there: failed: why");
+        migration.detail = Some("why".to_owned());
+        assert_eq!(
+            told(&info, &migration),
+            "migration with unix:there: failed",
+            "the detail has its own line"
+        );
+        assert_eq!(progress(Some(&info), None).unwrap(), "migration: failed: why");
     }
 }
