@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use engine::lease::show_id;
 use engine::{PAGE_BYTES, Postcopy, Snapshot, Status};
 
 use super::{Migrations, lock};
@@ -90,7 +91,12 @@ impl Migrations {
                 .postcopy
                 .as_ref()
                 .map(|postcopy| ferry_postcopy(postcopy, snapshot.remaining_bytes)),
-            detail: snapshot.handover_unknown.or(snapshot.error).or(snapshot.unacknowledged),
+            detail: snapshot.handover_unknown.or(snapshot.error).or_else(|| {
+                let session = show_id(&snapshot.unacknowledged?);
+                Some(format!(
+                    "the guest of session {session} is here, and its source has not said that it knows"
+                ))
+            }),
         })
     }
 }

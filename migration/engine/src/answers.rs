@@ -8,7 +8,7 @@ use transport::Connection;
 use crate::Error;
 use crate::channels::destination::Incoming;
 use crate::destination::{Arrived, Destination, unexpected};
-use crate::lease::{Id, show_id};
+use crate::lease::Id;
 use crate::link::{Link, Step};
 use crate::ownership::Answer;
 use crate::ownership::destination::{Action, Event};
@@ -132,10 +132,6 @@ impl Destination<'_> {
         let doing = "telling the source that the guest runs";
         let step = Step { doing, patience: self.patience.last_words, cancel: None, until: None };
         let mut sent = link.send(&Message::Running(running.clone()), step);
-        let session = show_id(&running.session);
-        let unknown =
-            format!("the guest of session {session} is here, and its source has not said that it knows");
-        self.statistics.update(|s| s.unacknowledged = Some(unknown));
         while sent.is_ok() && Instant::now() < end {
             sent = match link.receive(step) {
                 Ok(Message::Progress(progress)) => {

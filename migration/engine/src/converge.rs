@@ -39,10 +39,9 @@ pub enum OnTimeout {
 }
 
 /// Whether the guest may go ahead of its memory, and when that is wished.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Following {
     /// The two sides have not agreed on it, or it is wished for the end of time only ([`OnTimeout::Postcopy`]).
-    #[default]
     Unasked,
     /// As soon as the rest does not fit into the downtime limit.
     WhereTheRestIsLong,
@@ -203,7 +202,7 @@ pub fn converge(situation: &Situation) -> Decision {
     match situation.following {
         Following::Now => return Decision::Postcopy,
         // What can be sent in the stop needs no guest that waits for its memory.
-        Following::WhereTheRestIsLong if !fits => return Decision::Postcopy,
+        Following::WhereTheRestIsLong if !fits && remaining_bytes > 0 => return Decision::Postcopy,
         Following::WhereTheRestIsLong | Following::Unasked => {}
     }
     if remaining_bytes == 0 {
@@ -307,17 +306,19 @@ mod tests {
         let auto = Convergence { auto_converge: true, ..Convergence::default() };
         let long = Situation { throttle_percent: 20, ..hot(auto) };
         let used_up = hot(Convergence { max_rounds: Some(1), ..Convergence::default() });
-        let nothing = situation(MIB, 0);
+        let strict = Situation { downtime_limit: Duration::from_millis(4), ..situation(MIB, 0) };
         for (situation, otherwise) in [
             (short, Decision::AnotherRound),
             (long, Decision::Throttle { percent: 30 }),
             (used_up, Decision::GiveUp),
-            (nothing, Decision::Stop),
+            // The fixed cost alone exceeds the limit, and nothing could follow.
+            (strict, Decision::Stop),
         ] {
             let with = |following| converge(&Situation { following, ..situation });
             assert_eq!(with(Following::Unasked), otherwise);
             assert_eq!(with(Following::Now), Decision::Postcopy);
-            let is_long = situation.expected_downtime() > situation.downtime_limit;
+            let is_long =
+                situation.remaining_bytes > 0 && situation.expected_downtime() > situation.downtime_limit;
             let expected = if is_long { Decision::Postcopy } else { otherwise };
             assert_eq!(with(Following::WhereTheRestIsLong), expected, "{situation:?}");
         }

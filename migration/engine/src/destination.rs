@@ -177,6 +177,8 @@ impl<'a> Destination<'a> {
                 self.statistics.start();
                 match self.attempt(factory, &mut link, &hello, incoming) {
                     Ok(mut arrived) => {
+                        // Once: whoever asks again later changes nothing about a source that has said that it knows.
+                        self.statistics.update(|s| s.unacknowledged = Some(hello.session));
                         let end = Instant::now() + self.patience.answer;
                         if let Some(late) = &mut arrived.late {
                             self.statistics.set_status(Status::PostcopyActive);

@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::PAGE_BYTES;
+use crate::lease::Id;
 use crate::protocol::Progress;
 use crate::speed::Contents;
 
@@ -185,8 +186,8 @@ pub struct Snapshot {
     pub error: Option<String>,
     /// The answer to COMMIT is outstanding and nothing else has decided: what is known.
     pub handover_unknown: Option<String>,
-    /// The guest is here, and its source has not said that it knows: which guest that is.
-    pub unacknowledged: Option<String>,
+    /// The session of a guest that is here, and whose source has not said that it knows.
+    pub unacknowledged: Option<Id>,
 }
 
 impl Snapshot {

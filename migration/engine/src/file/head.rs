@@ -13,7 +13,7 @@ use crate::Error;
 const DOING: &str = "restore RAM and devices";
 
 /// Looks at each section as soon as it is there.
-pub(super) type Inspect<'a> = dyn FnMut(&DeviceSection) -> Result<(), Error> + 'a;
+type Inspect<'a> = dyn FnMut(&DeviceSection) -> Result<(), Error> + 'a;
 
 /// Everything but the pages, verified. What it costs does not depend on the size of the memory, but for its bitmaps.
 pub(super) struct Head {
@@ -42,8 +42,8 @@ impl Seen {
             let reader = thread::Builder::new().name("file".to_owned()).spawn_scoped(scope, || {
                 let mut first = None;
                 let head = Head::read(file, expected, &mut |section| {
-                    if section.name == SECTION {
-                        first = Some(section.load().map_err(Error::stream(DOING))?);
+                    if let Some(state) = machine_in(section)? {
+                        first = Some(state);
                     }
                     Ok(())
                 });
@@ -84,6 +84,12 @@ impl Head {
         let digest = reader.digest();
         Ok(Self { sections, digest, ram: reader.into_ram().map_err(&failed)? })
     }
+}
+
+/// Which machine is in the file, if `section` is what says so.
+pub(super) fn machine_in(section: &DeviceSection) -> Result<Option<FileState>, Error> {
+    let is_it = section.name == SECTION;
+    is_it.then(|| section.load().map_err(Error::stream("read the file"))).transpose()
 }
 
 /// A file of ours says which machine is in it.

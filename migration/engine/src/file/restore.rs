@@ -8,15 +8,14 @@ use std::time::Instant;
 use stream::{DeviceSection, Event, Expected, MappedReader, SectionSet};
 use transport::Layout;
 
-use super::head::{Head, Inspect, Seen, no_section};
+use super::head::{Head, Seen, machine_in, no_section};
 use super::memory::{Layer, Memory};
 use super::{FileState, Fill, PIECE_BYTES, SECTION, chain, expect_file, properties};
 use crate::lease::{Lease, Record, State};
 use crate::ram::Receiver;
 use crate::source::bytes_of;
 use crate::{
-    Description, DestinationFactory, DestinationMachine, Error, Parameters, RamBlock, RunState, Statistics,
-    Status,
+    Description, DestinationFactory, DestinationMachine, Error, Parameters, RunState, Statistics, Status,
 };
 
 /// When the memory of a mapped file is read.
@@ -86,65 +85,19 @@ fn restore<F: DestinationFactory>(
     parameters: &Parameters,
     statistics: &Statistics,
 ) -> Result<Restored<F::Machine>, Error> {
-    let failed = |doing| {
-        let path = path.display().to_string();
-        move |source: io::Error| Error::File { doing, path, source: source.into() }
-    };
-    let mut file = File::open(path).map_err(failed("open"))?;
+    let file = File::open(path).map_err(failed("open", path))?;
     let layout = layout_of(&file)?;
     let expected = expect_file(factory.expected().map_err(Error::machine("describe this machine"))?);
-    let (mut machine, mut contents, first) =
-        match layout {
-            Layout::Stream => {
-                let (own, machine) = build(factory, statistics)?;
-                let mut first = None;
-                let mut inspect = |section: &DeviceSection| {
-                    if section.name == SECTION {
-                        let state: FileState = section.load().map_err(Error::stream("read the file"))?;
-                        check_machine(factory, &state, &own)?;
-                        first = Some(state);
-                    }
-                    Ok(())
-                };
-                file.rewind().map_err(failed("read"))?;
-                let contents = plain(file, expected, machine.ram_blocks(), parameters, &mut inspect)
-                    .map_err(|error| match error {
-                        Error::File { source, .. } => {
-                            Error::File { doing: "read", path: path.display().to_string(), source }
-                        }
-                        error => error,
-                    })?;
-                (machine, contents, first)
-            }
-            Layout::Mapped => {
-                // Each takes milliseconds, and neither needs the other.
-                let ((own, mut machine), Seen { first, head }) =
-                    Seen::beside(file, expected.clone(), || build(factory, statistics))?;
-                if let Some(first) = &first {
-                    check_machine(factory, first, &own)?;
-                }
-                let Head { sections, digest, ram } = head?;
-                let below = match first.as_ref().and_then(|first| first.parent.as_ref()) {
-                    Some(parent) => chain::open(path, parent, || expected.clone())?,
-                    None => Vec::new(),
-                };
-                let top = Layer { ram, path: path.to_owned() };
-                let memory = Memory::new(std::iter::once(top).chain(below), machine.ram_blocks())?;
-                let fill = begin(memory, &mut machine, reading, parameters, statistics)?;
-                machine.note_writes_since(digest).map_err(Error::machine("note what the guest writes"))?;
-                (machine, Contents { sections, digest, fill }, first)
-            }
-        };
-    let first = first.ok_or_else(no_section)?;
-    if layout == Layout::Stream && first.parent.is_some() {
-        let reason = "it lacks the pages of a parent, which no file of its layout has".to_owned();
-        return Err(Error::Protocol { doing: "reading the file", reason });
-    }
+    let (mut machine, contents) = match layout {
+        Layout::Stream => plain(factory, file, path, expected, parameters, statistics)?,
+        Layout::Mapped => mapped(factory, file, path, expected, reading, parameters, statistics)?,
+    };
+    let Contents { first, mut sections, digest, fill } = contents;
     // The devices take the rest.
-    let _the_first: FileState = contents.sections.take(SECTION, 0).map_err(Error::stream("read the file"))?;
-    let device_bytes = bytes_of(contents.sections.iter());
+    let _the_first: FileState = sections.take(SECTION, 0).map_err(Error::stream("read the file"))?;
+    let device_bytes = bytes_of(sections.iter());
     let start = Instant::now();
-    machine.load_devices(contents.sections).map_err(Error::machine("load the devices"))?;
+    machine.load_devices(sections).map_err(Error::machine("load the devices"))?;
     // One that was suspended goes on where it stopped, once.
     if first.images.is_some() {
         machine.renew_generation().map_err(Error::machine("give the guest another generation ID"))?;
@@ -154,13 +107,13 @@ fn restore<F: DestinationFactory>(
     if !parameters.commit() {
         return Err(Error::Cancelled);
     }
-    let fill = contents.fill;
     // What the devices looked at may have been damaged.
     fill.as_ref().map_or(Ok(()), Fill::guest_runs)?;
     let taken = match taking {
-        Taking::Once => take(&mut machine, lease, &first, contents.digest),
-        Taking::Clone { images } => is_still_there(&first, images.as_ref(), contents.digest)
-            .and_then(|()| take_clone(&mut machine, lease)),
+        Taking::Once => take(&mut machine, lease, &first, digest),
+        Taking::Clone { images } => {
+            is_still_there(&first, images.as_ref(), digest).and_then(|()| take_clone(&mut machine, lease))
+        }
     };
     if let Err(error) = taken {
         machine.release_images();
@@ -192,6 +145,8 @@ fn build<F: DestinationFactory>(
 
 /// What is in a file beside memory, verified; and the memory that is yet to come.
 struct Contents {
+    /// Which machine is in it.
+    first: FileState,
     sections: SectionSet,
     digest: u64,
     fill: Option<Fill>,
@@ -206,15 +161,32 @@ fn layout_of(file: &File) -> Result<Layout, Error> {
     })
 }
 
-/// Reads all of a file in the layout of a stream.
-fn plain(
+fn failed(doing: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.display().to_string();
+    move |source| Error::File { doing, path, source: source.into() }
+}
+
+/// Reads all of a file in the layout of a stream into a machine.
+fn plain<F: DestinationFactory>(
+    factory: &mut F,
     mut file: File,
+    path: &Path,
     expected: Expected,
-    blocks: Vec<RamBlock>,
     parameters: &Parameters,
-    inspect: &mut Inspect<'_>,
-) -> Result<Contents, Error> {
-    let mut receiver = Receiver::file(expected, blocks, Box::new(inspect));
+    statistics: &Statistics,
+) -> Result<(F::Machine, Contents), Error> {
+    let (own, machine) = build(factory, statistics)?;
+    let mut first = None;
+    let mut inspect = |section: &DeviceSection| {
+        if let Some(state) = machine_in(section)? {
+            // All of the memory may follow.
+            check_machine(factory, &state, &own)?;
+            first = Some(state);
+        }
+        Ok(())
+    };
+    file.rewind().map_err(failed("read", path))?;
+    let mut receiver = Receiver::file(expected, machine.ram_blocks(), Box::new(&mut inspect));
     let mut piece = vec![0; PIECE_BYTES];
     loop {
         if parameters.cancelled() {
@@ -224,13 +196,44 @@ fn plain(
             Ok(0) => break,
             Ok(count) => receiver.feed(piece.get(..count).unwrap_or_default())?,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(source) => {
-                return Err(Error::File { doing: "read", path: String::new(), source: source.into() });
-            }
+            Err(source) => return Err(failed("read", path)(source)),
         }
     }
     let received = receiver.finish()?;
-    Ok(Contents { sections: received.sections, digest: received.digest, fill: None })
+    let first = first.ok_or_else(no_section)?;
+    if first.parent.is_some() {
+        let reason = "it lacks the pages of a parent, which no file of its layout has".to_owned();
+        return Err(Error::Protocol { doing: "reading the file", reason });
+    }
+    Ok((machine, Contents { first, sections: received.sections, digest: received.digest, fill: None }))
+}
+
+/// Reads a mapped file while its machine is built: each takes milliseconds, and neither needs the other.
+fn mapped<F: DestinationFactory>(
+    factory: &mut F,
+    file: File,
+    path: &Path,
+    expected: Expected,
+    reading: Reading,
+    parameters: &Parameters,
+    statistics: &Statistics,
+) -> Result<(F::Machine, Contents), Error> {
+    let ((own, mut machine), Seen { first, head }) =
+        Seen::beside(file, expected.clone(), || build(factory, statistics))?;
+    if let Some(first) = &first {
+        check_machine(factory, first, &own)?;
+    }
+    let Head { sections, digest, ram } = head?;
+    let first = first.ok_or_else(no_section)?;
+    let below = match &first.parent {
+        Some(parent) => chain::open(path, parent, || expected.clone())?,
+        None => Vec::new(),
+    };
+    let top = Layer { ram, path: path.to_owned() };
+    let memory = Memory::new(std::iter::once(top).chain(below), machine.ram_blocks())?;
+    let fill = begin(memory, &mut machine, reading, parameters, statistics)?;
+    machine.note_writes_since(digest).map_err(Error::machine("note what the guest writes"))?;
+    Ok((machine, Contents { first, sections, digest, fill }))
 }
 
 /// Reads the memory that the machine cannot wait for, and begins to bring the rest on demand.
