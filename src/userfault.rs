@@ -4,7 +4,8 @@
 //! request that the kernel serves, until the page has been placed. Everything else of the memory works as ever.
 //!
 //! A page of a memfd is missing until something is written to it, through whatever mapping, and is missing again once a hole was
-//! punched there. It is placed whole: nobody sees half of one. Placing a page that is there changes nothing.
+//! punched there. It is placed whole: nobody sees half of one. Placing a page that is there changes nothing. No page fault
+//! brings a transparent huge page meanwhile ([`SmallPages`]).
 //!
 //! A huge page comes in parts, which a second mapping takes that nobody else knows. Who touches it through the guest's waits until it is
 //! [complete](Userfault::complete), whatever the file holds of it ("minor" faults): what was there when the watch began is kept,
@@ -21,7 +22,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bus::GuestMapping;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd};
@@ -30,7 +31,7 @@ use vm_memory::VolatileMemory;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iowr_nr};
 
-use crate::memory::{PAGE_SIZE_BYTES, RamBlock, RamSlice};
+use crate::memory::{PAGE_SIZE_BYTES, RamBlock, RamSlice, SmallPages};
 
 /// Where a process gets a descriptor that may not make the system call.
 const DEVICE: &str = "/dev/userfaultfd";
@@ -202,13 +203,15 @@ struct Watched {
     /// The same memory, for the parts of huge pages.
     parts: Option<GuestMapping>,
     page_bytes: u64,
+    /// Until it is not watched any more.
+    small: Mutex<Option<SmallPages>>,
 }
 
 impl Watched {
     fn of(block: &RamBlock) -> Result<Self, Error> {
         let (mapping, page_bytes) = (Arc::clone(&block.mapping), block.page_bytes()?);
         let parts = (page_bytes > PAGE_SIZE_BYTES).then(|| block.map_parts()).transpose()?;
-        Ok(Self { mapping, parts, page_bytes })
+        Ok(Self { mapping, parts, page_bytes, small: Mutex::new(block.keep_small()?) })
     }
 }
 
@@ -405,7 +408,11 @@ impl Userfault {
         let range = self.range(block, 0, length_bytes)?;
         // SAFETY: the kernel reads one `uffdio_range`, of a mapping that we keep.
         let result = unsafe { ioctl_with_ref(&self.fd, UFFDIO_UNREGISTER(), &range) };
-        check(result, || format!("stop watching block number {block} for missing pages"))
+        check(result, || format!("stop watching block number {block} for missing pages"))?;
+        if let Some(block) = self.blocks.get(block) {
+            block.small.lock().unwrap_or_else(PoisonError::into_inner).take();
+        }
+        Ok(())
     }
 
     /// Waits until somebody touches a missing page, and adds all who did since to `faults`. Each must be answered, by placing the

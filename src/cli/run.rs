@@ -7,6 +7,7 @@ use clap::Args;
 use crate::config::{Config, MachineSpec, NamespaceOption, NvmeOption, SerialOutput, Tables};
 use crate::io_poll::IoPoll;
 use crate::kvm::DirtyTracking;
+use crate::memory::HugePages;
 use crate::vcpu::{BootProtocol, CpuModel};
 
 /// The machine to run. Its help stands at [`super::Command::Run`].
@@ -76,10 +77,12 @@ pub struct RunArguments {
     /// RAM, for example 512M or 4G.
     #[arg(long, default_value = "256M", value_name = "SIZE")]
     pub memory: String,
-    /// Keep RAM in huge pages of 2 MiB, which the host must have reserved (/proc/sys/vm/nr_hugepages). Does not matter to the other side
-    /// of a migration.
-    #[arg(long)]
-    pub hugepages: bool,
+    /// Which huge pages of 2 MiB RAM lies in; they make memory faster for the guest and while it moves. transparent: those that the host
+    /// gives, which it does where /sys/kernel/mm/transparent_hugepage/shmem_enabled says advise or more. reserved, or the flag alone: only
+    /// such as the host has set aside (/proc/sys/vm/nr_hugepages). off: none. Does not matter to the other side of a migration, unless
+    /// memory itself is handed over.
+    #[arg(long, value_enum, default_value_t, default_missing_value = "reserved", num_args = 0..=1, require_equals = true)]
+    pub hugepages: HugePages,
     /// How the pages that the guest writes while it moves are found: by a bitmap of all RAM (log), or by a list of 1 MiB for each vCPU
     /// (ring) [default: auto: the log where KVM can clear it in parts, otherwise rings].
     #[arg(long, value_enum, default_value_t, hide_default_value = true)]

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use crate::io_poll::IoPoll;
 use crate::kvm::DirtyTracking;
+use crate::memory::HugePages;
 use crate::vcpu::{BootProtocol, CpuModel};
 
 use super::{ControllerSpec, Error, NamespaceOption, NvmeOption, parse_size};
@@ -71,8 +72,8 @@ pub struct Config {
     pub cpu: CpuModel,
     /// RAM, as written.
     pub memory: String,
-    /// Whether RAM is in huge pages.
-    pub hugepages: bool,
+    /// Which huge pages RAM lies in.
+    pub hugepages: HugePages,
     /// How dirty pages are found.
     pub dirty_tracking: DirtyTracking,
     /// ELF or bzImage; none only with an incoming migration.
@@ -112,8 +113,8 @@ pub struct MachineSpec {
     pub cpu: CpuModel,
     /// RAM in bytes, a multiple of 2 MiB.
     pub memory_bytes: u64,
-    /// Whether RAM is in huge pages.
-    pub hugepages: bool,
+    /// Which huge pages RAM lies in.
+    pub hugepages: HugePages,
     /// How dirty pages are found.
     pub dirty_tracking: DirtyTracking,
     /// ELF or bzImage.
@@ -282,7 +283,7 @@ mod tests {
             cpus: 1,
             cpu: CpuModel::Host,
             memory: "128M".into(),
-            hugepages: false,
+            hugepages: HugePages::default(),
             dirty_tracking: DirtyTracking::Auto,
             kernel: Some("vmlinux".into()),
             initrd: None,

@@ -126,13 +126,13 @@ pub(crate) fn say_that_there_are_none(error: &super::Error) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{Error, GuestRam, PassedKind, RAM_LOW};
+    use crate::memory::{Error, GuestRam, HugePages, PassedKind, RAM_LOW};
 
     /// On a host that has reserved some; elsewhere it says so, and checks that the refusal does as well.
     #[test]
     fn ram_in_huge_pages_has_holes_of_their_size_or_is_refused_with_the_reason() {
         let bytes = 8 * HUGE_PAGE_BYTES;
-        let ram = match GuestRam::with_pages(bytes, true, &[], &[]) {
+        let ram = match GuestRam::with_pages(bytes, HugePages::Reserved, &[], &[]) {
             Ok(ram) => ram,
             Err(error) => {
                 say_that_there_are_none(&error);
@@ -160,10 +160,10 @@ mod tests {
         assert!(block.populated_ranges().unwrap().into_iter().eq(std::iter::once(0..bytes)));
 
         // Memory of another process: this mapping has touched nothing of it.
-        let there = GuestRam::with_pages(bytes, true, &[], &[]).unwrap();
+        let there = GuestRam::with_pages(bytes, HugePages::Reserved, &[], &[]).unwrap();
         let there = there.block(RAM_LOW).unwrap();
         there.write(0x3000, &[7]).unwrap();
-        let here = GuestRam::with_pages(bytes, true, &[], &[]).unwrap();
+        let here = GuestRam::with_pages(bytes, HugePages::Reserved, &[], &[]).unwrap();
         let here = here.block(RAM_LOW).unwrap();
         let (readable, writable) = there.descriptors().unwrap();
         here.map_passed(readable, PassedKind::Memory).unwrap();
@@ -175,7 +175,7 @@ mod tests {
         here.read(0x3000, &mut byte).unwrap();
         assert_eq!(byte, [7]);
 
-        let small = GuestRam::with_pages(bytes, false, &[], &[]).unwrap();
+        let small = GuestRam::with_pages(bytes, HugePages::Transparent, &[], &[]).unwrap();
         let small = small.block(RAM_LOW).unwrap();
         for (block, passed) in [(small, there), (there, small)] {
             let error = block.map_passed(passed.descriptors().unwrap().0, PassedKind::Memory).unwrap_err();
@@ -185,7 +185,7 @@ mod tests {
 
     #[test]
     fn more_than_the_host_has_is_refused_with_the_reason() {
-        let error = GuestRam::with_pages(1 << 40, true, &[], &[]).unwrap_err();
+        let error = GuestRam::with_pages(1 << 40, HugePages::Reserved, &[], &[]).unwrap_err();
         let text = error.to_string();
         assert!(text.contains("524288 huge pages of 2 MiB") || text.contains("ram-low"), "{text}");
         assert!(text.contains("/proc/sys/vm/nr_hugepages"), "{text}");

@@ -15,11 +15,12 @@
 mod file;
 mod huge;
 mod passed;
+mod transparent;
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use bus::{GuestBitmap, GuestMapping, GuestMemory, GuestRegion};
 use rustix::fs::{FallocateFlags, MemfdFlags, Mode, SealFlags, SeekFrom};
@@ -31,6 +32,7 @@ use crate::layout;
 pub(crate) use huge::say_that_there_are_none;
 pub use passed::Kind as PassedKind;
 use passed::Passed;
+pub use transparent::SmallPages;
 
 /// Size of a page in bytes: the unit of dirty tracking and of transfer.
 pub const PAGE_SIZE_BYTES: u64 = 4096;
@@ -117,6 +119,18 @@ pub enum Error {
         /// Size of the block.
         block_bytes: u64,
     },
+    /// Something holds a huge page of which a part was to be given back.
+    #[error(
+        "cannot give back bytes {offset:#x}+{length_bytes:#x} of memory block \"{name}\": something holds the huge page that they are in"
+    )]
+    Held {
+        /// The block.
+        name: String,
+        /// First byte.
+        offset: u64,
+        /// Bytes.
+        length_bytes: u64,
+    },
     /// The memfd could not be asked or changed.
     #[error("cannot {what} in memory block \"{name}\" at offset {offset:#x}")]
     Access {
@@ -129,6 +143,18 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+}
+
+/// Which huge pages RAM lies in. Other memory has none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum HugePages {
+    /// None.
+    Off,
+    /// Those that the host gives.
+    #[default]
+    Transparent,
+    /// Only such as the host has set aside.
+    Reserved,
 }
 
 /// One block of memory that travels with the guest.
@@ -148,6 +174,10 @@ pub struct RamBlock {
     pub guest_base: Option<u64>,
     /// The KVM memory slot: of RAM, and of device memory that the guest sees where and while it wants to.
     pub kvm_slot: Option<u32>,
+    /// What it asks for.
+    pages: HugePages,
+    /// By how many it is kept in small pages at the moment.
+    keepers: Arc<Mutex<usize>>,
 }
 
 impl RamBlock {
@@ -156,8 +186,9 @@ impl RamBlock {
         length_bytes: u64,
         guest_base: Option<u64>,
         kvm_slot: Option<u32>,
-        huge: bool,
+        huge: HugePages,
     ) -> Result<Self, Error> {
+        let is_reserved = huge == HugePages::Reserved;
         let size = usize::try_from(length_bytes)
             .ok()
             .filter(|_| length_bytes > 0 && length_bytes.is_multiple_of(PAGE_SIZE_BYTES))
@@ -170,7 +201,7 @@ impl RamBlock {
             source,
         };
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let memfd = if huge {
+        let memfd = if is_reserved {
             rustix::fs::memfd_create(name, flags | huge::FLAGS).map_err(|e| refused(e.into()))?
         } else {
             rustix::fs::memfd_create(name, flags).map_err(|e| create("create a memfd", e.into()))?
@@ -181,13 +212,13 @@ impl RamBlock {
         // Who is given a descriptor that only reads does not open another one that writes, unless it is our user's.
         rustix::fs::fchmod(&memfd, Mode::RUSR | Mode::WUSR).map_err(|e| create("set the mode", e.into()))?;
         let memfd = Arc::new(File::from(memfd));
-        let mapping = if huge {
+        let mapping = if is_reserved {
             huge::map(&memfd, size).map_err(refused)?
         } else {
             GuestMapping::from_file(FileOffset::from_arc(Arc::clone(&memfd), 0), size)
                 .map_err(|e| create("map the memfd", io::Error::other(e)))?
         };
-        Ok(Self {
+        let block = Self {
             name: name.to_owned(),
             mapping: Arc::new(mapping),
             memfd,
@@ -195,7 +226,11 @@ impl RamBlock {
             file: Arc::default(),
             guest_base,
             kvm_slot,
-        })
+            pages: huge,
+            keepers: Arc::default(),
+        };
+        block.ask_for_its_pages();
+        Ok(block)
     }
 
     /// The memory as a descriptor.
@@ -397,16 +432,16 @@ impl GuestRam {
         extra_blocks: &[(String, u64)],
         buffers: &[(String, u64)],
     ) -> Result<Self, Error> {
-        Self::with_pages(memory_bytes, false, extra_blocks, buffers)
+        Self::with_pages(memory_bytes, HugePages::default(), extra_blocks, buffers)
     }
 
-    /// The same with RAM, of a multiple of 2 MiB, in `huge` pages.
+    /// The same with RAM, of a multiple of 2 MiB, in huge pages of that kind.
     ///
     /// # Errors
     /// As [`Self::new`], and [`Error::HugePages`].
     pub fn with_pages(
         memory_bytes: u64,
-        huge: bool,
+        huge: HugePages,
         extra_blocks: &[(String, u64)],
         buffers: &[(String, u64)],
     ) -> Result<Self, Error> {
@@ -432,7 +467,7 @@ impl GuestRam {
             if blocks.iter().any(|block| block.name == *name) {
                 return Err(Error::DuplicateName(name.clone()));
             }
-            blocks.push(RamBlock::new(name, *length_bytes, None, kvm_slot, false)?);
+            blocks.push(RamBlock::new(name, *length_bytes, None, kvm_slot, HugePages::Off)?);
         }
         Ok(Self { blocks, memory })
     }

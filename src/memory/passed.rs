@@ -28,7 +28,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use rustix::fs::SealFlags;
 use rustix::mm::{MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 
-use super::{Error, GuestRam, RamBlock, huge};
+use super::{Error, GuestRam, RamBlock, huge, transparent};
 
 /// What came from another process.
 #[derive(Debug)]
@@ -150,6 +150,8 @@ impl RamBlock {
         }
         let spare = Spare::of(&writable, self.mapping.size())
             .map_err(|source| self.failed("map the memory that is handed over", source))?;
+        // It keeps that when it moves.
+        transparent::ask_for(self.pages, spare.start as *mut c_void, spare.length);
         *before.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(spare);
         // An adoption that is made again is of the same memory.
         let _ = before.writable.set(writable);
@@ -177,7 +179,9 @@ impl RamBlock {
         self.map_fixed(again, writable, ProtFlags::READ | ProtFlags::WRITE).inspect_err(|_| {
             // For another try.
             *spare = Some(mapped);
-        })
+        })?;
+        self.ask_for_its_pages();
+        Ok(())
     }
 
     /// Whether the block is `file`, which came from another process.

@@ -20,6 +20,7 @@ use super::{description, lock, processor, ram_blocks};
 use crate::dirty::DirtyTracker;
 use crate::kvm::GuestTime;
 use crate::machine::{Action, Machine, Resources, schema_hashes};
+use crate::memory::{HugePages, SmallPages};
 use crate::startup::{self, Step};
 use crate::userfault::Userfault;
 use crate::vcpu::Offer;
@@ -145,7 +146,7 @@ impl DestinationFactory for Factory {
     }
 
     fn can_miss_pages(&mut self) -> MachineResult<()> {
-        Ok(Userfault::check(self.vmm.spec.hugepages)?)
+        Ok(Userfault::check(self.vmm.spec.hugepages == HugePages::Reserved)?)
     }
 
     fn build(&mut self, source: &Description) -> MachineResult<Arrival> {
@@ -155,7 +156,8 @@ impl DestinationFactory for Factory {
         if let Some(tables) = processor::tables(source) {
             machine.adopt(&tables)?;
         }
-        Ok(Arrival { vmm: Arc::clone(&self.vmm), time: self.time, machine: Some(machine) })
+        let small = Vec::new();
+        Ok(Arrival { vmm: Arc::clone(&self.vmm), time: self.time, machine: Some(machine), small })
     }
 }
 
@@ -165,6 +167,9 @@ pub struct Arrival {
     time: GuestTime,
     /// Until it starts; then it is the process's.
     machine: Option<Machine>,
+    /// From when the first page was named that is to be missing: channels still bring others, of which no huge page is to come into
+    /// being around it.
+    small: Vec<SmallPages>,
 }
 
 impl Arrival {
@@ -212,14 +217,23 @@ impl DestinationMachine for Arrival {
     }
 
     fn discard(&mut self, block: usize, pages: Range<u64>) -> MachineResult<()> {
+        if self.small.is_empty() {
+            self.small = self.machine()?.resources().ram().keep_small()?;
+        }
         let blocks = self.machine()?.resources().ram().blocks();
         let block = blocks.get(block).ok_or_else(|| format!("there is no block number {block}"))?;
         // Each look at a block is a system call, and there is one for each run of pages while the guest stands still.
-        if self.vmm.spec.hugepages && block.is_huge() {
+        if self.vmm.spec.hugepages == HugePages::Reserved && block.is_huge() {
             // Nobody sees the page before all that is missing of it came, over what is there.
             return Ok(());
         }
-        Ok(block.clear(pages.start * PAGE_BYTES, (pages.end - pages.start) * PAGE_BYTES)?)
+        Ok(block.give_back(pages.start * PAGE_BYTES, (pages.end - pages.start) * PAGE_BYTES)?)
+    }
+
+    fn keep_missing(&mut self, block: usize, pages: &PageBitmap) -> MachineResult<()> {
+        let blocks = self.machine()?.resources().ram().blocks();
+        let block = blocks.get(block).ok_or_else(|| format!("there is no block number {block}"))?;
+        Ok(block.keep_missing(pages.runs())?)
     }
 
     fn note_writes_since(&mut self, snapshot: u64) -> MachineResult<()> {
@@ -264,6 +278,8 @@ impl DestinationMachine for Arrival {
     fn start(&mut self, state: RunState) -> MachineResult<Option<Instant>> {
         startup::done(Step::Ownership);
         let machine = self.machine.take().ok_or("the machine has been started already")?;
+        // Whoever brings missing pages keeps them small for as long.
+        self.small.clear();
         let running = state == RunState::Running;
         let start = |machine: &Machine| {
             if running {
@@ -317,5 +333,29 @@ mod tests {
         assert_ne!(before, after);
         assert!(after.ends_with(&format!("inode {inode}")), "{after}");
         drop(first);
+    }
+
+    /// Channels bring the last of a round while the first pages are named that are to be missing.
+    #[test]
+    fn what_comes_beside_a_page_that_is_to_be_missing_does_not_fill_it() {
+        const HUGE_PAGES: u64 = 512;
+        let (vmm, _requests) = process_with(&[]);
+        let mut factory = Factory::new(&vmm, GuestTime::Live);
+        let description = factory.description().unwrap();
+        let mut arrival = factory.build(&description).unwrap();
+        let ram = arrival.machine().unwrap().resources().ram().clone();
+        let block = ram.block(crate::memory::RAM_LOW).unwrap();
+        let number = ram.blocks().iter().position(|other| other.name == block.name).unwrap();
+        block.write(0, &[1]).unwrap();
+        let was_huge = block.is_populated(PAGE_BYTES).unwrap();
+        let missing = |page: u64| !block.is_populated(page * PAGE_BYTES).unwrap();
+        for page in [5, HUGE_PAGES + 5] {
+            arrival.discard(number, page..page + 1).unwrap();
+            block.write((page + 1) * PAGE_BYTES, &[1]).unwrap();
+            assert!(missing(page), "{page}");
+        }
+        drop(arrival);
+        block.write(2 * HUGE_PAGES * PAGE_BYTES, &[1]).unwrap();
+        assert_eq!(!missing(2 * HUGE_PAGES + 1), was_huge, "afterwards memory is as it was");
     }
 }

@@ -5,7 +5,7 @@ use std::thread::{self, ScopedJoinHandle};
 use vm_memory::ReadVolatile;
 
 use super::*;
-use crate::memory::{GuestRam, RAM_LOW, say_that_there_are_none};
+use crate::memory::{GuestRam, HugePages, RAM_LOW, say_that_there_are_none};
 use crate::vcpu::tests::TestGuest;
 
 const PAGE: u64 = PAGE_SIZE_BYTES;
@@ -74,12 +74,13 @@ fn what_is_there_stays_as_it_is() {
 
 #[test]
 fn who_waits_for_a_page_that_another_way_brought_goes_on() {
-    let ram = ram();
-    let low = ram.block(RAM_LOW).unwrap();
-    let userfault = Userfault::register(ram.blocks()).unwrap();
-    let file = low.mapping.file_offset().unwrap().file();
-    thread::scope(|scope| {
-        for (page, by_zeros) in [(3, false), (5, true)] {
+    for (page, by_zeros) in [(3, false), (5, true)] {
+        // Another each time: where the host gives huge pages to all shared memory, to write to the file fills more than that page.
+        let ram = ram();
+        let low = ram.block(RAM_LOW).unwrap();
+        let userfault = Userfault::register(ram.blocks()).unwrap();
+        let file = low.mapping.file_offset().unwrap().file();
+        thread::scope(|scope| {
             let waits = look(scope, low, page * PAGE);
             assert_eq!(next(&userfault), [Fault { block: 0, offset: page * PAGE, thread: 0 }]);
             file.write_all_at(&[7; 4], page * PAGE).unwrap();
@@ -88,8 +89,8 @@ fn who_waits_for_a_page_that_another_way_brought_goes_on() {
                 false => userfault.place(0, page * PAGE, &[1; PAGE as usize]).unwrap(),
             }
             assert_eq!(waits.join().unwrap(), 0x0707_0707);
-        }
-    });
+        });
+    }
 }
 
 #[test]
@@ -192,7 +193,7 @@ const HUGE: u64 = 2 << 20;
 
 /// Memory in four huge pages, on a host that has some.
 fn huge_ram() -> Option<GuestRam> {
-    match GuestRam::with_pages(4 * HUGE, true, &[], &[]) {
+    match GuestRam::with_pages(4 * HUGE, HugePages::Reserved, &[], &[]) {
         Ok(ram) => Some(ram),
         Err(error) => {
             say_that_there_are_none(&error);

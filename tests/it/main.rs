@@ -22,6 +22,7 @@ mod local;
 mod migrate;
 mod mistakes;
 mod multipath;
+mod pages;
 mod ping_pong;
 mod postcopy;
 mod processor;

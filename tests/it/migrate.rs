@@ -97,13 +97,16 @@ fn twenty_times_from_process_to_process() {
 fn twenty_moves() -> [u32; 20] {
     let bed = bed();
     let machine = many_disks(&bed).flag("--io-threads", "2");
+    let small = machine.clone().switch("--hugepages=off");
     let options = format!("{BUSY} doorbells=shadow completion=msix events=2");
     let mut here = machine.boot(&bed, "process-0", EXERCISER, &options);
     let mut done = Counters::default();
     let mut in_flight = [0; 20];
     for (hop, in_flight) in (1..).zip(&mut in_flight) {
         let uri = format!("unix:{}", bed.path(&format!("move-{hop}")).display());
-        let mut there = machine.expect(&bed, &format!("process-{hop}"), &uri);
+        // From small pages into huge ones, if the host gives some, and back.
+        let next = if hop % 2 == 0 { &machine } else { &small };
+        let mut there = next.expect(&bed, &format!("process-{hop}"), &uri);
         let (after, count) = moves(&mut here, &mut there, &done);
         done = after;
         *in_flight = count;

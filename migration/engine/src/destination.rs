@@ -251,6 +251,7 @@ impl<'a> Destination<'a> {
                     doing: "run a guest ahead of its memory",
                     source: "this host does not let missing pages be brought".into(),
                 })?;
+                announced.keep_missing(|block, pages| machine.keep_missing(block, pages))?;
                 Some(Late::new(memory, announced, channel, self.patience)?)
             }
             _ => None,

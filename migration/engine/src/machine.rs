@@ -482,6 +482,15 @@ pub trait DestinationMachine {
         Err("this machine cannot run before all of its memory is here".into())
     }
 
+    /// Makes sure that `pages` of that block, which were [dropped](Self::discard), are missing now that memory is watched: between the two a
+    /// host may have filled them.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    fn keep_missing(&mut self, _block: usize, _pages: &PageBitmap) -> MachineResult<()> {
+        Ok(())
+    }
+
     /// Memory is what it is in the mapped file of this digest, or will be when it is touched: what is written from now on, by devices
     /// that are loaded too, was written since that snapshot, for a machine that is to know it.
     ///

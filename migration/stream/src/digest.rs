@@ -7,9 +7,11 @@
 //! page is read. The digests find damage, not forgery.
 
 use std::collections::BTreeMap;
+use std::hash::Hasher as _;
 
+use twox_hash::XxHash3_64;
+use twox_hash::xxhash3_64::Hasher;
 use vmstate::VmState;
-use xxhash_rust::xxh3::{Xxh3Default, xxh3_64, xxh3_64_with_seed};
 
 use crate::Error;
 use crate::ram::{PAGE_BYTES, RamBlock};
@@ -65,7 +67,7 @@ impl RamDigests {
     /// Takes a page out of the sum of its chunk. The caller has put it in.
     fn forget(&mut self, block: usize, offset: u64, digest_of_page: u64) {
         let index = self.blocks[block].0 + (offset / CHUNK_BYTES) as usize;
-        let term = xxh3_64(&link(offset, digest_of_page));
+        let term = XxHash3_64::oneshot(&link(offset, digest_of_page));
         let digest = match self.current.0 == index {
             true => &mut self.current.1,
             false => self.chunks.entry(index).or_default(),
@@ -84,8 +86,8 @@ impl RamDigests {
         let link = link(offset, digest_of_page);
         let digest = &mut self.current.1;
         *digest = match self.are_sums {
-            true => digest.wrapping_add(xxh3_64(&link)),
-            false => xxh3_64_with_seed(&link, *digest),
+            true => digest.wrapping_add(XxHash3_64::oneshot(&link)),
+            false => XxHash3_64::oneshot_with_seed(*digest, &link),
         };
     }
 
@@ -106,25 +108,27 @@ fn link(offset: u64, digest_of_page: u64) -> [u8; 16] {
 
 /// The digest of a chunk of the mapped layout, by the pages that are there.
 pub(crate) fn sum_of_pages<'a>(pages: impl Iterator<Item = (u64, &'a [u8])>) -> u64 {
-    pages.fold(0, |sum, (offset, page)| sum.wrapping_add(xxh3_64(&link(offset, xxh3_64(page)))))
+    pages.fold(0, |sum, (offset, page)| {
+        sum.wrapping_add(XxHash3_64::oneshot(&link(offset, XxHash3_64::oneshot(page))))
+    })
 }
 
 /// The digest of bytes that are compared as a whole.
 pub(crate) fn of_bytes(bytes: &[u8]) -> u64 {
-    xxh3_64(bytes)
+    XxHash3_64::oneshot(bytes)
 }
 
 /// One digest over pieces, as if they were one.
 #[derive(Clone, Default)]
-pub(crate) struct Pieces(Xxh3Default);
+pub(crate) struct Pieces(Hasher);
 
 impl Pieces {
     pub(crate) fn add(&mut self, bytes: &[u8]) {
-        self.0.update(bytes);
+        self.0.write(bytes);
     }
 
     pub(crate) fn digest(&self) -> u64 {
-        self.0.digest()
+        self.0.finish()
     }
 }
 
@@ -161,17 +165,17 @@ pub(crate) struct Digests {
 
 impl Digests {
     pub(crate) fn configuration(&mut self, bytes: &[u8]) {
-        self.configuration = xxh3_64(bytes);
+        self.configuration = XxHash3_64::oneshot(bytes);
     }
 
     /// `bytes` is the section from its type to the end of its payload.
     pub(crate) fn section(&mut self, id: u32, name: &str, bytes: &[u8]) {
-        self.sections.push((id, name.to_owned(), xxh3_64(bytes)));
+        self.sections.push((id, name.to_owned(), XxHash3_64::oneshot(bytes)));
     }
 
     /// `bytes` is a command from its mark to the end of its data.
     pub(crate) fn command(&mut self, bytes: &[u8]) {
-        self.commands = Some(xxh3_64_with_seed(bytes, self.commands.unwrap_or_default()));
+        self.commands = Some(XxHash3_64::oneshot_with_seed(self.commands.unwrap_or_default(), bytes));
     }
 
     /// `are_mapped` if a page comes once at most, in any order.
@@ -205,7 +209,7 @@ impl Digests {
 
     /// Returns the digest of the page alone.
     pub(crate) fn ram_page(&mut self, block: usize, offset: u64, page: &[u8]) -> u64 {
-        let digest = xxh3_64(page);
+        let digest = XxHash3_64::oneshot(page);
         self.ram.record(block, offset, digest);
         digest
     }
@@ -216,25 +220,25 @@ impl Digests {
     }
 
     pub(crate) fn ram_zero(&mut self, block: usize, offset: u64) {
-        let zero_page = *self.zero_page.get_or_insert_with(|| xxh3_64(&[0; PAGE_BYTES]));
+        let zero_page = *self.zero_page.get_or_insert_with(|| XxHash3_64::oneshot(&[0; PAGE_BYTES]));
         self.ram.record(block, offset, zero_page);
     }
 
     /// One number for all of it.
     pub(crate) fn combined(&self) -> u64 {
-        let mut hasher = Xxh3Default::new();
-        hasher.update(&self.configuration.to_le_bytes());
+        let mut hasher = Hasher::new();
+        hasher.write(&self.configuration.to_le_bytes());
         for (id, _, digest) in self.entries() {
-            hasher.update(&id.to_le_bytes());
-            hasher.update(&digest.to_le_bytes());
+            hasher.write(&id.to_le_bytes());
+            hasher.write(&digest.to_le_bytes());
         }
         for chunk in self.ram.table() {
-            hasher.update(&chunk.to_le_bytes());
+            hasher.write(&chunk.to_le_bytes());
         }
         if let Some(bitmaps) = self.bitmaps {
-            hasher.update(&bitmaps.to_le_bytes());
+            hasher.write(&bitmaps.to_le_bytes());
         }
-        hasher.digest()
+        hasher.finish()
     }
 
     /// The section's state. `trailer` is the digest of the trailer's text, in a file.

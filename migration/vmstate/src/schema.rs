@@ -5,9 +5,10 @@
 
 use std::any::TypeId;
 use std::fmt;
+use std::hash::Hasher as _;
 
 use serde_json::{Value as Json, json};
-use xxhash_rust::xxh3::Xxh3Default;
+use twox_hash::xxhash3_64::Hasher;
 
 use crate::VmState;
 
@@ -160,9 +161,9 @@ impl Schema {
     /// A hash of all the schema says. Two builds with the same hash read each other's states; a live connection compares it
     /// instead of sending descriptions.
     pub fn hash(&self) -> u64 {
-        let mut hasher = Xxh3Default::new();
+        let mut hasher = Hasher::new();
         feed(&mut hasher, &self.to_json());
-        hasher.digest()
+        hasher.finish()
     }
 }
 
@@ -173,27 +174,27 @@ impl fmt::Display for Schema {
 }
 
 /// Feeds JSON to the hasher with the keys sorted, so that the hash depends on no map's order and no formatting.
-fn feed(hasher: &mut Xxh3Default, json: &Json) {
+fn feed(hasher: &mut Hasher, json: &Json) {
     match json {
         Json::Object(map) => {
             let mut entries: Vec<_> = map.iter().collect();
             entries.sort_by_key(|(key, _)| *key);
-            hasher.update(b"{");
+            hasher.write(b"{");
             for (key, value) in entries {
-                hasher.update(key.as_bytes());
-                hasher.update(b"\0");
+                hasher.write(key.as_bytes());
+                hasher.write(b"\0");
                 feed(hasher, value);
             }
-            hasher.update(b"}");
+            hasher.write(b"}");
         }
         Json::Array(items) => {
-            hasher.update(b"[");
+            hasher.write(b"[");
             items.iter().for_each(|item| feed(hasher, item));
-            hasher.update(b"]");
+            hasher.write(b"]");
         }
         leaf => {
-            hasher.update(leaf.to_string().as_bytes());
-            hasher.update(b"\0");
+            hasher.write(leaf.to_string().as_bytes());
+            hasher.write(b"\0");
         }
     }
 }

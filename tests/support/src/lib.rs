@@ -31,7 +31,7 @@ mod vm;
 
 pub use bed::TestBed;
 pub use counters::{Finding, exerciser_line};
-pub use huge_pages::has_huge_pages;
+pub use huge_pages::{has_huge_pages, has_transparent_huge_pages};
 pub use machine::Machine;
 pub use proxy::{Held, Place, Proxy, Verdict, Way};
 pub use vm::{Vm, WATCHDOG};

@@ -15,6 +15,7 @@
 //! - `wire`: these bytes, and what of them is refused. `lane`: deadlines, and one end for all channels.
 //! - `send`, `receive`: one channel. Contents go from where they are by one system call; they are received where they belong,
 //!   or written into the file behind memory that is not there yet, which is faster than the page faults are.
+//! - `fresh`: which of the two, since faults that bring huge pages are faster still.
 //! - `differing`: pages that were not what the source saw of them.
 //! - `source`, `destination`: all of them; who may join.
 //!
@@ -59,6 +60,7 @@
 mod compress;
 pub(crate) mod destination;
 mod differing;
+mod fresh;
 mod lane;
 mod receive;
 pub mod replay;
@@ -70,7 +72,7 @@ mod wire;
 
 pub use compress::Compression;
 
-use xxhash_rust::xxh3::xxh3_64_with_seed;
+use twox_hash::XxHash3_64;
 
 /// Data channels of one migration.
 pub const CHANNELS_MAX: u16 = 64;
@@ -79,5 +81,7 @@ pub const CHANNELS_DEFAULT: u16 = 2;
 
 /// The digest of PREPARE: that of the stream, and those of all channels in their order.
 pub(crate) fn combined(stream: u64, channels: impl IntoIterator<Item = u64>) -> u64 {
-    channels.into_iter().fold(stream, |digest, channel| xxh3_64_with_seed(&channel.to_le_bytes(), digest))
+    channels
+        .into_iter()
+        .fold(stream, |digest, channel| XxHash3_64::oneshot_with_seed(digest, &channel.to_le_bytes()))
 }

@@ -1,13 +1,14 @@
 //! One channel into guest memory.
 
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 
 use stream::PAGE_BYTES as PAGE_LENGTH;
+use twox_hash::XxHash3_64;
 use vm_memory::VolatileMemory;
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::compress::Decompressor;
 use super::differing::Differing;
+use super::fresh::Fresh;
 use super::lane::Input;
 use super::wire::{
     CONTENTS_BYTES_MAX, Chain, DIGEST_BYTES, HEAD_BYTES, Head, Run, RunKind, Shape, decode_table, table_bytes,
@@ -40,8 +41,8 @@ pub(crate) struct Inlet {
     shape: Shape,
     /// In the order of their names.
     blocks: Vec<RamBlock>,
-    /// Whether there is a file behind each that can be written to.
-    has_file: Vec<bool>,
+    /// Of each, how pages are filled that hold nothing.
+    fresh: Vec<Fresh>,
     /// Pages of each block that hold something: the others are still the holes of fresh memory.
     placed: Vec<PageBitmap>,
     /// Contents that came in this batch.
@@ -71,7 +72,7 @@ impl Inlet {
         let nothing: Vec<_> = block_pages.iter().map(|pages| PageBitmap::new(*pages)).collect();
         Self {
             shape: Shape { block_pages, index, count },
-            has_file: blocks.iter().map(has_file).collect(),
+            fresh: blocks.iter().map(Fresh::of).collect(),
             differing: Differing::none(&blocks),
             blocks,
             placed: nothing,
@@ -118,18 +119,25 @@ impl Inlet {
         Ok(Came::Batch(batch))
     }
 
-    /// Whether its contents cannot be received where they belong: they are compressed, or the pages are not there yet. To
-    /// write into the file behind fresh memory costs half of what a page fault does, which also makes the page zero before.
-    fn goes_through_a_buffer(&self, run: &Run) -> bool {
-        let is_fresh = || {
-            let placed = self.placed.get(run.block);
-            self.has_file(run) && placed.is_some_and(|placed| !run.range().all(|page| placed.contains(page)))
-        };
+    /// Whether its contents cannot be received where they belong: they are compressed, or the pages are not there yet and come best
+    /// by the file.
+    fn goes_through_a_buffer(&mut self, run: &Run) -> bool {
         match run.kind {
             RunKind::Zero => false,
-            RunKind::Data => is_fresh(),
+            RunKind::Data => self.is_fresh(run) && self.is_better_written(run),
             RunKind::Lz4 | RunKind::Zstd => true,
         }
+    }
+
+    /// Whether some of its pages hold nothing yet.
+    fn is_fresh(&self, run: &Run) -> bool {
+        let placed = self.placed.get(run.block);
+        placed.is_some_and(|placed| !run.range().all(|page| placed.contains(page)))
+    }
+
+    fn is_better_written(&mut self, run: &Run) -> bool {
+        let fresh = self.fresh.get_mut(run.block).zip(self.blocks.get(run.block));
+        fresh.is_some_and(|(fresh, block)| fresh.is_better_written(block, run))
     }
 
     /// Contents go straight to where they belong.
@@ -154,7 +162,7 @@ impl Inlet {
                 let mut copy = [0; PAGE_LENGTH];
                 let slice = self.block(run)?.mapping.get_slice((page * PAGE_BYTES) as usize, PAGE_LENGTH);
                 slice.map_err(unwritable)?.copy_to(&mut copy);
-                self.judge(run, page, digests.next() != Some(xxh3_64(&copy)));
+                self.judge(run, page, digests.next() != Some(XxHash3_64::oneshot(&copy)));
             }
         }
         Ok(())
@@ -191,7 +199,7 @@ impl Inlet {
             };
             self.put(run, bytes)?;
             for (page, bytes) in run.range().zip(bytes.as_chunks::<PAGE_LENGTH>().0) {
-                self.judge(run, page, digests.next() != Some(xxh3_64(bytes)));
+                self.judge(run, page, digests.next() != Some(XxHash3_64::oneshot(bytes)));
             }
         }
         self.contents = contents;
@@ -239,9 +247,10 @@ impl Inlet {
     }
 
     /// Writes contents where they belong.
-    fn put(&self, run: &Run, bytes: &[u8]) -> Result<(), Error> {
+    fn put(&mut self, run: &Run, bytes: &[u8]) -> Result<(), Error> {
+        let is_written = !self.is_fresh(run) || self.is_better_written(run);
         let mapping = &self.block(run)?.mapping;
-        if let Some(memory) = mapping.file_offset().filter(|_| self.has_file(run)) {
+        if let Some(memory) = self.fresh.get(run.block).and_then(Fresh::file).filter(|_| is_written) {
             let offset = memory.start() + run.offset_bytes() as u64;
             return memory.file().write_all_at(bytes, offset).map_err(unwritable);
         }
@@ -249,20 +258,9 @@ impl Inlet {
         Ok(())
     }
 
-    fn has_file(&self, run: &Run) -> bool {
-        self.has_file.get(run.block).copied().unwrap_or_default()
-    }
-
     fn block(&self, run: &Run) -> Result<&RamBlock, Error> {
         self.blocks.get(run.block).ok_or_else(|| no_block(run))
     }
-}
-
-/// Whether the memory of a block can be written to through its file. One of huge pages has a file that is mapped and nothing else
-/// (hugetlbfs).
-fn has_file(block: &RamBlock) -> bool {
-    let found = block.mapping.file_offset().and_then(|memory| memory.file().metadata().ok());
-    found.is_some_and(|found| found.blksize() <= PAGE_BYTES)
 }
 
 fn no_block(run: &Run) -> Error {

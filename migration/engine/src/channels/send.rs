@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use stream::PAGE_BYTES as PAGE_LENGTH;
+use twox_hash::XxHash3_64;
 use vm_memory::VolatileMemory;
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::compress::{Compression, Compressor};
 use super::lane::{Lane, Watch};
@@ -136,7 +136,7 @@ impl Outlet {
             self.batch.sent.zero_pages += 1;
             return Ok(());
         }
-        self.batch.digests.extend(xxh3_64(&copy).to_be_bytes());
+        self.batch.digests.extend(XxHash3_64::oneshot(&copy).to_be_bytes());
         self.batch.sent.normal_pages += 1;
         self.batch.extend(block, page, RunKind::Data, self.compressor.as_mut());
         if self.compressor.is_some() {

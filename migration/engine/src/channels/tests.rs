@@ -327,7 +327,7 @@ fn contents_never_become_larger_than_their_pages() {
 #[test]
 fn a_page_that_was_written_to_meanwhile_must_come_again() {
     let page = |value: u8| vec![value; PAGE];
-    let seen = |value: u8| xxhash_rust::xxh3::xxh3_64(&page(value));
+    let seen = |value: u8| twox_hash::XxHash3_64::oneshot(&page(value));
     let run = |first_page| Run { block: 1, kind: RunKind::Data, first_page, pages: 1, contents_bytes: PAGE };
     for with_file in [false, true] {
         let mut bytes = Vec::new();
@@ -438,4 +438,14 @@ fn a_channel_ends_with_the_others_whatever_it_waits_for() {
     let memory = [VolatileSlice::from(much.as_mut_slice())];
     assert!(near.send(&[], &memory, step(Duration::from_secs(20)), &watch).is_err());
     assert!(matches!(watch.take_cause(), Some(Error::Closed { .. })), "the first cause counts");
+}
+
+/// Both sides have the same digests, whichever version they are.
+#[test]
+fn digests_are_those_of_every_version() {
+    let mut chain = Chain::default();
+    (0..200_u32).for_each(|number| chain.add(&number.to_le_bytes()));
+    let digests = [super::combined(1, [2, 3]), chain.digest(), twox_hash::XxHash3_64::oneshot(&[7; PAGE])];
+    assert_eq!(digests, [0x2721_7e97_05f2_4dec, 0xb881_6dc2_61d1_f241, 0x63a6_bf87_74b6_859d]);
+    assert_eq!(twox_hash::XxHash3_64::oneshot(b""), 0x2d06_8005_38d3_94c2, "XXH3, as published");
 }

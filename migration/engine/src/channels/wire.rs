@@ -1,8 +1,9 @@
 //! The bytes of a data channel, and what of them is refused.
 
+use std::hash::Hasher as _;
 use std::ops::Range;
 
-use xxhash_rust::xxh3::Xxh3Default;
+use twox_hash::xxhash3_64::Hasher;
 
 use crate::PAGE_BYTES;
 use crate::ram::PAGE_LENGTH;
@@ -248,14 +249,14 @@ pub(crate) fn table_bytes(runs: usize, digests: usize) -> usize {
 
 /// A digest of all that a channel says about pages; what they hold, the digests in it vouch for.
 #[derive(Default)]
-pub(crate) struct Chain(Xxh3Default);
+pub(crate) struct Chain(Hasher);
 
 impl Chain {
     pub fn add(&mut self, bytes: &[u8]) {
-        self.0.update(bytes);
+        self.0.write(bytes);
     }
 
     pub fn digest(&self) -> u64 {
-        self.0.digest()
+        self.0.finish()
     }
 }

@@ -49,6 +49,17 @@ impl Announced {
             .map_err(Error::machine("drop the old copies of missing pages"))
     }
 
+    /// Has every block make sure that what was named of it is missing.
+    pub fn keep_missing(
+        &self,
+        mut keep: impl FnMut(usize, &PageBitmap) -> MachineResult<()>,
+    ) -> Result<(), Error> {
+        let mut blocks = self.missing.bitmaps().iter().enumerate();
+        blocks
+            .try_for_each(|(block, pages)| keep(block, pages))
+            .map_err(Error::machine("make sure that missing pages are missing"))
+    }
+
     /// What was added so far, by block in the order of their names.
     pub fn by_name(&self) -> Vec<&PageBitmap> {
         self.order.iter().filter_map(|block| self.missing.bitmaps().get(*block)).collect()

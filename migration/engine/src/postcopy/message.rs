@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
+use twox_hash::XxHash3_64;
 use vmstate::VmState;
-use xxhash_rust::xxh3::xxh3_64;
 
 use super::sets::PageSets;
 use crate::lease::Id;
@@ -105,7 +105,7 @@ impl Pages {
             first_page,
             count: pages.len() as u16,
             zeros,
-            digest: xxh3_64(carried),
+            digest: XxHash3_64::oneshot(carried),
         };
         body.extend_from_slice(&vmstate::to_bytes(&head));
         body.extend_from_slice(carried);
@@ -119,7 +119,7 @@ impl Pages {
         if contents.len() != expected || u64::from(head.count) > RUN_PAGES_MAX {
             return Err(format!("{} pages in {} bytes", head.count, contents.len()));
         }
-        let digest = xxh3_64(contents);
+        let digest = XxHash3_64::oneshot(contents);
         if digest != head.digest {
             let Self { block, first_page, .. } = head;
             return Err(format!(

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
+use twox_hash::XxHash3_64;
 
 use super::{BLOCK_BYTES, CHUNK_BYTES, Disk};
 
@@ -50,7 +50,7 @@ impl Run {
     /// These contents, at this place.
     pub fn data(disk: u16, offset_bytes: u64, contents: &[u8]) -> Self {
         let range = offset_bytes..offset_bytes + contents.len() as u64;
-        Self { disk, kind: Kind::Data, range, digest: xxh3_64(contents) }
+        Self { disk, kind: Kind::Data, range, digest: XxHash3_64::oneshot(contents) }
     }
 
     /// The blocks that it is of.
@@ -102,7 +102,7 @@ impl Run {
             DATA if offset / CHUNK_BYTES != (end - 1) / CHUNK_BYTES => {
                 return Err(format!("bytes {offset:#x}..{end:#x} of image {name} are not in one chunk"));
             }
-            DATA if digest != xxh3_64(contents) => {
+            DATA if digest != XxHash3_64::oneshot(contents) => {
                 return Err(format!("bytes {offset:#x}..{end:#x} of image {name} are not what was sent"));
             }
             DATA => Kind::Data,
@@ -140,9 +140,9 @@ impl DigestTable {
             let Some(entry) = chunks.get_mut(chunk as usize) else { return };
             // Of entries in any order, each known by its place.
             let place = u64::from(run.disk) << 48 | chunk;
-            let weight = |entry: u64| xxh3_64_with_seed(&entry.to_le_bytes(), place);
+            let weight = |entry: u64| XxHash3_64::oneshot_with_seed(place, &entry.to_le_bytes());
             self.digest ^= weight(*entry);
-            *entry = xxh3_64_with_seed(&head, *entry);
+            *entry = XxHash3_64::oneshot_with_seed(*entry, &head);
             self.digest ^= weight(*entry);
         }
     }
@@ -261,7 +261,7 @@ mod tests {
             contents in proptest::collection::vec(proptest::num::u8::ANY, 0..1024),
         ) {
             let end = offset.saturating_add(length);
-            let digest = if kind == DATA { xxh3_64(&contents) } else { 0 };
+            let digest = if kind == DATA { XxHash3_64::oneshot(&contents) } else { 0 };
             let run = Run { disk, kind: Kind::Data, range: offset..end, digest };
             let mut head = run.encode();
             head[2] = kind;
