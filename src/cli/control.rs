@@ -64,12 +64,16 @@ impl ControlArguments {
         let status: FerryStatus = client.query("x-ferry-status")?;
         // Without a migration QMP says `{}`.
         let migration = client.execute("query-migrate", json!({}))?;
-        if self.json {
-            println!("{}", json!({ "x-ferry": status, "migration": migration }));
+        let text = if self.json {
+            format!("{}\n", json!({ "x-ferry": status, "migration": migration }))
         } else {
-            print!("{}", Report { status, migration: serde_json::from_value(migration).ok() });
+            Report { status, migration: serde_json::from_value(migration).ok() }.to_string()
+        };
+        match std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes()) {
+            // Whoever reads has seen enough.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            written => written.context("cannot print the status"),
         }
-        Ok(())
     }
 
     /// `ferry stop`.

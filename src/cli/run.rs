@@ -78,7 +78,7 @@ pub struct RunArguments {
     #[arg(long, default_value = "256M", value_name = "SIZE")]
     pub memory: String,
     /// Which huge pages of 2 MiB RAM lies in; they make memory faster for the guest and while it moves. transparent: those that the host
-    /// gives, which it does where /sys/kernel/mm/transparent_hugepage/shmem_enabled says advise or more. reserved, or the flag alone: only
+    /// gives, which it does where /sys/kernel/mm/transparent_hugepage/shmem_enabled says advise, within_size or always. reserved, or the flag alone: only
     /// such as the host has set aside (/proc/sys/vm/nr_hugepages). off: none. Does not matter to the other side of a migration, unless
     /// memory itself is handed over.
     #[arg(long, value_enum, default_value_t, default_missing_value = "reserved", num_args = 0..=1, require_equals = true)]
