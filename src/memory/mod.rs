@@ -175,7 +175,7 @@ pub struct RamBlock {
     /// The KVM memory slot: of RAM, and of device memory that the guest sees where and while it wants to.
     pub kvm_slot: Option<u32>,
     /// What it asks for.
-    pages: HugePages,
+    huge_pages: HugePages,
     /// By how many it is kept in small pages at the moment.
     keepers: Arc<Mutex<usize>>,
 }
@@ -226,7 +226,7 @@ impl RamBlock {
             file: Arc::default(),
             guest_base,
             kvm_slot,
-            pages: huge,
+            huge_pages: huge,
             keepers: Arc::default(),
         };
         block.ask_for_its_pages();

@@ -151,7 +151,7 @@ impl RamBlock {
         let spare = Spare::of(&writable, self.mapping.size())
             .map_err(|source| self.failed("map the memory that is handed over", source))?;
         // It keeps that when it moves.
-        transparent::ask_for(self.pages, spare.start as *mut c_void, spare.length);
+        transparent::ask_for(self.huge_pages, spare.start as *mut c_void, spare.length);
         *before.spare.lock().unwrap_or_else(PoisonError::into_inner) = Some(spare);
         // An adoption that is made again is of the same memory.
         let _ = before.writable.set(writable);

@@ -1,7 +1,7 @@
 //! Huge pages that the host gives without having reserved any, where RAM asks for them ([`HugePages::Transparent`]).
 //!
-//! RAM is shared memory, of which the host's user decides apart (`/sys/kernel/mm/transparent_hugepage/shmem_enabled`, most
-//! often `never`): with `advise` such memory has huge pages as asks for it, and RAM does. A page fault then brings 2 MiB at once: memory
+//! RAM is shared memory, of which the host's user decides apart (`/sys/kernel/mm/transparent_hugepage/shmem_enabled`, `never` unless
+//! it was changed): with `advise` such memory has huge pages as asks for it, and RAM does. A page fault then brings 2 MiB at once: memory
 //! fills faster, and the guest's accesses walk shorter page tables. Nothing depends on getting any. A huge page counts as populated,
 //! whole, from the first byte that is written to it; memory that is not RAM stays sparse.
 //!
@@ -75,7 +75,7 @@ impl Drop for SmallPages {
 impl RamBlock {
     /// After something was mapped anew in its place.
     pub(super) fn ask_for_its_pages(&self) {
-        ask_for(self.pages, self.mapping.as_ptr().cast(), self.mapping.size());
+        ask_for(self.huge_pages, self.mapping.as_ptr().cast(), self.mapping.size());
     }
 
     /// See [`SmallPages`]. `None` for a block that has none in any case, or others that are all there.
@@ -83,7 +83,7 @@ impl RamBlock {
     /// # Errors
     /// [`Error::Access`]: the kernel refuses.
     pub fn keep_small(&self) -> Result<Option<SmallPages>, Error> {
-        if self.pages != HugePages::Transparent {
+        if self.huge_pages != HugePages::Transparent {
             return Ok(None);
         }
         let mut count = self.keepers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -102,22 +102,25 @@ impl RamBlock {
     /// # Errors
     /// Those of [`Self::give_back`].
     pub fn keep_missing(&self, runs: impl Iterator<Item = Range<u64>>) -> Result<(), Error> {
-        if self.pages != HugePages::Transparent {
+        if self.huge_pages != HugePages::Transparent {
             return Ok(());
         }
-        let mut seen = None;
+        // Below this page there is a hole, or a huge page's range that has one: the guest stands still, and each look is a system call.
+        let mut looked_until = 0;
         for run in runs {
-            let mut start = run.start;
+            let mut start = run.start.max(looked_until);
             while start < run.end {
-                let huge_page = start / HUGE_PAGES;
-                let end = run.end.min((huge_page + 1) * HUGE_PAGES);
-                if seen != Some(huge_page) {
-                    match self.is_populated(start * PAGE_SIZE_BYTES)? {
-                        true => self.give_back(start * PAGE_SIZE_BYTES, (end - start) * PAGE_SIZE_BYTES)?,
-                        false => seen = Some(huge_page),
-                    }
+                let end_of_range = (start / HUGE_PAGES + 1) * HUGE_PAGES;
+                let data = self.seek(SeekFrom::Data(start * PAGE_SIZE_BYTES))?;
+                let data = data.map_or_else(|| self.pages(), |data| data / PAGE_SIZE_BYTES);
+                if data > start {
+                    looked_until = end_of_range.max(data);
+                    start = looked_until;
+                } else {
+                    let end = run.end.min(end_of_range);
+                    self.give_back(start * PAGE_SIZE_BYTES, (end - start) * PAGE_SIZE_BYTES)?;
+                    start = end;
                 }
-                start = end;
             }
         }
         Ok(())
@@ -179,7 +182,6 @@ mod tests {
                 println!("this host gives no transparent huge pages: testing small ones");
                 PAGE
             }
-            // Small ones are what is tested then, in blocks that have no others.
             _ => panic!(
                 "this host gives pages of other sizes to shared memory, which these tests do not know: {found:?}"
             ),

@@ -20,7 +20,7 @@ use super::{description, lock, processor, ram_blocks};
 use crate::dirty::DirtyTracker;
 use crate::kvm::GuestTime;
 use crate::machine::{Action, Machine, Resources, schema_hashes};
-use crate::memory::{HugePages, SmallPages};
+use crate::memory::{HugePages, RamBlock as MemoryBlock, SmallPages};
 use crate::startup::{self, Step};
 use crate::userfault::Userfault;
 use crate::vcpu::Offer;
@@ -176,6 +176,11 @@ impl Arrival {
     fn machine(&self) -> MachineResult<&Machine> {
         self.machine.as_ref().ok_or_else(|| "the machine has been started already".into())
     }
+
+    fn block(&self, number: usize) -> MachineResult<&MemoryBlock> {
+        let blocks = self.machine()?.resources().ram().blocks();
+        blocks.get(number).ok_or_else(|| format!("there is no block number {number}").into())
+    }
 }
 
 impl DestinationMachine for Arrival {
@@ -220,8 +225,7 @@ impl DestinationMachine for Arrival {
         if self.small.is_empty() {
             self.small = self.machine()?.resources().ram().keep_small()?;
         }
-        let blocks = self.machine()?.resources().ram().blocks();
-        let block = blocks.get(block).ok_or_else(|| format!("there is no block number {block}"))?;
+        let block = self.block(block)?;
         // Each look at a block is a system call, and there is one for each run of pages while the guest stands still.
         if self.vmm.spec.hugepages == HugePages::Reserved && block.is_huge() {
             // Nobody sees the page before all that is missing of it came, over what is there.
@@ -231,9 +235,7 @@ impl DestinationMachine for Arrival {
     }
 
     fn keep_missing(&mut self, block: usize, pages: &PageBitmap) -> MachineResult<()> {
-        let blocks = self.machine()?.resources().ram().blocks();
-        let block = blocks.get(block).ok_or_else(|| format!("there is no block number {block}"))?;
-        Ok(block.keep_missing(pages.runs())?)
+        Ok(self.block(block)?.keep_missing(pages.runs())?)
     }
 
     fn note_writes_since(&mut self, snapshot: u64) -> MachineResult<()> {
