@@ -7,6 +7,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::control::word;
+use super::output::say;
 use crate::control::{AccessState, Client};
 
 /// Which access is set. Its help stands at [`super::Command::Access`].
@@ -48,10 +49,10 @@ impl AccessArguments {
         }
         let answer = Client::connect(&self.api)?.execute("x-ferry-ana-set", arguments)?;
         if self.json {
-            println!("{answer}");
+            say!("{answer}")?;
         } else {
             let group = answer["group"].as_u64().context("the machine does not say the group")?;
-            println!("{controller} gives access to group {group}: {}", word(state));
+            say!("{controller} gives access to group {group}: {}", word(state))?;
         }
         Ok(())
     }

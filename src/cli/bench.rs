@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, ensure};
 use clap::{Args, Subcommand};
 
+use super::output::{say, write};
 use crate::bench::case::{Case, Lists, NAMESPACES_MAX, QUEUE_PAIRS_MAX, Transport};
 use crate::bench::migrate::{self, Plan};
 use crate::bench::{copy, nvme, restore};
@@ -216,9 +217,9 @@ impl MigrateBenchmark {
         });
         let results = stage.close(false, result)?;
         if json {
-            println!("{}", serde_json::to_string(&results)?);
+            say!("{}", serde_json::to_string(&results)?)?;
         } else {
-            print!("\n{results}");
+            write(format_args!("\n{results}"))?;
         }
         Ok(())
     }
@@ -243,9 +244,9 @@ impl RestoreBenchmark {
         });
         let results = stage.close(false, result)?;
         if json {
-            println!("{}", serde_json::to_string(&results)?);
+            say!("{}", serde_json::to_string(&results)?)?;
         } else {
-            print!("\n{results}");
+            write(format_args!("\n{results}"))?;
         }
         Ok(())
     }
@@ -265,9 +266,9 @@ impl NvmeBenchmark {
         let result = nvme::run(&mut stage, &plan, &cases, |outcome| eprintln!("{outcome}"));
         let results = stage.close(false, result)?;
         if json {
-            println!("{}", serde_json::to_string(&results)?);
+            say!("{}", serde_json::to_string(&results)?)?;
         } else {
-            print!("\n{results}");
+            write(format_args!("\n{results}"))?;
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use clap::Args;
 use indicatif::HumanBytes;
 use serde_json::{Value, json};
 
+use super::output::{say, write};
 use crate::control::{
     Client, FerryAccess, FerryMember, FerryMigration, FerryStart, FerryStatus, MigrationInfo,
     MigrationStatus, RunState,
@@ -48,7 +49,7 @@ impl QuitArguments {
         let mut client = Client::connect(&self.control.api)?;
         client.execute("quit", if self.force { json!({ "x-ferry-force": true }) } else { json!({}) })?;
         if self.control.json {
-            println!("{}", json!({}));
+            say!("{}", json!({}))?;
         }
         Ok(())
     }
@@ -69,11 +70,7 @@ impl ControlArguments {
         } else {
             Report { status, migration: serde_json::from_value(migration).ok() }.to_string()
         };
-        match std::io::Write::write_all(&mut std::io::stdout(), text.as_bytes()) {
-            // Whoever reads has seen enough.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-            written => written.context("cannot print the status"),
-        }
+        write(text)
     }
 
     /// `ferry stop`.
@@ -107,7 +104,7 @@ impl ControlArguments {
         // If the guest has gone ahead of its memory, this changes nothing.
         let ended = client.decide("migrate_cancel")?.info;
         if self.json {
-            println!("{}", serde_json::to_string(&ended)?);
+            say!("{}", serde_json::to_string(&ended)?)?;
         }
         match ended.status {
             MigrationStatus::Completed => bail!("too late: the migration has completed"),
@@ -164,11 +161,9 @@ impl ControlArguments {
     /// Says what the run state is.
     fn show(&self, status: &Value) -> anyhow::Result<()> {
         if self.json {
-            println!("{status}");
-        } else {
-            println!("{}", status["status"].as_str().context("the machine does not say its run state")?);
+            return say!("{status}");
         }
-        Ok(())
+        say!("{}", status["status"].as_str().context("the machine does not say its run state")?)
     }
 }
 

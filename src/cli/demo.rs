@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::Args;
 
 use super::migrate::Display;
+use super::output::say;
 use crate::control::MigrationInfo;
 use crate::demo::{self, Audience};
 use crate::drive::Stage;
@@ -51,9 +52,9 @@ impl DemoArguments {
         watcher.display.end();
         let report = stage.close(self.keep, result)?;
         if self.json {
-            println!("{}", serde_json::to_string(&report)?);
+            say!("{}", serde_json::to_string(&report)?)?;
         } else {
-            println!("\nThe guest moved, and everything that it checked was right:\n\n{report}");
+            say!("\nThe guest moved, and everything that it checked was right:\n\n{report}")?;
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ use serde_json::Value;
 use stream::ReadAt;
 use stream::description::{Description, Node};
 
+use super::output::unless_closed;
 use crate::inspect::{
     self, Contents, Diff, Finder, Input, Limited, OUTPUT_BYTES_MAX, Section, Tree, Visitor,
 };
@@ -80,20 +81,7 @@ impl InspectArguments {
         let mut out = Limited::new(BufWriter::new(io::stdout().lock()), OUTPUT_BYTES_MAX);
         let result = self.print(&mut out);
         let flushed = out.flush().context("cannot write to standard output");
-        let result = result.and(flushed);
-        // Whoever reads the output has seen enough.
-        let is_pipe = |error: &anyhow::Error| {
-            error.chain().any(|cause| {
-                let io = cause.downcast_ref::<io::Error>().map(io::Error::kind);
-                let json =
-                    cause.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind);
-                io.or(json) == Some(io::ErrorKind::BrokenPipe)
-            })
-        };
-        match result {
-            Err(error) if is_pipe(&error) => Ok(()),
-            result => result,
-        }
+        unless_closed(result.and(flushed))
     }
 
     fn print(&self, out: &mut impl Write) -> anyhow::Result<()> {

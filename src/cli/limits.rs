@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::output::say;
 use crate::control::{Client, Limits};
 
 /// Which machine, and what changes. Its help stands at [`super::Command::Limits`].
@@ -38,14 +39,14 @@ impl LimitsArguments {
         let parameters = client.execute("query-migrate-parameters", json!({}))?;
         let capabilities = client.execute("query-migrate-capabilities", json!({}))?;
         if self.json {
-            println!("{}", json!({ "parameters": parameters, "capabilities": capabilities }));
+            say!("{}", json!({ "parameters": parameters, "capabilities": capabilities }))?;
             return Ok(());
         }
         for (name, value) in parameters.as_object().into_iter().flatten() {
-            println!("{name}: {}", plain(value));
+            say!("{name}: {}", plain(value))?;
         }
         for capability in capabilities.as_array().into_iter().flatten() {
-            println!("{}: {}", plain(&capability["capability"]), plain(&capability["state"]));
+            say!("{}: {}", plain(&capability["capability"]), plain(&capability["state"]))?;
         }
         Ok(())
     }

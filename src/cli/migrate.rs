@@ -13,6 +13,7 @@ use signal_hook::consts::SIGINT;
 use transport::Uri;
 
 use super::control::{TOO_LATE_TO_CANCEL, word};
+use super::output::say;
 use crate::control::{
     Client, DiskStats, FerryChannel, FerryDowntime, FerryPostcopy, Finished, Limits, MigrateRequest,
     MigrationInfo, MigrationStatus, RamStats,
@@ -147,13 +148,13 @@ impl RecoverArguments {
         let finished = client.recover(uri.as_deref(), |info| display.show(info));
         display.end();
         match finished.context("the recovery")? {
-            None if self.json => println!("{{}}"),
-            None => println!("waits for the source; recover it too"),
+            None if self.json => say!("{{}}")?,
+            None => say!("waits for the source; recover it too")?,
             Some(finished) if self.json && finished.info.status.is_final() => {
-                println!("{}", serde_json::to_string(&finished)?);
+                say!("{}", serde_json::to_string(&finished)?)?;
             }
             Some(finished) if finished.info.status == MigrationStatus::Completed => {
-                println!("the guest has all of its memory{}", summary(&finished));
+                say!("the guest has all of its memory{}", summary(&finished))?;
             }
             Some(Finished { info, details }) if info.status == MigrationStatus::PostcopyPaused => {
                 let why = details.and_then(|details| details.postcopy).and_then(|postcopy| postcopy.paused);
@@ -198,8 +199,8 @@ impl MigrateArguments {
         if self.detach {
             client.begin_migration(&request).with_context(|| format!("the migration to {uri}"))?;
             match self.json {
-                true => println!("{}", serde_json::to_string(&MigrationInfo::new(MigrationStatus::Setup))?),
-                false => println!("the migration to {uri} has begun"),
+                true => say!("{}", serde_json::to_string(&MigrationInfo::new(MigrationStatus::Setup))?)?,
+                false => say!("the migration to {uri} has begun")?,
             }
             return Ok(());
         }
@@ -216,15 +217,14 @@ impl MigrateArguments {
         display.end();
         let finished = finished.with_context(|| format!("the migration to {uri}"))?;
         if self.json {
-            println!("{}", serde_json::to_string(&finished)?);
+            say!("{}", serde_json::to_string(&finished)?)?;
         }
         let reason = finished.info.error_desc.as_deref().unwrap_or("no reason given");
         match finished.info.status {
             MigrationStatus::Completed if self.json => Ok(()),
             MigrationStatus::Completed => {
-                println!("migrated to {uri}{}", summary(&finished));
-                details(&finished).iter().for_each(|line| println!("  {line}"));
-                Ok(())
+                say!("migrated to {uri}{}", summary(&finished))?;
+                details(&finished).iter().try_for_each(|line| say!("  {line}"))
             }
             MigrationStatus::Cancelled => {
                 let stays_paused = reason.split_once("; ").map(|(_, why)| format!("; {why}"));

@@ -8,6 +8,7 @@ mod inspect;
 mod limits;
 mod migrate;
 mod namespace;
+mod output;
 mod run;
 mod snapshot;
 

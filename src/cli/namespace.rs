@@ -6,6 +6,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
+use super::output::say;
 use crate::config::{BackendSpec, NamespaceOption, NamespaceSpec, parse_size};
 use crate::control::Client;
 
@@ -85,7 +86,8 @@ impl NamespaceArguments {
             NamespaceCommand::Add(AddArguments { machine, namespace }) => {
                 let answer = machine.ask("x-ferry-namespace-add", addition(namespace)?)?;
                 let NamespaceOption { controller, namespace } = namespace;
-                machine.print(&answer, || format!("namespace {} of {controller} is there", namespace.nsid));
+                machine
+                    .print(&answer, || format!("namespace {} of {controller} is there", namespace.nsid))?;
             }
             NamespaceCommand::Remove(which) => {
                 let answer = which.machine.ask("x-ferry-namespace-remove", which.arguments())?;
@@ -95,7 +97,7 @@ impl NamespaceArguments {
                     "is gone for the guest; commands are still in flight, and its image is let go when they end"
                 };
                 let WhichArguments { controller, nsid, .. } = which;
-                which.machine.print(&answer, || format!("namespace {nsid} of {controller} {what}"));
+                which.machine.print(&answer, || format!("namespace {nsid} of {controller} {what}"))?;
             }
             NamespaceCommand::Resize(ResizeArguments { which, size }) => {
                 let mut arguments = which.arguments();
@@ -107,7 +109,7 @@ impl NamespaceArguments {
                 let WhichArguments { controller, nsid, .. } = which;
                 which
                     .machine
-                    .print(&answer, || format!("namespace {nsid} of {controller} has {bytes} bytes"));
+                    .print(&answer, || format!("namespace {nsid} of {controller} has {bytes} bytes"))?;
             }
         }
         Ok(())
@@ -119,12 +121,8 @@ impl MachineArguments {
         Ok(Client::connect(&self.api)?.execute(command, arguments)?)
     }
 
-    fn print(&self, answer: &Value, words: impl FnOnce() -> String) {
-        if self.json {
-            println!("{answer}");
-        } else {
-            println!("{}", words());
-        }
+    fn print(&self, answer: &Value, words: impl FnOnce() -> String) -> anyhow::Result<()> {
+        if self.json { say!("{answer}") } else { say!("{}", words()) }
     }
 }
 

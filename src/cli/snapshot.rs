@@ -8,6 +8,7 @@ use clap::Args;
 use engine::{ImageCopy, SnapshotOptions};
 
 use super::migrate::Display;
+use super::output::say;
 use crate::control::{Client, MigrationStatus};
 
 /// Which machine, and where to. Its help stands at [`super::Command::Snapshot`].
@@ -64,7 +65,7 @@ impl SnapshotArguments {
         display.end();
         let finished = taken.with_context(|| format!("the snapshot {}", path.display()))?;
         if self.json {
-            println!("{}", serde_json::to_string(&finished)?);
+            say!("{}", serde_json::to_string(&finished)?)?;
         }
         let reason = finished.info.error_desc.as_deref().unwrap_or("no reason given");
         match finished.info.status {
@@ -74,7 +75,7 @@ impl SnapshotArguments {
                 let stood = stood.map(|downtime| {
                     format!(" (the guest stood still for {:.1} ms)", downtime.total as f64 / 1e3)
                 });
-                println!("{}{}", path.display(), stood.unwrap_or_default());
+                say!("{}{}", path.display(), stood.unwrap_or_default())?;
                 Ok(())
             }
             MigrationStatus::Cancelled => bail!("the snapshot {} was cancelled", path.display()),

@@ -76,7 +76,8 @@ pub enum Error {
     },
     /// The host has not enough huge pages.
     #[error(
-        "cannot take {pages} huge pages of 2 MiB for memory block \"{name}\": {}; /proc/sys/vm/nr_hugepages says how many the host reserves",
+        "cannot take {pages} huge pages of 2 MiB for memory block \"{name}\": {}; /proc/sys/vm/nr_hugepages says how many the host reserves \
+         (--hugepages=transparent takes such as it gives, and needs none)",
         .free.map_or("the host has none of that size".to_owned(), |free| format!("{free} are free"))
     )]
     HugePages {

@@ -2,6 +2,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use ferry::drive::Process;
 use serde_json::json;
@@ -51,6 +52,24 @@ fn a_guest_is_reset_by_the_socket_and_stays_paused_if_it_was() {
     assert_eq!(vm.execute("query-status", json!({}))["status"], "paused");
     vm.execute("cont", json!({}));
     begins(&vm, 3);
+    vm.finish();
+}
+
+/// `ferry limits | head -1`, whose reader goes away first.
+#[test]
+fn words_that_nobody_reads_are_no_failure() {
+    let bed = bed();
+    let vm = one_disk(&bed).boot(&bed, "vm", EXERCISER, "queues=1");
+    let api = bed.path("vm.api").display().to_string();
+    for words in ["limits", "limits --json", "status", "stop", "stop --json", "cont"] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let mut command = Command::new(bed.program());
+        command.args(words.split(' ')).args(["--api", &api]).stdout(writer).stderr(Stdio::piped());
+        let output = command.output().expect("ferry starts");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.is_empty(), "{words}: {}: {said}", output.status);
+    }
     vm.finish();
 }
 
