@@ -16,6 +16,10 @@
 //!
 //! The structures and numbers are those of `linux/userfaultfd.h`.
 //!
+//! Memory that nobody touches yet is also [filled](Userfault::fill) by this: a small page comes with its contents and mapped, in one
+//! step, where a touch would clear it first, and a write to the file would have each thread wait for the other and leave the mapping to
+//! a fault.
+//!
 //! Absent: write protection, and what to place: that is for who [waits](Userfault::faults) for faults.
 #![allow(unsafe_code)]
 
@@ -39,6 +43,8 @@ const DEVICE: &str = "/dev/userfaultfd";
 const UFFDIO: u32 = 0xaa;
 /// Version of the interface.
 const UFFD_API: u64 = 0xaa;
+/// Faults in user mode only: every process may have such a descriptor, since Linux 5.11.
+const UFFD_USER_MODE_ONLY: u32 = 1;
 const UFFD_FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
 const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 const UFFD_FEATURE_THREAD_ID: u64 = 1 << 8;
@@ -50,6 +56,8 @@ const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
 const MESSAGE_BYTES: usize = 32;
 /// Messages that are read at a time.
 const MESSAGES: usize = 16;
+/// So often nothing at all may be filled because somebody else was at work on the mapping.
+const FILL_TRIES: u32 = 3;
 /// A page of zeros.
 const ZEROS: [u8; PAGE_SIZE_BYTES as usize] = [0; PAGE_SIZE_BYTES as usize];
 
@@ -215,13 +223,22 @@ impl Watched {
     }
 }
 
+/// What a descriptor is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// All who touch a missing page wait, also where the kernel does it for us.
+    Waiting,
+    /// Nobody touches one. Where the kernel knows how, what it touches for us fails instead of waiting.
+    Filling,
+}
+
 impl Userfault {
     /// Whether this host lets us watch memory, also such in huge pages.
     ///
     /// # Errors
     /// Those of [`Self::register`].
     pub fn check(in_huge_pages: bool) -> Result<(), Error> {
-        let (_, features) = agree()?;
+        let (_, features) = agree(Purpose::Waiting)?;
         if in_huge_pages { check_huge(features) } else { Ok(()) }
     }
 
@@ -231,7 +248,19 @@ impl Userfault {
     /// [`Error::Unavailable`], [`Error::Unsuitable`], [`Error::Call`], and [`Error::UnsuitableForHugePages`] and [`Error::Memory`] for those
     /// in huge pages: nothing is registered then.
     pub fn register(blocks: &[RamBlock]) -> Result<Self, Error> {
-        let (fd, features) = agree()?;
+        Self::register_for(Purpose::Waiting, blocks)
+    }
+
+    /// The same to [`fill`](Self::fill) pages of blocks that nobody touches meanwhile, which every process may since Linux 5.11.
+    ///
+    /// # Errors
+    /// Those of [`Self::register`].
+    pub fn register_to_fill(blocks: &[RamBlock]) -> Result<Self, Error> {
+        Self::register_for(Purpose::Filling, blocks)
+    }
+
+    fn register_for(purpose: Purpose, blocks: &[RamBlock]) -> Result<Self, Error> {
+        let (fd, features) = agree(purpose)?;
         let ended = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| failed("make an eventfd", errno))?;
         let watched = blocks.iter().map(Watched::of).collect::<Result<Vec<_>, _>>()?;
@@ -271,21 +300,55 @@ impl Userfault {
         }
         let mut done = 0;
         while done < length_bytes {
-            let mut copy = Copy {
-                to: start + done,
-                from: pages.as_ptr() as u64 + done,
-                length_bytes: length_bytes - done,
-                mode: 0,
-                copied_bytes: 0,
-            };
-            // SAFETY: the kernel reads and writes one `uffdio_copy`, and reads what is left of `pages`. It fills pages that nobody
-            // could read yet, in a mapping that is only accessed by volatile reads and writes.
-            let result = unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_COPY(), &mut copy) };
+            let (copied_bytes, result) = self.copy(start + done, pages, done);
             let left = start + done..start + length_bytes;
             let what = || format!("place {length_bytes:#x} bytes at {offset:#x} of block number {block}");
-            done += self.progress(result, copy.copied_bytes, (left, PAGE_SIZE_BYTES), what)?;
+            done += self.progress(result, copied_bytes, (left, PAGE_SIZE_BYTES), what)?;
         }
         Ok(())
+    }
+
+    /// As [`Self::place`], of pages of a block in small ones that are all missing.
+    ///
+    /// # Errors
+    /// Those of [`Self::place`]; [`Error::Call`]: some are there. Which of the others were placed is not known.
+    pub fn fill(&self, block: usize, offset: u64, pages: &[u8]) -> Result<(), Error> {
+        let Range { start, length_bytes } = self.range(block, offset, pages.len() as u64)?;
+        let (mut done, mut in_vain) = (0, 0);
+        while done < length_bytes {
+            let (copied_bytes, result) = self.copy(start + done, pages, done);
+            done += match result {
+                Ok(()) => length_bytes - done,
+                // The first of those that are left says why it could not be.
+                Err(source) if source.raw_os_error() == Some(libc::EAGAIN) && copied_bytes > 0 => {
+                    copied_bytes.unsigned_abs()
+                }
+                Err(source) if source.raw_os_error() == Some(libc::EAGAIN) && in_vain < FILL_TRIES => {
+                    in_vain += 1;
+                    0
+                }
+                Err(source) => {
+                    let what = format!("fill {length_bytes:#x} bytes at {offset:#x} of block number {block}");
+                    return Err(Error::Call { what, source });
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// One system call for `pages` from byte `done` on, to this address. What it says that it did, or a negative error; and how it ended.
+    fn copy(&self, to: u64, pages: &[u8], done: u64) -> (i64, io::Result<()>) {
+        let mut copy = Copy {
+            to,
+            from: pages.as_ptr() as u64 + done,
+            length_bytes: pages.len() as u64 - done,
+            mode: 0,
+            copied_bytes: 0,
+        };
+        // SAFETY: the kernel reads and writes one `uffdio_copy`, and reads what is left of `pages`. It fills pages that nobody
+        // could read yet, in a mapping that is only accessed by volatile reads and writes.
+        let result = unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_COPY(), &mut copy) };
+        (copy.copied_bytes, outcome(result))
     }
 
     /// As [`Self::place`], of zeros.
@@ -310,7 +373,7 @@ impl Userfault {
             let result = unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_ZEROPAGE(), &mut zero) };
             let left = start + done..start + length_bytes;
             let what = || format!("clear {length_bytes:#x} bytes at {offset:#x} of block number {block}");
-            done += self.progress(result, zero.zeroed_bytes, (left, PAGE_SIZE_BYTES), what)?;
+            done += self.progress(outcome(result), zero.zeroed_bytes, (left, PAGE_SIZE_BYTES), what)?;
         }
         Ok(())
     }
@@ -339,7 +402,7 @@ impl Userfault {
             let result = unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_CONTINUE(), &mut proceed) };
             let what = || format!("show {length_bytes:#x} bytes at {offset:#x} of block number {block}");
             let left = start + done..start + done + page_bytes;
-            done += self.progress(result, proceed.mapped_bytes, (left, page_bytes), what)?;
+            done += self.progress(outcome(result), proceed.mapped_bytes, (left, page_bytes), what)?;
         }
         Ok(())
     }
@@ -360,16 +423,13 @@ impl Userfault {
     /// Bytes of the addresses `left` that a call dealt with: those it says, or a page that is there already.
     fn progress(
         &self,
-        result: i32,
+        result: io::Result<()>,
         done_bytes: i64,
         (left, page_bytes): (std::ops::Range<u64>, u64),
         what: impl FnOnce() -> String,
     ) -> Result<u64, Error> {
         let left_bytes = left.end - left.start;
-        if result == 0 {
-            return Ok(left_bytes);
-        }
-        let source = io::Error::last_os_error();
+        let Err(source) = result else { return Ok(left_bytes) };
         match source.raw_os_error() {
             // Some were done before one that was not: that one is looked at next.
             Some(libc::EAGAIN) => Ok(u64::try_from(done_bytes).unwrap_or(0).min(left_bytes)),
@@ -481,8 +541,8 @@ impl Userfault {
 }
 
 /// A descriptor, and what the kernel offers.
-fn agree() -> Result<(OwnedFd, u64), Error> {
-    let fd = open()?;
+fn agree(purpose: Purpose) -> Result<(OwnedFd, u64), Error> {
+    let fd = open(purpose)?;
     let mut api = Api { api: UFFD_API, features: UFFD_FEATURE_THREAD_ID, ioctls: 0 };
     // SAFETY: the kernel reads and writes one `uffdio_api`.
     let result = unsafe { ioctl_with_mut_ref(&fd, UFFDIO_API(), &mut api) };
@@ -499,30 +559,37 @@ fn check_huge(features: u64) -> Result<(), Error> {
 }
 
 /// By the system call, or by the device for those who may open it.
-fn open() -> Result<OwnedFd, Error> {
+fn open(purpose: Purpose) -> Result<OwnedFd, Error> {
+    let mut flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    if purpose == Purpose::Filling {
+        flags |= UserfaultfdFlags::from_bits_retain(UFFD_USER_MODE_ONLY);
+    }
     // SAFETY: the descriptor is used in this file only, for mappings of guest memory.
-    let made = unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) };
+    let made = unsafe { rustix::mm::userfaultfd(flags) };
     let system_call = match made {
         Ok(fd) => return Ok(fd),
+        // An older kernel.
+        Err(rustix::io::Errno::INVAL) if purpose == Purpose::Filling => return open(Purpose::Waiting),
         Err(errno) => errno.into(),
     };
     let device = match File::options().read(true).write(true).open(DEVICE) {
         Ok(device) => device,
         Err(source) => return Err(Error::Unavailable { system_call, source }),
     };
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    // SAFETY: the kernel takes the flags by value.
-    let fd = unsafe { ioctl_with_val(&device, USERFAULTFD_IOC_NEW(), flags as libc::c_ulong) };
+    // SAFETY: the kernel takes the flags by value, which are those of the system call.
+    let fd = unsafe { ioctl_with_val(&device, USERFAULTFD_IOC_NEW(), flags.bits().into()) };
     check(fd, || format!("make a userfaultfd by {DEVICE}"))?;
     // SAFETY: the call made this descriptor for us alone.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Of a call that was just made.
+fn outcome(result: i32) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 fn check(result: i32, what: impl FnOnce() -> String) -> Result<(), Error> {
-    match result {
-        0.. => Ok(()),
-        _ => Err(Error::Call { source: io::Error::last_os_error(), what: what() }),
-    }
+    outcome(result).map_err(|source| Error::Call { what: what(), source })
 }
 
 fn failed(what: &str, errno: rustix::io::Errno) -> Error {

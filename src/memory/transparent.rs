@@ -30,6 +30,9 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// Between two attempts.
 const PAUSE: Duration = Duration::from_millis(1);
 
+/// Places of a block that are touched, or a few more: the host's memory may be so scattered that there is no huge page at the moment.
+const PROBES: u64 = 4;
+
 /// Small pages of a huge one.
 const HUGE_PAGES: u64 = huge::HUGE_PAGE_BYTES / PAGE_SIZE_BYTES;
 
@@ -76,6 +79,28 @@ impl RamBlock {
     /// After something was mapped anew in its place.
     pub(super) fn ask_for_its_pages(&self) {
         ask_for(self.huge_pages, self.mapping.as_ptr().cast(), self.mapping.size());
+    }
+
+    /// Whether page faults would bring huge pages into this block, which is all holes: some places are touched, and are holes again.
+    ///
+    /// # Errors
+    /// Those of [`Self::give_back`].
+    pub fn would_get_huge_pages(&self) -> Result<bool, Error> {
+        if self.huge_pages != HugePages::Transparent {
+            return Ok(self.huge_pages == HugePages::Reserved);
+        }
+        let places = self.pages() / HUGE_PAGES;
+        for place in (0..places).step_by((places / PROBES).max(1) as usize) {
+            let start = place * huge::HUGE_PAGE_BYTES;
+            // To read is to touch.
+            self.read(start, &mut [0])?;
+            let is_huge = self.is_populated(start + huge::HUGE_PAGE_BYTES - PAGE_SIZE_BYTES)?;
+            self.give_back(start, huge::HUGE_PAGE_BYTES)?;
+            if is_huge {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// See [`SmallPages`]. `None` for a block that has none in any case, or others that are all there.
@@ -212,6 +237,21 @@ mod tests {
         here.write(3 * HUGE_PAGE_BYTES + PAGE, &[1]).unwrap();
         let grown = populated(here).last().map(|range| range.end - range.start);
         assert_eq!(grown, Some(page_bytes));
+    }
+
+    #[test]
+    fn whether_huge_pages_would_come_is_known_and_leaves_nothing() {
+        let is_huge = page_bytes() > PAGE;
+        for (huge_pages, expected) in [(HugePages::Transparent, is_huge), (HugePages::Off, false)] {
+            let other = ("namespace".to_owned(), 4 * HUGE_PAGE_BYTES);
+            let ram = GuestRam::with_pages(9 * HUGE_PAGE_BYTES, huge_pages, &[other], &[]).unwrap();
+            let [low, other] = ram.blocks() else { panic!("there are two") };
+            assert_eq!(low.would_get_huge_pages().unwrap(), expected, "{huge_pages:?}");
+            assert!(!other.would_get_huge_pages().unwrap(), "memory that is not RAM stays sparse");
+            assert_eq!([low, other].map(populated), [[], []]);
+        }
+        let small = GuestRam::new(HUGE_PAGE_BYTES / 2, &[]).unwrap();
+        assert!(!small.block(RAM_LOW).unwrap().would_get_huge_pages().unwrap());
     }
 
     #[test]

@@ -9,11 +9,12 @@ use std::time::Instant;
 use engine::lease::Id;
 use engine::storage::{Disk, IncomingDisks};
 use engine::{
-    Description, DestinationFactory, DestinationMachine, ImageFile, MachineResult, MissingPages, PAGE_BYTES,
-    PageBitmap, RamBlock, RunState, Since,
+    Description, DestinationFactory, DestinationMachine, FreshMemory, ImageFile, MachineResult, MissingPages,
+    PAGE_BYTES, PageBitmap, RamBlock, RunState, Since,
 };
 use stream::{Expected, SectionSet};
 
+use super::fresh::Fresh;
 use super::paging::Paging;
 use super::storage::{Incoming, Shared};
 use super::{description, lock, processor, ram_blocks};
@@ -188,6 +189,16 @@ impl DestinationMachine for Arrival {
         self.machine.as_ref().map(|machine| ram_blocks(machine.resources().ram())).unwrap_or_default()
     }
 
+    fn fresh_memory(&mut self) -> Option<Arc<dyn FreshMemory>> {
+        match Fresh::begin(self.machine.as_ref()?.resources()) {
+            Ok(fresh) => Some(Arc::new(fresh?)),
+            Err(error) => {
+                log::info!("guest memory is filled by writing to its file, which is slower: {error}");
+                None
+            }
+        }
+    }
+
     fn missing_pages(&mut self) -> Option<Arc<dyn MissingPages>> {
         startup::done(Step::File);
         match Paging::begin(&self.vmm, self.machine.as_ref()?.resources()) {
@@ -335,6 +346,34 @@ mod tests {
         assert_ne!(before, after);
         assert!(after.ends_with(&format!("inode {inode}")), "{after}");
         drop(first);
+    }
+
+    #[test]
+    fn memory_is_filled_until_it_is_released() {
+        let (vmm, _requests) = process_with(&["--hugepages=off"]);
+        let mut factory = Factory::new(&vmm, GuestTime::Live);
+        let description = factory.description().unwrap();
+        let mut arrival = factory.build(&description).unwrap();
+        let ram = arrival.machine().unwrap().resources().ram().clone();
+        let block = ram.block(crate::memory::RAM_LOW).unwrap();
+        let number = ram.blocks().iter().position(|other| other.name == block.name).unwrap();
+        let page = |value: u8| [value; PAGE_BYTES as usize];
+        let fresh =
+            arrival.fresh_memory().expect("a host whose seccomp lets this process have a userfaultfd");
+        assert!((0..ram.blocks().len()).all(|block| fresh.has(block)) && !fresh.has(ram.blocks().len()));
+        fresh.fill(number, 3 * PAGE_BYTES, &page(3)).unwrap();
+        fresh.release().unwrap();
+        fresh.release().unwrap();
+        assert!(fresh.fill(number, 4 * PAGE_BYTES, &page(4)).is_err());
+        // Whoever touches it waits for nobody, and may be made to.
+        let read = |page: u64| {
+            let mut byte = [9];
+            block.read(page * PAGE_BYTES, &mut byte).unwrap();
+            byte[0]
+        };
+        assert_eq!([3, 4].map(read), [3, 0]);
+        assert!(arrival.missing_pages().is_some());
+        drop(fresh);
     }
 
     /// Channels bring the last of a round while the first pages are named that are to be missing.

@@ -9,6 +9,7 @@
 mod description;
 mod destination;
 mod following;
+mod fresh;
 pub mod images;
 mod job;
 mod paging;

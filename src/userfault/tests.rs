@@ -73,6 +73,41 @@ fn what_is_there_stays_as_it_is() {
 }
 
 #[test]
+fn what_nobody_touches_is_filled() {
+    let ram = ram();
+    let [low, namespace] = ram.blocks() else { panic!("there are two") };
+    low.write(9 * PAGE, &[9; 4]).unwrap();
+    let userfault = Userfault::register_to_fill(ram.blocks()).unwrap();
+    userfault.fill(0, 4 * PAGE, &[1; 3 * PAGE as usize]).unwrap();
+    userfault.fill(1, 0xf000, &[2; PAGE as usize]).unwrap();
+    assert_eq!([4, 6].map(|page| word(low, page * PAGE)), [0x0101_0101; 2]);
+    assert_eq!(word(namespace, 0xfffc), 0x0202_0202);
+    assert_eq!(low.populated_ranges().unwrap(), [4 * PAGE..7 * PAGE, 9 * PAGE..10 * PAGE]);
+    assert_eq!(low.mapping.bitmap().get_and_reset()[0], 1 << 9, "it counts as nobody's write");
+
+    // What is there stays, and that is said: by the first page and by a later one.
+    for (offset, length) in [(4, 1), (2, 3), (8, 2), (9, 3)] {
+        let error = userfault.fill(0, offset * PAGE, &vec![3; (length * PAGE) as usize]).unwrap_err();
+        let Error::Call { source, .. } = &error else { panic!("{error}") };
+        assert_eq!(source.kind(), io::ErrorKind::AlreadyExists, "{offset}+{length}");
+    }
+    assert_eq!([4, 9].map(|page| word(low, page * PAGE)), [0x0101_0101, 0x0909_0909]);
+
+    // What the kernel touches for us fails, and does not wait for what nobody brings.
+    let mut zeros = File::open("/dev/zero").unwrap();
+    let refused = zeros.read_exact_volatile(&mut low.slice(20 * PAGE, 8).unwrap()).unwrap_err();
+    assert!(refused.to_string().contains("Bad address"), "{refused}");
+
+    userfault.unregister(0).unwrap();
+    assert!(userfault.fill(0, 30 * PAGE, &[4; PAGE as usize]).is_err());
+    assert_eq!(word(low, 30 * PAGE), 0);
+    zeros.read_exact_volatile(&mut low.slice(20 * PAGE, 8).unwrap()).unwrap();
+    userfault.fill(1, 0, &[5; PAGE as usize]).unwrap();
+    drop(userfault);
+    assert_eq!([0, PAGE].map(|offset| word(namespace, offset)), [0x0505_0505, 0]);
+}
+
+#[test]
 fn who_waits_for_a_page_that_another_way_brought_goes_on() {
     for (page, by_zeros) in [(3, false), (5, true)] {
         // Another each time: where the host gives huge pages to all shared memory, to write to the file fills more than that page.
@@ -185,6 +220,7 @@ fn only_whole_pages_of_a_block_are_placed() {
         let outside = |result| matches!(result, Err(Error::OutOfBounds { .. }));
         assert!(outside(userfault.place_zeros(block, offset, length)), "{block} {offset:#x}+{length:#x}");
         assert!(outside(userfault.place(block, offset, &vec![0; length as usize])));
+        assert!(outside(userfault.fill(block, offset, &vec![0; length as usize])));
         assert!(outside(userfault.wake(block, offset, length)));
     }
 }

@@ -400,9 +400,11 @@ impl<'a> Destination<'a> {
             return Ok((self.place(link, receiver, None, (machine, announced))?, Vec::new()));
         }
         let blocks = machine.ram_blocks();
+        receiver.refuse_pages();
         let placed = std::thread::scope(|scope| {
             let user = (self.parameters, self.statistics);
-            let intake = Intake::start(scope, channels, &blocks, user, &self.patience)?;
+            let memory = (blocks.as_slice(), machine.fresh_memory());
+            let intake = Intake::start(scope, channels, memory, user, &self.patience)?;
             let prepare = self.place(link, receiver, Some(&intake), (machine, announced))?;
             Ok((prepare, intake.finish(&announced.by_name())?))
         });
@@ -435,6 +437,10 @@ impl<'a> Destination<'a> {
                 while !link.is_spoken_to(step)? {
                     intake.check()?;
                     step.patient(since)?;
+                    // The first round may take long, and nothing is said here before its end.
+                    if beside_bytes == 0 && intake.came().0 > 0 {
+                        self.statistics.set_status(Status::Active);
+                    }
                 }
                 let (bytes, beside) = intake.came();
                 if beside_bytes != bytes {
@@ -468,6 +474,8 @@ impl<'a> Destination<'a> {
                     moved = Instant::now();
                 }
                 Message::Missing(missing) => {
+                    // What is dropped is not to be waited for.
+                    intake.map_or(Ok(()), Intake::release)?;
                     announced.add(&missing, |block, pages| machine.discard(block, pages))?;
                 }
                 Message::Listed => {

@@ -95,7 +95,7 @@ pub use folder::{folder_of, sync_folder_of};
 pub use handover::Handover;
 pub use link::Dial;
 pub use machine::{
-    DestinationFactory, DestinationMachine, Fault, Image, ImageCopy, ImageFile, MachineResult,
+    DestinationFactory, DestinationMachine, Fault, FreshMemory, Image, ImageCopy, ImageFile, MachineResult,
     MemoryDescriptors, MissingPages, RamBlock, RunState, SaveFor, Since, SourceMachine,
 };
 pub use moment::{HOST, is_same_host};

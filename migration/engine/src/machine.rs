@@ -423,10 +423,36 @@ pub trait MissingPages: Send + Sync {
     fn lost(&self, error: &EngineError);
 }
 
+/// Guest memory that holds nothing yet, and that nobody touches while it is filled, the engine neither: who touched what holds nothing
+/// would wait until it is released. Blocks have the numbers that they have in [`DestinationMachine::ram_blocks`]. Several threads fill.
+/// Dropping it [releases](Self::release) it.
+pub trait FreshMemory: Send + Sync {
+    /// Whether the block can be filled so.
+    fn has(&self, block: usize) -> bool;
+
+    /// Fills whole pages that hold nothing.
+    ///
+    /// # Errors
+    /// Some hold something, there is no memory, or it was released. Which of them are filled is not known.
+    fn fill(&self, block: usize, offset: u64, pages: &[u8]) -> MachineResult<()>;
+
+    /// From here on memory is as any other. Harmless when it is.
+    ///
+    /// # Errors
+    /// The host goes on to let wait who touches it.
+    fn release(&self) -> MachineResult<()>;
+}
+
 /// The machine that arrives. Dropping it before [`start`](Self::start) releases everything.
 pub trait DestinationMachine {
     /// All guest memory.
     fn ram_blocks(&self) -> Vec<RamBlock>;
+
+    /// Has memory, which is all holes and will be for a while, filled without being touched. `None`: it is faster otherwise, or the host
+    /// cannot do that.
+    fn fresh_memory(&mut self) -> Option<Arc<dyn FreshMemory>> {
+        None
+    }
 
     /// Has those who touch missing pages of memory wait for them from now on. `None`: the host cannot do that, and all memory is there
     /// before it is touched.

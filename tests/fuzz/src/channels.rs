@@ -1,11 +1,13 @@
 //! Data channels: what they do to guest memory.
 
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use dirty_bitmap::DirtyBitmap;
 use engine::replay::{place, record};
-use engine::{Compression, PAGE_BYTES, PageBitmap, RamBlock};
-use vm_memory::{Bytes, MmapRegion, VolatileMemory};
+use engine::{Compression, FreshMemory, MachineResult, PAGE_BYTES, PageBitmap, RamBlock};
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 use crate::streams;
 
@@ -19,12 +21,69 @@ fn memory() -> Vec<RamBlock> {
     streams::blocks().into_iter().map(block).collect()
 }
 
-/// The first byte says which channel of how many, the rest is what comes on it.
+/// Memory that is filled before anybody touches it, until so many pages are.
+struct Filled {
+    blocks: Vec<RamBlock>,
+    left: AtomicU64,
+}
+
+impl Filled {
+    fn new(pages: u64) -> Self {
+        let block = |block: stream::RamBlock| {
+            let file = tempfile::tempfile().expect("a file");
+            file.set_len(block.length_bytes).expect("it is sparse");
+            let region = MmapRegion::from_file(FileOffset::new(file, 0), block.length_bytes as usize);
+            RamBlock { name: block.name, mapping: Arc::new(region.expect("so little can be mapped")) }
+        };
+        let blocks = streams::blocks().into_iter().map(block).collect();
+        Self { blocks, left: AtomicU64::new(pages) }
+    }
+}
+
+impl FreshMemory for Filled {
+    fn has(&self, block: usize) -> bool {
+        block < self.blocks.len()
+    }
+
+    /// A page that holds something is touched as one that is filled is not: there the two must not be confused.
+    fn fill(&self, block: usize, offset: u64, pages: &[u8]) -> MachineResult<()> {
+        let block = &self.blocks[block].mapping;
+        for (offset, page) in (offset..).step_by(PAGE_BYTES as usize).zip(pages.chunks(PAGE_BYTES as usize)) {
+            if self
+                .left
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
+                .is_err()
+            {
+                return Err("there is no memory".into());
+            }
+            let slice = block.get_slice(offset as usize, page.len()).expect("the engine has looked");
+            let mut before = vec![0; page.len()];
+            slice.copy_to(&mut before);
+            assert!(before.iter().all(|byte| *byte == 0), "a page that holds something is filled");
+            block.file_offset().expect("it has one").file().write_all_at(page, offset)?;
+        }
+        Ok(())
+    }
+
+    fn release(&self) -> MachineResult<()> {
+        self.left.store(0, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// The first byte says which channel of how many, and whether memory is filled and how far; the rest is what comes on it.
 pub fn channel(bytes: &[u8]) {
     let [which, bytes @ ..] = bytes else { return };
     let (index, count) = (u16::from(which & 3), u16::from(which >> 2 & 3) + 1);
     let index = index % count;
-    let _refused = place(bytes, memory(), index, count);
+    let _refused = match which >> 4 {
+        0 => place(bytes, &memory(), None, index, count),
+        pages => {
+            let filled = Filled::new(u64::from(pages) - 1);
+            let blocks = filled.blocks.clone();
+            place(bytes, &blocks, Some(&(Arc::new(filled) as Arc<dyn FreshMemory>)), index, count)
+        }
+    };
 }
 
 /// Channels of the model machine, in every way of compression.
@@ -44,7 +103,9 @@ pub fn seeds() -> Vec<Vec<u8>> {
     all.iter_mut().for_each(|bitmap| bitmap.set_range(0..bitmap.pages()));
     for compression in Compression::ALL {
         let bytes = record(&blocks, &[&all, &some], compression, 0, 1).expect("memory can be recorded");
-        out.push([&[0], bytes.as_slice()].concat());
+        for which in [0, 0x10, 0x20, 0xf0] {
+            out.push([&[which], bytes.as_slice()].concat());
+        }
     }
     for index in 0..2 {
         let bytes = record(&blocks, &[&some], Compression::None, index, 2).expect("memory can be recorded");

@@ -17,7 +17,7 @@ use crate::lease::{Id, random_id};
 use crate::link::{Link, SLICE, Step};
 use crate::protocol::{Agree, ChannelHello, ChannelKey, Hello, Message};
 use crate::reception::{GLANCE, Reception, Visit, next_visit};
-use crate::{Error, PageBitmap, Parameters, Patience, RamBlock, Statistics, features};
+use crate::{Error, FreshMemory, PageBitmap, Parameters, Patience, RamBlock, Statistics, features};
 
 /// Between two looks whether the source is still there.
 const LOOK_INTERVAL: Duration = Duration::from_millis(100);
@@ -140,6 +140,8 @@ pub(crate) struct Intake {
     ended: Receiver<(usize, Told)>,
     count: usize,
     patience: Duration,
+    /// Until nothing is filled any more.
+    fresh: Option<Arc<dyn FreshMemory>>,
 }
 
 #[derive(Default)]
@@ -167,11 +169,11 @@ impl Shared {
 }
 
 impl Intake {
-    /// Receives into `blocks`, which are fresh.
+    /// Receives into `blocks`, which are fresh, and filled as `fresh` does it where it can.
     pub fn start<'scope>(
         scope: &'scope Scope<'scope, '_>,
         connections: Vec<Connection>,
-        blocks: &[RamBlock],
+        (blocks, fresh): (&[RamBlock], Option<Arc<dyn FreshMemory>>),
         (parameters, statistics): (&'scope Parameters, &'scope Statistics),
         patience: &Patience,
     ) -> Result<Self, Error> {
@@ -179,9 +181,9 @@ impl Intake {
         let (count, shared) = (connections.len(), Arc::<Shared>::default());
         let (told, ended) = channel();
         let step = Step { doing: DOING, patience: patience.silence, cancel: Some(parameters), until: None };
-        let intake = Self { shared, ended, count, patience: patience.silence };
+        let intake = Self { shared, ended, count, patience: patience.silence, fresh };
         for (index, connection) in connections.into_iter().enumerate() {
-            let mut inlet = Inlet::new(blocks.to_vec(), index, count);
+            let mut inlet = Inlet::new(blocks, index, count, intake.fresh.as_ref());
             let (shared, told) = (Arc::clone(&intake.shared), told.clone());
             let thread = std::thread::Builder::new().name(format!("channel-{index}"));
             let thread = thread.spawn_scoped(scope, move || {
@@ -227,6 +229,12 @@ impl Intake {
         Ok(())
     }
 
+    /// Whoever touches guest memory from here on waits for nobody; what comes still is placed in another way.
+    pub fn release(&self) -> Result<(), Error> {
+        let released = self.fresh.as_ref().map_or(Ok(()), |fresh| fresh.release());
+        released.map_err(Error::machine("end the filling of guest memory"))
+    }
+
     /// Whether all goes well.
     pub fn check(&self) -> Result<(), Error> {
         match self.shared.watch.is_over() {
@@ -257,6 +265,7 @@ impl Intake {
                 }
             }
         }
+        self.release()?;
         Ok(digests.into_iter().flatten().collect())
     }
 }
@@ -264,5 +273,8 @@ impl Intake {
 impl Drop for Intake {
     fn drop(&mut self) {
         self.shared.watch.end();
+        if let Err(error) = self.release() {
+            log::warn!("{}", error.chain());
+        }
     }
 }

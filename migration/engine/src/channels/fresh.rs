@@ -3,19 +3,24 @@
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 
 use rustix::fs::SeekFrom;
 use vm_memory::{FileOffset, VolatileMemory};
 
 use super::wire::Run;
-use crate::{PAGE_BYTES, RamBlock};
+use crate::{Error, FreshMemory, PAGE_BYTES, RamBlock};
 
 /// Where touching memory brought no huge page, it is tried again so much further on.
 const ASK_AGAIN_PAGES: u64 = (64 << 20) / PAGE_BYTES;
 
-/// Fresh memory of one block, a memfd. There are two ways to fill it, and which is the faster depends on the host: a page fault that
-/// brings a huge page costs less than anything else, and one that brings a small one twice what it costs to write into the file.
+/// Fresh memory of one block, a memfd. There are three ways to fill it. Which is the fastest depends on the host: a page fault that
+/// brings a huge page costs less than anything else, and one that brings a small one twice what it costs to write into the file. Where
+/// the machine says so, which it does where there are small pages, it is filled without either: channels that write into one file wait for
+/// each other, and the guest's first access to each page would be a fault still.
 pub(super) struct Fresh {
+    /// Whose pages are filled, and its number there: nobody may touch those that hold nothing.
+    filled: Option<(Arc<dyn FreshMemory>, usize)>,
     /// `None` for memory that is only ever touched.
     file: Option<FileOffset>,
     /// From this page on it is asked whether there are huge pages.
@@ -25,14 +30,21 @@ pub(super) struct Fresh {
 }
 
 impl Fresh {
-    pub fn of(block: &RamBlock) -> Self {
+    /// Block `number`.
+    pub fn of(block: &RamBlock, number: usize, memory: Option<&Arc<dyn FreshMemory>>) -> Self {
+        let filled = memory.filter(|memory| memory.has(number));
         let file = block.mapping.file_offset().filter(|memory| {
             // Huge pages that were set aside have a file that is mapped and nothing else. And where the host gives huge pages to shared memory
             // that does not ask, which it says in the same way, write(2) may take one whatever the mapping asks for, in the middle of pages
             // that are to be missing.
             memory.file().metadata().is_ok_and(|found| found.blksize() <= PAGE_BYTES)
         });
-        Self { file: file.cloned(), ask_from: 0, there: 0..0 }
+        Self {
+            filled: filled.map(|memory| (Arc::clone(memory), number)),
+            file: file.cloned(),
+            ask_from: 0,
+            there: 0..0,
+        }
     }
 
     /// The file to write into.
@@ -40,16 +52,35 @@ impl Fresh {
         self.file.as_ref()
     }
 
-    /// Whether pages of `block`, of which some hold nothing, are better written to the file than touched.
-    pub fn is_better_written(&mut self, block: &RamBlock, run: &Run) -> bool {
-        if self.file.is_none() {
+    /// Whether pages that hold nothing are [filled](Self::fill), and nobody may touch them.
+    pub fn is_filled(&self) -> bool {
+        self.filled.is_some()
+    }
+
+    /// Fills pages that hold nothing. `false`: not any more, and these may be filled in part.
+    pub fn fill(&mut self, offset: u64, pages: &[u8]) -> Result<bool, Error> {
+        let Some((memory, block)) = &self.filled else { return Ok(false) };
+        if let Err(error) = memory.fill(*block, offset, pages) {
+            log::info!("guest memory is filled in another way from here on: {error}");
+            memory.release().map_err(Error::machine("fill guest memory in another way"))?;
+            self.filled = None;
+        }
+        Ok(self.is_filled())
+    }
+
+    /// Whether pages of `block`, of which some hold nothing, are better touched than filled or written to the file.
+    pub fn is_better_touched(&mut self, block: &RamBlock, run: &Run) -> bool {
+        if self.is_filled() {
             return false;
         }
-        if run.first_page < self.ask_from {
+        if self.file.is_none() {
             return true;
         }
-        if self.has_all(run) {
+        if run.first_page < self.ask_from {
             return false;
+        }
+        if self.has_all(run) {
+            return true;
         }
         // To read is to touch. A run is less than a huge page, and lies in one.
         let touched = block.mapping.get_slice(run.offset_bytes(), 1);
@@ -60,7 +91,7 @@ impl Fresh {
         if !has_huge_pages {
             self.ask_from = run.first_page.saturating_add(ASK_AGAIN_PAGES);
         }
-        !has_huge_pages
+        has_huge_pages
     }
 
     /// Whether all of its pages are there. What was found once is remembered: the kernel looks for the next hole page by page.
@@ -122,12 +153,12 @@ mod tests {
     #[test]
     fn memory_of_small_pages_is_written_and_asked_once_for_each_64_mebibytes() {
         let (block, file) = memory();
-        let mut fresh = Fresh::of(&block);
+        let mut fresh = Fresh::of(&block, 0, None);
         if fresh.file().is_none() {
             println!("this host gives huge pages to whoever does not ask: memory is touched");
             return;
         }
-        assert!(fresh.is_better_written(&block, &run(0, 256)));
+        assert!(!fresh.is_better_touched(&block, &run(0, 256)));
         if populated_bytes(&file) > PAGE_BYTES {
             println!("this host has pages of other sizes for shared memory");
             return;
@@ -135,7 +166,7 @@ mod tests {
         for (first_page, touched) in
             [(0, 1), (256, 1), (16_383, 1), (16_384, 2), (1000, 2), (32_767, 2), (40_000, 3)]
         {
-            assert!(fresh.is_better_written(&block, &run(first_page, 256)), "{first_page}");
+            assert!(!fresh.is_better_touched(&block, &run(first_page, 256)), "{first_page}");
             assert_eq!(populated_bytes(&file), touched * PAGE_BYTES, "{first_page}");
         }
     }
@@ -143,16 +174,16 @@ mod tests {
     #[test]
     fn memory_that_came_whole_with_one_of_its_parts_is_touched() {
         let (block, file) = memory();
-        let mut fresh = Fresh::of(&block);
+        let mut fresh = Fresh::of(&block, 0, None);
         // As a huge page would.
         file.write_all_at(&vec![0; 2 << 20], 4 << 20).unwrap();
         for (first_page, pages) in [(1280, 256), (1024, 256), (1535, 1), (1100, 3)] {
-            assert!(!fresh.is_better_written(&block, &run(first_page, pages)), "{first_page}");
+            assert!(fresh.is_better_touched(&block, &run(first_page, pages)), "{first_page}");
         }
         assert_eq!(populated_bytes(&file), 2 << 20, "nothing is touched that is there");
         if fresh.file().is_some() {
             file.write_all_at(&[1], 10 << 20).unwrap();
-            assert!(fresh.is_better_written(&block, &run(2560, 2)), "one of two is there");
+            assert!(!fresh.is_better_touched(&block, &run(2560, 2)), "one of two is there");
         }
     }
 }

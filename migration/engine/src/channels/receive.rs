@@ -1,6 +1,7 @@
 //! One channel into guest memory.
 
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use stream::PAGE_BYTES as PAGE_LENGTH;
 use twox_hash::XxHash3_64;
@@ -14,7 +15,8 @@ use super::wire::{
     CONTENTS_BYTES_MAX, Chain, DIGEST_BYTES, HEAD_BYTES, Head, Run, RunKind, Shape, decode_table, table_bytes,
 };
 use crate::headway::Brought;
-use crate::{Error, PAGE_BYTES, PageBitmap, RamBlock};
+use crate::postcopy::order_by_name;
+use crate::{Error, FreshMemory, PAGE_BYTES, PageBitmap, RamBlock};
 
 /// What came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,14 +67,22 @@ pub(super) fn wrong(reason: String) -> Error {
 }
 
 impl Inlet {
-    /// Channel `index` of `count` into `blocks`, which are fresh.
-    pub fn new(mut blocks: Vec<RamBlock>, index: usize, count: usize) -> Self {
-        blocks.sort_by(|one, other| one.name.cmp(&other.name));
+    /// Channel `index` of `count` into `blocks`, which are fresh, and filled as `memory` does it where it can.
+    pub fn new(
+        blocks: &[RamBlock],
+        index: usize,
+        count: usize,
+        memory: Option<&Arc<dyn FreshMemory>>,
+    ) -> Self {
+        let order = order_by_name(blocks);
+        let in_order = order.iter().filter_map(|number| Some((*number, blocks.get(*number)?)));
+        let fresh = in_order.clone().map(|(number, block)| Fresh::of(block, number, memory)).collect();
+        let blocks: Vec<_> = in_order.map(|(_, block)| block.clone()).collect();
         let block_pages: Vec<_> = blocks.iter().map(|block| block.length_bytes() / PAGE_BYTES).collect();
         let nothing: Vec<_> = block_pages.iter().map(|pages| PageBitmap::new(*pages)).collect();
         Self {
             shape: Shape { block_pages, index, count },
-            fresh: blocks.iter().map(Fresh::of).collect(),
+            fresh,
             differing: Differing::none(&blocks),
             blocks,
             placed: nothing,
@@ -120,11 +130,11 @@ impl Inlet {
     }
 
     /// Whether its contents cannot be received where they belong: they are compressed, or the pages are not there yet and come best
-    /// by the file.
+    /// from elsewhere.
     fn goes_through_a_buffer(&mut self, run: &Run) -> bool {
         match run.kind {
             RunKind::Zero => false,
-            RunKind::Data => self.is_fresh(run) && self.is_better_written(run),
+            RunKind::Data => self.is_fresh(run) && !self.is_better_touched(run),
             RunKind::Lz4 | RunKind::Zstd => true,
         }
     }
@@ -135,9 +145,9 @@ impl Inlet {
         placed.is_some_and(|placed| !run.range().all(|page| placed.contains(page)))
     }
 
-    fn is_better_written(&mut self, run: &Run) -> bool {
+    fn is_better_touched(&mut self, run: &Run) -> bool {
         let fresh = self.fresh.get_mut(run.block).zip(self.blocks.get(run.block));
-        fresh.is_some_and(|(fresh, block)| fresh.is_better_written(block, run))
+        fresh.is_some_and(|(fresh, block)| fresh.is_better_touched(block, run))
     }
 
     /// Contents go straight to where they belong.
@@ -153,13 +163,13 @@ impl Inlet {
             block.mapping.get_slice(run.offset_bytes(), run.length_bytes()).map_err(unwritable)
         });
         input.read_memory(&memory.collect::<Result<Vec<_>, _>>()?)?;
+        let mut copy = [0; PAGE_LENGTH];
         for run in runs {
             if run.kind == RunKind::Zero {
                 self.make_zero(run)?;
                 continue;
             }
             for page in run.range() {
-                let mut copy = [0; PAGE_LENGTH];
                 let slice = self.block(run)?.mapping.get_slice((page * PAGE_BYTES) as usize, PAGE_LENGTH);
                 slice.map_err(unwritable)?.copy_to(&mut copy);
                 self.judge(run, page, digests.next() != Some(XxHash3_64::oneshot(&copy)));
@@ -246,9 +256,12 @@ impl Inlet {
         self.differing
     }
 
-    /// Writes contents where they belong.
+    /// Puts contents where they belong.
     fn put(&mut self, run: &Run, bytes: &[u8]) -> Result<(), Error> {
-        let is_written = !self.is_fresh(run) || self.is_better_written(run);
+        if self.fill(run, bytes)? {
+            return Ok(());
+        }
+        let is_written = !self.is_fresh(run) || !self.is_better_touched(run);
         let mapping = &self.block(run)?.mapping;
         if let Some(memory) = self.fresh.get(run.block).and_then(Fresh::file).filter(|_| is_written) {
             let offset = memory.start() + run.offset_bytes() as u64;
@@ -256,6 +269,32 @@ impl Inlet {
         }
         mapping.get_slice(run.offset_bytes(), run.length_bytes()).map_err(unwritable)?.copy_from(bytes);
         Ok(())
+    }
+
+    /// The same for memory that is filled: only the pages that hold something are touched. Says whether it is.
+    fn fill(&mut self, run: &Run, bytes: &[u8]) -> Result<bool, Error> {
+        let block = self.blocks.get(run.block).zip(self.fresh.get_mut(run.block));
+        let (block, placed) = block.zip(self.placed.get(run.block)).ok_or_else(|| no_block(run))?;
+        let ((block, fresh), Run { first_page, pages, .. }) = (block, *run);
+        if !fresh.is_filled() {
+            return Ok(false);
+        }
+        let (mut rest, mut start, end) = (bytes, first_page, first_page + pages);
+        while start < end {
+            let is_there = placed.contains(start);
+            let next = (start..end).find(|page| placed.contains(*page) != is_there).unwrap_or(end);
+            let split = rest.split_at_checked(((next - start) * PAGE_BYTES) as usize);
+            let (contents, after) =
+                split.ok_or_else(|| wrong(format!("{} bytes for {pages} pages", bytes.len())))?;
+            if is_there {
+                let memory = block.mapping.get_slice((start * PAGE_BYTES) as usize, contents.len());
+                memory.map_err(unwritable)?.copy_from(contents);
+            } else if !fresh.fill(start * PAGE_BYTES, contents)? {
+                return Ok(false);
+            }
+            (rest, start) = (after, next);
+        }
+        Ok(true)
     }
 
     fn block(&self, run: &Run) -> Result<&RamBlock, Error> {

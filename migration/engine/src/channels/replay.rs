@@ -14,7 +14,7 @@ use super::lane::{Input, Lane, Watch};
 use super::receive::{Came, DOING, Inlet};
 use super::send::Outlet;
 use crate::link::Step;
-use crate::{Error, PageBitmap, RamBlock};
+use crate::{Error, FreshMemory, PageBitmap, RamBlock};
 
 /// What channel `index` of `count` carries of `blocks` in one round for each list of bitmaps, and its end.
 ///
@@ -40,12 +40,18 @@ pub fn record(
     Ok(std::mem::take(&mut *written.0.lock().unwrap_or_else(PoisonError::into_inner)))
 }
 
-/// Places what channel `index` of `count` carried, which is all of `bytes`. Returns the digest of what was said.
+/// Places what channel `index` of `count` carried, which is all of `bytes`, into blocks of which `fresh` fills those that it can. Returns the digest of what was said.
 ///
 /// # Errors
 /// It is refused.
-pub fn place(bytes: &[u8], blocks: Vec<RamBlock>, index: u16, count: u16) -> Result<u64, Error> {
-    let mut inlet = Inlet::new(blocks, index.into(), count.into());
+pub fn place(
+    bytes: &[u8],
+    blocks: &[RamBlock],
+    fresh: Option<&Arc<dyn FreshMemory>>,
+    index: u16,
+    count: u16,
+) -> Result<u64, Error> {
+    let mut inlet = Inlet::new(blocks, index.into(), count.into(), fresh);
     let mut input = Bytes(bytes);
     loop {
         if let Came::End { digest } = inlet.receive(&mut input)? {

@@ -46,6 +46,8 @@ pub(crate) struct Outlet {
     compressor: Option<Compressor>,
     chain: Chain,
     batch: Batch,
+    /// The page that is looked at.
+    page: Box<[u8; PAGE_LENGTH]>,
 }
 
 /// What is collected for the next system call.
@@ -79,6 +81,7 @@ impl Outlet {
             compressor: Compressor::new(compression)?,
             chain: Chain::default(),
             batch: Batch::default(),
+            page: Box::new([0; PAGE_LENGTH]),
         })
     }
 
@@ -120,27 +123,27 @@ impl Outlet {
         Ok(digest)
     }
 
-    /// Looks at a page. The copy is as large as the first cache and a moment's: it may differ from what is sent, if the guest
+    /// Looks at a page, in a copy that stays in the first cache and is a moment's: it may differ from what is sent, if the guest
     /// writes meanwhile; then the page is dirty and comes again.
     fn add(&mut self, block: usize, page: u64) -> Result<(), Error> {
         let failed = |source: vm_memory::VolatileMemoryError| Error::Machine {
             doing: "read guest memory",
             source: source.into(),
         };
-        let Some((_, memory)) = self.blocks.get(block) else { return Ok(()) };
-        let mut copy = [0; PAGE_LENGTH];
+        let Self { blocks, compressor, batch, page: copy, .. } = self;
+        let Some((_, memory)) = blocks.get(block) else { return Ok(()) };
         let slice = memory.mapping.get_slice((page * PAGE_BYTES) as usize, PAGE_LENGTH).map_err(failed)?;
-        slice.copy_to(&mut copy);
-        if is_zero(&copy) {
-            self.batch.extend(block, page, RunKind::Zero, self.compressor.as_mut());
-            self.batch.sent.zero_pages += 1;
+        slice.copy_to(copy.as_mut_slice());
+        if is_zero(copy) {
+            batch.extend(block, page, RunKind::Zero, compressor.as_mut());
+            batch.sent.zero_pages += 1;
             return Ok(());
         }
-        self.batch.digests.extend(XxHash3_64::oneshot(&copy).to_be_bytes());
-        self.batch.sent.normal_pages += 1;
-        self.batch.extend(block, page, RunKind::Data, self.compressor.as_mut());
-        if self.compressor.is_some() {
-            self.batch.unit.extend_from_slice(&copy);
+        batch.digests.extend(XxHash3_64::oneshot(copy.as_slice()).to_be_bytes());
+        batch.sent.normal_pages += 1;
+        batch.extend(block, page, RunKind::Data, compressor.as_mut());
+        if compressor.is_some() {
+            batch.unit.extend_from_slice(copy.as_slice());
         }
         Ok(())
     }

@@ -19,7 +19,8 @@ use super::receive::Inlet;
 use super::replay::{place, record};
 use super::wire::{Chain, Head, RUNS_MAX, Run, RunKind};
 use crate::link::{Link, Step};
-use crate::{Error, PAGE_BYTES, PageBitmap, Parameters, RamBlock, Statistics};
+use crate::tests::fresh::MockFresh;
+use crate::{Error, FreshMemory, PAGE_BYTES, PageBitmap, Parameters, RamBlock, Statistics};
 
 const PAGE: usize = PAGE_BYTES as usize;
 /// Two chunks and a bit, and a small block; in the order of their names the small one is first.
@@ -42,6 +43,10 @@ pub(super) fn memory(with_file: bool) -> Vec<RamBlock> {
         RamBlock { name: (*name).to_owned(), mapping: Arc::new(region.build().unwrap()) }
     };
     SIZES.iter().map(block).collect()
+}
+
+fn memfd_of(name: &str, length: usize) -> RamBlock {
+    crate::tests::passed::Memory::block(name, length).0
 }
 
 fn write(block: &RamBlock, page: u64, value: u64) {
@@ -87,7 +92,7 @@ fn small(compression: Compression) -> Vec<u8> {
 }
 
 fn refusal(bytes: &[u8]) -> String {
-    place(bytes, memory(false), 0, 1).expect_err("refused").chain()
+    place(bytes, &memory(false), None, 0, 1).expect_err("refused").chain()
 }
 
 #[test]
@@ -96,7 +101,7 @@ fn memory_arrives_as_it_is_however_it_is_kept_and_sent() {
         let (source, bytes) = recorded(compression);
         for with_file in [false, true] {
             let destination = memory(with_file);
-            place(&bytes, destination.clone(), 0, 1).unwrap();
+            place(&bytes, &destination, None, 0, 1).unwrap();
             assert!(contents(&source) == contents(&destination), "{compression}, file: {with_file}");
         }
     }
@@ -112,10 +117,10 @@ fn each_channel_carries_its_own_chunks_and_all_of_them_everything() {
             .map(|index| record(&source, &[&all], Compression::None, index, count).unwrap())
             .collect();
         for (index, bytes) in (0..).zip(&channels) {
-            place(bytes, destination.clone(), index, count).unwrap();
+            place(bytes, &destination, None, index, count).unwrap();
             if bytes.len() > 100 {
                 let other = (index + 1) % count;
-                let error = place(bytes, memory(false), other, count).unwrap_err().chain();
+                let error = place(bytes, &memory(false), None, other, count).unwrap_err().chain();
                 assert!(error.contains("belong to another channel"), "{error}");
             }
         }
@@ -130,7 +135,7 @@ fn holes_stay_holes_and_pages_that_became_zero_are_zero() {
     let first = bitmaps(&[(0, 0..200)]);
     let before = record(&source, &[&first], Compression::None, 0, 1).unwrap();
     let destination = memory(true);
-    place(&before, destination.clone(), 0, 1).unwrap();
+    place(&before, &destination, None, 0, 1).unwrap();
     let file: &File = destination[0].mapping.file_offset().unwrap().file();
     assert_eq!(file.metadata().unwrap().blocks() * 512, PAGE_BYTES, "one page has contents");
 
@@ -140,12 +145,12 @@ fn holes_stay_holes_and_pages_that_became_zero_are_zero() {
     let mut bytes = before[..end].to_vec();
     append(&mut bytes, 2, &[zero], &[], &[]);
     let destination = memory(false);
-    place(&finished(&bytes, &[0..end, end..bytes.len()]), destination.clone(), 0, 1)
+    place(&finished(&bytes, &[0..end, end..bytes.len()]), &destination, None, 0, 1)
         .expect_err("the chain holds contents, which are no part of it");
     // Its head, table and digest; its page; the other batch.
     let contents_start = end - PAGE;
     let parts = [0..contents_start, end..bytes.len()];
-    place(&finished(&bytes, &parts), destination.clone(), 0, 1).unwrap();
+    place(&finished(&bytes, &parts), &destination, None, 0, 1).unwrap();
     assert!(contents(&destination)[0].iter().all(|byte| *byte == 0));
 }
 
@@ -168,6 +173,53 @@ fn memory_with_huge_file() -> Option<Vec<RamBlock>> {
     Some(blocks)
 }
 
+/// The second round brings pages between those of the first, and some of them once more.
+#[test]
+fn memory_that_is_filled_is_touched_only_where_it_holds_something() {
+    let source = filled();
+    let mut first = bitmaps(&[(0, 100..110), (1, 0..3)]);
+    (200..520).step_by(3).for_each(|page| first[0].set(page));
+    let all = bitmaps(&[(0, 0..520), (1, 0..8)]);
+    for compression in Compression::ALL {
+        let bytes = record(&source, &[&first, &all], compression, 0, 1).unwrap();
+        for fails_after in [None, Some(0), Some(1), Some(30), Some(250)] {
+            let destination: Vec<_> =
+                SIZES.iter().map(|(name, pages)| memfd_of(name, *pages as usize * PAGE)).collect();
+            let fresh = MockFresh::new(&destination, fails_after);
+            let memory: Arc<dyn FreshMemory> = Arc::clone(&fresh) as _;
+            place(&bytes, &destination, Some(&memory), 0, 1).unwrap();
+            assert!(contents(&source) == contents(&destination), "{compression}, {fails_after:?}");
+            assert_eq!(fresh.touched(), [], "{compression}, {fails_after:?}");
+            assert_eq!(fresh.is_released(), fails_after.is_some());
+            // Not the small block, which is the last.
+            let with_contents = (0..520).filter(|page| page % 7 != 0 && !(300..320).contains(page)).count();
+            assert_eq!(fresh.filled_pages(), fails_after.unwrap_or(with_contents as u64), "{compression}");
+        }
+    }
+}
+
+/// Devices would wait for ever when they are loaded.
+#[test]
+fn memory_that_waits_on_for_who_touches_it_is_no_guests() {
+    let bytes = record(&filled(), &[&bitmaps(&[(0, 0..3)])], Compression::None, 0, 1).unwrap();
+    let (parameters, statistics, patience) = (Parameters::new(), Statistics::new(), crate::tests::patience());
+    for fails_after in [None, Some(0)] {
+        let destination = [memfd_of(SIZES[0].0, 520 * PAGE), memfd_of(SIZES[1].0, 8 * PAGE)];
+        let fresh = MockFresh::new(&destination, fails_after);
+        fresh.cannot_be_released();
+        let (mut near, far) = Connection::pair().unwrap();
+        let channel = Link::new(far).unwrap().into_connection();
+        near.write_all(&bytes).unwrap();
+        let error = std::thread::scope(|scope| {
+            let user = (&parameters, &statistics);
+            let memory = (destination.as_slice(), Some(fresh as Arc<dyn FreshMemory>));
+            let intake = Intake::start(scope, vec![channel], memory, user, &patience).unwrap();
+            intake.finish(&[]).unwrap_err().chain()
+        });
+        assert!(error.ends_with("the host refuses"), "{fails_after:?}: {error}");
+    }
+}
+
 #[test]
 fn huge_pages_are_written_where_they_are_mapped() {
     let source = filled();
@@ -177,7 +229,7 @@ fn huge_pages_are_written_where_they_are_mapped() {
         let Some(destination) = memory_with_huge_file() else {
             return println!("this kernel has no huge pages of 2 MiB");
         };
-        place(&bytes, destination.clone(), 0, 1).unwrap();
+        place(&bytes, &destination, None, 0, 1).unwrap();
         assert!(contents(&source) == contents(&destination), "{compression}");
     }
 }
@@ -205,7 +257,7 @@ fn a_flipped_bit_anywhere_is_refused() {
     for compression in Compression::ALL {
         let bytes = small(compression);
         let blocks = memory(false);
-        place(&bytes, blocks.clone(), 0, 1).unwrap();
+        place(&bytes, &blocks, None, 0, 1).unwrap();
         for with_file in [false, true] {
             let destination = memory(with_file);
             for place_of_bit in 0..bytes.len() * 8 {
@@ -215,12 +267,12 @@ fn a_flipped_bit_anywhere_is_refused() {
                 }
                 let mut flipped = bytes.clone();
                 flipped[place_of_bit / 8] ^= 1 << (place_of_bit % 8);
-                let result = place(&flipped, destination.clone(), 0, 1);
+                let result = place(&flipped, &destination, None, 0, 1);
                 // What is compressed can be said in more ways than one.
                 let is_another_way = || {
                     let fresh = memory(with_file);
                     compression != Compression::None
-                        && place(&flipped, fresh.clone(), 0, 1).is_ok()
+                        && place(&flipped, &fresh, None, 0, 1).is_ok()
                         && contents(&fresh) == contents(&blocks)
                 };
                 assert!(
@@ -239,7 +291,7 @@ fn a_channel_that_is_cut_anywhere_is_refused() {
         let bytes = small(compression);
         let destination = memory(true);
         for length in 0..bytes.len() {
-            let error = place(&bytes[..length], destination.clone(), 0, 1).unwrap_err();
+            let error = place(&bytes[..length], &destination, None, 0, 1).unwrap_err();
             assert!(matches!(error, Error::Lost { .. }), "{compression}, {length}: {}", error.chain());
         }
     }
@@ -333,15 +385,16 @@ fn a_page_that_was_written_to_meanwhile_must_come_again() {
         let mut bytes = Vec::new();
         append(&mut bytes, 1, &[run(7), run(9)], &[seen(1), seen(2)], &[page(8), page(2)].concat());
         let first = 16 + 2 * 16 + 2 * 8;
-        let error = place(&finished(&bytes, std::slice::from_ref(&(0..first))), memory(with_file), 0, 1)
-            .unwrap_err()
-            .chain();
+        let error =
+            place(&finished(&bytes, std::slice::from_ref(&(0..first))), &memory(with_file), None, 0, 1)
+                .unwrap_err()
+                .chain();
         assert!(error.contains("page 0x7 of RAM block \"ram.low\" is not what was sent"), "{error}");
         let second = bytes.len();
         append(&mut bytes, 2, &[run(7)], &[seen(3)], &page(3));
         let said = [0..first, second..second + 16 + 16 + 8];
         let destination = memory(with_file);
-        place(&finished(&bytes, &said), destination.clone(), 0, 1).unwrap();
+        place(&finished(&bytes, &said), &destination, None, 0, 1).unwrap();
         let placed = &contents(&destination)[0];
         assert!(placed[7 * PAGE..8 * PAGE] == page(3) && placed[9 * PAGE..10 * PAGE] == page(2));
     }
@@ -362,7 +415,8 @@ fn a_page_that_was_written_to_meanwhile_may_follow() {
         std::thread::scope(|scope| {
             let user = (&parameters, &statistics);
             let patience = crate::tests::patience();
-            let intake = Intake::start(scope, vec![channel], &memory(false), user, &patience).unwrap();
+            let intake =
+                Intake::start(scope, vec![channel], (&memory(false), None), user, &patience).unwrap();
             intake.finish(&follow)
         })
     };
@@ -402,7 +456,7 @@ fn a_channel_may_be_silent_between_batches_and_not_within_one() {
     let (begin, rest) = bytes.split_at(50);
     near.send::<()>(begin, &[], step(Duration::from_secs(20)), &watch).unwrap();
     let mut input = LaneInput { lane: far, step: brief, watch: &watch, since: Instant::now() };
-    let error = Inlet::new(memory(false), 0, 1).receive(&mut input).unwrap_err();
+    let error = Inlet::new(&memory(false), 0, 1, None).receive(&mut input).unwrap_err();
     assert!(matches!(error, Error::TimedOut { .. }), "{error:?}");
 
     let (mut near, far) = ends();
@@ -411,7 +465,7 @@ fn a_channel_may_be_silent_between_batches_and_not_within_one() {
         let watch = &watch;
         scope.spawn(move || {
             let mut input = LaneInput { lane: far, step: brief, watch, since: Instant::now() };
-            told.send(Inlet::new(memory(false), 0, 1).receive(&mut input)).unwrap();
+            told.send(Inlet::new(&memory(false), 0, 1, None).receive(&mut input)).unwrap();
         });
         let silence = ended.recv_timeout(Duration::from_millis(50));
         assert!(silence.is_err(), "it waits for a batch: {silence:?}");

@@ -20,6 +20,8 @@ pub(crate) struct Receiver<'a> {
     brought: Brought,
     sections: SectionSet,
     complete: bool,
+    /// Pages come in channels, and here none: others have the memory that they are for.
+    comes_beside: bool,
     inspect: Inspect<'a>,
     doing: &'static str,
 }
@@ -50,7 +52,13 @@ impl<'a> Receiver<'a> {
         let placed = blocks.iter().map(|block| PageBitmap::for_bytes(block.length_bytes())).collect();
         let sections = SectionSet::default();
         let (order, complete, brought) = (Vec::new(), false, Brought::default());
-        Self { decoder, blocks, order, placed, brought, sections, complete, inspect, doing }
+        let comes_beside = false;
+        Self { decoder, blocks, order, placed, brought, sections, complete, comes_beside, inspect, doing }
+    }
+
+    /// From here on a page in the stream is an error: all come in channels, which have the memory to themselves.
+    pub fn refuse_pages(&mut self) {
+        self.comes_beside = true;
     }
 
     /// The next bytes of the stream.
@@ -90,6 +98,11 @@ impl<'a> Receiver<'a> {
         let wrong = |reason| Error::Protocol { doing, reason };
         while let Some(event) = self.decoder.next_event().map_err(&failed)? {
             match event {
+                Event::RamPage { .. } | Event::RamZero { .. } if self.comes_beside => {
+                    return Err(wrong(
+                        "a page came on the link, and the channels have all of memory".to_owned(),
+                    ));
+                }
                 Event::RamBlocks(theirs) => {
                     self.order = match_blocks(theirs, &self.blocks).map_err(wrong)?;
                 }

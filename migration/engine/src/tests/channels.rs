@@ -6,18 +6,22 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
+use stream::frame::{HEADER_BYTES, Kind};
 use transport::Connection;
 use transport::faulty::{Fault, Part};
 
 use super::migrate::{assert_moved, step, with_any_destination};
-use super::mock::{Factory, World};
-use super::{End, Ending, Play, impatience, patience, patiently};
+use super::mock::{Factory, Source, World};
+use super::{Door, End, Ending, Play, impatience, patience, patiently};
+use crate::channels::replay::record;
 use crate::lease::{Id, random_id};
 use crate::link::Link;
 use crate::protocol::{Agree, ChannelHello, Hello, Message, Properties, Query};
+use crate::ram;
+use crate::source::MACHINE;
 use crate::{
-    Compression, Context, Destination, DestinationFactory, Error, Outcome, Parameters, Patience, Statistics,
-    features, migrate,
+    Compression, Context, Destination, DestinationFactory, Error, Outcome, PageBitmap, Parameters, Patience,
+    SourceMachine, Statistics, features, migrate,
 };
 
 fn play(world: &World, channels: u16) -> Play {
@@ -65,6 +69,20 @@ fn a_running_guest_moves_over_any_number_of_channels() {
         // 600 and 40 pages are four chunks.
         let used = statistics.channel_bytes.iter().filter(|bytes| **bytes > 1000).count();
         assert!(used >= usize::from(channels).min(2), "{:?}", statistics.channel_bytes);
+    }
+}
+
+/// In one channel, while the others go on.
+#[test]
+fn memory_that_cannot_be_filled_any_more_comes_in_another_way() {
+    for fills in [0, 1, 100, 300] {
+        for channels in [1, 3] {
+            let world = World::new();
+            world.lock().fills_before_failure = Some(fills);
+            let ending = play(&world, channels).run();
+            assert_moved(&world, &ending);
+            assert_eq!(world.running(), ["destination"], "{fills}, {channels}");
+        }
     }
 }
 
@@ -422,6 +440,76 @@ fn strangers_disturb_no_attempt_and_get_no_channel() {
         bytes.write_all(&[0xee; 16]).unwrap();
         let cause = rejected(&mut link);
         assert!(cause.contains("a batch begins with 0xee"), "{cause}");
+    });
+}
+
+/// The channels have all of memory: what else touched it would wait there for ever.
+#[test]
+fn pages_on_the_link_beside_channels_end_the_attempt() {
+    // One with contents, and one of zeros.
+    for page in [7, 599] {
+        let world = owned_world();
+        with_any_destination(&world, patience(), true, |connect| {
+            let mut link = connect();
+            let (session, key) = agreed(&mut link, &world, 1);
+            let mut silent = connect();
+            let hello = ChannelHello { session, key, index: 0, purpose: ChannelHello::MEMORY };
+            silent.send(&Message::Channel(hello), step()).unwrap();
+            let source = Source::new(&world, "source");
+            let blocks = source.ram_blocks();
+            let mut pages: Vec<_> =
+                blocks.iter().map(|block| PageBitmap::for_bytes(block.length_bytes())).collect();
+            pages[0].set(page);
+            let statistics = Statistics::new();
+            let mut stream = ram::Sender::start(Vec::new(), MACHINE, &blocks, &statistics, "test").unwrap();
+            stream.round(&pages).unwrap();
+            let bytes = std::mem::take(stream.out());
+            link.send_frame(Kind::Stream, &mut [&[0; HEADER_BYTES], bytes.as_slice()].concat(), step())
+                .unwrap();
+            let cause = rejected(&mut link);
+            assert!(cause.contains("a page came on the link"), "{page}: {cause}");
+        });
+    }
+}
+
+/// The source has nothing to say on its link before the first round ends.
+#[test]
+fn memory_is_seen_to_come_as_soon_as_it_does() {
+    let world = &owned_world();
+    let (links, arriving) = channel();
+    let (told, seen) = channel();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let statistics = Statistics::with_listener(move |status| {
+                let _nobody_looks_any_more = told.send(status.name());
+            });
+            let (parameters, mut lease) = (Parameters::new(), world.lease("destination"));
+            let mut factory = Factory::new(world, "destination");
+            let mut destination =
+                Destination::new(Some(&mut lease), &statistics, impatience(), &parameters).unwrap();
+            let first: Connection = arriving.recv().unwrap();
+            assert!(destination.serve_with(&mut factory, first, &Door(&arriving)).is_none());
+        });
+        let connect = || {
+            let (near, far) = Connection::pair().unwrap();
+            links.send(far).unwrap();
+            let mut link = Link::new(near).unwrap();
+            link.greet(step()).unwrap();
+            link
+        };
+        let mut link = connect();
+        let (session, key) = agreed(&mut link, world, 1);
+        let mut memory = connect();
+        let hello = ChannelHello { session, key, index: 0, purpose: ChannelHello::MEMORY };
+        memory.send(&Message::Channel(hello), step()).unwrap();
+        let source = Source::new(world, "source");
+        let mut pages: Vec<_> =
+            source.ram_blocks().iter().map(|block| PageBitmap::for_bytes(block.length_bytes())).collect();
+        pages[0].set(7);
+        let batch = record(&source.ram_blocks(), &[&pages], Compression::None, 0, 1).unwrap();
+        memory.into_connection().write_all(&batch).unwrap();
+        let told: Vec<_> = seen.iter().take(2).collect();
+        assert_eq!(told, ["setup", "active"], "and not the end of its patience");
     });
 }
 

@@ -13,14 +13,15 @@ use vm_memory::{Bytes, VolatileMemory};
 use vmstate::VmState;
 
 use super::disks::{Images, Incoming, Outgoing};
+use super::fresh::MockFresh;
 use super::missing::{Found, MockMemory};
 use super::passed::{self, Memory};
 use crate::lease::Id;
 use crate::storage::{Disk, IncomingDisks, OutgoingDisks};
 use crate::{
-    Description, DestinationFactory, DestinationMachine, HOST, Image, ImageCopy, ImageFile, MachineResult,
-    MemoryDescriptors, MissingPages, PAGE_BYTES, PageBitmap, RamBlock, RunState, SaveFor, Since,
-    SourceMachine,
+    Description, DestinationFactory, DestinationMachine, FreshMemory, HOST, Image, ImageCopy, ImageFile,
+    MachineResult, MemoryDescriptors, MissingPages, PAGE_BYTES, PageBitmap, RamBlock, RunState, SaveFor,
+    Since, SourceMachine,
 };
 
 pub use super::world::World;
@@ -56,6 +57,8 @@ pub struct Guest {
     pub image_files: Option<Vec<String>>,
     /// Those that came from another process.
     pub adopted: Vec<ImageFile>,
+    /// Memory that nobody may touch while it is filled.
+    pub fresh: Option<Arc<MockFresh>>,
     /// Memory that follows it.
     pub missing: Option<Arc<MockMemory>>,
     /// What it has on its host, if that is its own.
@@ -97,9 +100,16 @@ impl Guest {
             restored_from: None,
             image_files: Some(vec!["disk.0".to_owned(), "disk.1".to_owned()]),
             adopted: Vec::new(),
+            fresh: None,
             missing: None,
             images: None,
             threads: Vec::new(),
+        }
+    }
+
+    fn memory_can_be_touched(&self) {
+        if let Some(fresh) = &self.fresh {
+            assert_eq!((fresh.is_released(), fresh.touched()), (true, Vec::new()));
         }
     }
 
@@ -558,7 +568,14 @@ impl DestinationMachine for Arriving {
         Ok(())
     }
 
+    fn fresh_memory(&mut self) -> Option<Arc<dyn FreshMemory>> {
+        let fresh = MockFresh::new(&self.ram_blocks(), self.0.world.lock().fills_before_failure);
+        self.0.fresh = Some(Arc::clone(&fresh));
+        Some(fresh)
+    }
+
     fn discard(&mut self, block: usize, pages: Range<u64>) -> MachineResult<()> {
+        self.0.memory_can_be_touched();
         self.0.lacks_pages = true;
         // As the machine has them, from the last to the first.
         let block = self.0.blocks.len() - 1 - block;
@@ -570,6 +587,7 @@ impl DestinationMachine for Arriving {
         if !self.0.lacks_pages {
             return None;
         }
+        self.0.memory_can_be_touched();
         let mut world = self.0.world.lock();
         let memory = MockMemory::new(
             &self.ram_blocks(),
@@ -592,6 +610,7 @@ impl DestinationMachine for Arriving {
 
     fn load_devices(&mut self, mut sections: SectionSet) -> MachineResult<()> {
         self.0.step("load")?;
+        self.0.memory_can_be_touched();
         if let Some(memory) = &self.0.missing {
             // The guest's last write: the source has named it a moment ago, and answers before it gave anything away.
             memory.touch(1, 599, 99);

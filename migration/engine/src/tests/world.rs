@@ -36,6 +36,8 @@ pub struct WorldState {
     pub larger_pages: Option<u64>,
     /// See [`World::fail_a_completion_after`].
     pub completions_before_failure: Option<u64>,
+    /// So many pages of a destination's fresh memory can be filled.
+    pub fills_before_failure: Option<u64>,
     /// A guest that lacks memory touches none before it is woken.
     pub sleeps: bool,
     /// Memory that followed a guest.
