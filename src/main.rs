@@ -1,5 +1,6 @@
 //! The `ferry` command: parse, run, print the error chain, exit code.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -11,7 +12,7 @@ fn main() -> ExitCode {
     match Arguments::parse().command.execute() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("ferry: {error:#}");
+            let _nobody_reads_it = writeln!(std::io::stderr(), "ferry: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -43,7 +43,7 @@ const DEVICE: &str = "/dev/userfaultfd";
 const UFFDIO: u32 = 0xaa;
 /// Version of the interface.
 const UFFD_API: u64 = 0xaa;
-/// Faults in user mode only: every process may have such a descriptor, since Linux 5.11.
+/// Faults in user mode only: since Linux 5.11 such a descriptor needs no privilege. (Seccomp may forbid it all the same.)
 const UFFD_USER_MODE_ONLY: u32 = 1;
 const UFFD_FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
 const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
@@ -251,7 +251,7 @@ impl Userfault {
         Self::register_for(Purpose::Waiting, blocks)
     }
 
-    /// The same to [`fill`](Self::fill) pages of blocks that nobody touches meanwhile, which every process may since Linux 5.11.
+    /// The same to [`fill`](Self::fill) pages of blocks that nobody touches meanwhile, which needs no privilege since Linux 5.11.
     ///
     /// # Errors
     /// Those of [`Self::register`].

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, anyhow, ensure};
 use clap::{Args, Subcommand};
 
-use super::output::{say, write};
+use super::output::{say, tell, write};
 use crate::bench::case::{Case, Lists, NAMESPACES_MAX, QUEUE_PAIRS_MAX, Transport};
 use crate::bench::migrate::{self, Plan};
 use crate::bench::{copy, nvme, restore};
@@ -208,11 +208,11 @@ impl MigrateBenchmark {
         let result = migrate::run(&mut stage, &plan, |case, run| match run {
             None => {
                 number = 0;
-                eprintln!("{case}");
+                tell!("{case}");
             }
             Some(run) => {
                 number += 1;
-                eprintln!("{number:3}: {run}");
+                tell!("{number:3}: {run}");
             }
         });
         let results = stage.close(false, result)?;
@@ -235,11 +235,11 @@ impl RestoreBenchmark {
         let result = restore::run(&mut stage, &plan, |guest, run| match run {
             None => {
                 number = 0;
-                eprintln!("{guest}");
+                tell!("{guest}");
             }
             Some(run) => {
                 number += 1;
-                eprintln!("{number:3}: {run}");
+                tell!("{number:3}: {run}");
             }
         });
         let results = stage.close(false, result)?;
@@ -262,8 +262,8 @@ impl NvmeBenchmark {
         }
         let plan = nvme::Plan { runs, window: Duration::from_millis(window), io_poll, folder };
         let mut stage = Stage::open()?;
-        eprintln!("{}", nvme::heads());
-        let result = nvme::run(&mut stage, &plan, &cases, |outcome| eprintln!("{outcome}"));
+        tell!("{}", nvme::heads());
+        let result = nvme::run(&mut stage, &plan, &cases, |outcome| tell!("{outcome}"));
         let results = stage.close(false, result)?;
         if json {
             say!("{}", serde_json::to_string(&results)?)?;

@@ -103,13 +103,12 @@ impl ControlArguments {
         }
         // If the guest has gone ahead of its memory, this changes nothing.
         let ended = client.decide("migrate_cancel")?.info;
-        if self.json {
-            say!("{}", serde_json::to_string(&ended)?)?;
-        }
+        // What became of the guest is said in any case.
+        let written = if self.json { say!("{}", serde_json::to_string(&ended)?) } else { Ok(()) };
         match ended.status {
             MigrationStatus::Completed => bail!("too late: the migration has completed"),
             status if status.is_postcopy() => bail!("{TOO_LATE_TO_CANCEL}"),
-            _ => Ok(()),
+            _ => written,
         }
     }
 

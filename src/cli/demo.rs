@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::Args;
 
 use super::migrate::Display;
-use super::output::say;
+use super::output::{say, tell};
 use crate::control::MigrationInfo;
 use crate::demo::{self, Audience};
 use crate::drive::Stage;
@@ -68,7 +68,7 @@ struct Watcher {
 impl Audience for Watcher {
     fn hear(&mut self, sentence: &str) {
         self.display.end();
-        eprintln!("{sentence}");
+        tell!("{sentence}");
     }
 
     fn see(&mut self, progress: &MigrationInfo) {

@@ -13,7 +13,7 @@ use signal_hook::consts::SIGINT;
 use transport::Uri;
 
 use super::control::{TOO_LATE_TO_CANCEL, word};
-use super::output::say;
+use super::output::{say, tell};
 use crate::control::{
     Client, DiskStats, FerryChannel, FerryDowntime, FerryPostcopy, Finished, Limits, MigrateRequest,
     MigrationInfo, MigrationStatus, RamStats,
@@ -216,12 +216,11 @@ impl MigrateArguments {
         });
         display.end();
         let finished = finished.with_context(|| format!("the migration to {uri}"))?;
-        if self.json {
-            say!("{}", serde_json::to_string(&finished)?)?;
-        }
+        // What became of the guest is said in any case.
+        let written = if self.json { say!("{}", serde_json::to_string(&finished)?) } else { Ok(()) };
         let reason = finished.info.error_desc.as_deref().unwrap_or("no reason given");
         match finished.info.status {
-            MigrationStatus::Completed if self.json => Ok(()),
+            MigrationStatus::Completed if self.json => written,
             MigrationStatus::Completed => {
                 say!("migrated to {uri}{}", summary(&finished))?;
                 details(&finished).iter().try_for_each(|line| say!("  {line}"))
@@ -280,7 +279,7 @@ impl Display {
         let text = progress(info);
         if self.lines {
             if self.is_due(info.status, &text) {
-                eprintln!("{text}");
+                tell!("{text}");
                 self.written = Some((text, info.status, Instant::now()));
             }
             return;
@@ -307,7 +306,7 @@ impl Display {
 
     /// Writes a line that stays.
     fn say(&self, line: &str) {
-        self.bar.suspend(|| eprintln!("{line}"));
+        self.bar.suspend(|| tell!("{line}"));
     }
 
     pub(super) fn end(&self) {

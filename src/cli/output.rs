@@ -1,4 +1,4 @@
-//! What commands say on standard output.
+//! What commands say on standard output, and beside it on standard error.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -40,3 +40,14 @@ macro_rules! say {
     };
 }
 pub(super) use say;
+
+/// A line on standard error, for people: if nobody reads there, nobody misses it.
+macro_rules! tell {
+    ($($words:tt)+) => {{
+        let _nobody_reads_it = std::io::Write::write_fmt(
+            &mut std::io::stderr(),
+            format_args!("{}\n", format_args!($($words)+)),
+        );
+    }};
+}
+pub(super) use tell;

@@ -64,12 +64,11 @@ impl SnapshotArguments {
         let taken = client.snapshot(&path, &options, &AtomicBool::new(false), |info| display.show(info));
         display.end();
         let finished = taken.with_context(|| format!("the snapshot {}", path.display()))?;
-        if self.json {
-            say!("{}", serde_json::to_string(&finished)?)?;
-        }
+        // What became of it is said in any case.
+        let written = if self.json { say!("{}", serde_json::to_string(&finished)?) } else { Ok(()) };
         let reason = finished.info.error_desc.as_deref().unwrap_or("no reason given");
         match finished.info.status {
-            MigrationStatus::Completed if self.json => Ok(()),
+            MigrationStatus::Completed if self.json => written,
             MigrationStatus::Completed => {
                 let stood = finished.details.and_then(|details| details.downtime);
                 let stood = stood.map(|downtime| {

@@ -1,6 +1,7 @@
 //! Where a program drives a few processes and leaves nothing behind.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
@@ -79,7 +80,9 @@ impl Stage {
                         .with_context(|| format!("cannot write {}", path.display()))?;
                 }
             }
-            eprintln!("consoles, logs and disks are in {}", self.folder.keep().display());
+            let folder = self.folder.keep();
+            let _nobody_reads_it =
+                writeln!(std::io::stderr(), "consoles, logs and disks are in {}", folder.display());
         }
         result
     }

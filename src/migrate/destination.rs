@@ -193,7 +193,8 @@ impl DestinationMachine for Arrival {
         match Fresh::begin(self.machine.as_ref()?.resources()) {
             Ok(fresh) => Some(Arc::new(fresh?)),
             Err(error) => {
-                log::info!("guest memory is filled by writing to its file, which is slower: {error}");
+                let error = anyhow::Error::from(error);
+                log::info!("guest memory is not filled by userfaultfd, and comes in another way: {error:#}");
                 None
             }
         }
@@ -358,8 +359,7 @@ mod tests {
         let block = ram.block(crate::memory::RAM_LOW).unwrap();
         let number = ram.blocks().iter().position(|other| other.name == block.name).unwrap();
         let page = |value: u8| [value; PAGE_BYTES as usize];
-        let fresh =
-            arrival.fresh_memory().expect("a host whose seccomp lets this process have a userfaultfd");
+        let fresh = arrival.fresh_memory().expect("a userfaultfd, which seccomp may forbid");
         assert!((0..ram.blocks().len()).all(|block| fresh.has(block)) && !fresh.has(ram.blocks().len()));
         fresh.fill(number, 3 * PAGE_BYTES, &page(3)).unwrap();
         fresh.release().unwrap();

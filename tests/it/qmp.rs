@@ -70,6 +70,13 @@ fn words_that_nobody_reads_are_no_failure() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && said.is_empty(), "{words}: {}: {said}", output.status);
     }
+    // Nor is anything else lost: the guest is not here to be moved to nowhere, and the status says so.
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let mut command = Command::new(bed.program());
+    let nowhere = format!("unix:{}", bed.path("nowhere").display());
+    command.args(["migrate", "--api", &api, &nowhere]).stderr(writer);
+    assert_eq!(command.output().expect("ferry starts").status.code(), Some(1));
     vm.finish();
 }
 

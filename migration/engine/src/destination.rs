@@ -437,7 +437,7 @@ impl<'a> Destination<'a> {
                 while !link.is_spoken_to(step)? {
                     intake.check()?;
                     step.patient(since)?;
-                    // The first round may take long, and nothing is said here before its end.
+                    // Here the source says something now and then only.
                     if beside_bytes == 0 && intake.came().0 > 0 {
                         self.statistics.set_status(Status::Active);
                     }

@@ -140,7 +140,7 @@ pub(crate) struct Intake {
     ended: Receiver<(usize, Told)>,
     count: usize,
     patience: Duration,
-    /// Until nothing is filled any more.
+    /// Memory that is filled until it is released.
     fresh: Option<Arc<dyn FreshMemory>>,
 }
 

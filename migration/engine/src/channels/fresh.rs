@@ -61,7 +61,8 @@ impl Fresh {
     pub fn fill(&mut self, offset: u64, pages: &[u8]) -> Result<bool, Error> {
         let Some((memory, block)) = &self.filled else { return Ok(false) };
         if let Err(error) = memory.fill(*block, offset, pages) {
-            log::info!("guest memory is filled in another way from here on: {error}");
+            let error = Error::machine("fill pages of guest memory")(error);
+            log::info!("memory comes in another way from here on: {}", error.chain());
             memory.release().map_err(Error::machine("fill guest memory in another way"))?;
             self.filled = None;
         }

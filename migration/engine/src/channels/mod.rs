@@ -14,7 +14,8 @@
 //!
 //! - `wire`: these bytes, and what of them is refused. `lane`: deadlines, and one end for all channels.
 //! - `send`, `receive`: one channel. Contents go from where they are by one system call; they are received where they belong,
-//!   but into a buffer first for memory that is not there yet: bringing it is what a move takes longest for.
+//!   but into a buffer first for memory that is not there yet, unless a touch brings huge pages: small ones come with their contents then,
+//!   and bringing them is what a move takes longest for.
 //! - `fresh`: by which way it comes. The machine fills small pages without anybody touching them
 //!   ([`FreshMemory`](crate::FreshMemory)), faults that bring huge pages are faster still, and a file of small pages can be written.
 //! - `differing`: pages that were not what the source saw of them.

@@ -472,7 +472,7 @@ fn pages_on_the_link_beside_channels_end_the_attempt() {
     }
 }
 
-/// The source has nothing to say on its link before the first round ends.
+/// On its link the source says something now and then only.
 #[test]
 fn memory_is_seen_to_come_as_soon_as_it_does() {
     let world = &owned_world();
