@@ -33,14 +33,14 @@
 //! # What was measured
 //!
 //! Two channels are the default ([`Parameters::set_channels`](crate::Parameters::set_channels)): on the reference host with nothing beside
-//! they carry a fifth more than one, with the same downtime, though source, destination and guest share two cores, and more than two
-//! carry no more (`ferry bench migrate --runs 5 --channels 1,2,4 --transport unix,tcp`, a guest of 1 GiB, medians). Among some 20 other
-//! processes ready to run two carried 1.8 times what one did.
+//! they carry a sixth more than one, with the same downtime, though source, destination and guest share two cores; four carry less over a
+//! Unix socket and more over TCP (`ferry bench migrate --runs 5 --channels 1,2,4 --transport unix,tcp`, a guest of 1 GiB, medians). Among
+//! some 20 other processes ready to run two once carried 1.8 times what one did.
 //!
 //! ```text
 //! channels                     1      2      4
-//! Unix socket, MiB/s       1,096  1,302  1,258      by the plain copy 1.06, 1.33, 1.26      downtime, ms 2.8, 2.3, 2.9
-//! TCP, MiB/s                 803    957    975      by the plain copy 0.79, 1.07, 1.04      downtime, ms 2.4, 2.4, 3.8
+//! Unix socket, MiB/s       1,270  1,487  1,297      by the plain copy 1.33, 1.52, 1.43      downtime, ms 1.9, 1.9, 2.6
+//! TCP, MiB/s                 795    943  1,300      by the plain copy 0.84, 1.05, 1.42      downtime, ms 2.5, 2.2, 2.5
 //! ```
 //!
 //! Contents are sent without `MSG_ZEROCOPY`. `resources/compare/zerocopy` sends 1 GiB of populated memory to another process, 1 MiB a
