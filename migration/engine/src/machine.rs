@@ -424,8 +424,8 @@ pub trait MissingPages: Send + Sync {
 }
 
 /// Guest memory that holds nothing yet, and that nobody touches while it is filled, the engine neither: who touched what holds nothing
-/// would wait until it is released, or fail if it is the kernel for somebody. Blocks have the numbers that they have in [`DestinationMachine::ram_blocks`]. Several threads fill.
-/// Dropping it [releases](Self::release) it.
+/// would wait until it is released, or fail if it is the kernel for somebody. Blocks have the numbers that they have in
+/// [`DestinationMachine::ram_blocks`]. Several threads fill. Dropping it [releases](Self::release) it.
 pub trait FreshMemory: Send + Sync {
     /// Whether the block can be filled so.
     fn has(&self, block: usize) -> bool;

@@ -40,7 +40,8 @@ pub fn record(
     Ok(std::mem::take(&mut *written.0.lock().unwrap_or_else(PoisonError::into_inner)))
 }
 
-/// Places what channel `index` of `count` carried, which is all of `bytes`, into blocks of which `fresh` fills those that it can. Returns the digest of what was said.
+/// Places what channel `index` of `count` carried, which is all of `bytes`, into blocks of which `fresh` fills those that it can. Returns
+/// the digest of what was said.
 ///
 /// # Errors
 /// It is refused.
