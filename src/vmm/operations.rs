@@ -242,13 +242,16 @@ impl Operations for Control {
     }
 
     fn ferry_status(&self) -> FerryStatus {
-        let state = self.0.run_state();
+        // In this order: a guest that is taken or given away meanwhile is never told to be where it was, beside what has become of it since.
+        // Reading the lease waits for whoever is taking the guest.
+        let migration = self.0.migrations.detail();
         let lease = ownership::record(&self.0.spec).map(|(path, record)| FerryLease {
             path: path.display().to_string(),
             state: record.state.to_string(),
             generation: record.generation,
             owner: record.owner.to_string(),
         });
+        let state = self.0.run_state();
         FerryStatus {
             name: self.0.spec.name.clone(),
             process_id: std::process::id(),
@@ -259,7 +262,7 @@ impl Operations for Control {
             cpu: self.0.machine().map(|machine| machine.processor()),
             vcpu_exits: self.0.machine().map(|machine| machine.vcpu_exits()).unwrap_or_default(),
             disks: self.0.machine().map(|machine| machine.disk_counters()).unwrap_or_default(),
-            migration: self.0.migrations.detail(),
+            migration,
             start: startup::report().map(|report| FerryStart {
                 total: microseconds(report.total),
                 first_memory_slot: microseconds(report.first_memory_slot),

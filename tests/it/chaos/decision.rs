@@ -66,12 +66,13 @@ fn phase(status: &FerryStatus) -> &str {
     status.migration.as_ref().map_or("none", |migration| &migration.phase)
 }
 
-/// Whether it waits for a guest, and has said why none came, if one was on its way.
+/// Whether it waits for a guest, and has said why none came, if one was on its way: that one never runs there.
 fn waits(status: &FerryStatus) -> bool {
-    let has_said_why = status
-        .migration
-        .as_ref()
-        .is_none_or(|migration| migration.detail.is_some() || migration.phase == "none");
+    let has_said_why = match phase(status) {
+        "none" => true,
+        "failed" => status.migration.as_ref().is_some_and(|migration| migration.detail.is_some()),
+        _ => false,
+    };
     status.ownership == FerryOwnership::Incoming && status.status == RunState::Inmigrate && has_said_why
 }
 

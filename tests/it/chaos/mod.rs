@@ -104,7 +104,9 @@ impl Chaos {
         format!("{what}-{}", self.number)
     }
 
-    fn expect(&mut self, mode: Mode) -> (Vm, PathBuf) {
+    /// For a run of an odd number of channels memory lies in small pages, whatever the host gives: they come in another way than huge ones.
+    fn expect(&mut self, run: &Run) -> (Vm, PathBuf) {
+        let mode = run.mode;
         let name = self.name("vm");
         let path = self.bed.path(&format!("to-{name}"));
         let mut machine = match mode.which() {
@@ -114,6 +116,9 @@ impl Chaos {
         };
         if mode.is_secure() {
             machine = machine.flag("--tls-dir", self.credentials[1].display().to_string());
+        }
+        if run.channels % 2 == 1 {
+            machine = machine.switch("--hugepages=off");
         }
         (machine.expect(&self.bed, &name, &format!("unix:{}", path.display())), path)
     }
@@ -169,7 +174,7 @@ impl Chaos {
     fn meets(&mut self, run: &Run, tally: &mut Tally) {
         let which = run.mode.which();
         let mut source = self.owner(which);
-        let (destination, path) = self.expect(run.mode);
+        let (destination, path) = self.expect(run);
         let link = self.name("link");
         let proxy = Proxy::new(&self.bed, &link, &path, run.before.unwrap_or(run.place));
         self.sends(&mut source, proxy.uri(), run);
@@ -226,7 +231,7 @@ impl Chaos {
         let mut source = self.owner(which);
         let destination = match listening {
             Some(vm) => vm,
-            None => self.expect(run.mode).0,
+            None => self.expect(run).0,
         };
         self.sends(&mut source, destination.uri(), run);
         let info = source.migrated();
