@@ -33,7 +33,7 @@ pub(super) fn unless_closed(result: anyhow::Result<()>) -> anyhow::Result<()> {
     }
 }
 
-/// Writes a line, as `println!` does: see [`write`].
+/// Writes a line, as `println!` does: see [`write()`].
 macro_rules! say {
     ($($words:tt)+) => {
         $crate::cli::output::write(format_args!("{}\n", format_args!($($words)+)))
