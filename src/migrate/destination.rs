@@ -318,6 +318,7 @@ impl DestinationMachine for Arrival {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::{GuestRam, RAM_LOW};
     use crate::vmm::tests::process_with;
 
     /// A source that was refused since another image was here comes again when the right one is.
@@ -349,15 +350,21 @@ mod tests {
         drop(first);
     }
 
-    #[test]
-    fn memory_is_filled_until_it_is_released() {
-        let (vmm, _requests) = process_with(&["--hugepages=off"]);
+    /// A machine that waits for its guest, its memory, and the number of its largest block there.
+    fn arrival(flags: &[&str]) -> (Arrival, GuestRam, usize) {
+        let (vmm, _requests) = process_with(flags);
         let mut factory = Factory::new(&vmm, GuestTime::Live);
         let description = factory.description().unwrap();
-        let mut arrival = factory.build(&description).unwrap();
+        let arrival = factory.build(&description).unwrap();
         let ram = arrival.machine().unwrap().resources().ram().clone();
-        let block = ram.block(crate::memory::RAM_LOW).unwrap();
-        let number = ram.blocks().iter().position(|other| other.name == block.name).unwrap();
+        let number = ram.blocks().iter().position(|block| block.name == RAM_LOW).unwrap();
+        (arrival, ram, number)
+    }
+
+    #[test]
+    fn memory_is_filled_until_it_is_released() {
+        let (mut arrival, ram, number) = arrival(&["--hugepages=off"]);
+        let block = &ram.blocks()[number];
         let page = |value: u8| [value; PAGE_BYTES as usize];
         let fresh = arrival.fresh_memory().expect("a userfaultfd, which seccomp may forbid");
         assert!((0..ram.blocks().len()).all(|block| fresh.has(block)) && !fresh.has(ram.blocks().len()));
@@ -380,13 +387,8 @@ mod tests {
     #[test]
     fn what_comes_beside_a_page_that_is_to_be_missing_does_not_fill_it() {
         const HUGE_PAGES: u64 = 512;
-        let (vmm, _requests) = process_with(&[]);
-        let mut factory = Factory::new(&vmm, GuestTime::Live);
-        let description = factory.description().unwrap();
-        let mut arrival = factory.build(&description).unwrap();
-        let ram = arrival.machine().unwrap().resources().ram().clone();
-        let block = ram.block(crate::memory::RAM_LOW).unwrap();
-        let number = ram.blocks().iter().position(|other| other.name == block.name).unwrap();
+        let (mut arrival, ram, number) = arrival(&[]);
+        let block = &ram.blocks()[number];
         block.write(0, &[1]).unwrap();
         let was_huge = block.is_populated(PAGE_BYTES).unwrap();
         let missing = |page: u64| !block.is_populated(page * PAGE_BYTES).unwrap();

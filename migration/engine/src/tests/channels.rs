@@ -12,7 +12,7 @@ use transport::faulty::{Fault, Part};
 
 use super::migrate::{assert_moved, step, with_any_destination};
 use super::mock::{Factory, Source, World};
-use super::{Door, End, Ending, Play, impatience, patience, patiently};
+use super::{Door, End, Ending, Play, connected, impatience, patience, patiently};
 use crate::channels::replay::record;
 use crate::lease::{Id, random_id};
 use crate::link::Link;
@@ -490,13 +490,7 @@ fn memory_is_seen_to_come_as_soon_as_it_does() {
             let first: Connection = arriving.recv().unwrap();
             assert!(destination.serve_with(&mut factory, first, &Door(&arriving)).is_none());
         });
-        let connect = || {
-            let (near, far) = Connection::pair().unwrap();
-            links.send(far).unwrap();
-            let mut link = Link::new(near).unwrap();
-            link.greet(step()).unwrap();
-            link
-        };
+        let connect = || connected(&links);
         let mut link = connect();
         let (session, key) = agreed(&mut link, world, 1);
         let mut memory = connect();

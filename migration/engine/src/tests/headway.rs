@@ -9,7 +9,7 @@ use transport::Connection;
 use super::disks::{IMAGES, Images};
 use super::migrate::step;
 use super::mock::{Factory, Source, World};
-use super::{Door, impatience, patiently};
+use super::{Door, connected, impatience, patiently};
 use crate::channels::replay::record;
 use crate::lease::Id;
 use crate::link::Link;
@@ -116,13 +116,7 @@ fn ends(again: Again, patience: Patience) -> (u64, String) {
             assert!(destination.serve_with(&mut factory, first, &Door(&arriving)).is_none());
             statistics.snapshot().error.unwrap()
         });
-        let mut connect = || {
-            let (near, far) = Connection::pair().unwrap();
-            links.send(far).unwrap();
-            let mut link = Link::new(near).unwrap();
-            link.greet(step()).unwrap();
-            link
-        };
+        let mut connect = || connected(&links);
         let mut link = connect();
         let mut description: Description = Factory::new(world, "source").description().unwrap();
         if again == Again::Block {

@@ -350,13 +350,7 @@ pub fn with_any_destination(
             assert_eq!(unknown.is_none(), is_known, "{unknown:?}");
             arrived
         });
-        let mut connect = || {
-            let (near, far) = Connection::pair().unwrap();
-            links.send(far).unwrap();
-            let mut link = Link::new(near).unwrap();
-            link.greet(step()).unwrap();
-            link
-        };
+        let mut connect = || super::connected(&links);
         talk(&mut connect);
         drop(links);
         receiving.join().unwrap()

@@ -413,6 +413,15 @@ impl Incoming for LastDoor<'_> {
     }
 }
 
+/// A link to whoever accepts at the other end of `links`.
+pub fn connected(links: &Sender<Connection>) -> crate::link::Link {
+    let (near, far) = Connection::pair().unwrap();
+    links.send(far).unwrap();
+    let mut link = crate::link::Link::new(near).unwrap();
+    link.greet(migrate::step()).unwrap();
+    link
+}
+
 /// Where channels come in.
 pub struct Door<'a>(pub &'a Receiver<Connection>);
 
